@@ -1,0 +1,286 @@
+"""The DeepSpeed JSON: read strictly, resolved completely, handed to DeepSpeed without surprises.
+
+DeepSpeed itself accepts misspelt keys silently, drops or trips over ``"auto"`` and clips gradients at 1.0 unless
+told otherwise.  Here an unknown key is refused with the nearest known one, every ``"auto"`` is resolved and
+reported, and no clipping means none.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.parallel.topology import Topology, largest_ep_size
+
+AUTO = "auto"
+
+# The keys this project passes on or reads itself.  A dict lists the keys of a section, None leaves it to DeepSpeed.
+OFFLOAD = {"device": None, "pin_memory": None, "buffer_count": None, "fast_init": None, "ratio": None}
+ZERO = {
+    "stage": None, "contiguous_gradients": None, "reduce_scatter": None, "reduce_bucket_size": None,
+    "allgather_partitions": None, "allgather_bucket_size": None, "overlap_comm": None, "offload_optimizer": OFFLOAD,
+    "sub_group_size": None, "round_robin_gradients": None, "stage3_prefetch_bucket_size": None,
+    "stage3_param_persistence_threshold": None, "stage3_model_persistence_threshold": None,
+    "stage3_max_live_parameters": None, "stage3_max_reuse_distance": None,
+}  # fmt: skip
+KEYS: dict[str, Any] = {
+    "train_batch_size": None, "train_micro_batch_size_per_gpu": None, "gradient_accumulation_steps": None,
+    "optimizer": {
+        "type": None,
+        "params": {"lr": None, "betas": None, "eps": None, "weight_decay": None, "torch_adam": None, "foreach": None},
+    },
+    "scheduler": {"type": None, "params": None},
+    "gradient_clipping": None,
+    "bf16": {"enabled": None},
+    "fp16": {"enabled": None},
+    "zero_optimization": ZERO,
+    "expert_parallel": {"autoep_size": None, "enabled": None},
+    "tensorboard": {"enabled": None, "output_path": None, "job_name": None},
+    "steps_per_print": None, "wall_clock_breakdown": None, "memory_breakdown": None, "dump_state": None,
+    "communication_data_type": None, "zero_force_ds_cpu_optimizer": None, "comms_logger": None,
+    "flops_profiler": None, "log_level": None,
+}  # fmt: skip
+# DeepSpeed's other sections, so that a user hears "not supported" instead of "unknown".
+UNSUPPORTED = (
+    "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comet", "compile", "compression_training",
+    "csv_monitor", "curriculum_learning", "data_efficiency", "data_types", "elasticity", "gradient_predivide_factor",
+    "hybrid_engine", "nebula", "pipeline", "prescale_gradients", "sequence_parallel_size", "sparse_attention",
+    "sparse_gradients", "tensor_parallel", "torch_autocast", "use_data_before_expert_parallelism",
+    "wandb", "zero_allow_untested_optimizer",
+)  # fmt: skip
+OPTIMIZERS = ("Adam", "AdamW")
+
+
+@dataclass(frozen=True)
+class DeepSpeedSettings:
+    """A DeepSpeed configuration without open questions."""
+
+    json: dict[str, Any]
+    """What `deepspeed.initialize` gets."""
+    global_batch: int
+    """Images of an optimizer step, over all ranks."""
+    micro_batch: int
+    """Images of one forward pass of one rank."""
+    accumulation: int
+    """Forward passes of a rank per optimizer step; each has a pool of its own."""
+    ep_size: int
+    """Ranks P that share one set of experts."""
+    zero_stage: int
+    """0 to 3."""
+    bf16: bool
+    """Weights and activations in bf16 with fp32 master weights; otherwise everything in fp32."""
+    gradient_clipping: float
+    """Largest 2-norm of the gradient; 0 does not clip."""
+    tensorboard: bool
+    """Write TensorBoard files."""
+    tensorboard_dir: str | None
+    """Where, if the JSON says; otherwise inside the run directory."""
+    notes: tuple[str, ...]
+    """One sentence for each value that was resolved or changed."""
+
+
+def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Strict JSON: an object, no key twice, no NaN.
+
+    Raises:
+        ConfigError: the file cannot be read or is not such JSON.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ConfigError(f"{path}: the key {sorted(twice)[0]!r} stands there twice.")
+        return dict(items)
+
+    def constant(name: str) -> float:
+        raise ConfigError(f"{path}: {name} is not a JSON number.")
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except OSError as error:
+        raise ConfigError(f"--deepspeed_config {path}: cannot be read: {error.strerror}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--deepspeed_config {path}: is not valid JSON: {error}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"--deepspeed_config {path}: holds a {type(tree).__name__}, but it must be an object.")
+    return tree
+
+
+def resolve_deepspeed(
+    raw: dict[str, Any], config: Config, source: str, *, world: int, local_world: int, device: str
+) -> DeepSpeedSettings:
+    """Check a DeepSpeed configuration against DeepSpeed's keys, the recipe and the ranks, and fill it in.
+
+    Args:
+        raw: the JSON's content.
+        config: the recipe, for what ``"auto"`` takes from it.
+        source: the file's name, for errors.
+        world: number of ranks W.
+        local_world: ranks on this host, within which ``autoep_size: auto`` stays.
+        device: ``cpu``, ``cuda``, ...
+
+    Raises:
+        ConfigError: unknown or unsupported keys, impossible values, batch arithmetic that does not work out.
+        TopologyError: an EP size that does not divide the experts or the ranks.
+    """
+    _check_keys(raw, KEYS, "", source)
+    tree = copy.deepcopy(raw)
+    notes: list[str] = []
+    global_batch, micro, accumulation = _batch(tree, world, source, notes)
+    zero_stage = _zero(tree, source)
+    bf16 = _precision(tree, device, source, notes)
+    _optimizer(tree, config, device, source, notes)
+    ep_size = _expert_parallel(tree, config, world, local_world, source, notes)
+    clipping = tree.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
+        raise ConfigError(f"{source}: gradient_clipping is {clipping!r}, but it must be 0 (off) or a positive number.")
+    tensorboard, directory = _tensorboard(tree, source)
+    tree.update(
+        train_batch_size=global_batch,
+        train_micro_batch_size_per_gpu=micro,
+        gradient_accumulation_steps=accumulation,
+        # At ZeRO 0 DeepSpeed's norm is that of the experts held here, so each rank would clip differently;
+        # the engine set-up clips there with the true norm.
+        gradient_clipping=float(clipping) if zero_stage else 0.0,
+        steps_per_print=tree.get("steps_per_print", 10**9),  # our own log line says more
+    )
+    return DeepSpeedSettings(
+        json=tree, global_batch=global_batch, micro_batch=micro, accumulation=accumulation, ep_size=ep_size,
+        zero_stage=zero_stage, bf16=bf16, gradient_clipping=float(clipping), tensorboard=tensorboard,
+        tensorboard_dir=directory, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _check_keys(tree: dict[str, Any], keys: dict[str, Any], where: str, source: str) -> None:
+    for key, value in tree.items():
+        name = f"{where}.{key}" if where else key
+        if key not in keys:
+            if not where and key in UNSUPPORTED:
+                raise ConfigError(f"{source}: {name} is a section of DeepSpeed that this project does not support.")
+            raise ConfigError(f"{source}: " + unknown(where or "top-level key", key, keys))
+        if isinstance(keys[key], dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {name} is {value!r}, but it must be an object.")
+            _check_keys(value, keys[key], name, source)
+
+
+def _batch(tree: dict[str, Any], world: int, source: str, notes: list[str]) -> tuple[int, int, int]:
+    """train_batch_size = micro * accumulation * world, with up to two of the three left open."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    values: list[int | None] = []
+    for name in names:
+        value = tree.get(name, AUTO)
+        if value != AUTO and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f'{source}: {name} is {value!r}, but it must be a positive whole number or "auto".')
+        values.append(None if value == AUTO else value)
+    total, micro, accumulation = values
+    if total is None and micro is None:
+        raise ConfigError(f"{source}: {names[0]} or {names[1]} must be a number; the other can be left to {AUTO!r}.")
+    if accumulation is None:
+        accumulation = total // (micro * world) if total and micro and total % (micro * world) == 0 else 1
+    if total is None:
+        total = micro * accumulation * world
+    if micro is None:
+        micro = total // (accumulation * world)
+    if micro < 1 or micro * accumulation * world != total:
+        raise ConfigError(
+            f"{source}: train_batch_size {total} is not train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {accumulation} x {world} rank(s) = {micro * accumulation * world}; "
+            f"a batch size for these ranks is a multiple of {(values[1] or 1) * accumulation * world}."
+        )
+    resolved = zip(names, values, (total, micro, accumulation), strict=True)
+    notes.extend(f"{name}: auto is {found}" for name, given, found in resolved if given is None and name in tree)
+    return total, micro, accumulation
+
+
+def _zero(tree: dict[str, Any], source: str) -> int:
+    zero = tree.setdefault("zero_optimization", {"stage": 0})
+    stage = zero.setdefault("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage is {stage!r}; valid: 0, 1, 2, 3.")
+    if zero.get("reduce_scatter", True) is not True:
+        raise ConfigError(
+            f"{source}: zero_optimization.reduce_scatter must be true: without it DeepSpeed adds up the gradients of "
+            "different experts."
+        )
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload not in ("none", "cpu"):
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer.device is {offload!r}; valid: none, cpu.")
+    if offload == "cpu" and stage == 0:
+        raise ConfigError(f"{source}: zero_optimization.offload_optimizer needs stage 1, 2 or 3, but stage is 0.")
+    return stage
+
+
+def _precision(tree: dict[str, Any], device: str, source: str, notes: list[str]) -> bool:
+    if tree.pop("fp16", {}).get("enabled", False) is not False:
+        raise ConfigError(f"{source}: fp16.enabled: fp16 is not supported; use bf16, or neither for fp32.")
+    bf16 = tree.get("bf16", {}).get("enabled", False)
+    if bf16 == AUTO:
+        bf16 = device != "cpu"
+        notes.append(f"bf16.enabled: auto is {str(bf16).lower()} on {device}")
+    if not isinstance(bf16, bool):
+        raise ConfigError(f'{source}: bf16.enabled is {bf16!r}; valid: true, false, "auto".')
+    tree["bf16"] = {"enabled": bf16}
+    return bf16
+
+
+def _optimizer(tree: dict[str, Any], config: Config, device: str, source: str, notes: list[str]) -> None:
+    optimizer = tree.setdefault("optimizer", {})
+    kind = optimizer.setdefault("type", "AdamW")
+    if kind not in OPTIMIZERS:
+        raise ConfigError(f"{source}: " + unknown("optimizer.type", kind, OPTIMIZERS))
+    params = optimizer.setdefault("params", {})
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        ours = getattr(config.optimizer, key)
+        ours = list(ours) if isinstance(ours, tuple) else ours
+        if params.get(key, AUTO) == AUTO:
+            params[key] = ours
+        elif params[key] != ours:
+            notes.append(f"optimizer.params.{key} is {params[key]} from {source}, not the recipe's {ours}")
+    if device == "cpu" and "torch_adam" not in params:
+        params["torch_adam"] = True
+        notes.append("optimizer.params.torch_adam: true, as DeepSpeed's own Adam needs a compiler on a CPU")
+
+
+def _expert_parallel(
+    tree: dict[str, Any], config: Config, world: int, local_world: int, source: str, notes: list[str]
+) -> int:
+    section = tree.setdefault("expert_parallel", {})
+    if section.pop("enabled", None):
+        # Enabled, DeepSpeed looks for a Hugging Face model whose experts it could replace.
+        notes.append("expert_parallel.enabled is not passed on: the model brings its own expert-parallel layers")
+    ep_size = section.get("autoep_size", 1 if config.num_experts == 1 else AUTO)
+    if ep_size == AUTO:
+        ep_size = largest_ep_size(config.num_experts, world, local_world)
+        notes.append(f"expert_parallel.autoep_size: auto is {ep_size}")
+    if isinstance(ep_size, bool) or not isinstance(ep_size, int):
+        raise ConfigError(
+            f'{source}: expert_parallel.autoep_size is {ep_size!r}, but it must be a whole number or "auto".'
+        )
+    repeated = config.expert_parallel.autoep_size
+    if repeated is not None and repeated != ep_size:
+        raise ConfigError(
+            f"expert_parallel.autoep_size is {repeated} in the recipe or --set, but {ep_size} in {source}, which is "
+            "the one place to set it."
+        )
+    Topology(rank=0, world=world, ep_size=ep_size, num_experts=config.num_experts)
+    tree["expert_parallel"] = {"autoep_size": ep_size}
+    return ep_size
+
+
+def _tensorboard(tree: dict[str, Any], source: str) -> tuple[bool, str | None]:
+    """We write the files ourselves; DeepSpeed's own writer would put a second set beside them."""
+    section = tree.pop("tensorboard", {"enabled": True})
+    enabled = section.get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{source}: tensorboard.enabled is {enabled!r}; valid: true, false.")
+    path = section.get("output_path") or None
+    return enabled, str(Path(path) / section.get("job_name", "")) if path else None

@@ -1,0 +1,13 @@
+"""The sentence for a name that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def unknown(where: str, name: object, valid: Collection[str]) -> str:
+    """One sentence that names the place, the value found, the nearest valid value and all valid ones."""
+    nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{where}: {name!r} is not known; {hint}valid: {', '.join(sorted(valid))}."

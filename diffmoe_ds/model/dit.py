@@ -1,0 +1,131 @@
+"""The diffusion transformer, dense or with experts.
+
+Legend: B images, S tokens per image, D width, C channels, E experts.
+Source: DiT (arXiv 2212.09748) with the MoE blocks of DiffMoE (arXiv 2503.14487).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.model.conditioning import ClassConditioner
+from diffmoe_ds.model.layers import (
+    FFN,
+    Attention,
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    sincos_positions,
+    unpatchify,
+)
+from diffmoe_ds.model.moe import MoELayer, Routing
+
+
+class DiTOutput(NamedTuple):
+    """What the transformer returns."""
+
+    prediction: Tensor
+    """fp32 [B, C, H, W]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
+    routing: tuple[Routing, ...]
+    """One entry per MoE layer, in the order of the blocks."""
+
+
+class DiTBlock(nn.Module):
+    """Attention and an FFN or experts, both under adaLN-zero."""
+
+    def __init__(self, width: int, num_heads: int, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Routing | None]:
+        """[B, S, D] to [B, S, D], and the routing of a MoE block."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
+        out = self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
+        out, routing = out if isinstance(out, tuple) else (out, None)
+        return x_BSD + gate2.unsqueeze(1) * out, routing
+
+
+class DiT(nn.Module):
+    """A diffusion transformer for square images or latents."""
+
+    def __init__(self, config: Config, make_moe: Callable[[Config, int], MoELayer] = MoELayer) -> None:
+        """Build without initial values; see `model/init.py`.
+
+        Args:
+            config: the run's configuration.
+            make_moe: makes the layer that replaces a block's FFN; the default holds all experts.
+        """
+        super().__init__()
+        model = config.model
+        size, width = config.size, config.size.hidden_size
+        self.config = config
+        self.patch_size = model.patch_size
+        self.out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
+        self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = ClassConditioner(model.num_classes, width, has_null=model.label_dropout > 0)
+        side = model.input_size // model.patch_size
+        self.register_buffer("pos_embed", sincos_positions(width, side), persistent=False)
+        routed = config.num_experts > 1
+        first, every = (1, 2) if config.routing.interleave else (0, 1)
+        self.blocks = nn.ModuleList()
+        for index in range(size.depth):
+            is_moe = routed and index % every == first
+            mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, int(width * model.mlp_ratio))
+            self.blocks.append(DiTBlock(width, size.num_heads, mlp))
+        self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
+        """Predict from a noisy image.
+
+        Args:
+            x_BCHW: the noisy image or latent, any float type.
+            t_B: time: fp32 in [0, 1] for flow, the step 0..999 for DDPM.
+            y_B: int64 labels.
+            drop_B: bool, whose label to drop; none drops nothing.
+        """
+        dtype = self.x_embedder.proj.weight.dtype
+        x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B, drop_B)
+        routings = []
+        recompute = self.config.model.activation_checkpointing and self.training
+        for block in self.blocks:
+            x_BSD, routing = (
+                checkpoint(block, x_BSD, c_BD, use_reentrant=False) if recompute else block(x_BSD, c_BD)
+            )
+            if routing is not None:
+                routings.append(routing)
+        out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)
+        return DiTOutput(out.float(), tuple(routings))
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The MoE layers by the number of their block."""
+        return {i: block.mlp for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoELayer)}
+
+    def set_inference(self, choice: str) -> None:
+        """Choose how eval mode routes: ``static``, ``dynamic`` or ``per_token``; one checkpoint serves all.
+
+        Raises:
+            ConfigError: if this router cannot do it.
+        """
+        valid = self.config.inference_choices
+        if choice not in valid:
+            raise ConfigError(unknown(f"routing of a {self.config.routing.kind!r} model", choice, valid))
+        for layer in self.moe_layers().values():
+            layer.inference = choice

@@ -1,0 +1,74 @@
+"""Initial weights that do not depend on who holds them.
+
+Every tensor draws from a stream of its own, named by the seed and the parameter, and every expert from one
+that also carries its global number, so 1, 2 or 64 ranks start from the same weights.
+Source of the values: DiT (arXiv 2212.09748) and the DiffMoE reference (router weights of deviation 0.006).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.layers import sincos_positions
+
+GATE_STD = 0.006
+EMBEDDING_STD = 0.02
+
+
+@torch.no_grad()
+def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
+    """Set every parameter and buffer of a model whose storage exists but holds nothing yet.
+
+    Args:
+        model: on a real device (not meta), fp32.
+        seed: the run's seed.
+        first_expert: global number of the first expert held here.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight, generator=_stream(seed, f"{name}.weight"))
+            if module.bias is not None:
+                module.bias.zero_()
+    patch = model.x_embedder.proj
+    nn.init.xavier_uniform_(patch.weight.flatten(1), generator=_stream(seed, "x_embedder.proj.weight"))
+    patch.bias.zero_()
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        nn.init.normal_(
+            model.get_submodule(name).weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight")
+        )
+    for module in [*model.blocks, model.final_layer]:  # adaLN-zero: a block starts as the identity
+        module.adaLN_modulation[-1].weight.zero_()
+        module.adaLN_modulation[-1].bias.zero_()
+    model.final_layer.linear.weight.zero_()
+    model.final_layer.linear.bias.zero_()
+    model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], math.isqrt(model.pos_embed.shape[1])))
+    for index, layer in model.moe_layers().items():
+        prefix = f"blocks.{index}.mlp"
+        _init_gate(layer.gate_weight, layer.kind, _stream(seed, f"{prefix}.gate_weight"))
+        for weight_name, weight in layer.experts.named_parameters():
+            if weight_name == "w3" and layer.experts.kind == "gelu":
+                weight.zero_()  # biases
+                continue
+            for local, matrix in enumerate(weight):
+                expert = first_expert + local
+                nn.init.xavier_uniform_(matrix, generator=_stream(seed, f"{prefix}.experts.{expert}.{weight_name}"))
+        if layer.capacity_predictor is not None:
+            layer.expert_threshold.zero_()
+
+
+def _init_gate(weight_ED: Tensor, kind: str, stream: torch.Generator) -> None:
+    if kind == "token_choice":
+        bound = 1 / math.sqrt(weight_ED.shape[1])
+        nn.init.uniform_(weight_ED, -bound, bound, generator=stream)
+    else:
+        nn.init.normal_(weight_ED, std=GATE_STD, generator=stream)
+
+
+def _stream(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

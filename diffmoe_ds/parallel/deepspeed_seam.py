@@ -1,0 +1,254 @@
+"""Every private name of DeepSpeed that this project uses, in one place.
+
+`tests/test_seam.py` says which of them is gone or has changed when DeepSpeed is upgraded.  What each is for:
+
+- `AutoEPMoELayer`: a layer of this class gets expert gradients reduced over its replicas only, expert
+  optimizer state partitioned over them, and is allowed under ZeRO 3.
+- `_hp_mapping` (ZeRO 1, 2) and `grad_position` (ZeRO 3): where the fp32 master weights and Adam moments of a
+  parameter lie in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
+- `groups`: the EP and EDP process groups, made by DeepSpeed so that there is only one of each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no compiler is asked for at import
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from diffmoe_ds.parallel.topology import Topology
+
+__all__ = ["AutoEPMoELayer", "Fragment", "adopt_layer", "device", "fragments", "init_process_group", "initialize"]
+
+EXPERT_WEIGHTS = ("w1", "w2", "w3")
+"""The only parameter names that DeepSpeed looks for in a layer's ``experts``."""
+
+
+def quiet_deepspeed(level: int = logging.WARNING) -> None:
+    """Keep DeepSpeed's own log to warnings."""
+    deepspeed_logger.setLevel(level)
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+
+
+def init_process_group() -> None:
+    """Join the world through DeepSpeed; the environment must hold RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce for a minute and use it for few things.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
+    """This rank's EP group of consecutive ranks, created together with the groups of expert replicas."""
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+    return groups._get_expert_parallel_group(name)
+
+
+def adopt_layer(layer: nn.Module, topology: Topology, ep_group: dist.ProcessGroup) -> None:
+    """Give a layer the attributes that DeepSpeed's engine and optimizers read from an AutoEP layer."""
+    layer.num_local_experts = topology.num_local_experts
+    layer.ep_size = topology.ep_size
+    layer.ep_rank = topology.ep_rank
+    layer.ep_group_name = f"ep_size_{topology.ep_size}"
+    layer.ep_group = ep_group
+    layer.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+        topology.num_experts, topology.num_local_experts, topology.ep_size
+    )
+    layer.folding_group_handles = None
+    layer.tp_group = None
+    layer.combine_impl = "weighted_sum"
+    layer.comm_backend = "comm"
+
+
+def tag_expert_weights(model: nn.Module) -> None:
+    """Mark the expert weights of all AutoEP layers; to be called when the parameters are the final objects."""
+    for layer in model.modules():
+        if not isinstance(layer, AutoEPMoELayer):
+            continue
+        first = layer.ep_rank * layer.num_local_experts
+        for name in EXPERT_WEIGHTS:
+            weight = getattr(layer.experts, name)
+            assert weight.dim() == 3, "DeepSpeed stacks and loads expert weights as [experts, rows, columns] only"
+            weight.allreduce = False
+            weight.group_name = layer.ep_group_name
+            weight.ds_zero_placement_family = "autoep_expert"
+            weight.ds_zero_partition_group_name = layer.ep_group_name
+            logical = [layer.num_experts, *weight.shape[1:]]
+            affine = autoep_placement_to_affine_map(layer.expert_placement_descriptor, logical)
+            meta = {
+                AUTOEP_EXPERT_PLACEMENT: layer.expert_placement_descriptor,
+                AFFINE_MAP: affine.to_dict(),
+                AUTOEP_PARAM_LOGICAL_SHAPE: logical,
+                AUTOEP_PARAM_EP_RANK: layer.ep_rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: list(range(first, first + layer.num_local_experts)),
+            }
+            setattr(weight, DS_AUTOEP_UC_META, meta)
+
+
+def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration."""
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    return engine
+
+
+@dataclass
+class Fragment:
+    """A contiguous piece of one logical tensor that this rank keeps in fp32 and updates."""
+
+    name: str
+    """The parameter's name in the model."""
+    logical_shape: tuple[int, ...]
+    """Shape of the whole tensor; for expert weights with all E experts."""
+    start: int
+    """First element of the piece in the flattened logical tensor."""
+    fp32: Tensor
+    """The master weights of the piece: a flat view into what the optimizer updates."""
+    is_owner: bool
+    """False where another rank keeps the same piece (ZeRO 0) and writes it to checkpoints."""
+    gather_group: dist.ProcessGroup
+    """The ranks whose pieces make up this rank's part of the tensor."""
+    local_start: int
+    """First element of the piece in this rank's flattened part: the tensor, or the experts held here."""
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
+    """All pieces that this rank keeps, in the order of the parameters; at every ZeRO stage."""
+    _ensure_moments(engine)
+    layers = {id(p): layer for layer in _expert_layers(engine.module) for p in layer.experts.parameters()}
+    found = []
+    for name, parameter in engine.module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        group, first = engine.seq_data_parallel_group, 0
+        if id(parameter) in layers:
+            layer = layers[id(parameter)]
+            first = layer.ep_rank * shape[0]
+            group = groups._get_expert_data_parallel_group(layer.ep_group_name)
+            shape = (layer.num_experts, *shape[1:])
+        first *= int(torch.Size(shape[1:]).numel())
+        for local_start, fp32, moments, is_owner in _pieces(engine, parameter, group):
+            found.append(Fragment(name, shape, first + local_start, fp32, is_owner, group, local_start, moments))
+    return found
+
+
+def _expert_layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (layer for layer in model.modules() if isinstance(layer, AutoEPMoELayer))
+
+
+Piece = tuple[int, Tensor, dict[str, Tensor], bool]
+
+
+def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, group: dist.ProcessGroup) -> Iterator[Piece]:
+    """(start in the rank's part, master weights, moments, owner) of a parameter; none if it lies elsewhere."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer = engine.optimizer
+        flat_index, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[flat_index]
+        start = dist.get_rank(group) * parameter.partition_numel()
+        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last partition is padded
+        if numel > 0:
+            yield start, flat.data.narrow(0, offset, numel), _moments(_adam(engine), flat, offset, numel), True
+    elif stage in (1, 2):
+        mapping = parameter._hp_mapping
+        if mapping is not None:
+            address = mapping.lp_fragment_address
+            moments = {key: mapping.get_optim_state_fragment(key) for key in MOMENTS}
+            yield address.start, mapping.hp_fragment.data.view(-1), moments, True
+    else:
+        is_owner = dist.get_rank(group) == 0
+        flat, offset = _unpartitioned_master(engine, parameter)
+        numel = parameter.numel()
+        yield 0, flat.data.view(-1).narrow(0, offset, numel), _moments(_adam(engine), flat, offset, numel), is_owner
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _moments(optimizer: torch.optim.Optimizer, flat: Tensor, offset: int, numel: int) -> dict[str, Tensor]:
+    return {key: optimizer.state[flat][key].view(-1).narrow(0, offset, numel) for key in MOMENTS}
+
+
+def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """ZeRO 0: the parameter itself in fp32, or its place in DeepSpeed's flat fp32 copy of a bf16 model."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups_flat"):
+        return parameter, 0
+    for flat, members in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+        offset = 0
+        for member in members:
+            if member is parameter:
+                return flat, offset
+            offset += member.numel()
+    raise AssertionError("every trained parameter is in one of the optimizer's groups")
+
+
+def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Adam makes its moments at the first step; make them now so that a checkpoint can be read into them."""
+    inner = _adam(engine)
+    for flat in _masters(engine):
+        state = inner.state[flat]
+        if "exp_avg" not in state:
+            # torch's Adam counts in a tensor, DeepSpeed's in a number
+            state["step"] = torch.zeros(()) if isinstance(inner, torch.optim.Adam) else 0
+            state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """What Adam updates on this rank: flat fp32 partitions, or the parameters themselves (ZeRO 0, fp32)."""
+    if engine.zero_optimization_stage() == 3:  # where Adam's groups are filled only during a step
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [flat for group in _adam(engine).param_groups for flat in group["params"]]
+
+
+def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
+    """How many updates Adam has made, as its bias correction counts them."""
+    return max(int(_adam(engine).state[flat]["step"]) for flat in _masters(engine))
+
+
+def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Set Adam's count of updates, which its bias correction uses."""
+    for flat in _masters(engine):
+        state = _adam(engine).state[flat]
+        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
