@@ -6,6 +6,7 @@ Source: DiT (arXiv 2212.09748) with the MoE blocks of DiffMoE (arXiv 2503.14487)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -113,6 +114,11 @@ class DiT(nn.Module):
                 routings.append(routing)
         out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)
         return DiTOutput(out.float(), tuple(routings))
+
+    def reset_positions(self) -> None:
+        """Compute the position embedding again, after storage was made anew; checkpoints do not hold it."""
+        _, tokens, width = self.pos_embed.shape
+        self.pos_embed.copy_(sincos_positions(width, math.isqrt(tokens)))
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers by the number of their block."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.model.layers import sincos_positions
 
 GATE_STD = 0.006
 EMBEDDING_STD = 0.02
@@ -46,7 +45,7 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
         module.adaLN_modulation[-1].bias.zero_()
     model.final_layer.linear.weight.zero_()
     model.final_layer.linear.bias.zero_()
-    model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], math.isqrt(model.pos_embed.shape[1])))
+    model.reset_positions()
     for index, layer in model.moe_layers().items():
         prefix = f"blocks.{index}.mlp"
         _init_gate(layer.gate_weight, layer.kind, _stream(seed, f"{prefix}.gate_weight"))

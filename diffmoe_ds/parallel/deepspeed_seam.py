@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no compiler is asked for at import
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # say so, else DeepSpeed warns that it found nothing better
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.autoep_affine import (
@@ -42,15 +45,16 @@ from torch import Tensor, nn
 
 from diffmoe_ds.parallel.topology import Topology
 
-__all__ = ["AutoEPMoELayer", "Fragment", "adopt_layer", "device", "fragments", "init_process_group", "initialize"]
+__all__ = ["AutoEPMoELayer", "Fragment", "Part", "adopt_layer", "fragments", "initialize", "parts"]
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 """The only parameter names that DeepSpeed looks for in a layer's ``experts``."""
 
 
-def quiet_deepspeed(level: int = logging.WARNING) -> None:
-    """Keep DeepSpeed's own log to warnings."""
-    deepspeed_logger.setLevel(level)
+def quiet_deepspeed() -> None:
+    """Keep DeepSpeed's own log to errors, and its calls of older torch.distributed names to itself."""
+    deepspeed_logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def device() -> torch.device:
@@ -125,44 +129,63 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
     return engine
 
 
-@dataclass
+@dataclass(frozen=True)
+class Part:
+    """What this rank computes with of one parameter: all of it, or the experts held here."""
+
+    logical_shape: tuple[int, ...]
+    """Shape of the whole tensor; for expert weights with all E experts."""
+    first: int
+    """First element of the part in the flattened logical tensor."""
+    numel: int
+    """Elements of the part."""
+    group: dist.ProcessGroup
+    """The ranks that compute with the same part; together they keep its master weights."""
+
+
+@dataclass(frozen=True)
 class Fragment:
-    """A contiguous piece of one logical tensor that this rank keeps in fp32 and updates."""
+    """A contiguous piece of a part that this rank keeps in fp32 and updates."""
 
     name: str
     """The parameter's name in the model."""
-    logical_shape: tuple[int, ...]
-    """Shape of the whole tensor; for expert weights with all E experts."""
+    offset: int
+    """First element of the piece in the flattened part."""
     start: int
     """First element of the piece in the flattened logical tensor."""
     fp32: Tensor
     """The master weights of the piece: a flat view into what the optimizer updates."""
+    moments: dict[str, Tensor]
+    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
     is_owner: bool
     """False where another rank keeps the same piece (ZeRO 0) and writes it to checkpoints."""
-    gather_group: dist.ProcessGroup
-    """The ranks whose pieces make up this rank's part of the tensor."""
-    local_start: int
-    """First element of the piece in this rank's flattened part: the tensor, or the experts held here."""
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
+
+
+def parts(engine: deepspeed.DeepSpeedEngine) -> dict[str, Part]:
+    """The part of every parameter, by name."""
+    layers = {id(p): layer for layer in _expert_layers(engine.module) for p in layer.experts.parameters()}
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # empty under ZeRO 3
+        layer = layers.get(id(parameter))
+        if layer is None:
+            found[name] = Part(tuple(shape), 0, shape.numel(), engine.seq_data_parallel_group)
+        else:
+            group = groups._get_expert_data_parallel_group(layer.ep_group_name)
+            logical = (layer.num_experts, *shape[1:])
+            found[name] = Part(logical, layer.ep_rank * shape.numel(), shape.numel(), group)
+    return found
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
     """All pieces that this rank keeps, in the order of the parameters; at every ZeRO stage."""
     _ensure_moments(engine)
-    layers = {id(p): layer for layer in _expert_layers(engine.module) for p in layer.experts.parameters()}
     found = []
+    every = parts(engine)
     for name, parameter in engine.module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        group, first = engine.seq_data_parallel_group, 0
-        if id(parameter) in layers:
-            layer = layers[id(parameter)]
-            first = layer.ep_rank * shape[0]
-            group = groups._get_expert_data_parallel_group(layer.ep_group_name)
-            shape = (layer.num_experts, *shape[1:])
-        first *= int(torch.Size(shape[1:]).numel())
-        for local_start, fp32, moments, is_owner in _pieces(engine, parameter, group):
-            found.append(Fragment(name, shape, first + local_start, fp32, is_owner, group, local_start, moments))
+        part = every[name]
+        for offset, fp32, moments, is_owner in _pieces(engine, parameter, part.group):
+            found.append(Fragment(name, offset, part.first + offset, fp32, moments, is_owner))
     return found
 
 
@@ -174,7 +197,7 @@ Piece = tuple[int, Tensor, dict[str, Tensor], bool]
 
 
 def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, group: dist.ProcessGroup) -> Iterator[Piece]:
-    """(start in the rank's part, master weights, moments, owner) of a parameter; none if it lies elsewhere."""
+    """(offset in the rank's part, master weights, moments, owner) of a parameter; none if it lies elsewhere."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         optimizer = engine.optimizer
@@ -240,6 +263,25 @@ def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:  # where Adam's groups are filled only during a step
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in _adam(engine).param_groups for flat in group["params"]]
+
+
+def clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
+    """The 2-norm of the whole gradient at ZeRO 0, which is scaled down to ``max_norm`` unless that is 0.
+
+    DeepSpeed takes the norm over the experts held by a rank there, which differs between ranks.
+    """
+    layers = list(_expert_layers(engine.module))
+    expert_ids = {id(p) for layer in layers for p in layer.experts.parameters()}
+    gradients = [(id(p) in expert_ids, p.grad) for p in engine.module.parameters() if p.grad is not None]
+    squares = torch.zeros(2, dtype=torch.float64, device=engine.device)  # dense, experts held here
+    for is_expert, gradient in gradients:
+        squares[int(is_expert)] += gradient.detach().double().square().sum()
+    if layers:
+        dist.all_reduce(squares[1:], group=layers[0].ep_group)
+    norm = squares.sum().sqrt().item()
+    if 0 < max_norm < norm:
+        torch._foreach_mul_([gradient for _, gradient in gradients], max_norm / norm)
+    return norm
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:

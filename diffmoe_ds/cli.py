@@ -1,0 +1,49 @@
+"""The command line: ``diffmoe train`` and ``diffmoe sample``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from diffmoe_ds.errors import ConfigError, DiffMoEError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except DiffMoEError as error:
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same mistake in a configuration
+            print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
+    from diffmoe_ds import sample_command
+    from diffmoe_ds.training import command as train_command
+
+    for name, text, module, add, run in (
+        ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
+        ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
+    ):
+        sub = commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        add(sub)
+        sub.set_defaults(run=run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""How many parameters a model has, and how many of them an image uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.model.dit import DiT
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters."""
+
+    total: int
+    """All weights, with all experts, routers and capacity predictors, and the fixed positions as the paper counts."""
+    activated: int
+    """Weights that an average token meets: C of E experts and everything dense (DiffMoE, eq. 40)."""
+    experts: int
+    """Weights of all experts of all layers."""
+
+
+def count_parameters(config: Config) -> ParameterCounts:
+    """Count without allocating anything."""
+    with torch.device("meta"):
+        model = DiT(config)
+    total = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+    layers = model.moe_layers().values()
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    routers = sum(layer.gate_weight.numel() for layer in layers)
+    routers += sum(
+        p.numel() for layer in layers if layer.capacity_predictor for p in layer.capacity_predictor.parameters()
+    )
+    idle = experts * (1 - config.routing.capacity / config.num_experts)
+    return ParameterCounts(total, round(total - routers - idle), experts)

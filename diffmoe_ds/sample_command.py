@@ -1,0 +1,140 @@
+"""``diffmoe sample``: images from a checkpoint, on one process or many."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from diffmoe_ds.checkpoint.load import CheckpointReader, find_checkpoint, restore_weights
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.parallel.topology import Topology
+from diffmoe_ds.sampling import PIXEL_CHANNELS, draw, grid_columns, make_grid, save_png, to_uint8
+
+GRID_IMAGES = 100
+"""Images shown in grid.png at most."""
+EXAMPLES = """examples:
+  diffmoe sample --checkpoint runs/fashion --out samples
+  diffmoe sample --checkpoint runs/fashion --num-images 40 --steps 50 --sampler heun --cfg-scale 2 --out samples
+  torchrun --nproc_per_node 2 -m diffmoe_ds.cli sample --checkpoint runs/fashion --out samples
+"""
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffmoe sample``."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run directory or one of its checkpoints")
+    add("--num-images", type=int, default=40, metavar="N", help="how many (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="S",
+        help="image i is that of seed S + i, and of class (S + i) mod classes (default: %(default)s)")  # fmt: skip
+    add("--steps", type=int, default=50, metavar="K", help="sampler steps (default: %(default)s; the paper takes 250)")
+    add("--sampler", metavar="NAME",
+        help="flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim")  # fmt: skip
+    add("--cfg-scale", type=float, default=1.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
+    add("--guide-channels", default="all", metavar="all|C",
+        help="channels that guidance of a ddpm model acts on; the reference takes 3 (default: %(default)s)")  # fmt: skip
+    add("--routing", metavar="static|dynamic|per_token",
+        help="how experts choose tokens; default: the best that the model can do.  per_token decides for each token "
+        "alone, so an image does not depend on its batch.  dynamic (the paper's) and static of a batch_pool model let "
+        "the images of a batch compete, so an image changes with --batch-size and with the number of ranks")  # fmt: skip
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: %(default)s)")
+    add("--batch-size", type=int, default=50, metavar="B", help="images drawn at once by a rank (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets samples.npz (arr_0 images, arr_1 labels), grid.png")
+
+
+def sample_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe sample``."""
+    for option in ("num_images", "batch_size", "steps"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if args.seed < 0:
+        raise ConfigError(f"--seed is {args.seed}, but it must not be negative.")
+    launch = resolve_launch()
+    path = find_checkpoint(args.checkpoint)
+    if path is None:
+        raise CheckpointError(f"--checkpoint {args.checkpoint}: is no checkpoint and no run directory with one.")
+    reader = CheckpointReader(path)
+    config = reader.config
+    if config.model.in_channels not in PIXEL_CHANNELS:
+        raise ConfigError(
+            f"{path}: the model draws latents of {config.model.in_channels} channels, which only a VAE could turn into "
+            "pixels; sample draws pixels, of 1 or 3 channels."
+        )
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
+    sampler = args.sampler or make_objective(config.objective.kind).samplers[0]
+    check_sampling(config.objective.kind, sampler, args.steps)
+    model = DiT(config)
+    restore_weights(
+        model, reader, Topology(0, 1, 1, config.num_experts), "ema" if args.weights == "ema" else "fp32"
+    )
+    model.set_inference(args.routing or config.inference_choices[0])
+    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    model.to(device).eval()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    pixels = _draw_share(model, args, launch, device, sampler)
+    pixels = _gather(pixels, args.num_images, launch)
+    if pixels is None:
+        return
+    labels = np.array([_label(args.seed + i, model) for i in range(args.num_images)], dtype=np.int64)
+    aside = args.out / ".samples.tmp.npz"
+    np.savez(aside, arr_0=pixels, arr_1=labels)
+    aside.replace(args.out / "samples.npz")
+    shown = pixels[:GRID_IMAGES]
+    grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
+    save_png(grid, str(args.out / "grid.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    print(f"{args.num_images} images in {args.out / 'samples.npz'}, the first {len(shown)} in {args.out / 'grid.png'}")
+
+
+def _label(seed: int, model: DiT) -> int:
+    return seed % model.config.model.num_classes
+
+
+def _draw_share(
+    model: DiT, args: argparse.Namespace, launch: Launch, device: torch.device, sampler: str
+) -> np.ndarray:
+    """This rank's images, an equal and contiguous share of all; uint8 [n, H, W, C], padded with further seeds."""
+    share = math.ceil(args.num_images / launch.world)
+    seeds = range(args.seed + launch.rank * share, args.seed + (launch.rank + 1) * share)
+    channels = args.guide_channels if args.guide_channels == "all" else int(args.guide_channels)
+    drawn = []
+    with tqdm(total=share * args.steps, unit="step", desc="sample", disable=launch.rank != 0) as bar:
+        for first in range(0, share, args.batch_size):
+            batch = seeds[first : first + args.batch_size]
+            labels = torch.tensor([_label(seed, model) for seed in batch], device=device)
+            images = draw(
+                model,
+                labels,
+                batch,
+                sampler=sampler,
+                steps=args.steps,
+                cfg_scale=args.cfg_scale,
+                guide_channels=channels,
+                progress=lambda done, total, n=len(batch): bar.update(n),
+            )
+            drawn.append(to_uint8(images))
+    return np.concatenate(drawn)
+
+
+def _gather(pixels: np.ndarray, num_images: int, launch: Launch) -> np.ndarray | None:
+    """All images on rank 0, none on the others."""
+    if launch.world == 1:
+        return pixels[:num_images]
+    export_launch(launch)
+    dist.init_process_group("gloo")
+    mine = torch.from_numpy(pixels)
+    every = [torch.empty_like(mine) for _ in range(launch.world)] if launch.rank == 0 else None
+    dist.gather(mine, every)
+    dist.destroy_process_group()
+    return None if every is None else torch.cat(every).numpy()[:num_images]

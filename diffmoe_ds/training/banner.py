@@ -1,0 +1,68 @@
+"""What a run prints before its first step: enough to see at a glance whether it is the run one meant."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from diffmoe_ds.config.deepspeed import DeepSpeedSettings
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.parallel.launch import Launch
+from diffmoe_ds.planning.parameters import count_parameters
+from diffmoe_ds.training.setup import pool_rows
+
+
+def banner(
+    config: Config, settings: DeepSpeedSettings, launch: Launch, directory: Path, num_images: int, resumed: str
+) -> str:
+    """The lines, ready to print.
+
+    Args:
+        config: the run.
+        settings: the resolved DeepSpeed JSON.
+        launch: this process's place.
+        directory: the run's directory.
+        num_images: images of the data set.
+        resumed: where the run starts from, in words.
+    """
+    model, routing, size = config.model, config.routing, config.size
+    counts = count_parameters(config)
+    tokens, rows = pool_rows(config, settings, launch.world)
+    world, ep = launch.world, settings.ep_size
+    if config.num_experts > 1:
+        experts = f"{config.num_experts} experts in {'every second' if routing.interleave else 'every'} block"
+        if routing.kind == "batch_pool":
+            per = "one micro-batch" if settings.accumulation > 1 else "a batch"
+            scope = {"rank": "one rank", "ep": f"the {ep} rank(s) of an EP group", "world": f"all {world} rank(s)"}
+            pool = f"{tokens:,} tokens of {per} over {scope[routing.pool]}; each expert takes K = {rows:,}"
+        else:
+            pool = "none: every image or token is routed by itself"
+    else:
+        experts, pool = "dense", "none: the model is dense"
+    precision = "bf16 with fp32 master weights" if settings.bf16 else "fp32"
+    lines = [
+        ("model", f"{model.name}: {size.depth} blocks, width {size.hidden_size}, {size.num_heads} heads; {experts}"),
+        ("parameters", f"{counts.total / 1e6:,.2f} M total, {counts.activated / 1e6:,.2f} M activated"),
+        ("routing", f"{routing.kind}, capacity {routing.capacity:g}; {config.objective.kind} objective"),
+        ("pool", pool),
+        ("world", f"{world} = EP {ep} x EDP {world // ep}, ZeRO {settings.zero_stage}, {precision} ({launch.source})"),
+        (
+            "batch",
+            f"{settings.global_batch} images = {settings.micro_batch} a rank x {settings.accumulation} micro-step(s) "
+            f"x {world} rank(s)",
+        ),
+        ("data", f"{config.data.path or 'embedded Fashion-MNIST'}, {num_images:,} images"),
+        ("length", f"{config.run.total_images:,} images; {resumed}"),
+        ("run", str(directory)),
+        (
+            "versions",
+            f"diffmoe_ds {version('diffmoe_ds')}, deepspeed {version('deepspeed')}, torch {torch.__version__}, "
+            f"python {platform.python_version()} on {sys.platform}",
+        ),
+        *(("note", note) for note in settings.notes),
+    ]
+    return "\n".join(f"{name:>11}  {text}" for name, text in lines)

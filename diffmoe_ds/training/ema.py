@@ -1,0 +1,57 @@
+"""The moving average of the weights, kept where the fp32 master weights are: each rank averages its fragments."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.parallel.deepspeed_seam import Fragment, Part
+
+
+class EMA:
+    """ema <- decay * ema + (1 - decay) * weights, per fragment, fp32."""
+
+    def __init__(self, fragments: list[Fragment], parts: dict[str, Part], decay: float) -> None:
+        """Start from the present weights.
+
+        Args:
+            fragments: what this rank keeps of the master weights.
+            parts: what this rank computes with of every parameter.
+            decay: per optimizer step.
+        """
+        self.fragments = fragments
+        self.parts = parts
+        self.decay = decay
+        self.values = [fragment.fp32.clone() for fragment in fragments]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step towards the weights."""
+        if self.values:
+            torch._foreach_lerp_(self.values, [fragment.fp32 for fragment in self.fragments], 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: DiT, trained: DiT) -> None:
+        """Fill a model of the same layout with the averaged weights; every rank must call.
+
+        Args:
+            model: its expert layers hold the experts of this rank.
+            trained: the model that is averaged, whose thresholds are copied: they are averages already, and
+                averaging them again from their initial 0 would bias early checkpoints.
+        """
+        pieces: dict[str, list[tuple[Fragment, Tensor]]] = defaultdict(list)
+        for fragment, value in zip(self.fragments, self.values, strict=True):
+            pieces[fragment.name].append((fragment, value))
+        for name, parameter in model.named_parameters():
+            flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            for fragment, value in pieces[name]:
+                if fragment.is_owner:
+                    flat.narrow(0, fragment.offset, value.numel()).copy_(value)
+            dist.all_reduce(flat, group=self.parts[name].group)
+            parameter.copy_(flat.view_as(parameter))
+        for target, source in zip(model.buffers(), trained.buffers(), strict=True):
+            target.copy_(source)

@@ -1,0 +1,130 @@
+"""Everything a run needs before its first step, in the order in which it comes to exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from diffmoe_ds.checkpoint.load import CheckpointReader, restore_engine, restore_weights
+from diffmoe_ds.config.deepspeed import DeepSpeedSettings
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.diffusion.objective import Objective, make_objective
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.init import init_weights
+from diffmoe_ds.parallel import deepspeed_seam as seam
+from diffmoe_ds.parallel.launch import Launch
+from diffmoe_ds.parallel.moe_layer import ExpertParallelMoE
+from diffmoe_ds.parallel.topology import Topology
+from diffmoe_ds.routing.capacity import rows_per_expert
+from diffmoe_ds.training.ema import EMA
+from diffmoe_ds.training.thresholds import Thresholds
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    config: Config
+    """What it does."""
+    settings: DeepSpeedSettings
+    """How DeepSpeed does it."""
+    topology: Topology
+    """The ranks."""
+    directory: Path
+    """Where everything it writes goes."""
+    engine: DeepSpeedEngine
+    """The model, its optimizer and their shards."""
+    model: DiT
+    """The engine's model."""
+    objective: Objective
+    """Flow or DDPM."""
+    ema: EMA
+    """The averaged weights."""
+    thresholds: Thresholds
+    """The moving thresholds."""
+    images: int = 0
+    """Images seen so far."""
+    step: int = 0
+    """Optimizer steps made so far."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.topology.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self.engine.device
+
+
+def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[int, int]:
+    """(tokens T of a pool, rows K that an expert takes from it) of one micro-batch.
+
+    Raises:
+        ConfigError: the pool is too small for an expert to take one token.
+    """
+    ranks = {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
+    tokens = settings.micro_batch * ranks * config.tokens_per_image
+    rows = rows_per_expert(config.routing.capacity, tokens, config.num_experts)
+    if rows < 1:
+        raise ConfigError(
+            f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives each of "
+            f"{config.num_experts} experts less than one; raise the capacity or the micro-batch."
+        )
+    return tokens, rows
+
+
+def setup_run(
+    config: Config, settings: DeepSpeedSettings, launch: Launch, directory: Path, reader: CheckpointReader | None
+) -> Run:
+    """Build the model, shard it, and continue from a checkpoint if there is one.
+
+    The process group must exist.  Weights come into the model before DeepSpeed sees it, so that DeepSpeed's
+    low-precision copies are made from them; master weights and moments are written into its partitions after.
+    """
+    topology = Topology(launch.rank, launch.world, settings.ep_size, config.num_experts)
+    model = build_model(config, topology)
+    if reader is None:
+        init_weights(model, config.run.seed, topology.first_expert)
+    else:
+        restore_weights(model, reader, topology, "fp32")
+    seam.tag_expert_weights(model)
+    engine = seam.initialize(model, settings.json)
+    engine.train()
+    fragments = seam.fragments(engine)
+    run = Run(
+        config=config,
+        settings=settings,
+        topology=topology,
+        directory=directory,
+        engine=engine,
+        model=model,
+        objective=make_objective(config.objective.kind),
+        ema=EMA(fragments, seam.parts(engine), config.ema.decay),
+        thresholds=Thresholds(model),
+    )
+    if reader is not None:
+        restore_engine(engine, reader, fragments, run.ema.values)
+        run.images, run.step = reader.meta["images"], reader.meta["step"]
+    return run
+
+
+def build_model(config: Config, topology: Topology) -> DiT:
+    """The model with this rank's experts, its weights still empty."""
+    ep_group = seam.expert_parallel_group(topology.ep_size)
+    with torch.device("meta"):
+        model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group))
+    return model.to_empty(device="cpu")
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Mean of each element over all ranks."""
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
