@@ -34,7 +34,8 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         state: its ``state_dict``.
 
     Returns:
-        The model in training mode, with the thresholds and positions of the weights.
+        The model in training mode, with the thresholds and positions of the weights; in eval mode it routes as
+        the reference does (``dynamic`` for DiffMoE).
 
     Raises:
         CheckpointError: a weight is missing, left over or of another shape.
@@ -52,6 +53,8 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
             target.copy_(value)
     if left:
         raise CheckpointError(f"the reference weights hold {sorted(left)[0]!r}, which a {config['kind']!r} model lacks.")
+    if model.config.routing.kind == "batch_pool" and model.config.num_experts > 1:
+        model.set_inference("dynamic")
     return model
 
 

@@ -44,7 +44,8 @@ class PositionLoader:
     """An endless iterable of one rank's micro-batches; each ``iter()`` begins again at ``start_position``.
 
     ``image_shape`` is the model's (C, H, W): smaller images are padded centrally with black, latents must fit
-    exactly.  ``draws`` maps a position to its ``TrainingDraws``, with noise of ``image_shape``.
+    exactly.  ``draws`` maps a position to its ``TrainingDraws``, with noise of ``image_shape``.  The workers live as
+    long as the iterator, which is the whole run, since it has no end.
 
     Iterating raises ``DataError`` for a sample that cannot be read or does not fit ``image_shape`` or
     ``num_classes``.
@@ -73,7 +74,6 @@ class PositionLoader:
             sampler=_Positions(start_position + rank * micro_batch, micro_batch, world * micro_batch),
             batch_size=None,  # one item of the sampler is already a micro-batch
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
             prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else making an iterator would draw from the global generator

@@ -92,6 +92,7 @@ class ShardDataset:
     """
 
     def __init__(self, shards: Sequence[Path]):
+        assert shards, "expand() never gives an empty list"
         self._shards = list(shards)
         self._unpacked: dict[int, bytes] = {}
         self._files: dict[int, io.FileIO] = {}  # the least recently read first
@@ -110,7 +111,8 @@ class ShardDataset:
         self._keys = bytes(keys)
         self._index = np.concatenate(blocks)
         if not len(self):
-            raise DataError(f"there is no sample in {', '.join(map(str, self._shards))}; expected a .cls and an image")
+            others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
+            raise DataError(f"there is no sample in {shards[0]}{others}; expected a .cls and an image for each")
 
     def __len__(self) -> int:
         return len(self._index)

@@ -7,6 +7,7 @@ Source: DiT (arXiv 2212.09748); parameter names are those of the reference, so i
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,19 @@ class PatchEmbed(nn.Module):
         return self.proj(x_BCHW).flatten(2).transpose(1, 2)
 
 
+@lru_cache(maxsize=8)
+def time_frequencies(device: torch.device) -> Tensor:
+    """fp32 frequencies 10000^(-i / 128) of the time embedding, the same bits on every machine.
+
+    The reference takes a float32 exp, whose last bit differs between CPUs (and with it, at step 999, the fifth
+    digit of a gradient).  Here a float64 exp of the same float32 exponents is rounded; the factor, a 64th of
+    a float32 rounding step, only settles near-ties, the way they fell where the golden numbers were made.
+    """
+    half = TIME_FREQUENCIES // 2
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+    return (exponent.double().exp() * (1 + 2**-29)).float().to(device)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the time step through a small network."""
 
@@ -93,9 +107,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t_B: Tensor) -> Tensor:
         """[B] of any number type to [B, D]; flow passes t in [0, 1], DDPM the step 0..999."""
-        half = TIME_FREQUENCIES // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
-        angles = t_B.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+        angles = t_B.float()[:, None] * time_frequencies(t_B.device)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 

@@ -52,6 +52,8 @@ def write_shard(source: Path, output: Path, per_class: int = 1000) -> int:
     """
     images = read_idx(source, "train-images-idx3-ubyte")
     labels = read_idx(source, "train-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise DataError(f"{source} holds {len(images)} images but {len(labels)} labels; expected as many of both")
     kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)]))
     with (
         open(output, "wb") as file,
