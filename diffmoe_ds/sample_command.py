@@ -35,21 +35,38 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="run directory or one of its checkpoints")
     add("--num-images", type=int, default=40, metavar="N", help="how many (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="S",
-        help="image i is that of seed S + i, and of class (S + i) mod classes (default: %(default)s)")  # fmt: skip
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="image i is that of seed S + i, and of class (S + i) mod classes (default: %(default)s)",
+    )
     add("--steps", type=int, default=50, metavar="K", help="sampler steps (default: %(default)s; the paper takes 250)")
-    add("--sampler", metavar="NAME",
-        help="flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim")  # fmt: skip
+    add("--sampler", metavar="NAME", help="flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim")
     add("--cfg-scale", type=float, default=1.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
-    add("--guide-channels", default="all", metavar="all|C",
-        help="channels that guidance of a ddpm model acts on; the reference takes 3 (default: %(default)s)")  # fmt: skip
-    add("--routing", metavar="static|dynamic|per_token",
+    add(
+        "--guide-channels",
+        default="all",
+        metavar="all|C",
+        help="channels that guidance of a ddpm model acts on; the reference takes 3 (default: %(default)s)",
+    )
+    add(
+        "--routing",
+        metavar="static|dynamic|per_token",
         help="how experts choose tokens; default: the best that the model can do.  per_token decides for each token "
         "alone, so an image does not depend on its batch.  dynamic (the paper's) and static of a batch_pool model let "
-        "the images of a batch compete, so an image changes with --batch-size and with the number of ranks")  # fmt: skip
+        "the images of a batch compete, so an image changes with --batch-size and with the number of ranks",
+    )
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: %(default)s)")
     add("--batch-size", type=int, default=50, metavar="B", help="images drawn at once by a rank (default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="DIR", help="gets samples.npz (arr_0 images, arr_1 labels), grid.png")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets samples.npz (arr_0, arr_1: images, labels), grid.png",
+    )
 
 
 def sample_command(args: argparse.Namespace) -> None:
@@ -75,9 +92,7 @@ def sample_command(args: argparse.Namespace) -> None:
     sampler = args.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, args.steps)
     model = DiT(config)
-    restore_weights(
-        model, reader, Topology(0, 1, 1, config.num_experts), "ema" if args.weights == "ema" else "fp32"
-    )
+    restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), "ema" if args.weights == "ema" else "fp32")
     model.set_inference(args.routing or config.inference_choices[0])
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model.to(device).eval()
@@ -101,15 +116,14 @@ def _label(seed: int, model: DiT) -> int:
     return seed % model.config.model.num_classes
 
 
-def _draw_share(
-    model: DiT, args: argparse.Namespace, launch: Launch, device: torch.device, sampler: str
-) -> np.ndarray:
+def _draw_share(model: DiT, args: argparse.Namespace, launch: Launch, device: torch.device, sampler: str) -> np.ndarray:
     """This rank's images, an equal and contiguous share of all; uint8 [n, H, W, C], padded with further seeds."""
     share = math.ceil(args.num_images / launch.world)
     seeds = range(args.seed + launch.rank * share, args.seed + (launch.rank + 1) * share)
     channels = args.guide_channels if args.guide_channels == "all" else int(args.guide_channels)
     drawn = []
-    with tqdm(total=share * args.steps, unit="step", desc="sample", disable=launch.rank != 0) as bar:
+    steps = args.steps * math.ceil(share / args.batch_size)
+    with tqdm(total=steps, unit="step", desc="sample", disable=launch.rank != 0) as bar:
         for first in range(0, share, args.batch_size):
             batch = seeds[first : first + args.batch_size]
             labels = torch.tensor([_label(seed, model) for seed in batch], device=device)
@@ -121,7 +135,7 @@ def _draw_share(
                 steps=args.steps,
                 cfg_scale=args.cfg_scale,
                 guide_channels=channels,
-                progress=lambda done, total, n=len(batch): bar.update(n),
+                progress=lambda done, total: bar.update(),
             )
             drawn.append(to_uint8(images))
     return np.concatenate(drawn)

@@ -43,22 +43,23 @@ def test_ep_must_divide(ep):
         Topology(rank=0, world=4, ep_size=ep, num_experts=8)
 
 
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}  # sbatch's script itself, not a step of it
+SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+MPIRUN = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2402", strict=True)}
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     (
         ({}, (0, 1, 0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 4, 1, 2)),
-        (
-            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
-            (5, 8, 1, 4),
-        ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0, 1)),  # a batch script, not a step of it
-        (
-            {f"OMPI_COMM_WORLD_{k}": v for k, v in {"RANK": "2", "SIZE": "4", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items()},
-            (2, 4, 0, 2),
-        ),
+        (TORCHRUN, (3, 4, 1, 2)),
+        (BATCH_SCRIPT, (0, 1, 0, 1)),
+        (SRUN, (5, 8, 1, 4)),
+        (MPIRUN, (2, 4, 0, 2)),
+        ({**SRUN, **TORCHRUN}, (3, 4, 1, 2)),
     ),
-)  # fmt: skip
+)
 def test_every_launcher_is_understood(environment, expected):
     launch = resolve_launch(environment)
     assert (launch.rank, launch.world, launch.local_rank, launch.local_world) == expected

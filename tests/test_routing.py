@@ -77,7 +77,7 @@ PALETTES = {
     "zeros": [0.0, -0.0],
     "denormal": [0.0, -0.0, DENORMAL, -DENORMAL, 3 * DENORMAL, 1.2e-38],
     "extreme": [float("inf"), -float("inf"), 3.4e38, -3.4e38, 1.0, -1.0],
-    "neighbours": [1.0, float(np.nextafter(np.float32(1), np.float32(2))), float(np.nextafter(np.float32(1), 0, dtype=np.float32))],
+    "neighbours": [1.0, 1 + 2**-23, 1 - 2**-24],
 }  # fmt: skip
 
 

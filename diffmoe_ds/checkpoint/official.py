@@ -52,7 +52,8 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         with torch.no_grad():
             target.copy_(value)
     if left:
-        raise CheckpointError(f"the reference weights hold {sorted(left)[0]!r}, which a {config['kind']!r} model lacks.")
+        name = sorted(left)[0]
+        raise CheckpointError(f"the reference weights hold {name!r}, which a {config['kind']!r} model lacks.")
     if model.config.routing.kind == "batch_pool" and model.config.num_experts > 1:
         model.set_inference("dynamic")
     return model

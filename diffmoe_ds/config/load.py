@@ -138,7 +138,7 @@ def _convert(hint: Any, value: Any, name: str, source: str) -> Any:
             raise wrong("true or false")
         return value
     if hint is int:
-        if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
+        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             raise wrong("a whole number")
         return int(value)
     if hint is float:

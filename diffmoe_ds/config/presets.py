@@ -28,7 +28,7 @@ class Size:
 SIZES: dict[str, Size] = {
     #             depth  hidden  heads
     "nano":  Size(    4,     32,     4),  # tests: a step in milliseconds
-    "tiny":  Size(    6,    128,     4),  # draws Fashion-MNIST on two CPU cores in minutes
+    "tiny":  Size(    4,     96,     4),  # draws Fashion-MNIST on two CPU cores in minutes
     "S":     Size(   12,    384,     6),
     "B":     Size(   12,    768,    12),
     "L":     Size(   24,   1024,    16),

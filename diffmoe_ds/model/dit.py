@@ -107,9 +107,7 @@ class DiT(nn.Module):
         routings = []
         recompute = self.config.model.activation_checkpointing and self.training
         for block in self.blocks:
-            x_BSD, routing = (
-                checkpoint(block, x_BSD, c_BD, use_reentrant=False) if recompute else block(x_BSD, c_BD)
-            )
+            x_BSD, routing = checkpoint(block, x_BSD, c_BD, use_reentrant=False) if recompute else block(x_BSD, c_BD)
             if routing is not None:
                 routings.append(routing)
         out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)

@@ -37,9 +37,7 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
     nn.init.xavier_uniform_(patch.weight.flatten(1), generator=_stream(seed, "x_embedder.proj.weight"))
     patch.bias.zero_()
     for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
-        nn.init.normal_(
-            model.get_submodule(name).weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight")
-        )
+        nn.init.normal_(model.get_submodule(name).weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight"))
     for module in [*model.blocks, model.final_layer]:  # adaLN-zero: a block starts as the identity
         module.adaLN_modulation[-1].weight.zero_()
         module.adaLN_modulation[-1].bias.zero_()

@@ -15,18 +15,20 @@ class ParameterCounts:
     """Numbers of parameters."""
 
     total: int
-    """All weights, with all experts, routers and capacity predictors, and the fixed positions as the paper counts."""
+    """All trained weights, with all experts, routers and capacity predictors."""
     activated: int
     """Weights that an average token meets: C of E experts and everything dense (DiffMoE, eq. 40)."""
     experts: int
     """Weights of all experts of all layers."""
+    routers: int
+    """Weights of all routers and capacity predictors."""
 
 
 def count_parameters(config: Config) -> ParameterCounts:
     """Count without allocating anything."""
     with torch.device("meta"):
         model = DiT(config)
-    total = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
+    total = sum(p.numel() for p in model.parameters())
     layers = model.moe_layers().values()
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     routers = sum(layer.gate_weight.numel() for layer in layers)
@@ -34,4 +36,4 @@ def count_parameters(config: Config) -> ParameterCounts:
         p.numel() for layer in layers if layer.capacity_predictor for p in layer.capacity_predictor.parameters()
     )
     idle = experts * (1 - config.routing.capacity / config.num_experts)
-    return ParameterCounts(total, round(total - routers - idle), experts)
+    return ParameterCounts(total, round(total - routers - idle), experts, routers)

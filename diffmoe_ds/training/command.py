@@ -14,8 +14,8 @@ from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, find_
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.load import DEFAULT_RECIPE, dump_config, load_config
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
 
@@ -85,7 +85,7 @@ def train_command(args: argparse.Namespace) -> None:
         if metrics is not None:
             metrics.close()
     if is_main and saved is None:
-        print(f"{'complete':>11}  {run.images:,} images were seen already; a longer run needs a larger run.total_images")
+        print(f"{'complete':>11}  {run.images:,} images were seen already; for more, raise run.total_images")
     dist.destroy_process_group()
 
 
@@ -101,9 +101,7 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
         raw, source = read_deepspeed_json(args.deepspeed_config), str(args.deepspeed_config)
         config = replace(config, deepspeed=raw)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = resolve_deepspeed(
-        raw, config, source, world=launch.world, local_world=launch.local_world, device=device
-    )
+    settings = resolve_deepspeed(raw, config, source, world=launch.world, local_world=launch.local_world, device=device)
     return config, settings
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.save import save_checkpoint
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.data.draws import training_draws
 from diffmoe_ds.data.loader import MicroBatch, PositionLoader
 from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
-from diffmoe_ds.errors import NonFiniteError
+from diffmoe_ds.errors import DataError, NonFiniteError
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
 from diffmoe_ds.sampling import save_png
@@ -140,7 +141,7 @@ def _forward_backward(run: Run, batches: Iterator[MicroBatch]) -> tuple[Losses, 
     """All micro-steps of a step; losses are means over micro-steps and ranks."""
     totals = torch.zeros(len(Losses._fields), device=run.device)
     for micro_step in range(run.settings.accumulation):
-        batch = MicroBatch(*(tensor.to(run.device, non_blocking=True) for tensor in next(batches)))
+        batch = _next_batch(run, batches)
         t_B = run.objective.model_time(batch.time)
         noisy = run.objective.corrupt(batch.x, batch.noise, t_B)
         output = run.engine(noisy, t_B, batch.label, batch.drop)
@@ -154,6 +155,22 @@ def _forward_backward(run: Run, batches: Iterator[MicroBatch]) -> tuple[Losses, 
             run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
         run.thresholds.observe(output.routing)
     return Losses(*totals), (output.routing, run.objective.noise_level(t_B))
+
+
+def _next_batch(run: Run, batches: Iterator[MicroBatch]) -> MicroBatch:
+    """This rank's next images; if any rank cannot read its own, all leave together instead of waiting for it."""
+    failure = None
+    try:
+        batch = next(batches)
+    except DataError as error:
+        failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=run.device)
+    dist.all_reduce(failed)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise DataError(f"rank {run.topology.rank} stops because another rank could not read its images")
+    return MicroBatch(*(tensor.to(run.device, non_blocking=True) for tensor in batch))
 
 
 def _check_finite(run: Run, totals: torch.Tensor) -> None:

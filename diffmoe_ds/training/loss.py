@@ -27,9 +27,7 @@ class Losses(NamedTuple):
     """The load-balance loss of ``token_choice``, summed over layers."""
 
 
-def training_loss(
-    output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: Objective, config: Config
-) -> Losses:
+def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: Objective, config: Config) -> Losses:
     """The training loss of a micro-batch.
 
     Args:

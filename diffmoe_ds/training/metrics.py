@@ -67,7 +67,9 @@ def routing_report(routings: tuple[Routing, ...], noise_level_B: Tensor) -> Rout
 class MetricsWriter:
     """Writes the metrics of rank 0; the other ranks have none."""
 
-    def __init__(self, directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int) -> None:
+    def __init__(
+        self, directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int
+    ) -> None:
         """Open the files; what an earlier attempt wrote after the step that this one starts from is dropped.
 
         Args:

@@ -26,8 +26,8 @@ def counted(function, tensor_of):
     return wrapper
 
 
-for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast", "gather", "reduce"):
-    position = 1 if name.startswith("all_gather") or name == "all_to_all_single" else 0
+for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast", "reduce"):
+    position = 1 if name.startswith("all_") and name != "all_reduce" else 0
     setattr(dist, name, counted(getattr(dist, name), lambda args, p=position: args[p]))
 
 dist.init_process_group("gloo")

@@ -1,0 +1,94 @@
+"""Layout invariance: the same global batch gives the same losses and weights, whatever the ranks, EP size and ZeRO."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmoe_ds.checkpoint.load import CheckpointReader, find_checkpoint
+from tests.conftest import Trained
+
+TOLERANCE = 1e-5
+LAYOUTS = ((2, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 2), (4, 4, 1), (4, 4, 3))
+KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
+
+
+def tensors(run: Trained) -> dict[str, torch.Tensor]:
+    """Every tensor of the run's last checkpoint, whole: weights, moments, EMA, thresholds."""
+    reader = CheckpointReader(find_checkpoint(run.directory))
+    found = {}
+    for name, shape in reader.meta["shapes"].items():
+        for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):
+            found[f"{kind}/{name}"] = reader.read(kind, name, 0, torch.Size(shape).numel())
+    if reader.config.has_capacity_predictor:
+        for block in (1, 3):
+            name = f"blocks.{block}.mlp.expert_threshold"
+            found[f"buffer/{name}"] = reader.read("buffer", name, 0, reader.config.num_experts)
+    return found
+
+
+def assert_same(run: Trained, reference: Trained, tolerance: float = TOLERANCE) -> None:
+    for key in KEYS:
+        assert run.column(key) == pytest.approx(reference.column(key), abs=tolerance), key
+    ours, theirs = tensors(run), tensors(reference)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.slow
+def test_every_layout_trains_the_same(train_tiny):
+    reference = train_tiny(1, 1, 0)
+    assert len(reference.metrics) == 5
+    assert reference.column("loss")[-1] < reference.column("loss")[0]
+    for world, ep, zero in LAYOUTS:
+        assert_same(train_tiny(world, ep, zero), reference)
+
+
+def test_two_ranks_train_like_one(train_tiny):
+    """The fast one: sharded experts, ZeRO 2, SwiGLU, shared expert, recomputed activations against none of it."""
+    swiglu = ("model.mlp=swiglu", "routing.shared_experts=1", "run.total_images=48")
+    reference = train_tiny(1, 1, 0, *swiglu)
+    assert_same(train_tiny(2, 2, 2, *swiglu, "model.activation_checkpointing=true"), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("token_choice", "expert_choice", "dense"))
+def test_other_routers_train_the_same(train_tiny, kind):
+    overrides = (f"routing.kind={kind}", "run.total_images=48", "objective.kind=ddpm")
+    reference = train_tiny(1, 1, 1, *overrides)
+    ep = 1 if kind == "dense" else 2
+    assert_same(train_tiny(2, ep, 2, *overrides), reference)
+
+
+@pytest.mark.slow
+def test_accumulated_micro_steps_do_not_depend_on_the_ranks(train_tiny):
+    """The pool is one micro-batch over all ranks: 2 x 8 images on one rank are 2 x 4 on two."""
+    one = train_tiny(1, 1, 0, gradient_accumulation_steps=2)
+    assert_same(train_tiny(2, 2, 2, gradient_accumulation_steps=2), one)
+    whole = train_tiny(1, 1, 0)
+    assert one.column("loss") != pytest.approx(whole.column("loss"), abs=1e-7), "two pools must not select like one"
+
+
+@pytest.mark.slow
+def test_smaller_pools_are_pools_of_their_ranks(train_tiny):
+    """With EP 2 of 4 ranks the `ep` pool is two ranks; a `rank` pool is one: both train, and differently."""
+    losses = {pool: train_tiny(4, 2, 2, f"routing.pool={pool}").column("loss") for pool in ("world", "ep", "rank")}
+    assert len({tuple(values) for values in losses.values()}) == 3
+    one_rank = train_tiny(1, 1, 0, "routing.pool=rank").column("loss")
+    assert one_rank == pytest.approx(losses["world"], abs=TOLERANCE), "on one rank all pools are the same"
+
+
+@pytest.mark.slow
+def test_bf16_trains_close_to_fp32(train_tiny):
+    fp32 = train_tiny(1, 1, 0)
+    for world, ep, zero in ((1, 1, 0), (2, 2, 1), (2, 2, 3)):
+        bf16 = train_tiny(world, ep, zero, bf16={"enabled": True})
+        assert bf16.column("diffusion_loss") == pytest.approx(fp32.column("diffusion_loss"), rel=0.05)
+
+
+@pytest.mark.slow
+def test_offloaded_optimizer_trains_the_same(train_tiny):
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    extra = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    assert_same(train_tiny(2, 2, 2, **extra), train_tiny(2, 2, 2))
