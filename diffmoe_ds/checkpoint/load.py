@@ -29,7 +29,7 @@ FIXED = {
         "mlp",
     ),
     "routing": ("kind", "interleave", "shared_experts", "capacity_predictor"),
-    "objective": ("kind",),
+    "objective": ("kind", "flow_time_scale"),
 }  # fmt: skip
 """What decides the shapes or the meaning of the weights and so cannot change between save and resume."""
 

@@ -87,6 +87,9 @@ class ObjectiveConfig:
 
     kind: Literal["flow", "ddpm"] = "flow"
     """Rectified flow (velocity), or DDPM with learned variance (noise and variance: twice the channels)."""
+    flow_time_scale: float = 1.0
+    """What flow's time in [0, 1] is multiplied by before it is embedded.  The reference takes it as it is; 1000 gives
+    it the range of DDPM's steps, which the embedding's frequencies are made for, and learns faster."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class Config:
             raise ConfigError(f"routing.num_experts is {experts}, but it must be above 0.")
         _positive("model", model, "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio")
         _positive("run", run, "total_images", "log_every_images")
+        _positive("objective", self.objective, "flow_time_scale")
         _positive("sample", self.sample, "num_images", "steps")
         _positive("optimizer", self.optimizer, "lr", "eps")
         _not_negative("run", run, "seed", "save_every_images", "sample_every_images")

@@ -77,6 +77,7 @@ class DiT(nn.Module):
         size, width = config.size, config.size.hidden_size
         self.config = config
         self.patch_size = model.patch_size
+        self.time_scale = config.objective.flow_time_scale if config.objective.kind == "flow" else 1.0
         self.out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -103,7 +104,7 @@ class DiT(nn.Module):
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B, drop_B)
+        c_BD = self.t_embedder(t_B * self.time_scale) + self.y_embedder(y_B, drop_B)
         routings = []
         recompute = self.config.model.activation_checkpointing and self.training
         for block in self.blocks:
