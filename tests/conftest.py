@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WORKERS = Path(__file__).resolve().parent / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
+GRACE = 10
+"""Seconds that the other processes have to end when one has failed."""
 
 torch.set_num_threads(1)
 
@@ -50,43 +53,36 @@ def clean_environment(**extra: str) -> dict[str, str]:
 def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: float = LAUNCH_TIMEOUT) -> Finished:
     """Start commands together and wait; when one fails or time is up, the others are ended, by process group."""
     deadline = time.monotonic() + timeout
+    files = [tempfile.TemporaryFile("w+") for _ in commands]  # not pipes, which a process could fill and block on
     processes = [
         subprocess.Popen(
-            command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-        for command, environment in commands
-    ]  # fmt: skip
-    outputs: list[str] = []
+        for (command, environment), file in zip(commands, files, strict=True)
+    ]
     failed_since = None
     try:
         while any(p.poll() is None for p in processes):
+            now = time.monotonic()
             if failed_since is None and any(p.poll() for p in processes):
-                failed_since = time.monotonic()
-            hung = time.monotonic() > deadline
-            if hung or (failed_since is not None and time.monotonic() > failed_since + 10):
+                failed_since = now
+            if now > deadline or (failed_since is not None and now > failed_since + GRACE):
                 break
-            _drain(processes, outputs, 0.05)
+            time.sleep(0.02)
     finally:
         late = [p for p in processes if p.poll() is None]
         for process in late:
             os.killpg(process.pid, signal.SIGKILL)
-        for process in processes:
-            outputs.append(process.communicate()[0])
+            process.wait()
+    outputs = []
+    for file in files:
+        with file:
+            file.seek(0)
+            outputs.append(file.read())
     text = "".join(outputs)
     if late and failed_since is None:
         pytest.fail(f"hung for {timeout} s:\n{text[-5000:]}")
     return Finished(next((p.returncode for p in processes if p.returncode > 0), 0), text)
-
-
-def _drain(processes: list[subprocess.Popen], outputs: list[str], seconds: float) -> None:
-    for process in processes:  # so that no pipe fills up and blocks its writer
-        try:
-            outputs.append(process.communicate(timeout=seconds)[0])
-        except subprocess.TimeoutExpired:
-            continue
-        except ValueError:
-            continue  # read to its end already
 
 
 def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT, **extra: str) -> Finished:

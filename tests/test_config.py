@@ -98,7 +98,7 @@ def test_shipped_json_resolves_at_many_sizes(path, world):
         ("model.name.x=5", "'name' is a value, not a section"),
         ("seed", "'seed' is not of the form section.key=value"),
         ("model.activation_checkpointing=2", "model.activation_checkpointing is 2, but it must be true or false"),
-        ("model.num_heads=5", "model.hidden_size is 128, but it must be divisible by 4 and by model.num_heads 5"),
+        ("model.num_heads=5", "model.hidden_size is 96, but it must be divisible by 4 and by model.num_heads 5"),
     ),
 )
 def test_wrong_recipe_values_are_named(override, message):
