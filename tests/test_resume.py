@@ -15,9 +15,18 @@ from tests.conftest import read_metrics
 from tests.test_layout import assert_same, tensors
 
 
-def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path):
+SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "zero", "bf16"),
+    [(2, 2, 1, False), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)],
+)
+def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, bf16):
     """Train 5 steps with a save after 2; resume there; losses, weights, moments, EMA and thresholds are equal."""
-    straight = train_tiny(2, 2, 1, "run.save_every_images=32")
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
+    changes = {"bf16": {"enabled": bf16}, "scheduler": scheduler}
+    straight = train_tiny(world, ep, zero, "run.save_every_images=32", **changes)
     interrupted = tmp_path / "interrupted"
     shutil.copytree(straight.directory, interrupted)
     for folder in (interrupted / "checkpoints").iterdir():
@@ -26,14 +35,15 @@ def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path):
     (interrupted / "checkpoints" / "latest").write_text("images_000000000032\n")
     with (interrupted / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "ima')  # what a killed run leaves
-    resumed = train_tiny(2, 2, 1, "run.save_every_images=32", directory=interrupted)
+    resumed = train_tiny(world, ep, zero, "run.save_every_images=32", directory=interrupted, **changes)
     assert "continues" in resumed.output and "at 32 images" in resumed.output
     assert resumed.column("step") == [1, 2, 3, 4, 5], "no step twice, none lost"
-    assert resumed.column("loss") == straight.column("loss")
+    for key in ("loss", "grad_norm", "lr"):
+        assert resumed.column(key) == straight.column(key)
     ours, theirs = tensors(resumed), tensors(straight)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    again = train_tiny(2, 2, 1, directory=interrupted)
+    again = train_tiny(world, ep, zero, directory=interrupted, **changes)
     assert "were seen already" in again.output and again.metrics == read_metrics(interrupted)
 
 

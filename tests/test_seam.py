@@ -70,6 +70,7 @@ def test_layer_attributes_that_deepspeed_reads_are_set():
         ("deepspeed.utils.mixed_precision_linkage", "lp_param._hp_mapping = ", "master weights by parameter"),
         ("deepspeed.utils.tensor_fragment", "lp_fragment_address", "where a fragment starts"),
         ("deepspeed.runtime.fp16.fused_optimizer", "self.fp32_groups_flat", "bf16 master weights at ZeRO 0"),
+        ("deepspeed.runtime.fp16.unfused_optimizer", "self.fp32_groups", "bf16 master weights at ZeRO 0"),
         ("deepspeed.moe.utils", '"allreduce") and not param.allreduce', "how expert weights are told apart"),
         (
             "deepspeed.runtime.zero.stage_1_and_2",

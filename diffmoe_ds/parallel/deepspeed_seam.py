@@ -228,15 +228,17 @@ def _moments(optimizer: torch.optim.Optimizer, flat: Tensor, offset: int, numel:
 
 
 def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """ZeRO 0: the parameter itself in fp32, or its place in DeepSpeed's flat fp32 copy of a bf16 model."""
+    """ZeRO 0: the parameter itself in fp32, or its fp32 copy beside a bf16 model, alone or in a flat group."""
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups_flat"):
+    if not hasattr(optimizer, "fp16_groups"):
         return parameter, 0
-    for flat, members in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
+    for index, members in enumerate(optimizer.fp16_groups):
         offset = 0
-        for member in members:
+        for number, member in enumerate(members):
             if member is parameter:
-                return flat, offset
+                if hasattr(optimizer, "fp32_groups_flat"):  # DeepSpeed's FusedAdam
+                    return optimizer.fp32_groups_flat[index], offset
+                return optimizer.fp32_groups[index][number], 0
             offset += member.numel()
     raise AssertionError("every trained parameter is in one of the optimizer's groups")
 
