@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, SaidElsewhereError
+from diffmoe_ds.parallel.launch import resolve_launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,13 +16,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except DiffMoEError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same mistake in a configuration
+        if _should_say(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _should_say(error: DiffMoEError) -> bool:
+    """Every rank finds the same mistake in a configuration and rank 0 says it, or all where no rank is known."""
+    if isinstance(error, SaidElsewhereError):
+        return False
+    try:
+        return not isinstance(error, ConfigError) or resolve_launch().rank == 0
+    except DiffMoEError:
+        return True
 
 
 def _parser() -> argparse.ArgumentParser:

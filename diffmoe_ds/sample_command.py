@@ -17,7 +17,8 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.rendezvous import meet
 from diffmoe_ds.parallel.topology import Topology
 from diffmoe_ds.sampling import PIXEL_CHANNELS, draw, grid_columns, make_grid, save_png, to_uint8
 
@@ -96,7 +97,10 @@ def sample_command(args: argparse.Namespace) -> None:
     model.set_inference(args.routing or config.inference_choices[0])
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model.to(device).eval()
-    args.out.mkdir(parents=True, exist_ok=True)
+    meeting = meet(launch, f"{path} {sampler}")
+    if launch.world > 1 and launch.rank == 0:
+        print(f"{'launch':>11}  {meeting.launch.describe()}", flush=True)
+    meeting.on_main("out", lambda: _make_folder(args.out))
 
     pixels = _draw_share(model, args, launch, device, sampler)
     pixels = _gather(pixels, args.num_images, launch)
@@ -110,6 +114,13 @@ def sample_command(args: argparse.Namespace) -> None:
     grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
     save_png(grid, str(args.out / "grid.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
     print(f"{args.num_images} images in {args.out / 'samples.npz'}, the first {len(shown)} in {args.out / 'grid.png'}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {path}: cannot be made: {error.strerror}.") from None
 
 
 def _label(seed: int, model: DiT) -> int:
@@ -145,7 +156,6 @@ def _gather(pixels: np.ndarray, num_images: int, launch: Launch) -> np.ndarray |
     """All images on rank 0, none on the others."""
     if launch.world == 1:
         return pixels[:num_images]
-    export_launch(launch)
     dist.init_process_group("gloo")
     mine = torch.from_numpy(pixels)
     every = [torch.empty_like(mine) for _ in range(launch.world)] if launch.rank == 0 else None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,12 +16,15 @@ import torch.distributed as dist
 from diffmoe_ds.checkpoint.layout import checkpoint_root
 from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
-from diffmoe_ds.config.load import DEFAULT_RECIPE, dump_config, load_config
+from diffmoe_ds.config.load import DEFAULT_RECIPE, config_to_dict, dump_config, load_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.rendezvous import meet
+from diffmoe_ds.parallel.traffic import assumed_hosts
+from diffmoe_ds.training.lock import RunLock
 
 EXAMPLES = """examples:
   diffmoe train
@@ -49,10 +56,7 @@ def train_command(args: argparse.Namespace) -> None:
     launch = resolve_launch()
     config, settings = _configuration(args, launch)
     directory = args.run_dir or Path("runs") / Path(args.config).stem
-    checkpoint = _resume_from(args.resume, directory)
-    reader = None if checkpoint is None else CheckpointReader(checkpoint)
-    if reader is not None:
-        check_same_model(reader, config)
+    reader = _open_checkpoint(args.resume, directory, config)
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
     from diffmoe_ds.parallel import deepspeed_seam as seam
@@ -64,29 +68,37 @@ def train_command(args: argparse.Namespace) -> None:
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config.data.path)
     is_main = launch.rank == 0
-    if is_main:
-        resumed = "starts anew" if reader is None else f"continues {reader.path} at {reader.meta['images']:,} images"
-        print(banner(config, settings, launch, directory, len(dataset), resumed), flush=True)
     if args.dry_run:
+        if is_main:
+            hosts = assumed_hosts(launch.world, launch.local_world)
+            print(banner(config, settings, launch, hosts, directory, len(dataset), _start(reader)), flush=True)
         return
-    if is_main:
-        _write_resolved(directory, config)
-    export_launch(launch)
-    seam.quiet_deepspeed()
-    seam.init_process_group()
-    run = setup_run(config, settings, launch, directory, reader)
-    metrics = None
-    if is_main:
-        board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
-        metrics = MetricsWriter(directory, board, run.images, run.step, config.run.total_images)
-    try:
-        saved = train(run, dataset, metrics)
-    finally:
-        if metrics is not None:
-            metrics.close()
+    meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
+    with ExitStack() as held:
+        lock = meeting.on_main("lock", lambda: held.enter_context(RunLock(directory)))
+        reader = _open_checkpoint(args.resume, directory, config)  # the job before may have saved until it left
+        if is_main:
+            text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), _start(reader))
+            print(text, flush=True)
+        meeting.on_main("resolved", lambda: _write_resolved(directory, config))
+        seam.quiet_deepspeed()
+        seam.init_process_group()
+        run = setup_run(config, settings, launch, directory, reader)
+        metrics = None
+        if is_main:
+            board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
+            metrics = MetricsWriter(directory, board, run.images, run.step, config.run.total_images, lock.check)
+            held.callback(metrics.close)
+        saved = train(run, dataset, metrics, meeting.hosts)
     if is_main and saved is None:
         print(f"{'complete':>11}  {run.images:,} images were seen already; for more, raise run.total_images")
     dist.destroy_process_group()
+
+
+def _fingerprint(config: Config, settings: DeepSpeedSettings) -> str:
+    """What all ranks must have resolved alike."""
+    everything = [config_to_dict(config), settings.json, version("diffmoe_ds"), version("deepspeed"), torch.__version__]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, DeepSpeedSettings]:
@@ -103,6 +115,19 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = resolve_deepspeed(raw, config, source, world=launch.world, local_world=launch.local_world, device=device)
     return config, settings
+
+
+def _open_checkpoint(resume: str, directory: Path, config: Config) -> CheckpointReader | None:
+    checkpoint = _resume_from(resume, directory)
+    if checkpoint is None:
+        return None
+    reader = CheckpointReader(checkpoint)
+    check_same_model(reader, config)
+    return reader
+
+
+def _start(reader: CheckpointReader | None) -> str:
+    return "starts anew" if reader is None else f"continues {reader.path} at {reader.meta['images']:,} images"
 
 
 def _resume_from(resume: str, directory: Path) -> Path | None:

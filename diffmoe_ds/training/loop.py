@@ -19,23 +19,26 @@ from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
 from diffmoe_ds.errors import DataError, NonFiniteError
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
+from diffmoe_ds.parallel.waiting import WAITING
 from diffmoe_ds.sampling import save_png
 from diffmoe_ds.training.loss import Losses, training_loss
 from diffmoe_ds.training.metrics import MetricsWriter, routing_report
 from diffmoe_ds.training.preview import Preview
 from diffmoe_ds.training.setup import Run, mean_over_ranks
+from diffmoe_ds.training.stragglers import Stragglers
 
 LAST_MICRO_STEP = tuple[tuple[Routing, ...], torch.Tensor]
 """What the last forward pass of a step routed, and the noise level of its images."""
 
 
-def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None) -> Path | None:
+def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None, hosts: tuple[str, ...]) -> Path | None:
     """Train until the run's images are seen.
 
     Args:
         run: from `setup_run`.
         dataset: the images.
         metrics: rank 0's writer.
+        hosts: the host of every rank.
 
     Returns:
         The last checkpoint written; none if there was nothing left to do.
@@ -46,6 +49,7 @@ def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None) -> Pat
     """
     config, global_batch = run.config, run.settings.global_batch
     batches = iter(make_loader(run, dataset))
+    stragglers = Stragglers(config.run, hosts, run.device)
     preview, saved = Preview(), None
     due = {
         "line": _Every(config.run.log_every_images, run.images),
@@ -53,12 +57,15 @@ def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None) -> Pat
         "grid": _Every(config.run.sample_every_images, run.images),
     }
     while run.images < config.run.total_images:
-        losses, last = _forward_backward(run, batches)
+        losses, last = _forward_backward(run, batches, stragglers)
         grad_norm = _update(run, losses)
         run.images += global_batch
         run.step += 1
         if metrics is not None:
             metrics.step(_row(run, losses, grad_norm))
+        compared = stragglers.compare(run.step)
+        if metrics is not None and compared is not None:
+            metrics.compared(compared, run.images)
         is_last = run.images >= config.run.total_images
         if due["line"](run.images) or is_last:
             report = routing_report(*last) if last[0] else None
@@ -137,15 +144,18 @@ def save(run: Run) -> Path:
     )
 
 
-def _forward_backward(run: Run, batches: Iterator[MicroBatch]) -> tuple[Losses, LAST_MICRO_STEP]:
+def _forward_backward(
+    run: Run, batches: Iterator[MicroBatch], stragglers: Stragglers
+) -> tuple[Losses, LAST_MICRO_STEP]:
     """All micro-steps of a step; losses are means over micro-steps and ranks."""
     totals = torch.zeros(len(Losses._fields), device=run.device)
     for micro_step in range(run.settings.accumulation):
-        batch = _next_batch(run, batches)
-        t_B = run.objective.model_time(batch.time)
-        noisy = run.objective.corrupt(batch.x, batch.noise, t_B)
-        output = run.engine(noisy, t_B, batch.label, batch.drop)
-        losses = training_loss(output, batch, t_B, run.objective, run.config)
+        with stragglers.own_work(run.step):
+            batch = _next_batch(run, batches)
+            t_B = run.objective.model_time(batch.time)
+            noisy = run.objective.corrupt(batch.x, batch.noise, t_B)
+            output = run.engine(noisy, t_B, batch.label, batch.drop)
+            losses = training_loss(output, batch, t_B, run.objective, run.config)
         totals += torch.stack([loss.detach().float() for loss in losses]) / run.settings.accumulation
         if micro_step + 1 == run.settings.accumulation:
             totals = mean_over_ranks(totals)
@@ -165,7 +175,8 @@ def _next_batch(run: Run, batches: Iterator[MicroBatch]) -> MicroBatch:
     except DataError as error:
         failure = error
     failed = torch.tensor([failure is not None], dtype=torch.int32, device=run.device)
-    dist.all_reduce(failed)
+    with WAITING:
+        dist.all_reduce(failed)
     if failure is not None:
         raise failure
     if failed.item():
