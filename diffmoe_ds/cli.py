@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train`` and ``diffmoe sample``."""
+"""The command line: ``diffmoe train``, ``sample`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -38,12 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds import sample_command
+    from diffmoe_ds import doctor_command, sample_command
     from diffmoe_ds.training import command as train_command
 
     for name, text, module, add, run in (
         ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
         ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
+        (
+            "doctor",
+            "examine these hosts and say what to fix",
+            doctor_command,
+            doctor_command.add_doctor_arguments,
+            doctor_command.doctor_command,
+        ),
     ):
         sub = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,

@@ -49,7 +49,7 @@ class Meeting:
         """
         self.launch = launch
         self.hosts = hosts
-        self._store = store
+        self.store = store
         self._timeout = timedelta(seconds=timeout_s)
 
     def on_main(self, name: str, action: Callable[[], T]) -> T | None:
@@ -65,20 +65,20 @@ class Meeting:
         Raises:
             DiffMoEError: the action's on rank 0, a `SaidElsewhereError` on the others.
         """
-        if self._store is None:
+        if self.store is None:
             return action()
         if self.launch.rank == 0:
             try:
                 result = action()
             except DiffMoEError as error:
-                self._store.set(name, str(error.exit_code))
-                _linger(self._store, self.launch.world - 1)
+                self.store.set(name, str(error.exit_code))
+                _linger(self.store, self.launch.world - 1)
                 raise
-            self._store.set(name, "0")
+            self.store.set(name, "0")
             return result
-        code = int(_read(self._store, name, self._timeout))
+        code = int(_read(self.store, name, self._timeout))
         if code:
-            self._store.add("left", 1)
+            self.store.add("left", 1)
             raise SaidElsewhereError(code)
         return None
 
