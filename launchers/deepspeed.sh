@@ -7,6 +7,7 @@
 #   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile, where DeepSpeed looks by itself; see hostfile.example)
 #   NODES         use only the first so many hosts (all; not with openmpi)
 #   LAUNCHER      pdsh, openmpi or slurm (pdsh)
+#   LAUNCHER_ARGS options for it, such as "--partition=gpu --ntasks-per-node=8" (none)
 #   MASTER_PORT   the port on the first host where ranks meet (29500)
 #   CHECK         0 leaves out the check of every host over ssh before the start (1, with pdsh)
 #   PYTHON        the interpreter, the same path on all hosts (python)
@@ -17,6 +18,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile} launcher=${LAUNCHER:-pdsh}
 command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher "$launcher"
   --master_port "${MASTER_PORT:-29500}")
+[[ -z ${LAUNCHER_ARGS:-} ]] || command+=("--launcher_args=$LAUNCHER_ARGS")
 [[ -z ${NODES:-} ]] || command+=(--num_nodes "$NODES")
 command+=(diffmoe_ds/train.py)
 if [[ ${1:-} == --dry-run ]]; then

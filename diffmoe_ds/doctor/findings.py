@@ -63,9 +63,7 @@ def _devices(ranks: list[dict[str, Any]]) -> list[str]:
     for name in ranks[0]["ops"]:
         failing = [rank for rank in ranks if rank["ops"].get(name, "").startswith("cannot be compiled")]
         if failing and failing[0]["device"]["kind"] == "cuda":
-            found.append(
-                f'{_on(failing)}: DeepSpeed\'s {name} {failing[0]["ops"][name]}; install it, or keep "torch_adam": true.'
-            )
+            found.append(f'{_on(failing)}: DeepSpeed\'s {name} {failing[0]["ops"][name]} (or keep "torch_adam": true).')
     small = [rank for rank in ranks if rank["shm_free_gb"] < SHM_GB]
     if small:
         found.append(f"{_on(small)}: only {small[0]['shm_free_gb']} GB free in /dev/shm (containers: --shm-size).")
@@ -105,7 +103,7 @@ def _network(report: dict[str, Any]) -> list[str]:
         ]
         if loopback:
             found.append(
-                f"{_on(loopback)}: the host's own name is {loopback[0]['own_name_is']}, which other hosts cannot reach; "
+                f"{_on(loopback)}: the host's own name is {loopback[0]['own_name_is']}, which others cannot reach; "
                 f"set GLOO_SOCKET_IFNAME={loopback[0]['interface']} or mend /etc/hosts."
             )
     if report["collectives_failed"]:
