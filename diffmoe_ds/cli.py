@@ -1,20 +1,35 @@
-"""The command line: ``diffmoe train``, ``sample`` and ``doctor``."""
+"""The command line: ``diffmoe train``, ``sample``, ``checkpoint`` and ``doctor``."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError, SaidElsewhereError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, Requeue, SaidElsewhereError
 from diffmoe_ds.parallel.launch import resolve_launch
+from diffmoe_ds.training.signals import listening
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A cluster may ask a run to stop before torch is even imported.
+    with listening() if argv[:1] == ["train"] else nullcontext():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
+    except Requeue as stop:
+        if resolve_launch().rank == 0:
+            print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
+        return stop.exit_code
     except DiffMoEError as error:
         if _should_say(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
@@ -39,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
     from diffmoe_ds import doctor_command, sample_command
+    from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
     for name, text, module, add, run in (
@@ -50,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
             doctor_command,
             doctor_command.add_doctor_arguments,
             doctor_command.doctor_command,
+        ),
+        (
+            "checkpoint",
+            "inspect, reshard, export and import checkpoints",
+            checkpoint_command,
+            checkpoint_command.add_checkpoint_arguments,
+            checkpoint_command.checkpoint_command,
         ),
     ):
         sub = commands.add_parser(

@@ -54,3 +54,15 @@ class SaidElsewhereError(DiffMoEError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another rank has said what is wrong")
         self.exit_code = exit_code
+
+
+class RankLostError(DiffMoEError):
+    """Another rank died or stopped answering; the same command continues from the last checkpoint."""
+
+    exit_code = 85
+
+
+class Requeue(DiffMoEError):
+    """The run was asked to stop, has saved, and wants to be started again: not an error of anybody's."""
+
+    exit_code = 85

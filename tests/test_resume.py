@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from diffmoe_ds.checkpoint.load import CheckpointReader, find_checkpoint
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.errors import CheckpointError
 from tests.conftest import read_metrics
 from tests.test_layout import assert_same, tensors
@@ -75,7 +76,7 @@ def small_checkpoint(tmp_path, train_tiny):
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(small_checkpoint, train_tiny, tmp_path):
-    good = find_checkpoint(small_checkpoint.directory)
+    good = newest_valid(small_checkpoint.directory, full=True)
     other = train_tiny(1, 1, 1, "model.depth=2", directory=small_checkpoint.directory, code=5)
     assert "is of another model: model.depth is 4 there and 2 here" in other.output
     assert "Traceback" not in other.output

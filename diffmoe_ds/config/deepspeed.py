@@ -228,7 +228,8 @@ def _precision(tree: dict[str, Any], device: str, source: str, notes: list[str])
         notes.append(f"bf16.enabled: auto is {str(bf16).lower()} on {device}")
     if not isinstance(bf16, bool):
         raise ConfigError(f'{source}: bf16.enabled is {bf16!r}; valid: true, false, "auto".')
-    tree["bf16"] = {"enabled": bf16}
+    # Else DeepSpeed applies a bf16 gradient that is not finite; in fp32 it discards one by itself.
+    tree["bf16"] = {"enabled": bf16, "check_grad_overflow": True}
     return bf16
 
 

@@ -31,6 +31,8 @@ class ModelConfig:
 
     name: str = "tiny-E8"
     """Size and experts from the table in `config/presets.py`, such as ``S-E16`` or ``Dense-L``."""
+    init_from: str | None = None
+    """Begin a new run with the weights of an exported model, a checkpoint or a run directory (fine-tuning)."""
     hidden_size: int | None = None
     """Width D of a token; none: the named size's."""
     depth: int | None = None
@@ -146,6 +148,24 @@ class RunConfig:
     """Compare the ranks' own work every so many steps; 0 never does."""
     straggler_ratio: float = 1.5
     """The slowest rank is reported when it needs more than this many times what the others need."""
+    nonfinite_skips: int = 0
+    """Steps in a row whose loss or gradient may be NaN or infinite; they are skipped, the next one ends the run."""
+    rank_timeout_s: float = 300.0
+    """Seconds without a sign of life from a rank after which all others leave."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How a run is saved, and what is kept."""
+
+    keep_last: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every_images: int = 0
+    """Keep for ever the first checkpoint after every multiple of so many images; 0 keeps none for that."""
+    async_save: bool = True
+    """Write while training goes on, from a copy in host memory; otherwise training waits for the disk."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (full disk): leave with code 5, or warn and go on to the next save."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +208,8 @@ class Config:
     """The averaged weights."""
     run: RunConfig = field(default_factory=RunConfig)
     """Length and rhythm."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Grids drawn while training."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
@@ -204,11 +226,15 @@ class Config:
         if experts < 1:
             raise ConfigError(f"routing.num_experts is {experts}, but it must be above 0.")
         _positive("model", model, "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio")
-        _positive("run", run, "total_images", "log_every_images", "start_timeout_s", "straggler_ratio")
+        _positive(
+            "run", run, "total_images", "log_every_images", "rank_timeout_s", "start_timeout_s", "straggler_ratio"
+        )
         _positive("objective", self.objective, "flow_time_scale")
         _positive("sample", self.sample, "num_images", "steps")
         _positive("optimizer", self.optimizer, "lr", "eps")
-        _not_negative("run", run, "seed", "save_every_images", "sample_every_images", "straggler_steps")
+        _not_negative("run", run, "seed", "save_every_images", "sample_every_images", "nonfinite_skips")
+        _not_negative("run", run, "straggler_steps")
+        _not_negative("checkpoint", self.checkpoint, "keep_last", "keep_every_images")
         _not_negative("routing", routing, "shared_experts", "capacity_weight", "balance_weight")
         _not_negative("data", self.data, "num_workers")
         _not_negative("optimizer", self.optimizer, "weight_decay")

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.layout import checkpoint_root
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model
+from diffmoe_ds.checkpoint.model_file import open_weights
+from diffmoe_ds.checkpoint.verify import candidates, check_sizes
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.load import DEFAULT_RECIPE, config_to_dict, dump_config, load_config
 from diffmoe_ds.config.schema import Config
@@ -24,6 +26,7 @@ from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.parallel.launch import Launch, resolve_launch
 from diffmoe_ds.parallel.rendezvous import meet
 from diffmoe_ds.parallel.traffic import assumed_hosts
+from diffmoe_ds.sampling import check_guidance
 from diffmoe_ds.training.lock import RunLock
 
 EXAMPLES = """examples:
@@ -56,14 +59,18 @@ def train_command(args: argparse.Namespace) -> None:
     launch = resolve_launch()
     config, settings = _configuration(args, launch)
     directory = args.run_dir or Path("runs") / Path(args.config).stem
-    reader = _open_checkpoint(args.resume, directory, config)
+    choices = _resume_choices(args.resume, directory)
+    reader = _first_look(choices, config)
+    source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
     from diffmoe_ds.parallel import deepspeed_seam as seam
-    from diffmoe_ds.training.banner import banner
+    from diffmoe_ds.training.banner import banner, resumed_from
     from diffmoe_ds.training.loop import open_dataset, train
     from diffmoe_ds.training.metrics import MetricsWriter
-    from diffmoe_ds.training.setup import pool_rows, setup_run
+    from diffmoe_ds.training.resume import agree_on_checkpoint
+    from diffmoe_ds.training.setup import pool_rows, setup_run, together
+    from diffmoe_ds.training.watchdog import Watchdog
 
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config.data.path)
@@ -71,25 +78,47 @@ def train_command(args: argparse.Namespace) -> None:
     if args.dry_run:
         if is_main:
             hosts = assumed_hosts(launch.world, launch.local_world)
-            print(banner(config, settings, launch, hosts, directory, len(dataset), _start(reader)), flush=True)
+            starts = resumed_from(reader, settings, launch, source)
+            print(banner(config, settings, launch, hosts, directory, len(dataset), starts), flush=True)
         return
     meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
     with ExitStack() as held:
         lock = meeting.on_main("lock", lambda: held.enter_context(RunLock(directory)))
-        reader = _open_checkpoint(args.resume, directory, config)  # the job before may have saved until it left
+        if args.resume == "auto":  # the job before may have saved until it left
+            choices = _resume_choices(args.resume, directory)
+            reader = _first_look(choices, config)
         if is_main:
-            text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), _start(reader))
+            starts = resumed_from(reader, settings, launch, source)
+            text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), starts)
             print(text, flush=True)
-        meeting.on_main("resolved", lambda: _write_resolved(directory, config))
         seam.quiet_deepspeed()
         seam.init_process_group()
-        run = setup_run(config, settings, launch, directory, reader)
-        metrics = None
-        if is_main:
+        watchdog = held.enter_context(Watchdog(launch.rank, launch.world, config.run.rank_timeout_s))
+        try:
+            chosen = agree_on_checkpoint(choices, directory, seam.device())
+            if chosen is not None and (reader is None or chosen != reader.path):
+                reader = CheckpointReader(chosen)
+                check_same_model(reader, config)
+                if is_main:
+                    print(f"{'instead':>11}  {resumed_from(reader, settings, launch, None)}", flush=True)
+            together(lambda: _write_resolved(directory, config) if is_main else None)
+            run = setup_run(config, settings, launch, directory, reader, source)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
-            metrics = MetricsWriter(directory, board, run.images, run.step, config.run.total_images, lock.check)
-            held.callback(metrics.close)
-        saved = train(run, dataset, metrics, meeting.hosts)
+            metrics = together(
+                lambda: (
+                    MetricsWriter(directory, board, run.images, run.step, config.run.total_images, lock.check)
+                    if is_main
+                    else None
+                )
+            )
+            if metrics is not None:
+                held.callback(metrics.close)
+            saved = train(run, dataset, metrics, watchdog, meeting.hosts)
+        except RuntimeError as error:  # what a collective raises when a peer is gone, among other things
+            lost = watchdog.find_lost()
+            if lost is None:
+                raise
+            raise lost from error
     if is_main and saved is None:
         print(f"{'complete':>11}  {run.images:,} images were seen already; for more, raise run.total_images")
     dist.destroy_process_group()
@@ -105,6 +134,8 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
     config = load_config(args.config, args.overrides)
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, config.sample.steps)
+    if config.run.sample_every_images:
+        check_guidance(config.sample.cfg_scale, "all", config)
     if args.deepspeed_config is None:
         raw, source = config.deepspeed, f"{args.config}: deepspeed"
         if not raw:
@@ -117,33 +148,46 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
     return config, settings
 
 
-def _open_checkpoint(resume: str, directory: Path, config: Config) -> CheckpointReader | None:
-    checkpoint = _resume_from(resume, directory)
-    if checkpoint is None:
-        return None
-    reader = CheckpointReader(checkpoint)
-    check_same_model(reader, config)
-    return reader
-
-
-def _start(reader: CheckpointReader | None) -> str:
-    return "starts anew" if reader is None else f"continues {reader.path} at {reader.meta['images']:,} images"
-
-
-def _resume_from(resume: str, directory: Path) -> Path | None:
+def _resume_choices(resume: str, directory: Path) -> list[Path]:
+    """The checkpoints to continue from, the first choice first; none starts a new run."""
+    own = candidates(directory)
     if resume == "auto":
-        return find_checkpoint(directory)
+        return own
     if resume == "none":
-        if find_checkpoint(directory) is not None:
+        if own:
             raise CheckpointError(
                 f"{checkpoint_root(directory)}: holds the checkpoints of an earlier run, which --resume none would mix "
                 "with its own; give another --run-dir, or --resume auto."
             )
-        return None
-    found = find_checkpoint(Path(resume))
-    if found is None:
+        return []
+    found = candidates(Path(resume))
+    if not found:
         raise CheckpointError(f"--resume {resume}: is no checkpoint and no run directory with one.")
     return found
+
+
+def _first_look(choices: list[Path], config: Config) -> CheckpointReader | None:
+    """The first choice whose files have the right sizes; their bytes are checked by all ranks together, later."""
+    for path in choices:
+        try:
+            check_sizes(path)
+        except CheckpointError:
+            continue
+        reader = CheckpointReader(path)
+        check_same_model(reader, config)
+        return reader
+    return None
+
+
+def _initial_weights(config: Config) -> WeightsReader | None:
+    """The model of ``model.init_from``."""
+    if config.model.init_from is None:
+        return None
+    reader = open_weights(Path(config.model.init_from))
+    if reader is None:
+        raise CheckpointError(f"model.init_from {config.model.init_from}: is no exported model, checkpoint or run.")
+    check_same_model(reader, config, except_for=("num_classes",))
+    return reader
 
 
 def _write_resolved(directory: Path, config: Config) -> None:
