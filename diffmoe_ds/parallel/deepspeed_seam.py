@@ -44,6 +44,7 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.parallel.topology import Topology
 
 __all__ = ["AutoEPMoELayer", "Fragment", "Part", "adopt_layer", "fragments", "initialize", "parts"]
@@ -125,8 +126,16 @@ def tag_expert_weights(model: nn.Module) -> None:
 
 
 def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration."""
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the configuration.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    except (AssertionError, TypeError, ValueError) as error:  # its own checks; a failed collective is a RuntimeError
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"DeepSpeed refuses its configuration: {type(error).__name__}: {reason}") from error
     return engine
 
 
@@ -283,12 +292,14 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
     if math.isfinite(norm):
         engine.step()
         return norm
-    # Without a gradient torch's Adam leaves a weight alone; DeepSpeed's bf16 wrapper discards what is not finite.
-    if not hasattr(engine.optimizer, "fp16_groups"):
-        engine.zero_grad()
+    # DeepSpeed has no way to skip this step, but must count it and drop the gradients.
     scheduler = engine.lr_scheduler
     before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
-    engine.step()
+    engine.optimizer.step = lambda: None
+    try:
+        engine.step()
+    finally:
+        del engine.optimizer.step
     if before is not None:
         restore_schedule(engine, *before)
     return norm
