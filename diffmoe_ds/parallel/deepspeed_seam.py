@@ -264,6 +264,7 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper makes its states with a step of zeros, which counts
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
