@@ -16,7 +16,7 @@ from diffmoe_ds.checkpoint.model_file import WEIGHTS, open_weights, replace_dire
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.parallel.launch import Launch, resolve_launch
 from diffmoe_ds.parallel.rendezvous import meet
@@ -83,8 +83,8 @@ def sample_command(args: argparse.Namespace) -> None:
     for option in ("num_images", "batch_size", "steps"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
-    if args.seed < 0:
-        raise ConfigError(f"--seed is {args.seed}, but it must not be negative.")
+    if not 0 <= args.seed <= 2**64 - 2 * args.num_images:
+        raise ConfigError(f"--seed is {args.seed}, but it and the seeds of all images must be from 0 to below 2^64.")
     if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
         raise ConfigError(f"--cfg-scale is {args.cfg_scale}, but it must be a number that is not negative.")
     launch = resolve_launch()
@@ -96,8 +96,8 @@ def sample_command(args: argparse.Namespace) -> None:
     config = reader.config
     if config.model.in_channels not in PIXEL_CHANNELS:
         raise ConfigError(
-            f"{reader.path}: the model draws latents of {config.model.in_channels} channels, which only a VAE could turn "
-            "into pixels; sample draws pixels, of 1 or 3 channels."
+            f"{reader.path}: the model draws latents of {config.model.in_channels} channels, which only a VAE could "
+            "turn into pixels; sample draws pixels, of 1 or 3 channels."
         )
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
@@ -164,6 +164,11 @@ def _draw_share(model: DiT, args: argparse.Namespace, launch: Launch, device: to
                 guide_channels=args.guide_channels,
                 progress=lambda done, total: bar.update(),
             )
+            if not images.isfinite().all():
+                raise NonFiniteError(
+                    f"{args.checkpoint}: the images are no numbers; a smaller --cfg-scale than {args.cfg_scale:g} or "
+                    "another checkpoint may help."
+                )
             drawn.append(to_uint8(images))
     return np.concatenate(drawn)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffmoe_ds.checkpoint.layout import BUFFER, FORMAT, META, parse_key, rank_file
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.parallel.topology import Topology
 
@@ -66,7 +66,7 @@ class CheckpointReader:
         """
         self.path = path
         self.meta = _read_meta(path / META)
-        self.config = config_from_dict(self.meta["config"], str(path / META))
+        self.config = stored_config(self.meta["config"], path / META)
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         for rank in range(self.meta["files"]):
             file = path / rank_file(rank)
@@ -74,10 +74,14 @@ class CheckpointReader:
                 opened = safe_open(file, framework="pt")
                 for key in opened.keys():  # noqa: SIM118 - not a mapping
                     kind, name, start = parse_key(key)
-                    numel = opened.get_slice(key).get_shape()[0]
-                    self._pieces[kind, name].append((start, numel, opened, key))
-            except (OSError, SafetensorError, ValueError, IndexError) as error:
+                    part = opened.get_slice(key)
+                    if part.get_dtype() != "F32" or len(part.get_shape()) != 1:
+                        raise ValueError(f"{key!r} is {part.get_dtype()} {part.get_shape()}, not flat F32")
+                    self._pieces[kind, name].append((start, part.get_shape()[0], opened, key))
+            except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape of a parameter.  CheckpointError if the checkpoint has no such parameter."""
@@ -102,17 +106,25 @@ class CheckpointReader:
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
         for piece_start, piece_numel, opened, key in self._pieces[kind, name]:
-            low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
-            if low < high:
+            low, high = max(start + filled, piece_start), min(start + numel, piece_start + piece_numel)
+            if low < high and low == start + filled:  # sorted, so that a gap is never jumped over
                 try:
                     part = opened.get_slice(key)[low - piece_start : high - piece_start]
                 except SafetensorError as error:
                     raise CheckpointError(f"{self.path}: {key} cannot be read: {error}.") from None
                 out[low - start : high - start] = part
-                filled += high - low
+                filled = high - start
         if filled != numel:
             raise CheckpointError(f"{self.path}: holds {filled} of the {numel} elements asked of {kind} {name!r}.")
         return out
+
+
+def stored_config(tree: Any, source: Path) -> Config:
+    """The configuration that a checkpoint or an export holds; CheckpointError if it is none."""
+    try:
+        return config_from_dict(tree, str(source))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 META_KEYS = {
@@ -131,8 +143,10 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has format {found!r}, but this version reads {FORMAT}.")
     for key, kind in META_KEYS.items():
         value = meta.get(key)
-        if not isinstance(value, kind) or (kind is int and value < 0):
+        if type(value) is not kind or (kind is int and value < 0):
             raise CheckpointError(f"{path}: {key} is {value!r}, but it must be of type {kind.__name__}.")
+    if not isinstance(meta.get("lr_scheduler"), (dict, type(None))):
+        raise CheckpointError(f"{path}: lr_scheduler is {meta['lr_scheduler']!r}, but it must be an object or null.")
     for name, shape in meta["shapes"].items():
         if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, but it must be a list of numbers.")

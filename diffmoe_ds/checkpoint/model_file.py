@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.files import Entry, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import BUFFER, WRITING
-from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, stored_config
 from diffmoe_ds.checkpoint.verify import newest_valid
-from diffmoe_ds.config.load import config_from_dict, config_to_dict
+from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 
@@ -53,7 +53,7 @@ class ModelFileReader:
         if self.weights not in WEIGHTS:
             raise CheckpointError(f"{config}: weights is {self.weights!r}; valid: {', '.join(WEIGHTS)}.")
         self.images = images
-        self.config = config_from_dict(tree, str(config))
+        self.config = stored_config(tree, config)
         try:
             self._file = safe_open(self.path, framework="pt")
             self._shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
@@ -102,11 +102,11 @@ def open_weights(path: Path) -> WeightsReader | None:
     Raises:
         CheckpointError: it is one of these and cannot be read.
     """
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors" and os.path.isfile(path):
         if path.name != WEIGHTS_FILE:
             raise CheckpointError(f"{path}: a model is a {WEIGHTS_FILE} with a {CONFIG_FILE} beside it.")
         return ModelFileReader(path.parent)
-    if (path / WEIGHTS_FILE).is_file():
+    if os.path.isfile(path / WEIGHTS_FILE):
         return ModelFileReader(path)
     found = newest_valid(path, full=True)
     return None if found is None else CheckpointReader(found)

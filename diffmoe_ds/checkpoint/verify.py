@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from diffmoe_ds.checkpoint.files import Digest, file_sha256
@@ -75,14 +74,16 @@ def candidates(path: Path) -> list[Path]:
     A checkpoint means itself.  A run directory, or its ``checkpoints``, means the one that ``latest`` names, then all
     others from the newest to the oldest.
     """
-    if (path / META).is_file() or (path / MANIFEST).is_file():
-        return [path]
-    for root in (checkpoint_root(path), path):
-        if not root.is_dir():
-            continue
-        found = {p.name: p for p in root.iterdir() if checkpoint_images(p.name) is not None and p.is_dir()}
-        if found:
-            return sorted(found.values(), key=lambda p: (p.name == _latest(root), p.name), reverse=True)
+    try:
+        if (path / META).is_file() or (path / MANIFEST).is_file():
+            return [path]
+        for root in (checkpoint_root(path), path):
+            if root.is_dir():
+                found = [p for p in root.iterdir() if checkpoint_images(p.name) is not None and p.is_dir()]
+                if found:
+                    return sorted(found, key=lambda p: (p.name == _latest(root), p.name), reverse=True)
+    except OSError as error:  # a name that no file system takes, a folder that may not be read
+        raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error.strerror}.") from None
     return []
 
 
@@ -137,10 +138,3 @@ def _latest(root: Path) -> str:
 def shares(files: dict[str, Digest], rank: int, world: int) -> dict[str, Digest]:
     """The files that one of several ranks checks, so that together they check all."""
     return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
-
-
-def all_checkpoints(run_directory: Path) -> Iterator[Path]:
-    """Every complete checkpoint of a run, the newest first."""
-    root = checkpoint_root(run_directory)
-    names = sorted((p.name for p in root.iterdir()), reverse=True) if root.is_dir() else []
-    return (root / name for name in names if checkpoint_images(name) is not None)

@@ -14,7 +14,6 @@ from diffmoe_ds.errors import ConfigError
 
 RoutingKind = Literal["dense", "token_choice", "expert_choice", "batch_pool"]
 PoolScope = Literal["rank", "ep", "world"]
-Inference = Literal["static", "dynamic", "per_token"]
 
 # What each router can do once it is trained; the first is what a run samples with unless told otherwise.
 INFERENCE_CHOICES: dict[str, tuple[str, ...]] = {
@@ -248,6 +247,12 @@ class Config:
         ):
             if not 0 <= value < 1:
                 raise ConfigError(f"{key} is {value}, but it must be at least 0 and below 1.")
+        if run.seed >= 2**64:
+            raise ConfigError(f"run.seed is {run.seed}, but it must be below 2^64.")
+        if self.optimizer.lr > 3e38:
+            raise ConfigError(f"optimizer.lr is {self.optimizer.lr}, which no 32-bit number can hold.")
+        if int(size.hidden_size * model.mlp_ratio) < 1:
+            raise ConfigError(f"model.mlp_ratio is {model.mlp_ratio}: it leaves an FFN of {size.hidden_size} no width.")
         if model.input_size % model.patch_size:
             raise ConfigError(
                 f"model.patch_size is {model.patch_size}, which does not divide model.input_size {model.input_size}."

@@ -48,6 +48,7 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.parallel.topology import Topology
 
 __all__ = ["AutoEPMoELayer", "Fragment", "Part", "adopt_layer", "fragments", "initialize", "parts"]
@@ -129,8 +130,16 @@ def tag_expert_weights(model: nn.Module) -> None:
 
 
 def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration."""
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the configuration.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    except (AssertionError, TypeError, ValueError) as error:  # its own checks; a failed collective is a RuntimeError
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"DeepSpeed refuses its configuration: {type(error).__name__}: {reason}") from error
     return engine
 
 
@@ -259,6 +268,7 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper makes its states with a step of zeros, which counts
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -287,12 +297,14 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
     if math.isfinite(norm):
         engine.step()
         return norm
-    # Without a gradient torch's Adam leaves a weight alone; DeepSpeed's bf16 wrapper discards what is not finite.
-    if not hasattr(engine.optimizer, "fp16_groups"):
-        engine.zero_grad()
+    # DeepSpeed has no way to skip this step, but must count it and drop the gradients.
     scheduler = engine.lr_scheduler
     before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
-    engine.step()
+    engine.optimizer.step = lambda: None
+    try:
+        engine.step()
+    finally:
+        del engine.optimizer.step
     if before is not None:
         restore_schedule(engine, *before)
     return norm

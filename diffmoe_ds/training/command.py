@@ -141,6 +141,8 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
         if not raw:
             raise ConfigError(f"{args.config}: has no deepspeed section, so --deepspeed_config must name a JSON file.")
     else:
+        if any(override.startswith("deepspeed.") for override in args.overrides):
+            raise ConfigError("--set deepspeed...: changes the recipe's section, but --deepspeed_config replaces it.")
         raw, source = read_deepspeed_json(args.deepspeed_config), str(args.deepspeed_config)
         config = replace(config, deepspeed=raw)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +165,11 @@ def _resume_choices(resume: str, directory: Path) -> list[Path]:
     found = candidates(Path(resume))
     if not found:
         raise CheckpointError(f"--resume {resume}: is no checkpoint and no run directory with one.")
+    if own and found[0].resolve().parent != own[0].resolve().parent:
+        raise CheckpointError(
+            f"{checkpoint_root(directory)}: holds the checkpoints of an earlier run, with which those of {found[0]} "
+            "would be mixed; give another --run-dir."
+        )
     return found
 
 
@@ -193,7 +200,7 @@ def _initial_weights(config: Config) -> WeightsReader | None:
 def _write_resolved(directory: Path, config: Config) -> None:
     """The whole configuration, which ``--config`` takes again."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
         (directory / "resolved.yaml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error.strerror}.") from None
+        raise CheckpointError(f"{error.filename or directory}: cannot be written: {error.strerror}.") from None

@@ -37,17 +37,16 @@ class GradientWatch:
 
     def blame(self, rank: int, device: torch.device) -> str:
         """Rank and parameter of the first non-finite gradient, in words; every rank must call."""
-        mine = NOTHING
-        for index in reversed(range(len(self._names))):  # backward order: nearest to the loss first
-            largest = self._largest[index]
+        behind = NOTHING
+        for number, largest in enumerate(reversed(self._largest)):  # backward order: nearest to the loss first
             if largest is not None and not largest.isfinite():
-                mine = rank * len(self._names) + len(self._names) - 1 - index
+                behind = number
                 break
-        first = _lowest(mine, device)
-        if first == NOTHING:
+        first = _first(behind, rank, device)
+        if first is None:
             return "in the sum over the ranks"
-        rank, behind = divmod(first, len(self._names))
-        return f"on rank {rank}, first in the gradient of {self._names[len(self._names) - 1 - behind]}"
+        behind, rank = first
+        return f"on rank {rank}, first in the gradient of {self._names[-1 - behind]}"
 
 
 @torch.no_grad()
@@ -61,31 +60,33 @@ def blame_forward(engine: DeepSpeedEngine, inputs: tuple[Tensor, ...], rank: int
         inputs: of the forward pass on this rank.
         rank: this one.
     """
-    names = [name for name, _ in engine.module.named_modules()]
-    found: list[int] = []
+    fired: list[str] = []  # layers in the order of computing, which is the same on all ranks
+    place = NOTHING if all(tensor.isfinite().all() for tensor in inputs) else 0
 
-    def look(index: int, module: nn.Module, _: object, output: object) -> None:
+    def look(name: str, module: nn.Module, _: object, output: object) -> None:
+        nonlocal place
+        fired.append(name)
         tensor = output[0] if isinstance(output, tuple) else output
-        if not found and isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            found.append(index)
+        if place == NOTHING and isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            place = len(fired)
 
-    mine = NOTHING
-    if not all(tensor.isfinite().all() for tensor in inputs):
-        mine = rank * (len(names) + 1)
-    handles = [m.register_forward_hook(partial(look, i)) for i, (_, m) in enumerate(engine.module.named_modules())]
+    handles = [m.register_forward_hook(partial(look, name)) for name, m in engine.module.named_modules()]
     engine(*inputs)
     for handle in handles:
         handle.remove()
-    if mine == NOTHING and found:
-        mine = rank * (len(names) + 1) + 1 + found[0]
-    first = _lowest(mine, inputs[0].device)
-    if first == NOTHING:
+    first = _first(place, rank, inputs[0].device)
+    if first is None:
         return None
-    rank, number = divmod(first, len(names) + 1)
-    return f"on rank {rank}, first in {'the images it read' if number == 0 else names[number - 1] or 'the prediction'}"
+    place, rank = first
+    return f"on rank {rank}, first in {'the images it read' if place == 0 else fired[place - 1] or 'the prediction'}"
 
 
-def _lowest(value: int, device: torch.device) -> int:
-    lowest = torch.tensor(value, dtype=torch.int64, device=device)
+def _first(place: int, rank: int, device: torch.device) -> tuple[int, int] | None:
+    """(place, rank) of the lowest place over all ranks, of the lowest rank if several share it; none if all have none.
+
+    Experts carry what one rank computed to the others, so the place counts before the rank.
+    """
+    world = dist.get_world_size()
+    lowest = torch.tensor(place if place == NOTHING else place * world + rank, dtype=torch.int64, device=device)
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return int(lowest)
+    return None if int(lowest) == NOTHING else divmod(int(lowest), world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -253,5 +254,8 @@ def _row(run: Run, step: Step) -> dict[str, Any]:
 def _show(run: Run, grid: Any, metrics: MetricsWriter) -> None:
     metrics.image("samples", grid, run.images)
     folder = run.directory / "samples"
-    folder.mkdir(exist_ok=True)
-    save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    try:
+        folder.mkdir(exist_ok=True)
+        save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    except OSError as error:  # a picture is not worth a run
+        print(f"*** WARNING: {folder}: {error}; the picture is not there ***", file=sys.stderr, flush=True)

@@ -42,11 +42,12 @@ def agree_on_checkpoint(choices: list[Path], directory: Path, device: torch.devi
             failure = None
         except CheckpointError as error:
             failure = error
-        failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
-        dist.all_reduce(failed)
-        if not failed.item():
+        # all may find the same file missing: the first of them says so
+        first = torch.tensor(world if failure is None else rank, dtype=torch.int32, device=device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        if first == world:
             return mine
-        if failure is not None:
+        if first == rank:
             warn_skipped(mine or directory, failure)
     if count:
         raise no_valid_one(directory, count)
