@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError, Requeue, SaidElsewhereError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
 from diffmoe_ds.parallel.launch import resolve_launch
 from diffmoe_ds.training.signals import listening
 
@@ -40,11 +40,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _should_say(error: DiffMoEError) -> bool:
-    """Every rank finds the same mistake in a configuration and rank 0 says it, or all where no rank is known."""
+    """Rank 0 says what all ranks find alike; where ranks cannot be told apart, all do."""
     if isinstance(error, SaidElsewhereError):
         return False
     try:
-        return not isinstance(error, ConfigError) or resolve_launch().rank == 0
+        return not isinstance(error, (ConfigError, NonFiniteError)) or resolve_launch().rank == 0
     except DiffMoEError:
         return True
 

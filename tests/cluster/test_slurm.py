@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY, TINY, read_metrics, run_ranks, write_json
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEP = 16
-STEPS = 300
+STEPS = 600
 """So many that a run is still going when a test disturbs it."""
 EXACT = 20
 """Steps after a change of layout over which losses agree to 1e-5; later a nearly tied selection may have flipped."""
@@ -72,6 +72,7 @@ def undisturbed(tmp_path_factory) -> list[dict]:
 
 def assert_undisturbed(rows: list[dict], undisturbed: list[dict], exact: int) -> None:
     """Every step and image once, and the losses of the run that nobody stopped: the first ones to 1e-5."""
+    undisturbed = undisturbed[: len(rows)]
     assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
     assert [row["images"] for row in rows] == [row["images"] for row in undisturbed]
     ours, theirs = ([row["loss"] for row in table] for table in (rows, undisturbed))
@@ -105,7 +106,7 @@ def test_usr1_saves_requeues_and_resumes(cluster: Cluster, project: Path, undist
     """Twice: at the end of the job's time and when it is preempted by an urgent one; in between a second job knocks."""
     sbatch = Sbatch(cluster, project)
     job = sbatch.submit("2")
-    sbatch.until_steps(40)
+    cluster.until((sbatch.run / "lock.json").exists, LIMIT, "the first job", sbatch.text)
     second = cluster.submit(f"--nodes=2 {SMALL} --output=second slurm/train.sbatch {sbatch.options}", project)
     refused = cluster.until_ended(second, LIMIT, project / "second")
     assert (refused.state, refused.exit_code, refused.restarts) == ("FAILED", "2", 0)
@@ -134,6 +135,7 @@ def test_usr1_saves_requeues_and_resumes(cluster: Cluster, project: Path, undist
     assert sbatch.text().count("starts anew") == 1
     resumed = [int(found.replace(",", "")) for found in re.findall(r"continues .* at ([\d,]+) images", sbatch.text())]
     assert len(resumed) == 2 and resumed[0] == before * STEP < resumed[1]
+    assert len(sbatch.rows()) == STEPS
     assert_undisturbed(sbatch.rows(), undisturbed, STEPS)
     assert sbatch.text().count("train.sbatch: complete") == 1
 
@@ -155,14 +157,15 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
 @pytest.mark.parametrize("lost", ("node2", "node1"), ids=("another node", "the batch node with rank 0"))
 def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost: str):
     """Three of four nodes are left, of which a batch of 16 images takes two."""
-    sbatch = Sbatch(cluster, project, save_every=20)
+    steps = 300
+    sbatch = Sbatch(cluster, project, steps, save_every=20)
     job = sbatch.submit("2-4")
     sbatch.until_steps(60)
     cluster.power(lost, "off")
     try:
         cluster.until(lambda: cluster.job(job).restarts >= 1, LIMIT, "the restart", sbatch.text)
         before = len(sbatch.rows())
-        assert before < STEPS, "the run was too fast to be disturbed"
+        assert before < steps, "the run was too fast to be disturbed"
         ended = sbatch.until_ended(job)
     finally:
         cluster.power(lost, "on")
@@ -171,4 +174,5 @@ def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost
     assert "world  4 =" in sbatch.text() and "world  2 =" in sbatch.text()
     resumed = int(re.findall(r"continues .* at ([\d,]+) images", sbatch.text())[0].replace(",", ""))
     assert 60 * STEP <= resumed <= before * STEP, "goes on from the last checkpoint"
+    assert len(sbatch.rows()) == steps
     assert_undisturbed(sbatch.rows(), undisturbed, EXACT)
