@@ -14,7 +14,6 @@ from diffmoe_ds.errors import CheckpointError
 from tests.conftest import read_metrics
 from tests.test_layout import assert_same, tensors
 
-
 SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
 
 

@@ -5,8 +5,10 @@ positions P0 + (m * W + r) * B + [0, B) for micro-batches of B images.  Ranks, a
 change between two halves of a run, and the images, their order and their random draws stay the same.
 """
 
+from __future__ import annotations
+
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,8 +16,10 @@ import numpy as np
 import torch
 
 from diffmoe_ds.data.draws import TrainingDraws
-from diffmoe_ds.data.order import sample_index
+from diffmoe_ds.data.latents import LatentFormat
+from diffmoe_ds.data.order import Order, WholeOrder, WindowOrder
 from diffmoe_ds.data.shards import Sample
+from diffmoe_ds.data.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
 
 PREFETCHED_PER_WORKER = 2  # micro-batches each worker may be ahead
@@ -30,25 +34,47 @@ class MicroBatch(NamedTuple):
     time: torch.Tensor  # float32 [B] in [0, 1)
     drop: torch.Tensor  # bool [B]: the label is dropped, for classifier-free guidance
     position: torch.Tensor  # int64 [B]
+    posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for x that a VAE has still to encode
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """On a device; does not wait for the copies."""
+        return MicroBatch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
 
 
 class Dataset(Protocol):
     """What the loader needs of a data set; ``shards.ShardDataset`` is one."""
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[n]``; all ``NO_LABEL`` in a set without labels."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """How many samples in a row belong together, for shuffling in windows."""
+
+    @property
+    def latents(self) -> LatentFormat | None:
+        """If there is one, samples are read by ``read_halves``, otherwise one by one."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
+    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
     def describe(self, index: int) -> str: ...
+    def prefetch(self, shards: Iterable[int]) -> None: ...
 
 
 class PositionLoader:
     """An endless iterable of one rank's micro-batches; each ``iter()`` begins again at ``start_position``.
 
-    ``image_shape`` is the model's (C, H, W): smaller images are padded centrally with black, latents must fit
-    exactly.  ``draws`` maps a position to its ``TrainingDraws``, with noise of ``image_shape``.  The workers live as
-    long as the iterator, which is the whole run, since it has no end.
+    ``image_shape`` is the (C, H, W) of ``x``: smaller images are padded centrally with black, latents must fit
+    exactly.  ``draws`` maps a position to its ``TrainingDraws``.  A ``shuffle_window`` of 0 shuffles across the whole
+    set.  The workers live as long as the iterator, which is the whole run, since it has no end; each holds at most
+    ``PREFETCHED_PER_WORKER`` micro-batches, and the index and the order of an epoch are all that grows with the set.
 
-    Iterating raises ``DataError`` for a sample that cannot be read or does not fit ``image_shape`` or
-    ``num_classes``.
+    A set without labels trains as one class: every label is 0.
+
+    Raises ``DataError`` if the labels do not fit ``num_classes`` or the latents ``image_shape``; iterating raises it
+    for a sample that cannot be read or does not fit.
     """
 
     def __init__(
@@ -65,12 +91,19 @@ class PositionLoader:
         image_shape: tuple[int, int, int],
         num_classes: int,
         num_workers: int = 0,
+        shuffle_window: int = 0,
         draws: Callable[[int], TrainingDraws],
     ):
         assert global_batch == micro_batch * accumulation * world, (global_batch, micro_batch, accumulation, world)
         assert 0 <= rank < world and start_position >= 0, (rank, world, start_position)
+        _check_labels(dataset, num_classes)
+        _check_latents(dataset.latents, image_shape)
+        if shuffle_window:
+            order = WindowOrder(seed, dataset.shard_sizes, shuffle_window)
+        else:
+            order = WholeOrder(seed, len(dataset))
         self._loader = torch.utils.data.DataLoader(
-            _Reader(dataset, seed, image_shape, num_classes, draws),
+            _Reader(dataset, order, image_shape, draws),
             sampler=_Positions(start_position + rank * micro_batch, micro_batch, world * micro_batch),
             batch_size=None,  # one item of the sampler is already a micro-batch
             num_workers=num_workers,
@@ -107,9 +140,8 @@ class _Reader:
     """Makes the micro-batch of a range of positions, in the main process or in a worker."""
 
     dataset: Dataset
-    seed: int
+    order: Order
     image_shape: tuple[int, int, int]
-    num_classes: int
     draws: Callable[[int], TrainingDraws]
 
     def __getitem__(self, positions: range) -> MicroBatch | DataError:
@@ -119,31 +151,49 @@ class _Reader:
             return error  # raised in a worker it would come back with a traceback in its message
 
     def _micro_batch(self, positions: range) -> MicroBatch:
-        images = np.empty((len(positions), *self.image_shape), np.float32)
-        noise = np.empty_like(images)
-        labels, times, drops = [], [], []
-        for row, position in enumerate(positions):
-            index = sample_index(self.seed, position, len(self.dataset))
-            sample = self.dataset[index]
-            self._check(sample, index)
-            draws = self.draws(position)
-            image = sample.image[:, :, ::-1] if draws.flip else sample.image
-            images[row] = _model_range(image, self.image_shape)
-            noise[row] = draws.noise
-            labels.append(sample.label)
-            times.append(draws.time)
-            drops.append(draws.drop)
+        draws = [self.draws(position) for position in positions]
+        indices = [self.order(position) for position in positions]
+        self.dataset.prefetch(self.order.next_shards(positions[-1]))
+        posterior = None
+        if draws[0].posterior is not None:
+            posterior = np.stack([each.posterior for each in draws])
+        if self.dataset.latents is None:
+            images = self._pixels(indices, draws)
+        else:
+            assert posterior is not None, "draws for prepared latents need posterior=True"
+            images = self._latents(indices, draws, self.dataset.latents, posterior)
+            posterior = None
+        labels = self.dataset.labels[indices]
         return MicroBatch(
             x=torch.from_numpy(images),
-            label=torch.tensor(labels, dtype=torch.int64),
-            noise=torch.from_numpy(noise),
-            time=torch.tensor(times, dtype=torch.float32),
-            drop=torch.tensor(drops, dtype=torch.bool),
+            label=torch.from_numpy(np.where(labels == NO_LABEL, 0, labels)),
+            noise=torch.from_numpy(np.stack([each.noise for each in draws])),
+            time=torch.tensor([each.time for each in draws], dtype=torch.float32),
+            drop=torch.tensor([each.drop for each in draws], dtype=torch.bool),
             position=torch.tensor(positions, dtype=torch.int64),
+            posterior=None if posterior is None else torch.from_numpy(posterior),
         )
 
-    def _check(self, sample: Sample, index: int) -> None:
-        image, expected = sample.image, self.image_shape
+    def _latents(
+        self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, noise: np.ndarray
+    ) -> np.ndarray:
+        moments = latents.decode(self.dataset.read_halves(indices, [each.flip for each in draws]))
+        sampled = latents.sample(moments, noise)
+        if not np.isfinite(sampled).all():
+            bad = int(np.argmin(np.isfinite(sampled).all(axis=(1, 2, 3))))
+            raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that is not finite")
+        return sampled
+
+    def _pixels(self, indices: list[int], draws: list[TrainingDraws]) -> np.ndarray:
+        images = np.empty((len(indices), *self.image_shape), np.float32)
+        for row, (index, each) in enumerate(zip(indices, draws, strict=True)):
+            image = self.dataset[index].image
+            self._check(image, index)
+            images[row] = _model_range(image[:, :, ::-1] if each.flip else image, self.image_shape)
+        return images
+
+    def _check(self, image: np.ndarray, index: int) -> None:
+        expected = self.image_shape
         if image.dtype == np.uint8:
             fits = image.shape[0] == expected[0] and image.shape[1] <= expected[1] and image.shape[2] <= expected[2]
         else:
@@ -154,11 +204,30 @@ class _Reader:
                 f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
                 f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
             )
-        if not 0 <= sample.label < self.num_classes:
+
+
+def _check_labels(dataset: Dataset, num_classes: int) -> None:
+    labels = dataset.labels
+    if labels[0] == NO_LABEL:  # then all are, see ShardDataset
+        if num_classes > 1:
             raise DataError(
-                f"{self.dataset.describe(index)} has the label {sample.label}; "
-                f"the model has {self.num_classes} classes, 0 to {self.num_classes - 1}"
+                f"{dataset.describe(0)} has no label, nor have the others, but the model has {num_classes} classes; "
+                "a set without labels trains with model.num_classes 1"
             )
+    elif labels.max() >= num_classes:
+        index = int(np.argmax(labels >= num_classes))
+        raise DataError(
+            f"{dataset.describe(index)} has the label {labels[index]}; "
+            f"the model has {num_classes} classes, 0 to {num_classes - 1}"
+        )
+
+
+def _check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:
+    if latents is not None and latents.shape != shape:
+        raise DataError(
+            f"the shards hold latents of shape {latents.shape}; the model takes {shape}: set model.in_channels to "
+            f"{latents.channels} and model.input_size to {latents.size}"
+        )
 
 
 def _model_range(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

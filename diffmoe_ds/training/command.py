@@ -55,14 +55,15 @@ def train_command(args: argparse.Namespace) -> None:
         check_same_model(reader, config)
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
+    from diffmoe_ds.data.dataset import open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
     from diffmoe_ds.training.banner import banner
-    from diffmoe_ds.training.loop import open_dataset, train
+    from diffmoe_ds.training.loop import train
     from diffmoe_ds.training.metrics import MetricsWriter
     from diffmoe_ds.training.setup import pool_rows, setup_run
 
     pool_rows(config, settings, launch.world)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config)
     is_main = launch.rank == 0
     if is_main:
         resumed = "starts anew" if reader is None else f"continues {reader.path} at {reader.meta['images']:,} images"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.save import save_checkpoint
 from diffmoe_ds.config.load import config_to_dict
+from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.draws import training_draws
-from diffmoe_ds.data.loader import MicroBatch, PositionLoader
-from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
+from diffmoe_ds.data.loader import Dataset, MicroBatch, PositionLoader
 from diffmoe_ds.errors import DataError, NonFiniteError
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
@@ -29,7 +29,7 @@ LAST_MICRO_STEP = tuple[tuple[Routing, ...], torch.Tensor]
 """What the last forward pass of a step routed, and the noise level of its images."""
 
 
-def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None) -> Path | None:
+def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None) -> Path | None:
     """Train until the run's images are seen.
 
     Args:
@@ -79,18 +79,19 @@ def train(run: Run, dataset: ShardDataset, metrics: MetricsWriter | None) -> Pat
     return saved
 
 
-def make_loader(run: Run, dataset: ShardDataset) -> PositionLoader:
+def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     """This rank's images from where the run stands."""
-    model, settings = run.config.model, run.settings
+    data, model, settings = run.config.data, run.config.model, run.settings
     shape = (model.in_channels, model.input_size, model.input_size)
     draws = partial(
         training_draws,
         run.config.run.seed,
         shape=shape,
         label_dropout=model.label_dropout,
-        flip=run.config.data.horizontal_flip,
+        flip=data.horizontal_flip,
+        posterior=dataset.latents is not None or data.vae is not None,
     )
-    return PositionLoader(
+    loader = PositionLoader(
         dataset=dataset,
         seed=run.config.run.seed,
         global_batch=settings.global_batch,
@@ -99,16 +100,17 @@ def make_loader(run: Run, dataset: ShardDataset) -> PositionLoader:
         rank=run.topology.rank,
         world=run.topology.world,
         start_position=run.images,
-        image_shape=shape,
+        image_shape=image_shape(run.config),
         num_classes=model.num_classes,
-        num_workers=run.config.data.num_workers,
+        num_workers=data.num_workers,
+        shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,
         draws=draws,
     )
+    if data.vae is None:
+        return loader
+    from diffmoe_ds.data.vae import VAE, EncodingLoader
 
-
-def open_dataset(path: str | None) -> ShardDataset:
-    """The images of a recipe's ``data.path``; none: the embedded ones."""
-    return ShardDataset(expand(EMBEDDED if path is None else path))
+    return EncodingLoader(loader, VAE(data.vae, run.device))
 
 
 def save(run: Run) -> Path:
@@ -170,7 +172,7 @@ def _next_batch(run: Run, batches: Iterator[MicroBatch]) -> MicroBatch:
         raise failure
     if failed.item():
         raise DataError(f"rank {run.topology.rank} stops because another rank could not read its images")
-    return MicroBatch(*(tensor.to(run.device, non_blocking=True) for tensor in batch))
+    return batch.to(run.device)
 
 
 def _check_finite(run: Run, totals: torch.Tensor) -> None:
