@@ -45,10 +45,11 @@ class VAE:
         autoencoder = _autoencoder()
         self.settings = vae_settings(path)
         self.device = torch.device(device)
+        how = {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
         self._model: AutoencoderKL = _either(
-            path, lambda place, extra: autoencoder.from_pretrained(place, use_safetensors=True, **extra)
+            path, lambda place, extra: autoencoder.from_pretrained(place, **how, **extra)
         )
-        self._model.to(self.device, torch.float32).eval().requires_grad_(False)
+        self._model.to(self.device).eval().requires_grad_(False)
 
     def format(self, image_size: int, dtype: str) -> LatentFormat:
         """How latents of images of this size are stored; raises ``ConfigError`` if the VAE cannot take the size."""
