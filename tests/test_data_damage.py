@@ -68,9 +68,7 @@ def test_a_shard_that_changes_after_opening(tmp_path):
     path = write_tar(tmp_path / "a.tar", LABELLED)
     dataset = ShardDataset([path])
     os.truncate(path, 1000)
-    with pytest.raises(
-        DataError, match=r"a.tar has 1000 bytes where \d+ were indexed, .*: it changed after opening"
-    ):
+    with pytest.raises(DataError, match=r"a.tar has 1000 bytes where \d+ were indexed, .*: it changed after opening"):
         dataset[0]
     path.unlink()
     with pytest.raises(DataError, match=r"shard .*a.tar can no longer be read: "):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmoe_ds.data.draws import image_stream, training_draws
-from diffmoe_ds.data.order import epoch_order, locate, sample_index
+from diffmoe_ds.data.order import WindowOrder, epoch_order, locate, sample_index
 from tests.data_helpers import SHAPE
 
 
@@ -24,6 +24,34 @@ def test_every_image_once_an_epoch_in_another_order():
     assert all(sorted(order) == list(range(50)) for order in epochs)
     assert len({tuple(order) for order in epochs}) == 4
     assert not (epoch_order(3, 0, 50) == epoch_order(4, 0, 50)).all()
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
+    window=st.integers(1, 30),
+    epoch=st.integers(0, 3),
+)
+def test_a_window_reads_every_image_once_and_few_shards_at_a_time(seed, sizes, window, epoch):
+    n, ends = sum(sizes), np.cumsum(sizes)
+    order = WindowOrder(seed, sizes, window)
+    read = [order(epoch * n + i) for i in range(n)]
+    assert sorted(read) == list(range(n))
+    assert [WindowOrder(seed, sizes, window)(epoch * n + i) for i in reversed(range(n))] == read[::-1], "no memory"
+    shard_of = np.searchsorted(ends, read, side="right")
+    left = np.array(sizes)
+    for start in range(0, n, window):
+        ahead = set(order.next_shards(epoch * n + start - 1)) if start else None
+        found = set(shard_of[start : start + window].tolist())
+        assert ahead is None or ahead - {s for s in ahead if sizes[s] == 0} == found
+        np.subtract.at(left, shard_of[start : start + window], 1)
+        started = [s for s in range(len(sizes)) if 0 < left[s] < sizes[s]]
+        assert len(started) <= 1, "only the shard across the window's end is half read"
+
+
+def test_windows_of_old_runs_continue():
+    order = WindowOrder(7, [3, 4, 5], 5)
+    assert [order(36 + i) for i in range(12)] == [8, 1, 7, 2, 0, 4, 9, 11, 10, 3, 6, 5]
 
 
 def test_old_runs_continue():

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
@@ -80,7 +81,8 @@ class ShardCache:
 
     def _open(self, target: Path) -> int:
         descriptor = os.open(target, os.O_RDONLY)
-        os.utime(target)  # so that it counts as used
+        # The time of use; that of change stays, by which readers notice that a shard is another.
+        os.utime(target, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
         return descriptor
 
     def _fetch(self, url: str, target: Path) -> None:
@@ -114,7 +116,7 @@ class ShardCache:
         for path in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process makes room too
                 status = path.stat()
-                shards.append((status.st_mtime_ns, status.st_size, path))
+                shards.append((status.st_atime_ns, status.st_size, path))
         total = sum(size for _, size, _ in shards)
         for _, size, path in sorted(shards):
             if total > self.limit and path != keep:
