@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 
 import pytest
 from hypothesis import given, settings
@@ -73,3 +74,32 @@ def test_a_shard_that_changes_after_opening(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match=r"shard .*a.tar can no longer be read: "):
         ShardDataset.__getitem__(pickle.loads(pickle.dumps(dataset)), 0)
+
+
+@pytest.mark.parametrize("name", ["../../x.png", "/x.png", "a/../../x.cls"])
+def test_a_name_that_leads_out_of_the_archive(tmp_path, name):
+    members = [(name, PNG), *LABELLED]
+    with pytest.raises(DataError, match=r"member '.*x\....' of shard .* has a name that leads out of the archive"):
+        ShardDataset([write_tar(tmp_path / "a.tar", members)])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(("name", "refused"), [("a.webp", True), ("b.cls", True), ("a.txt", False)])
+def test_a_member_of_ten_gigabytes(tmp_path, name, refused, complete):
+    """It is never read: as a file with a hole it takes no space, and as a claim alone it is a shard cut off."""
+    path, size = tmp_path / "a.tar", 10 << 30
+    small = write_tar(tmp_path / "small.tar", LABELLED).read_bytes()
+    info = tarfile.TarInfo(name)
+    info.size = size
+    with open(path, "wb") as file:
+        file.write(info.tobuf())
+        if complete:
+            file.seek(size, os.SEEK_CUR)
+        file.write(small)
+    if not refused and complete:
+        assert ShardDataset([path])[0].label == 3
+        return
+    message = f"member '{name}' of shard .* has {size} bytes; at most 64 MiB" if refused else UNREADABLE
+    with pytest.raises(DataError, match=message):
+        ShardDataset([path])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None) -> Path | N
         DataError, CheckpointError: see the data and checkpoint packages.
     """
     config, global_batch = run.config, run.settings.global_batch
-    batches = iter(make_loader(run, dataset))
+    batches = _Timed(iter(make_loader(run, dataset)))
     preview, saved = Preview(), None
     due = {
         "line": _Every(config.run.log_every_images, run.images),
@@ -58,7 +59,7 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None) -> Path | N
         run.images += global_batch
         run.step += 1
         if metrics is not None:
-            metrics.step(_row(run, losses, grad_norm))
+            metrics.step({**_row(run, losses, grad_norm), "data_s": batches.waited()})
         is_last = run.images >= config.run.total_images
         if due["line"](run.images) or is_last:
             report = routing_report(*last) if last[0] else None
@@ -216,6 +217,29 @@ def _show(run: Run, grid: Any, metrics: MetricsWriter) -> None:
     folder = run.directory / "samples"
     folder.mkdir(exist_ok=True)
     save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+
+
+class _Timed:
+    """An iterator that knows how long one waited for it."""
+
+    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+        self._batches = batches
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def waited(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return round(seconds, 6)
 
 
 class _Every:
