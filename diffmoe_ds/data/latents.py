@@ -77,15 +77,16 @@ class LatentFormat:
         stored = torch.from_numpy(halves.view(self._stored).reshape(len(halves), 2, *self.shape))
         return stored.float().numpy()  # torch widens fp16 several times faster than NumPy, and exactly as well
 
-    def sample(self, moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Scaled latents, fp32 ``[B, C, H, W]``, of moments ``[B, 2, C, H, W]`` and standard normal noise."""
+    def sample(self, moments: np.ndarray, noise: np.ndarray, out: np.ndarray) -> None:
+        """Scaled latents, fp32 ``[B, C, H, W]`` into ``out``, of moments ``[B, 2, C, H, W]`` and normal noise."""
         # NumPy and not torch: its exp gives an element the same bits wherever in the batch it stands.
-        latent = np.exp(0.5 * moments[:, 1])
-        latent *= noise
-        latent += moments[:, 0]
-        latent -= np.float32(self.shift_factor)
-        latent *= np.float32(self.scaling_factor)
-        return latent
+        np.multiply(moments[:, 1], np.float32(0.5), out=out)
+        np.exp(out, out=out)
+        out *= noise
+        out += moments[:, 0]
+        if self.shift_factor:
+            out -= np.float32(self.shift_factor)
+        out *= np.float32(self.scaling_factor)
 
     def to_json(self) -> dict:
         """As plain data."""

@@ -8,6 +8,7 @@ change between two halves of a run, and the images, their order and their random
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -109,6 +110,7 @@ class PositionLoader:
             num_workers=num_workers,
             prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # else making an iterator would draw from the global generator
         )
 
@@ -116,7 +118,25 @@ class PositionLoader:
         for item in self._loader:
             if isinstance(item, DataError):
                 raise item
-            yield item
+            x, noise, *posterior = _split(item.large, item.shapes)
+            small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
+            label, when, drop, position = small
+            yield MicroBatch(x, label, noise, when, drop, position, *posterior)
+
+
+class _Packed(NamedTuple):
+    """A micro-batch on its way from a worker.
+
+    Each tensor travels through a piece of shared memory of its own, which costs more than reading an image does; so
+    all large fields travel as one, and the small ones go with the message.
+    """
+
+    large: torch.Tensor  # float32, flat: x, noise and, where x is still to be encoded, posterior
+    shapes: list[tuple[int, ...]]
+    label: np.ndarray
+    time: np.ndarray
+    drop: np.ndarray
+    position: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -144,53 +164,53 @@ class _Reader:
     image_shape: tuple[int, int, int]
     draws: Callable[[int], TrainingDraws]
 
-    def __getitem__(self, positions: range) -> MicroBatch | DataError:
+    def __getitem__(self, positions: range) -> _Packed | DataError:
         try:
             return self._micro_batch(positions)
         except DataError as error:
             return error  # raised in a worker it would come back with a traceback in its message
 
-    def _micro_batch(self, positions: range) -> MicroBatch:
+    def _micro_batch(self, positions: range) -> _Packed:
         draws = [self.draws(position) for position in positions]
         indices = [self.order(position) for position in positions]
         self.dataset.prefetch(self.order.next_shards(positions[-1]))
-        posterior = None
-        if draws[0].posterior is not None:
-            posterior = np.stack([each.posterior for each in draws])
-        if self.dataset.latents is None:
-            images = self._pixels(indices, draws)
+        count, latents = len(positions), self.dataset.latents
+        shapes = [(count, *self.image_shape), (count, *draws[0].noise.shape)]
+        if draws[0].posterior is not None and latents is None:
+            shapes.append((count, *draws[0].posterior.shape))
+        large = _new(sum(map(math.prod, shapes)))
+        x, noise, *posterior = (part.numpy() for part in _split(large, shapes))
+        np.stack([each.noise for each in draws], out=noise)
+        for out in posterior:
+            np.stack([each.posterior for each in draws], out=out)
+        if latents is None:
+            self._pixels(indices, draws, x)
         else:
-            assert posterior is not None, "draws for prepared latents need posterior=True"
-            images = self._latents(indices, draws, self.dataset.latents, posterior)
-            posterior = None
+            self._latents(indices, draws, latents, x)
         labels = self.dataset.labels[indices]
-        return MicroBatch(
-            x=torch.from_numpy(images),
-            label=torch.from_numpy(np.where(labels == NO_LABEL, 0, labels)),
-            noise=torch.from_numpy(np.stack([each.noise for each in draws])),
-            time=torch.tensor([each.time for each in draws], dtype=torch.float32),
-            drop=torch.tensor([each.drop for each in draws], dtype=torch.bool),
-            position=torch.tensor(positions, dtype=torch.int64),
-            posterior=None if posterior is None else torch.from_numpy(posterior),
+        return _Packed(
+            large=large,
+            shapes=shapes,
+            label=np.where(labels == NO_LABEL, 0, labels),
+            time=np.array([each.time for each in draws], np.float32),
+            drop=np.array([each.drop for each in draws], bool),
+            position=np.array(positions, np.int64),
         )
 
-    def _latents(
-        self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, noise: np.ndarray
-    ) -> np.ndarray:
+    def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
+        assert draws[0].posterior is not None, "draws for prepared latents need posterior=True"
+        noise = np.stack([each.posterior for each in draws])
         moments = latents.decode(self.dataset.read_halves(indices, [each.flip for each in draws]))
-        sampled = latents.sample(moments, noise)
-        if not np.isfinite(sampled).all():
-            bad = int(np.argmin(np.isfinite(sampled).all(axis=(1, 2, 3))))
+        latents.sample(moments, noise, out)
+        if not np.isfinite(out).all():
+            bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
             raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that is not finite")
-        return sampled
 
-    def _pixels(self, indices: list[int], draws: list[TrainingDraws]) -> np.ndarray:
-        images = np.empty((len(indices), *self.image_shape), np.float32)
+    def _pixels(self, indices: list[int], draws: list[TrainingDraws], out: np.ndarray) -> None:
         for row, (index, each) in enumerate(zip(indices, draws, strict=True)):
             image = self.dataset[index].image
             self._check(image, index)
-            images[row] = _model_range(image[:, :, ::-1] if each.flip else image, self.image_shape)
-        return images
+            out[row] = _model_range(image[:, :, ::-1] if each.flip else image, self.image_shape)
 
     def _check(self, image: np.ndarray, index: int) -> None:
         expected = self.image_shape
@@ -204,6 +224,22 @@ class _Reader:
                 f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
                 f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
             )
+
+
+def _as_it_is(item: _Packed | DataError) -> _Packed | DataError:
+    return item
+
+
+def _new(size: int) -> torch.Tensor:
+    """An empty float32 tensor, in a worker in memory that is shared already, so that sending it copies nothing."""
+    empty = torch.empty(size)
+    return empty.share_memory_() if torch.utils.data.get_worker_info() is not None else empty
+
+
+def _split(large: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """The tensors of these shapes that lie one after the other in a flat one."""
+    parts = large.split([math.prod(shape) for shape in shapes])
+    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _check_labels(dataset: Dataset, num_classes: int) -> None:

@@ -57,8 +57,7 @@ class ShardCache:
             with locked(target.with_suffix(".lock")):  # another process may have fetched it while this one waited
                 with contextlib.suppress(FileNotFoundError):
                     return self._open(target)
-                self._fetch(url, target)
-                descriptor = self._open(target)
+                descriptor = self._fetch(url, target)
             self._make_room(target)
         except OSError as error:
             raise DataError(f"the shard cache {self.folder} cannot be written: {error.strerror}") from None
@@ -79,13 +78,13 @@ class ShardCache:
             for url in urls:
                 os.close(self.open(url))
 
-    def _open(self, target: Path) -> int:
-        descriptor = os.open(target, os.O_RDONLY)
+    def _open(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY)
         # The time of use; that of change stays, by which readers notice that a shard is another.
-        os.utime(target, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+        os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
         return descriptor
 
-    def _fetch(self, url: str, target: Path) -> None:
+    def _fetch(self, url: str, target: Path) -> int:
         aside = target.with_name(f".{uuid.uuid4().hex}")
         try:
             fetch(url, aside)
@@ -93,9 +92,11 @@ class ShardCache:
                 packed = file.read(2) == b"\x1f\x8b"
             if packed:
                 self._unpack(url, aside)
+            descriptor = self._open(aside)  # under its own name another process may make room of it at once
             aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
+        return descriptor
 
     def _unpack(self, url: str, path: Path) -> None:
         unpacked = path.with_name(path.name + ".unpacked")
