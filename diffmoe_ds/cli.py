@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample`` and ``checkpoint``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds import sample_command
+    from diffmoe_ds import bench_command, prepare_command, sample_command
     from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
@@ -51,13 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
         ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
         (
-            "checkpoint",
-            "inspect, reshard, export and import checkpoints",
-            checkpoint_command,
-            checkpoint_command.add_checkpoint_arguments,
-            checkpoint_command.checkpoint_command,
+            "checkpoint", "inspect, reshard, export and import checkpoints", checkpoint_command,
+            checkpoint_command.add_checkpoint_arguments, checkpoint_command.checkpoint_command,
         ),
-    ):
+        (
+            "prepare", "make shards of images", prepare_command, prepare_command.add_prepare_arguments,
+            prepare_command.prepare_command,
+        ),
+        ("bench", "measure", bench_command, bench_command.add_bench_arguments, bench_command.bench_command),
+    ):  # fmt: skip
         sub = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,

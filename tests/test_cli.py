@@ -113,7 +113,7 @@ def test_a_run_directory_holds_what_scripts_rely_on(trained):
     }  # fmt: skip
     keys = {
         "step", "images", "loss", "diffusion_loss", "capacity_loss", "grad_norm", "lr", "images_per_s",
-        "peak_memory_mb",
+        "peak_memory_mb", "data_s",
     }  # fmt: skip
     rows = read_metrics(trained)
     assert [row["images"] for row in rows] == [16, 32, 48, 64, 80] and all(set(row) == keys for row in rows)
@@ -248,7 +248,7 @@ def test_shipped_json_trains_a_step(path, tmp_path):
 
 
 def test_help_ends_in_commands_to_paste():
-    for command in ("train", "sample"):
+    for command in ("train", "sample", "prepare", "bench"):
         finished = subprocess.run(
             [sys.executable, "-m", "diffmoe_ds.cli", command, "--help"],
             capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True,

@@ -57,19 +57,20 @@ def train_command(args: argparse.Namespace) -> None:
     source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
+    from diffmoe_ds.data.dataset import open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
     from diffmoe_ds.training.banner import banner, resumed_from
-    from diffmoe_ds.training.loop import open_dataset, train
+    from diffmoe_ds.training.loop import train
     from diffmoe_ds.training.metrics import MetricsWriter
     from diffmoe_ds.training.resume import agree_on_checkpoint
     from diffmoe_ds.training.setup import pool_rows, setup_run, together
     from diffmoe_ds.training.watchdog import Watchdog
 
     pool_rows(config, settings, launch.world)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config)
     is_main = launch.rank == 0
     if is_main:
-        starts = resumed_from(reader, settings, launch, source)
+        starts = resumed_from(reader, config, settings, launch, source)
         print(banner(config, settings, launch, directory, len(dataset), starts), flush=True)
     if args.dry_run:
         return
@@ -83,7 +84,7 @@ def train_command(args: argparse.Namespace) -> None:
                 reader = CheckpointReader(chosen)
                 check_same_model(reader, config)
                 if is_main:
-                    print(f"{'instead':>11}  {resumed_from(reader, settings, launch, None)}", flush=True)
+                    print(f"{'instead':>11}  {resumed_from(reader, config, settings, launch, None)}", flush=True)
             together(lambda: _write_resolved(directory, config) if is_main else None)
             run = setup_run(config, settings, launch, directory, reader, source)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
