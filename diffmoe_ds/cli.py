@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint`` and ``bench``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError, Requeue
+from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
+from diffmoe_ds.parallel.launch import resolve_launch
 from diffmoe_ds.training.signals import listening
 
 
@@ -26,12 +27,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except Requeue as stop:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if resolve_launch().rank == 0:
             print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
     except DiffMoEError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same mistake in a configuration
+        if _should_say(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -39,17 +39,31 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _should_say(error: DiffMoEError) -> bool:
+    """Rank 0 says what all ranks find alike; where ranks cannot be told apart, all do."""
+    if isinstance(error, SaidElsewhereError):
+        return False
+    try:
+        return not isinstance(error, (ConfigError, NonFiniteError)) or resolve_launch().rank == 0
+    except DiffMoEError:
+        return True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds import bench_command, prepare_command, sample_command
+    from diffmoe_ds import bench_command, doctor_command, prepare_command, sample_command
     from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
     for name, text, module, add, run in (
         ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
         ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
+        (
+            "doctor", "examine these hosts and say what to fix", doctor_command,
+            doctor_command.add_doctor_arguments, doctor_command.doctor_command,
+        ),
         (
             "checkpoint", "inspect, reshard, export and import checkpoints", checkpoint_command,
             checkpoint_command.add_checkpoint_arguments, checkpoint_command.checkpoint_command,
