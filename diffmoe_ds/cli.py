@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``checkpoint`` and ``doctor``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds import doctor_command, sample_command
+    from diffmoe_ds import bench_command, doctor_command, prepare_command, sample_command
     from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
@@ -61,20 +61,19 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
         ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
         (
-            "doctor",
-            "examine these hosts and say what to fix",
-            doctor_command,
-            doctor_command.add_doctor_arguments,
-            doctor_command.doctor_command,
+            "doctor", "examine these hosts and say what to fix", doctor_command,
+            doctor_command.add_doctor_arguments, doctor_command.doctor_command,
         ),
         (
-            "checkpoint",
-            "inspect, reshard, export and import checkpoints",
-            checkpoint_command,
-            checkpoint_command.add_checkpoint_arguments,
-            checkpoint_command.checkpoint_command,
+            "checkpoint", "inspect, reshard, export and import checkpoints", checkpoint_command,
+            checkpoint_command.add_checkpoint_arguments, checkpoint_command.checkpoint_command,
         ),
-    ):
+        (
+            "prepare", "make shards of images", prepare_command, prepare_command.add_prepare_arguments,
+            prepare_command.prepare_command,
+        ),
+        ("bench", "measure", bench_command, bench_command.add_bench_arguments, bench_command.bench_command),
+    ):  # fmt: skip
         sub = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "alone, so an image does not depend on its batch.  dynamic (the paper's) and static of a batch_pool model let "
         "the images of a batch compete, so an image changes with --batch-size and with the number of ranks",
     )
+    add("--vae", metavar="PATH|HUB_ID", help="the AutoencoderKL that turns the latents of a latent model into pixels")
     add("--weights", choices=tuple(WEIGHTS), help="averaged or last weights (default: ema, if there)")
     add("--batch-size", type=int, default=50, metavar="B", help="images drawn at once by a rank (default: %(default)s)")
     add(
@@ -94,10 +96,14 @@ def sample_command(args: argparse.Namespace) -> None:
             f"--checkpoint {args.checkpoint}: is no checkpoint, no run directory with one and no exported model."
         )
     config = reader.config
-    if config.model.in_channels not in PIXEL_CHANNELS:
+    if (config.model.in_channels in PIXEL_CHANNELS) == (args.vae is not None):
         raise ConfigError(
-            f"{reader.path}: the model draws latents of {config.model.in_channels} channels, which only a VAE could "
-            "turn into pixels; sample draws pixels, of 1 or 3 channels."
+            f"{reader.path}: the model draws {config.model.in_channels} channels, "
+            + (
+                "which are pixels already; leave --vae out."
+                if args.vae
+                else "latents, which need a --vae to be pixels."
+            )
         )
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
@@ -110,13 +116,14 @@ def sample_command(args: argparse.Namespace) -> None:
     model.set_inference(args.routing or config.inference_choices[0])
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model.to(device).eval()
+    decode = _decoder(args.vae, config.model.in_channels, device)
     meeting = meet(launch, f"{reader.path} {sampler}")  # a rank that fails alone would leave the others waiting here
     meeting.on_main("out", lambda: _make_folder(args.out))
     if launch.world > 1:
         if launch.rank == 0:
             print(f"{'launch':>11}  {meeting.launch.describe()}", flush=True)
         dist.init_process_group("gloo")
-    pixels = _draw_share(model, args, launch, device, sampler)
+    pixels = _draw_share(model, args, launch, device, sampler, decode)
     pixels = _gather(pixels, args.num_images, launch)
     if pixels is None:
         return
@@ -144,7 +151,29 @@ def _label(seed: int, model: DiT) -> int:
     return seed % model.config.model.num_classes
 
 
-def _draw_share(model: DiT, args: argparse.Namespace, launch: Launch, device: torch.device, sampler: str) -> np.ndarray:
+def _decoder(vae: str | None, channels: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From what the model draws to pixels in about [-1, 1]."""
+    if vae is None:
+        return lambda pixels: pixels
+    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
+
+    loaded = VAE(vae, device)
+    if loaded.settings["latent_channels"] != channels:
+        raise ConfigError(
+            f"--vae {vae}: decodes latents of {loaded.settings['latent_channels']} channels, but the model draws "
+            f"{channels}."
+        )
+    return loaded.decode
+
+
+def _draw_share(
+    model: DiT,
+    args: argparse.Namespace,
+    launch: Launch,
+    device: torch.device,
+    sampler: str,
+    decode: Callable[[torch.Tensor], torch.Tensor],
+) -> np.ndarray:
     """This rank's images, an equal and contiguous share of all; uint8 [n, H, W, C], padded with further seeds."""
     share = math.ceil(args.num_images / launch.world)
     seeds = range(args.seed + launch.rank * share, args.seed + (launch.rank + 1) * share)
@@ -169,7 +198,7 @@ def _draw_share(model: DiT, args: argparse.Namespace, launch: Launch, device: to
                     f"{args.checkpoint}: the images are no numbers; a smaller --cfg-scale than {args.cfg_scale:g} or "
                     "another checkpoint may help."
                 )
-            drawn.append(to_uint8(images))
+            drawn.append(to_uint8(decode(images)))
     return np.concatenate(drawn)
 
 

@@ -98,11 +98,27 @@ class DataConfig:
     """Where the images come from."""
 
     path: str | None = None
-    """WebDataset shards: a file, a directory or a pattern with ``{000..127}``; none: the embedded Fashion-MNIST."""
+    """WebDataset shards (a file, a directory, a pattern with ``{000..127}``, ``https://`` or ``pipe:`` URLs as
+    WebDataset has them) or a folder of images, ``DIR/CLASS/*.jpg`` or ``DIR/*.jpg``; none: the embedded
+    Fashion-MNIST.  A set without labels trains with ``model.num_classes`` 1."""
     horizontal_flip: bool = True
-    """Mirror half of the images."""
+    """Mirror half of the images; prepared latents hold the latent of the mirrored image."""
     num_workers: int = 0
     """Loader processes per rank; 0 loads in the training process."""
+    shuffle: Literal["whole", "window"] = "whole"
+    """``whole`` permutes the whole set every epoch: the best mixing, but it reads at random places of all shards, so
+    they belong on a local disk.  ``window`` shuffles the shards, lays them end to end and permutes inside windows of
+    ``shuffle_window`` images: nearly sequential, for network file systems and URLs, and only as well mixed as the
+    window and the shards are (``diffmoe prepare`` mixes shards).  Both read every image once an epoch, on any
+    layout, and continue exactly."""
+    shuffle_window: int = 16_384
+    """Images of a window; more mix better and touch more shards at a time."""
+    vae: str | None = None
+    """Folder or hub name of an AutoencoderKL that encodes raw images while training, for sets too small to prepare."""
+    cache_dir: str | None = None
+    """Where shards behind URLs are kept, shared by the ranks of a host; none: ``~/.cache/diffmoe-ds``."""
+    cache_gb: float = 100.0
+    """Size of that folder in GB; the shards that were used least recently make room."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +246,7 @@ class Config:
         )
         _positive("objective", self.objective, "flow_time_scale")
         _positive("sample", self.sample, "num_images", "steps")
+        _positive("data", self.data, "shuffle_window", "cache_gb")
         _positive("optimizer", self.optimizer, "lr", "eps")
         _not_negative("run", run, "seed", "save_every_images", "sample_every_images", "nonfinite_skips")
         _not_negative("run", run, "straggler_steps")

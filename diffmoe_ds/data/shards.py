@@ -1,82 +1,84 @@
-"""Index of, and random access to, the samples of WebDataset shards.
+"""Random access to the samples of WebDataset shards: which shards a path names, and reading one sample of them.
 
-A shard is a tar file; neighbouring members with the same key (the name up to the first dot of its base name)
-form a sample.  Opening reads the tar headers only; an image is read when it is asked for.  Members are read by
-offset and never extracted, members that are no image or label are never read, and nothing is ever unpickled.
+An image is read by its offset when it is asked for; `tar_index.py` says where it lies.
 """
 
+from __future__ import annotations
+
+import contextlib
 import glob
 import gzip
+import hashlib
 import io
 import os
-import re
-import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import braceexpand
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from diffmoe_ds.data.images import decode_pixels
+from diffmoe_ds.data.latents import LatentFormat
+from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache, fetch, is_url, locked
+from diffmoe_ds.data.tar_index import (
+    IMAGE_SUFFIXES,
+    INDEX,
+    KEYS,
+    NO_LABEL,
+    SAMPLES,
+    Entry,
+    Index,
+    join,
+    load_index,
+    save_index,
+    scan,
+    subset,
+)
 from diffmoe_ds.errors import DataError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion-mnist-00000.tar.gz"
 
-MAX_MEMBER_BYTES = 64 << 20
 MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is held in memory
-MAX_OPEN_FILES = 256  # per data set and process; the usual limit is 1,024 per process
-
-PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
-IMAGE_SUFFIXES = (*PIL_FORMATS, "npy")
-LABEL_SUFFIX = "cls"
-GREY_MODES = ("1", "L", "LA")
-COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+MAX_OPEN_FILES = 512  # per data set and process; the usual limit is 1,024 per process
+SCANNING_THREADS = 8  # scanning waits for the file system most of the time
+KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index: the one that was made by scanning is kept beside them
+DEFAULT_CACHE_BYTES = 100 * 10**9
 
 
 class Sample(NamedTuple):
     image: np.ndarray  # [C, H, W]: uint8 of an image file (C is 1 or 3), float32 of a latent (.npy)
-    label: int
+    label: int  # NO_LABEL in a set without labels
     key: str
 
 
-class _Entry(NamedTuple):
-    """Where a sample's parts lie: one row of the index.  Offsets and sizes are in bytes."""
+def expand(path: str | Path) -> list[str]:
+    """The shards that ``path`` names: a file, a directory's ``*.tar`` and ``*.tar.gz``, a pattern, or URLs.
 
-    shard: int
-    suffix: int  # of the image, in IMAGE_SUFFIXES
-    image_offset: int
-    image_size: int
-    label_offset: int
-    label_size: int
-    key_offset: int  # in the index's joined keys
-    key_size: int
-
-
-def expand(path: str | Path) -> list[Path]:
-    """The shards that ``path`` names: a file, a directory's ``*.tar`` and ``*.tar.gz``, or a pattern.
-
-    A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both.  The shards of a
-    directory and of a wildcard are sorted by name; those of braces keep the order of the braces.
+    A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
+    braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
 
     Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
     """
-    whole = Path(path).expanduser()
-    if whole.is_dir():
-        shards = sorted(p for p in whole.iterdir() if p.name.endswith((".tar", ".tar.gz")))
-        if not shards:
-            raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
-        return shards
-    if whole.exists():
-        return [whole]
-    shards = []
     try:
+        if is_url(str(path)):
+            return list(braceexpand.braceexpand(str(path)))
+        whole = Path(path).expanduser()
+        if whole.is_dir():
+            shards = sorted(str(p) for p in whole.iterdir() if p.name.endswith((".tar", ".tar.gz")))
+            if not shards:
+                raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
+            return shards
+        if whole.exists():
+            return [str(whole)]
+        shards = []
         for pattern in braceexpand.braceexpand(str(whole)):
             matches = sorted(glob.glob(pattern))
             if not matches:
                 raise DataError(f"no shard {pattern} exists; expected a file, a directory or a pattern of tar files")
-            shards += map(Path, matches)
+            shards += matches
     except braceexpand.UnbalancedBracesError:
         raise DataError(f"pattern {path} has unbalanced braces; write it like shards-{{000..127}}.tar") from None
     return shards
@@ -85,99 +87,248 @@ def expand(path: str | Path) -> list[Path]:
 class ShardDataset:
     """Random access to the samples of ``shards``, in the order in which they are stored.
 
-    Workers may be forked from a process that holds one; a copy sent to another process opens its own files.
+    ``shards`` are paths and URLs, which are fetched into ``cache``.  Workers may be forked from a process that holds
+    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read.
 
-    Raises ``DataError`` if a shard cannot be read to its end, a sample lacks an image or a label or has several,
-    a member is too big, or there is no sample at all; ``ds[i]`` raises it for contents that cannot be decoded.
+    Raises ``DataError`` if a shard cannot be read to its end or has changed since its index was made, a sample lacks
+    an image or has several, some samples have labels and others none, a member is too big, or there is no sample at
+    all; reading raises it for contents that cannot be decoded and for a shard that has changed.
     """
 
-    def __init__(self, shards: Sequence[Path]):
+    def __init__(self, shards: Sequence[str | Path], cache: ShardCache | None = None, use_index: bool = True):
         assert shards, "expand() never gives an empty list"
-        self._shards = list(shards)
+        self._shards = [str(shard) for shard in shards]
+        self._cache = cache or ShardCache(DEFAULT_FOLDER, DEFAULT_CACHE_BYTES)
         self._unpacked: dict[int, bytes] = {}
-        self._files: dict[int, io.FileIO] = {}  # the least recently read first
-        keys = bytearray()
-        # Arrays and one byte string instead of millions of objects: small, and forked workers share them.
-        blocks = [np.empty((0, len(_Entry._fields)), np.int64)]
-        for number, shard in enumerate(self._shards):
-            entries = []
-            for key, members in self._scan(number):
-                suffix, image, label = _parts(f"sample {key!r} of shard {shard}", members)
-                name = key.encode("utf-8", "surrogateescape")
-                entries.append(_Entry(number, IMAGE_SUFFIXES.index(suffix), *image, *label, len(keys), len(name)))
-                keys += name
-            if entries:
-                blocks.append(np.array(entries, np.int64))
-        self._keys = bytes(keys)
-        self._index = np.concatenate(blocks)
+        self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
+        self._index = self._open_index() if use_index else self._scan_all()
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
-            raise DataError(f"there is no sample in {shards[0]}{others}; expected a .cls and an image for each")
+            raise DataError(f"there is no sample in {shards[0]}{others}; expected an image for each, and a .cls")
+        missing = self.labels == NO_LABEL
+        if missing.any() and not missing.all():
+            raise DataError(
+                f"{self.describe(int(np.argmax(missing)))} has no label, but others have; expected a .cls stored next "
+                "to each image, or to none"
+            )
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._index.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        entry = _Entry(*self._index[index].tolist())
+        entry = self._entry(index)
         suffix = IMAGE_SUFFIXES[entry.suffix]
-        text = self._read(entry.shard, entry.label_offset, entry.label_size)
-        if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
-            raise DataError(f"{self.describe(index)} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
-        data = self._read(entry.shard, entry.image_offset, entry.image_size)
+        data = self.image_bytes(index)
         try:
-            image = _decode_image(data, suffix)
+            image = _decode_latent(data) if suffix == "npy" else decode_pixels(data, suffix)
         except Exception as error:  # what a decoder raises on damaged bytes depends on the bytes
             raise DataError(f"{self.describe(index)} has a .{suffix} that cannot be decoded: {error}") from error
-        return Sample(image, int(text), self._key(entry))
+        return Sample(image, entry.label, self.key(index))
+
+    @property
+    def latents(self) -> LatentFormat | None:
+        """How the latents were made, if the shards hold prepared ones; they are read by ``read_halves``."""
+        return self._index.latents
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 label of each sample; all ``NO_LABEL`` in a set without labels."""
+        return self._index.samples[:, Entry._fields.index("label")]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self._index.shards]
+
+    @property
+    def classes(self) -> None:
+        """Shards have numbers for classes, but no names."""
+        return None
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        return self._index.key(index)
 
     def describe(self, index: int) -> str:
         """Key and shard of a sample, for messages."""
-        entry = _Entry(*self._index[index].tolist())
-        return f"sample {self._key(entry)!r} of shard {self._shards[entry.shard]}"
+        return f"sample {self.key(index)!r} of shard {self._shards[self._entry(index).shard]}"
+
+    def image_bytes(self, index: int) -> bytes:
+        """A sample's image as it is stored."""
+        entry = self._entry(index)
+        buffer = bytearray(entry.size)
+        self._read(entry.shard, entry.offset, [buffer], entry.size)
+        return bytes(buffer)
+
+    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """The stored latents of images or their mirror images: uint8 ``[B, half_bytes]``, see ``LatentFormat``."""
+        latents = self.latents
+        assert latents is not None
+        header, half = latents.header, latents.half_bytes
+        found = bytearray(len(header))
+        rows = np.empty((len(indices), half), np.uint8)
+        entries = self._index.samples[list(indices)].tolist()
+        for row, values, index, mirror in zip(rows, entries, indices, mirrored, strict=True):
+            entry = Entry(*values)
+            if mirror:
+                self._read(entry.shard, entry.offset + len(header) + half, [row], half)
+                continue
+            self._read(entry.shard, entry.offset, [found, row], len(header) + half)
+            if found != header:
+                raise DataError(f"{self.describe(index)} has a .npy that is no latent of {latents}")
+        return rows
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch those of these shards that are URLs."""
+        urls = [self._shards[number] for number in shards if is_url(self._shards[number])]
+        if urls:
+            self._cache.prefetch(urls)
+
+    def remote_bytes(self) -> int:
+        """Bytes of all shards that are URLs."""
+        pairs = zip(self._shards, self._index.shards, strict=True)
+        return sum(info.bytes for shard, info in pairs if is_url(shard))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}
 
-    def _key(self, entry: _Entry) -> str:
-        name = self._keys[entry.key_offset : entry.key_offset + entry.key_size]
-        return name.decode("utf-8", "surrogateescape")
+    def _entry(self, index: int) -> Entry:
+        return Entry(*self._index.samples[index].tolist())
 
-    def _scan(self, number: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    def _open_index(self) -> Index:
+        """From the index beside the shards if there is one, otherwise by reading their headers."""
+        found = _prepared_index(self._shards, self._cache)
+        if found is not None:
+            self._check_sizes(found)
+            return found
+        local = [shard for shard in self._shards if not is_url(shard)]
+        if local != self._shards:
+            folder = self._cache.folder.expanduser()
+        else:
+            folder = Path(local[0]).parent
+            if sum(map(_size, local)) < KEEP_INDEX_FROM_BYTES:
+                folder = None
+        if any(map(_is_gzip, local)):
+            folder = None  # they have to be unpacked at every start
+        return _kept(folder, self._shards, self._scan_all)
+
+    def _check_sizes(self, index: Index) -> None:
+        for shard, info in zip(self._shards, index.shards, strict=True):
+            if not is_url(shard) and (size := _size(shard)) != info.bytes:
+                raise DataError(
+                    f"shard {shard} has {size} bytes, but its index says {info.bytes}: it changed after it was made; "
+                    "diffmoe prepare check says which shards are whole"
+                )
+
+    def _scan_all(self) -> Index:
+        with ThreadPoolExecutor(SCANNING_THREADS) as pool:
+            return join(list(pool.map(self._scan, range(len(self._shards)))))
+
+    def _scan(self, number: int) -> Index:
         """The samples of a shard, unpacked into memory first if it is gzipped."""
         shard = self._shards[number]
         try:
-            with open(shard, "rb") as file:
-                if file.read(2) == b"\x1f\x8b":
-                    self._unpacked[number] = _unpack(shard)
-                    yield from _scan_tar(shard, io.BytesIO(self._unpacked[number]))
-                else:
-                    file.seek(0)
-                    yield from _scan_tar(shard, file)
-        except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
+            with open(self._cache.open(shard) if is_url(shard) else shard, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                packed = file.read(2) == b"\x1f\x8b"
+                file.seek(0)
+                if not packed:
+                    return scan(shard, file, size)
+                self._unpacked[number] = _unpack(shard, file)
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
+        return scan(shard, io.BytesIO(self._unpacked[number]), len(self._unpacked[number]))
 
-    def _read(self, number: int, offset: int, size: int) -> bytes:
+    def _read(self, number: int, offset: int, buffers: list, size: int) -> None:
+        """Fill the buffers, of ``size`` bytes together, from a shard."""
         if number in self._unpacked:
-            return self._unpacked[number][offset : offset + size]
+            for buffer in buffers:
+                buffer[:] = memoryview(self._unpacked[number])[offset : offset + len(buffer)]
+                offset += len(buffer)
+            return
         try:
-            data = os.pread(self._file(number).fileno(), size, offset)
+            file, changed = self._file(number)
+            done = os.preadv(file.fileno(), buffers, offset)
+            status = os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"shard {self._shards[number]} can no longer be read: {error}") from error
-        if len(data) != size:
-            raise DataError(f"shard {self._shards[number]} ends before byte {offset + size}: it changed after opening")
-        return data
+        if done != size or status.st_size != self._index.shards[number].bytes or status.st_mtime_ns != changed:
+            raise DataError(
+                f"shard {self._shards[number]} has {status.st_size} bytes where {self._index.shards[number].bytes} "
+                "were indexed, or was written to: it changed after opening"
+            )
 
-    def _file(self, number: int) -> io.FileIO:
-        file = self._files.pop(number, None) or io.FileIO(self._shards[number])
-        self._files[number] = file
+    def _file(self, number: int) -> tuple[io.FileIO, int]:
+        kept = self._files.pop(number, None)
+        if kept is None:
+            shard = self._shards[number]
+            file = io.FileIO(self._cache.open(shard) if is_url(shard) else shard)
+            kept = file, os.fstat(file.fileno()).st_mtime_ns
+        self._files[number] = kept
         if len(self._files) > MAX_OPEN_FILES:
-            self._files.pop(next(iter(self._files))).close()
-        return file
+            self._files.pop(next(iter(self._files)), None)  # closed when no thread reads it any more
+        return kept
 
 
-def _unpack(shard: Path) -> bytes:
+def _prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
+    """The index that lies beside the shards, if it has them all and they are in one place."""
+    if any(shard.startswith("pipe:") for shard in shards):
+        return None
+    places = {shard.rpartition("/")[0] for shard in shards}
+    place = places.pop()
+    if places:
+        return None
+    names = [shard.rpartition("/")[2] for shard in shards]
+    if not is_url(shards[0]):
+        folder = Path(place or ("/" if shards[0].startswith("/") else "."))
+        return subset(load_index(folder), names) if (folder / INDEX).is_file() else None
+    folder = cache.folder / f"index-{hashlib.sha256(place.encode()).hexdigest()[:32]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
+            for name in (SAMPLES, KEYS, INDEX):
+                if not (folder / INDEX).exists():
+                    fetch(f"{place}/{name}", folder / f".{name}")
+                    (folder / f".{name}").replace(folder / name)
+    except (DataError, OSError):
+        return None  # most sets have none: their headers are read
+    return subset(load_index(folder), names)
+
+
+def _kept(folder: Path | None, shards: Sequence[str], make: Callable[[], Index]) -> Index:
+    """What ``make`` gives, kept in ``folder`` under the shards' names, sizes and times of change."""
+    if folder is None:
+        return make()
+    facts = [(s, 0, 0) if is_url(s) else (Path(s).name, _size(s), os.stat(s).st_mtime_ns) for s in shards]
+    kept = folder / f".diffmoe-index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        with locked(kept / ".lock"):  # the ranks of a host read the headers once, not each for itself
+            if (kept / INDEX).exists():
+                return load_index(kept)
+            index = make()
+            save_index(index, kept)
+            return index
+    except OSError:  # a read-only place
+        return make()
+
+
+def _size(shard: str) -> int:
+    try:
+        return os.stat(shard).st_size
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
+
+
+def _is_gzip(shard: str) -> bool:
+    with contextlib.suppress(OSError), open(shard, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+    return False
+
+
+def _unpack(shard: str, file: io.BufferedIOBase) -> bytes:
     chunks, total = [], 0
-    with gzip.open(shard) as stream:
+    with gzip.open(file) as stream:
         while chunk := stream.read(1 << 24):
             chunks.append(chunk)
             total += len(chunk)
@@ -189,64 +340,10 @@ def _unpack(shard: Path) -> bytes:
     return b"".join(chunks)
 
 
-def _scan_tar(shard: Path, file: io.BufferedIOBase) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Key and members ``{suffix: (offset, size)}`` of each sample, grouped as WebDataset groups them."""
-    current, members = None, {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            folder, slash, base = member.name.rpartition("/")
-            stem, dot, suffix = base.partition(".")
-            if not (member.isreg() and stem and dot) or member.issparse():
-                continue  # links, devices, directories, hidden files: never part of a sample
-            key, suffix = folder + slash + stem, suffix.lower()
-            if key != current:
-                if members:
-                    yield current, members
-                current, members = key, {}
-            if suffix in members:
-                raise DataError(f"sample {key!r} of shard {shard} has two members .{suffix}; expected one")
-            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX) and not 0 <= member.size <= MAX_MEMBER_BYTES:
-                raise DataError(
-                    f"member {member.name!r} of shard {shard} has {member.size} bytes; "
-                    f"at most {MAX_MEMBER_BYTES >> 20} MiB are read"
-                )
-            members[suffix] = (member.offset_data, member.size)
-        # tarfile takes a damaged or cut-off header for the end of the archive; the true end is a block of zeros.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
-    if members:
-        yield current, members
-
-
-def _parts(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int], tuple[int, int]]:
-    """The image's suffix and place, and the label's place, of a sample's members."""
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
-    found = ", ".join(f".{suffix}" for suffix in members)
-    if len(images) != 1:
-        raise DataError(
-            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {found}; "
-            f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
-        )
-    if LABEL_SUFFIX not in members:
-        raise DataError(f"{where} has no label among its members {found}; expected a .cls stored next to them")
-    return images[0], members[images[0]], members[LABEL_SUFFIX]
-
-
-def _decode_image(data: bytes, suffix: str) -> np.ndarray:
-    """``[C, H, W]`` uint8 of an image file, float32 of a latent; any exception means it cannot be decoded."""
-    if suffix == "npy":
-        # read_array and not np.load, which would also take a zip archive or, if allowed, a bare pickle.
-        latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-        if latent.ndim != 3 or latent.dtype.kind != "f" or not np.isfinite(latent).all():
-            raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
-        return np.ascontiguousarray(latent, np.float32)
-    try:
-        picture = Image.open(io.BytesIO(data), formats=[PIL_FORMATS[suffix]])
-    except UnidentifiedImageError:
-        raise ValueError(f"it does not begin as a {PIL_FORMATS[suffix]} file") from None
-    if picture.mode in GREY_MODES:
-        return np.array(picture.convert("L"))[None]
-    if picture.mode not in COLOUR_MODES:  # 16-bit greys: converting would clip them
-        raise ValueError(f"pixel mode {picture.mode} is not supported, expected 8 bits a channel")
-    return np.ascontiguousarray(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
+def _decode_latent(data: bytes) -> np.ndarray:
+    """float32 ``[C, H, W]`` of a latent that is stored as one array, as it is."""
+    # read_array and not np.load, which would also take a zip archive or, if allowed, a bare pickle.
+    latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    if latent.ndim != 3 or latent.dtype.kind != "f" or not np.isfinite(latent).all():
+        raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
+    return np.ascontiguousarray(latent, np.float32)

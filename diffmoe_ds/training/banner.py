@@ -11,6 +11,7 @@ import torch
 
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
+from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.parallel.launch import Launch
 from diffmoe_ds.parallel.traffic import crossing_warning
@@ -19,8 +20,9 @@ from diffmoe_ds.training.setup import pool_rows
 
 
 def resumed_from(
-    reader: CheckpointReader | None, settings: DeepSpeedSettings, launch: Launch, source: WeightsReader | None
-) -> str:
+    reader: CheckpointReader | None, config: Config, settings: DeepSpeedSettings, launch: Launch,
+    source: WeightsReader | None,
+) -> str:  # fmt: skip
     """Where a run starts from, in words; whether its checkpoint is of another layout, and of which."""
     if reader is None:
         return "starts anew" if source is None else f"starts anew with the weights of {source.path}"
@@ -32,7 +34,18 @@ def resumed_from(
     }  # fmt: skip
     text = f"continues {reader.path} at {meta['images']:,} images"
     changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
-    return f"{text}, resharding: {', '.join(changed)}" if changed else text
+    if changed:
+        text += f", resharding: {', '.join(changed)}"
+    before, after = _flat(reader.config), _flat(config)
+    other = [f"{key} {before[key]} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
+
+
+def _flat(config: Config) -> dict[str, object]:
+    """Every key of a recipe that is not DeepSpeed's, by its dotted name."""
+    sections = config_to_dict(config)
+    del sections["deepspeed"]
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def banner(

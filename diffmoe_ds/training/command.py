@@ -64,21 +64,22 @@ def train_command(args: argparse.Namespace) -> None:
     source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
+    from diffmoe_ds.data.dataset import open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
     from diffmoe_ds.training.banner import banner, resumed_from
-    from diffmoe_ds.training.loop import open_dataset, train
+    from diffmoe_ds.training.loop import train
     from diffmoe_ds.training.metrics import MetricsWriter
     from diffmoe_ds.training.resume import agree_on_checkpoint
     from diffmoe_ds.training.setup import pool_rows, setup_run, together
     from diffmoe_ds.training.watchdog import Watchdog
 
     pool_rows(config, settings, launch.world)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config)
     is_main = launch.rank == 0
     if args.dry_run:
         if is_main:
             hosts = assumed_hosts(launch.world, launch.local_world)
-            starts = resumed_from(reader, settings, launch, source)
+            starts = resumed_from(reader, config, settings, launch, source)
             print(banner(config, settings, launch, hosts, directory, len(dataset), starts), flush=True)
         return
     meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
@@ -88,7 +89,7 @@ def train_command(args: argparse.Namespace) -> None:
             choices = _resume_choices(args.resume, directory)
             reader = _first_look(choices, config)
         if is_main:
-            starts = resumed_from(reader, settings, launch, source)
+            starts = resumed_from(reader, config, settings, launch, source)
             text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), starts)
             print(text, flush=True)
         seam.quiet_deepspeed()
@@ -100,7 +101,7 @@ def train_command(args: argparse.Namespace) -> None:
                 reader = CheckpointReader(chosen)
                 check_same_model(reader, config)
                 if is_main:
-                    print(f"{'instead':>11}  {resumed_from(reader, settings, launch, None)}", flush=True)
+                    print(f"{'instead':>11}  {resumed_from(reader, config, settings, launch, None)}", flush=True)
             together(lambda: _write_resolved(directory, config) if is_main else None)
             run = setup_run(config, settings, launch, directory, reader, source)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.draws import training_draws
-from diffmoe_ds.data.loader import MicroBatch, PositionLoader
-from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
+from diffmoe_ds.data.loader import Dataset, MicroBatch, PositionLoader
 from diffmoe_ds.errors import DataError, NonFiniteError, Requeue
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
@@ -45,7 +46,7 @@ class Step(NamedTuple):
 
 
 def train(
-    run: Run, dataset: ShardDataset, metrics: MetricsWriter | None, watchdog: Watchdog, hosts: tuple[str, ...]
+    run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: Watchdog, hosts: tuple[str, ...]
 ) -> Path | None:
     """Train until the run's images are seen.
 
@@ -65,7 +66,7 @@ def train(
         DataError, CheckpointError: see the data and checkpoint packages.
     """
     config, global_batch = run.config, run.settings.global_batch
-    batches = iter(make_loader(run, dataset))
+    batches = Timed(iter(make_loader(run, dataset)))
     saves = Saves(run, watchdog)
     stragglers = Stragglers(config.run, hosts, run.device)
     watch, preview, skipped = GradientWatch(run.model), Preview(), 0
@@ -98,7 +99,7 @@ def train(
         run.step += 1
         is_last = run.images >= config.run.total_images
         if metrics is not None:
-            metrics.step(_row(run, step))
+            metrics.step({**_row(run, step), "data_s": batches.waited()})
         compared = stragglers.compare(run.step)
         if metrics is not None and compared is not None:
             metrics.compared(compared, run.images)
@@ -118,18 +119,19 @@ def train(
     return saves.last
 
 
-def make_loader(run: Run, dataset: ShardDataset) -> PositionLoader:
+def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     """This rank's images from where the run stands."""
-    model, settings = run.config.model, run.settings
+    data, model, settings = run.config.data, run.config.model, run.settings
     shape = (model.in_channels, model.input_size, model.input_size)
     draws = partial(
         training_draws,
         run.config.run.seed,
         shape=shape,
         label_dropout=model.label_dropout,
-        flip=run.config.data.horizontal_flip,
+        flip=data.horizontal_flip,
+        posterior=dataset.latents is not None or data.vae is not None,
     )
-    return PositionLoader(
+    loader = PositionLoader(
         dataset=dataset,
         seed=run.config.run.seed,
         global_batch=settings.global_batch,
@@ -138,16 +140,17 @@ def make_loader(run: Run, dataset: ShardDataset) -> PositionLoader:
         rank=run.topology.rank,
         world=run.topology.world,
         start_position=run.images,
-        image_shape=shape,
+        image_shape=image_shape(run.config),
         num_classes=model.num_classes,
-        num_workers=run.config.data.num_workers,
+        num_workers=data.num_workers,
+        shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,
         draws=draws,
     )
+    if data.vae is None:
+        return loader
+    from diffmoe_ds.data.vae import VAE, EncodingLoader
 
-
-def open_dataset(path: str | None) -> ShardDataset:
-    """The images of a recipe's ``data.path``; none: the embedded ones."""
-    return ShardDataset(expand(EMBEDDED if path is None else path))
+    return EncodingLoader(loader, VAE(data.vae, run.device))
 
 
 def _step(
@@ -232,7 +235,7 @@ def _next_batch(run: Run, batches: Iterator[MicroBatch], stop: bool, writing: bo
         raise failure
     if failed:
         raise DataError(f"rank {run.topology.rank} stops because another rank could not read its images")
-    return MicroBatch(*(tensor.to(run.device, non_blocking=True) for tensor in batch)), stop, writing
+    return batch.to(run.device), stop, writing
 
 
 def _row(run: Run, step: Step) -> dict[str, Any]:
@@ -259,3 +262,26 @@ def _show(run: Run, grid: Any, metrics: MetricsWriter) -> None:
         save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
     except OSError as error:  # a picture is not worth a run
         print(f"*** WARNING: {folder}: {error}; the picture is not there ***", file=sys.stderr, flush=True)
+
+
+class Timed:
+    """An iterator that knows how long one waited for it."""
+
+    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+        self._batches = batches
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def waited(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return round(seconds, 6)

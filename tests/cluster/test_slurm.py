@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -194,8 +193,6 @@ def test_samples_of_four_tasks_are_those_of_one_process(cluster: Cluster, requeu
 
 def test_prepare_on_four_tasks(cluster: Cluster, project: Path):
     """`slurm/prepare.sbatch`: every task its shards, and the set is whole."""
-    if importlib.util.find_spec("diffmoe_ds.prepare_command") is None:
-        pytest.skip("`diffmoe prepare` is not there yet")
     for number in range(24):
         folder = project / f"images/class_{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,193 @@
+"""The loader beside its opponents on prepared latents: a WebDataset pipeline, and torch's loader over a file per image.
+
+All read the same latents (4x32x32 with mirror image, fp16), choose one of the two by chance, sample the posterior and
+give fp32 batches, with as many worker processes; they take turns in one process, and medians are compared.  Chance
+is a stream per image with us, torch's generator with the others.  Ours also draws the noise, time and label dropout
+of training; so there are two rows: "reading" leaves those out, to compare like with like, "training" is what a run
+uses.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+
+from diffmoe_ds.data.draws import Purpose, TrainingDraws, philox, posterior_noise, training_draws
+from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
+from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.tar_index import join, save_index, scan
+from diffmoe_ds.data.writer import write_tar
+
+SHARD_SAMPLES = 2048
+CLASSES = 1000
+FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
+WARM_UP_BATCHES = 20
+MEMORY_LOOKS = 20
+OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
+WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
+
+
+def bench_data(
+    *, samples: int, workers: int, batch_size: int, rounds: int, memory_samples: int, folder: Path | None
+) -> dict[str, Any]:
+    """Samples and megabytes per second of each loader, the ratios, and the memory of ours over many samples.
+
+    A megabyte is 10^6 bytes of what is used of a stored latent: its half, mean and log-variance, 16 KiB.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        shards, files = Path(made) / "shards", Path(made) / "files"
+        _make_sets(shards, files, samples)
+        loaders: dict[str, Callable[[], Iterable]] = {
+            OURS: partial(_ours, shards, workers, batch_size, _reading_draws),
+            OURS_TRAINING: partial(
+                _ours, shards, workers, batch_size,
+                partial(training_draws, 0, shape=FORMAT.shape, label_dropout=0.1, posterior=True),
+            ),
+            WEBDATASET: partial(_webdataset, shards, workers, batch_size),
+            FILES: partial(_files, files, workers, batch_size),
+        }  # fmt: skip
+        speeds: dict[str, list[float]] = {name: [] for name in loaders}
+        for _ in range(rounds):
+            for name, make in loaders.items():
+                speeds[name].append(_speed(iter(make()), samples // batch_size - WARM_UP_BATCHES, batch_size))
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        memory = _memory(loaders[OURS_TRAINING], memory_samples, batch_size)
+    return {
+        "samples": samples,
+        "workers": workers,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "loaders": {
+            name: {"samples_per_s": speed, "mb_per_s": speed * FORMAT.half_bytes / 1e6, "rounds": speeds[name]}
+            for name, speed in medians.items()
+        },
+        "ratios": {
+            f"{ours} / {other}": medians[ours] / medians[other]
+            for ours in (OURS, OURS_TRAINING)
+            for other in (WEBDATASET, FILES)
+        },
+        "memory": memory,
+    }
+
+
+def _make_sets(shards: Path, files: Path, samples: int) -> None:
+    """The same latents as shards with an index and as a file per image."""
+    shards.mkdir()
+    files.mkdir()
+    generator = np.random.default_rng(0)
+    index = []
+    for shard in range(-(-samples // SHARD_SAMPLES)):
+        members = [(FORMAT_MEMBER, json.dumps(FORMAT.to_json()).encode())]
+        for number in range(shard * SHARD_SAMPLES, min((shard + 1) * SHARD_SAMPLES, samples)):
+            moments = generator.standard_normal((2, 2, *FORMAT.shape), np.float32)
+            moments[:, 1] -= 5
+            moments = moments.astype(np.float16)
+            label = number % CLASSES
+            members += [(f"{number:07d}.npy", FORMAT.encode(moments)), (f"{number:07d}.cls", b"%d" % label)]
+            np.savez(files / f"{number:07d}.npz", moments=moments, label=label)
+        path = shards / f"shards-{shard:05d}.tar"
+        write_tar(path, members)
+        with open(path, "rb") as file:
+            index.append(scan(path.name, file, path.stat().st_size))
+    save_index(join(index), shards)
+
+
+def _speed(batches: Iterator, count: int, batch_size: int) -> float:
+    """Samples per second over ``count`` batches, after the workers have started."""
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * batch_size / (time.perf_counter() - start)
+
+
+def _memory(make: Callable[[], Iterable], samples: int, batch_size: int) -> dict[str, Any]:
+    """Proportional memory (shared pages are split) of this process and its workers while so many samples are read."""
+    batches, looks = iter(make()), []
+    for _ in range(MEMORY_LOOKS):
+        for _ in range(max(1, samples // batch_size // MEMORY_LOOKS)):
+            next(batches)
+        me = psutil.Process()
+        looks.append(sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True))) / 1e6)
+    return {
+        "samples": samples,
+        "first_mb": looks[MEMORY_LOOKS // 10],
+        "last_mb": looks[-1],
+        "peak_mb": max(looks),
+    }
+
+
+def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], TrainingDraws]) -> PositionLoader:
+    return PositionLoader(
+        dataset=ShardDataset(expand(shards)), seed=0, global_batch=batch_size, micro_batch=batch_size, accumulation=1,
+        rank=0, world=1, image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers, draws=draws,
+    )  # fmt: skip
+
+
+def _reading_draws(position: int) -> TrainingDraws:
+    """Mirror and posterior alone, still from one stream per image."""
+    bits = philox(0, Purpose.TRAINING, position)
+    flip = bool(bits.random_raw() & 1)
+    return TrainingDraws(flip, False, 0.0, _NOTHING, posterior_noise(bits, FORMAT.shape))
+
+
+_NOTHING = np.empty(0, np.float32)
+
+
+def _decode(moments: np.ndarray) -> np.ndarray:
+    """fp32 ``[C, H, W]`` of fp16 ``[2, 2, C, H, W]``: the same work as ours, for one image."""
+    half = moments[int(torch.rand(()) < 0.5)].astype(np.float32)
+    noise = torch.randn(FORMAT.shape).numpy()
+    return (half[0] + np.exp(0.5 * half[1]) * noise) * np.float32(FORMAT.scaling_factor)
+
+
+def _webdataset(shards: Path, workers: int, batch_size: int) -> Iterable:
+    """Shards split over workers, shuffled in a buffer, decoded, batched in the workers."""
+
+    def sample(fields: tuple[bytes, bytes]) -> tuple[np.ndarray, int]:
+        data, label = fields
+        moments = np.frombuffer(data, np.float16, offset=len(FORMAT.header)).reshape(2, 2, *FORMAT.shape)
+        return _decode(moments), int(label)
+
+    dataset = (
+        webdataset.WebDataset(expand(shards), shardshuffle=100, nodesplitter=None, empty_check=False)
+        .repeat()
+        .shuffle(1000)
+        .to_tuple("npy", "cls")
+        .map(sample)
+        .batched(batch_size)
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+class _NpzFiles(torch.utils.data.Dataset):
+    def __init__(self, folder: Path):
+        self._paths = sorted(str(path) for path in folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        with np.load(self._paths[index]) as file:
+            return _decode(file["moments"]), int(file["label"])
+
+
+def _files(folder: Path, workers: int, batch_size: int) -> Iterable:
+    loader = torch.utils.data.DataLoader(
+        _NpzFiles(folder), batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True
+    )
+    while True:
+        yield from loader

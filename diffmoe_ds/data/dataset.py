@@ -1,0 +1,73 @@
+"""From a recipe's ``data`` section to a data set that the loader can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.folder import ImageFolder, Source
+from diffmoe_ds.data.loader import Dataset
+from diffmoe_ds.data.raw import RawImages
+from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache
+from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
+from diffmoe_ds.errors import ConfigError
+
+
+def open_dataset(config: Config) -> Dataset:
+    """The images that ``data.path`` names.
+
+    Raises ``DataError`` for what is wrong with the images, ``ConfigError`` for settings that do not fit them.
+    """
+    data, model = config.data, config.model
+    folder = DEFAULT_FOLDER if data.cache_dir is None else Path(data.cache_dir)
+    source = open_source(data.path or EMBEDDED, cache=ShardCache(folder, int(data.cache_gb * 1e9)))
+    if isinstance(source, ShardDataset):
+        _check_cache(config, source)
+    if data.vae is not None:
+        if isinstance(source, ShardDataset) and source.latents is not None:
+            raise ConfigError(f"data.vae is {data.vae}, but {data.path} holds latents already; leave data.vae out.")
+        from diffmoe_ds.data.vae import downsampling, vae_settings
+
+        settings = vae_settings(data.vae)
+        if settings["latent_channels"] != model.in_channels:
+            raise ConfigError(
+                f"model.in_channels is {model.in_channels}, but the latents of data.vae {data.vae} have "
+                f"{settings['latent_channels']} channels."
+            )
+        return RawImages(source, model.input_size * downsampling(settings))
+    return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size)
+
+
+def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | None = None) -> ShardDataset | Source:
+    """Shards, or a folder of images if there is no shard in it."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(p.name.endswith((".tar", ".tar.gz")) for p in folder.iterdir()):
+        return ImageFolder(folder, unlabelled)
+    return ShardDataset(expand(path), cache)
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """(C, H, W) of what the loader reads: the model's input, or the pixels that ``data.vae`` makes it from."""
+    model = config.model
+    if config.data.vae is None:
+        return model.in_channels, model.input_size, model.input_size
+    from diffmoe_ds.data.vae import downsampling, vae_settings
+
+    size = model.input_size * downsampling(vae_settings(config.data.vae))
+    return 3, size, size
+
+
+def _check_cache(config: Config, shards: ShardDataset) -> None:
+    """Shards behind URLs are read from this host's cache; what is needed at one time must fit into it."""
+    data, limit = config.data, config.data.cache_gb * 1e9
+    remote = shards.remote_bytes()
+    if data.shuffle == "window":
+        sizes = shards.shard_sizes
+        # This window and the next, and the shards that lie across their ends.
+        remote = min(remote, remote / len(shards) * 2 * (data.shuffle_window + 2 * max(sizes)))
+    if remote > limit:
+        remedy = "raise it" if data.shuffle == "window" else "raise it, or set data.shuffle=window"
+        raise ConfigError(
+            f"data.cache_gb is {data.cache_gb:g}, but data.shuffle={data.shuffle} reads {remote / 1e9:.3g} GB of "
+            f"fetched shards at a time; {remedy}."
+        )

@@ -1,0 +1,259 @@
+"""``diffmoe prepare``: shards from images, on one process or many, and a look at what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from diffmoe_ds.data.prepare import (
+    PARTS,
+    Preparation,
+    begin,
+    check_unreadable,
+    clean,
+    finish,
+    write_shard,
+)
+from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
+from diffmoe_ds.parallel.launch import Launch, resolve_launch
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what the other ranks have done."""
+EXAMPLES = """examples:
+  diffmoe prepare latents --images imagenet/train --vae sd-vae-ft-ema --size 256 --out latents
+  torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
+      --vae stabilityai/sd-vae-ft-ema --size 256 --out latents
+  diffmoe prepare images --images photographs --size 64 --out shards
+  diffmoe prepare check latents
+  diffmoe prepare emoji emoji-datasource-google-16.0.0.tgz --out emoji
+"""
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffmoe prepare``."""
+    kinds = parser.add_subparsers(required=True, dest="kind", metavar="latents|images|check|emoji")
+    latents = kinds.add_parser("latents", help="encode images with a VAE", description="Encode images with a VAE.")
+    images = kinds.add_parser("images", help="crop images", description="Crop images into shards of PNG.")
+    check = kinds.add_parser("check", help="is a set whole?", description="Read a set and say what is wrong with it.")
+    emoji = kinds.add_parser(
+        "emoji", help="the emoji recipe's pictures", description="Colour pictures, 64x64, 9 classes, captions."
+    )
+    for sub in (latents, images):
+        _add_source(sub)
+        sub.add_argument("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
+    latents.add_argument("--vae", required=True, metavar="PATH|HUB_ID", help="folder or hub name of an AutoencoderKL")
+    latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
+    latents.add_argument(
+        "--batch-size", type=int, default=32, metavar="B", help="images at once (default: %(default)s)"
+    )
+    emoji.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or its .tgz")
+    emoji.add_argument("--skin-tones", action="store_true", help="also the variants of people by skin tone")
+    for sub, out in ((latents, None), (images, None), (emoji, Path("emoji"))):
+        _add_output(sub, out)
+    check.add_argument("path", type=Path, metavar="DIR", help="directory of shards, or one shard")
+    check.add_argument("--json", action="store_true", help="print one object instead of lines")
+
+
+def prepare_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe prepare``."""
+    if args.kind == "check":
+        _check(args)
+        return
+    for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
+        if getattr(args, option, 1) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if not 0 <= args.max_unreadable <= 1:
+        raise ConfigError(f"--max-unreadable is {args.max_unreadable}, but it is a share, from 0 to 1.")
+    launch = resolve_launch()
+    # A latent's last bits may depend on the number of threads, and launchers set it differently: ranks are the way
+    # to use more cores.
+    torch.set_num_threads(1)
+    _run(_preparation(args, launch), launch, args.timeout)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="DIR|SHARDS",
+        help="DIR/CLASS/*.jpg, DIR/*.jpg (no labels), or WebDataset shards such as 'shards-{000..127}.tar'",
+    )
+    parser.add_argument("--unlabelled", action="store_true", help="all images below DIR, however deep, without labels")
+
+
+def _add_output(parser: argparse.ArgumentParser, out: Path | None) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, required=out is None, default=out, metavar="DIR", help="gets the shards and their index")
+    add("--shard-images", type=int, default=4096, metavar="N", help="images of a shard (default: %(default)s)")
+    add(
+        "--max-unreadable",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the images that may be unreadable; they are left out and listed in report.json "
+        "(default: %(default)s)",
+    )
+    add("--threads", type=int, default=2, metavar="N", help="threads of a rank that decode (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="give up when the other ranks finish nothing for so long (default: %(default)s)",
+    )
+
+
+def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
+    # Only now: these import diffusers or read whole folders, which a mistyped option should not cost.
+    from diffmoe_ds.data.dataset import open_source
+    from diffmoe_ds.data.emoji import SIZE, Emoji
+    from diffmoe_ds.data.encoders import LatentEncoder, PixelEncoder
+
+    if args.kind == "emoji":
+        source = Emoji(args.path, args.skin_tones)
+        encoder = PixelEncoder(SIZE, args.threads)
+        return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, source.caption)
+    inside = Path(args.images).expanduser()
+    if inside.is_dir() and inside.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+        raise ConfigError(f"--out {args.out}: lies inside --images {args.images}; give a directory outside.")
+    source = open_source(args.images, args.unlabelled)
+    if args.kind == "images":
+        encoder = PixelEncoder(args.size, args.threads)
+    else:
+        from diffmoe_ds.data.vae import VAE
+
+        device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        encoder = LatentEncoder(VAE(args.vae, device), args.size, args.dtype, args.batch_size, args.threads)
+    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
+
+
+def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
+    """This rank's shards; on rank 0 also the bar, and the end when all have done theirs."""
+    begin(preparation)
+    is_main = launch.rank == 0
+    if preparation.is_finished():
+        if is_main:
+            clean(preparation)
+            print(f"{preparation.out} is complete already")
+        return
+    note = preparation.out / PARTS / f"failed-{launch.rank:05d}"
+    if is_main:
+        for old in note.parent.glob("failed-*"):  # of an earlier start
+            old.unlink(missing_ok=True)
+    with tqdm(total=len(preparation.source), unit="image", desc="prepare", disable=not is_main) as bar:
+        overview = _Overview(preparation, launch, bar, timeout)
+        unreadable = 0
+        try:
+            for shard in overview.mine():
+                unreadable += write_shard(preparation, shard, overview.advance)
+                check_unreadable(preparation, unreadable)
+        except DiffMoEError as error:
+            note.write_text(str(error), encoding="utf-8")
+            raise
+        if not is_main:
+            return
+        overview.wait()
+    report = finish(preparation)
+    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
+    if report["skipped"]:
+        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+
+
+class _Overview:
+    """What all ranks have done, as the records say; only rank 0 looks."""
+
+    def __init__(self, preparation: Preparation, launch: Launch, bar: tqdm, timeout: float):
+        self._preparation = preparation
+        self._launch = launch
+        self._bar = bar
+        self._timeout = timeout
+        self._missing = {s for s in range(preparation.shards) if not preparation.is_done(s)}
+        self._own = 0
+        self._looked = self._changed = time.monotonic()
+        bar.initial = bar.n = len(preparation.source) - self._images(self._missing)
+
+    def mine(self) -> list[int]:
+        """The shards that this rank has to write: every world-th, of those that are not done."""
+        return [shard for shard in sorted(self._missing) if shard % self._launch.world == self._launch.rank]
+
+    def advance(self, images: int) -> None:
+        """So many more images went into this rank's present shard."""
+        self._own += images
+        if self._launch.rank == 0 and time.monotonic() > self._looked + LOOK_EVERY:
+            self._look()
+
+    def wait(self) -> None:
+        """Until every shard is done; raises ``DataError`` if another rank has failed or nothing happens any more."""
+        self._look()
+        self._changed = time.monotonic()
+        while self._missing:
+            time.sleep(LOOK_EVERY / 4)
+            self._look()
+            if self._missing and time.monotonic() > self._changed + self._timeout:
+                ranks = sorted({shard % self._launch.world for shard in self._missing})
+                raise DataError(
+                    f"rank(s) {', '.join(map(str, ranks))} finished nothing for {self._timeout:g} s, and "
+                    f"{len(self._missing)} of {self._preparation.shards} shards are missing in "
+                    f"{self._preparation.out}; start again to continue"
+                )
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        missing = {shard for shard in self._missing if not self._preparation.is_done(shard)}
+        if len(missing) < len(self._missing):
+            self._changed = now
+        others = [s for s in self._missing - missing if s % self._launch.world != self._launch.rank]
+        self._bar.update(self._own + self._images(others))
+        self._own, self._missing, self._looked = 0, missing, now
+        for note in (self._preparation.out / PARTS).glob("failed-*"):
+            rank = int(note.name.removeprefix("failed-"))
+            if rank != self._launch.rank:
+                raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
+
+    def _images(self, shards: Sequence[int] | set[int]) -> int:
+        return sum(len(self._preparation.images(shard)) for shard in shards)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from diffmoe_ds.data.check import check_set
+
+    with tqdm(unit="sample", desc="check", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = check_set(args.path, progress)
+    print(json.dumps(report) if args.json else _lines(report))
+    problems = report["problems"]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise DataError(f"{args.path} is not whole: {problems[0]}{more}")
+
+
+def _lines(report: dict[str, Any]) -> str:
+    lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
+    names = report["classes"] or []
+    for label, count in report["per_class"].items():
+        name = names[int(label)] if int(label) < len(names) else ""
+        lines.append(f"  class {label:>4}  {count:>9,}  {name}")
+    if not report["labelled"]:
+        lines.append("  no labels")
+    if "format" in report:
+        form = report["format"]
+        lines.append(
+            f"latents {form['channels']}x{form['size']}x{form['size']} in {form['dtype']}, scaled by "
+            f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
+            f"standard deviation {report['latent_std']:.4f}"
+        )
+    lines += [f"note: {note}" for note in report["notes"]]
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join(lines)
