@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A cluster may ask a run to stop before torch is even imported.
-    with listening() if argv[:1] == ["train"] else nullcontext():
+    with listening() if "train" in argv[:2] else nullcontext():
         return _run(_parser().parse_args(argv))
 
 
@@ -51,6 +51,8 @@ def _should_say(error: DiffMoEError) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
+    # What `deepspeed --module diffmoe_ds.cli` puts before the command; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
     from diffmoe_ds import bench_command, doctor_command, prepare_command, sample_command

@@ -37,7 +37,6 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hostfile", type=Path, metavar="FILE", help="ask the hosts of this file over ssh instead, without a launcher")
     add("--nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
     add("--quiet", action="store_true", help="print only what is wrong")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # what the deepspeed launcher passes
 
 
 def doctor_command(args: argparse.Namespace) -> None:
