@@ -406,8 +406,10 @@ def _writing(directory: Path) -> bool:
         return False
 
 
-def run(folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str], None]) -> dict:
-    """A whole campaign, the faults in random order.
+def run(
+    folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str, dict[str, Row]], None]
+) -> dict[str, Row]:
+    """A whole campaign, the faults in random order; ``report`` hears of every trial, and what there is so far.
 
     Raises:
         Failed: at the first broken promise, with what the ranks printed.
@@ -427,7 +429,7 @@ def run(folder: Path, seed: int, kill: int, kill_in_save: int, others: int, repo
         campaign.random.shuffle(trials)
         for number, trial in enumerate(trials):
             trial()
-            report(f"{number + 1} of {len(trials)} trials")
+            report(f"{number + 1} of {len(trials)} trials", campaign.rows)
     finally:
         if has_disk:
             unmount(disk)
