@@ -9,7 +9,8 @@ import torch
 
 from diffmoe_ds.data.draws import TrainingDraws, training_draws
 from diffmoe_ds.data.order import sample_index
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.conftest import clean_environment, run_processes
 from tests.data_helpers import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar

@@ -26,7 +26,8 @@ import webdataset
 from diffmoe_ds.data.draws import Purpose, TrainingDraws, philox, posterior_noise, training_draws
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import PositionLoader
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.tar_index import join, save_index, scan
 from diffmoe_ds.data.writer import write_tar
 
