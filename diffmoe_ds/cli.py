@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``prepare`` and ``bench``."""
+"""The command line: ``diffmoe train``, ``sample``, ``checkpoint``, ``prepare`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, Requeue
+from diffmoe_ds.training.signals import listening
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A cluster may ask a run to stop before torch is even imported.
+    with listening() if argv[:1] == ["train"] else nullcontext():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
+    except Requeue as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
+        return stop.exit_code
     except DiffMoEError as error:
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same mistake in a configuration
@@ -30,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
     from diffmoe_ds import bench_command, prepare_command, sample_command
+    from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
     for name, text, module, add, run in (
@@ -40,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
             prepare_command.prepare_command,
         ),
         ("bench", "measure", bench_command, bench_command.add_bench_arguments, bench_command.bench_command),
+        (
+            "checkpoint",
+            "inspect, reshard, export and import checkpoints",
+            checkpoint_command,
+            checkpoint_command.add_checkpoint_arguments,
+            checkpoint_command.checkpoint_command,
+        ),
     ):  # fmt: skip
         sub = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,

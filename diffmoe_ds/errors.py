@@ -38,3 +38,15 @@ class CheckpointError(DiffMoEError):
     """A checkpoint is missing, damaged or of another model, or could not be written."""
 
     exit_code = 5
+
+
+class RankLostError(DiffMoEError):
+    """Another rank died or stopped answering; the same command continues from the last checkpoint."""
+
+    exit_code = 85
+
+
+class Requeue(DiffMoEError):
+    """The run was asked to stop, has saved, and wants to be started again: not an error of anybody's."""
+
+    exit_code = 85

@@ -12,15 +12,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.load import CheckpointReader, find_checkpoint, restore_weights
+from diffmoe_ds.checkpoint.load import best_kind, restore_weights
+from diffmoe_ds.checkpoint.model_file import WEIGHTS, open_weights, replace_directory_files
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
 from diffmoe_ds.parallel.topology import Topology
-from diffmoe_ds.sampling import PIXEL_CHANNELS, draw, grid_columns, make_grid, save_png, to_uint8
+from diffmoe_ds.sampling import PIXEL_CHANNELS, check_guidance, draw, grid_columns, make_grid, save_png, to_uint8
 
 GRID_IMAGES = 100
 """Images shown in grid.png at most."""
@@ -34,7 +35,13 @@ EXAMPLES = """examples:
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``diffmoe sample``."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help="run directory or one of its checkpoints")
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="run directory, one of its checkpoints, or an export",
+    )
     add("--num-images", type=int, default=40, metavar="N", help="how many (default: %(default)s)")
     add(
         "--seed",
@@ -48,6 +55,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cfg-scale", type=float, default=1.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
     add(
         "--guide-channels",
+        type=lambda text: text if text == "all" else int(text),
         default="all",
         metavar="all|C",
         help="channels that guidance of a ddpm model acts on; the reference takes 3 (default: %(default)s)",
@@ -60,7 +68,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "the images of a batch compete, so an image changes with --batch-size and with the number of ranks",
     )
     add("--vae", metavar="PATH|HUB_ID", help="the AutoencoderKL that turns the latents of a latent model into pixels")
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or last weights (default: %(default)s)")
+    add("--weights", choices=tuple(WEIGHTS), help="averaged or last weights (default: ema, if there)")
     add("--batch-size", type=int, default=50, metavar="B", help="images drawn at once by a rank (default: %(default)s)")
     add(
         "--out",
@@ -76,17 +84,20 @@ def sample_command(args: argparse.Namespace) -> None:
     for option in ("num_images", "batch_size", "steps"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
-    if args.seed < 0:
-        raise ConfigError(f"--seed is {args.seed}, but it must not be negative.")
+    if not 0 <= args.seed <= 2**64 - 2 * args.num_images:
+        raise ConfigError(f"--seed is {args.seed}, but it and the seeds of all images must be from 0 to below 2^64.")
+    if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
+        raise ConfigError(f"--cfg-scale is {args.cfg_scale}, but it must be a number that is not negative.")
     launch = resolve_launch()
-    path = find_checkpoint(args.checkpoint)
-    if path is None:
-        raise CheckpointError(f"--checkpoint {args.checkpoint}: is no checkpoint and no run directory with one.")
-    reader = CheckpointReader(path)
+    reader = open_weights(args.checkpoint)
+    if reader is None:
+        raise CheckpointError(
+            f"--checkpoint {args.checkpoint}: is no checkpoint, no run directory with one and no exported model."
+        )
     config = reader.config
     if (config.model.in_channels in PIXEL_CHANNELS) == (args.vae is not None):
         raise ConfigError(
-            f"{path}: the model draws {config.model.in_channels} channels, "
+            f"{reader.path}: the model draws {config.model.in_channels} channels, "
             + (
                 "which are pixels already; leave --vae out."
                 if args.vae
@@ -97,25 +108,31 @@ def sample_command(args: argparse.Namespace) -> None:
         raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
     sampler = args.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, args.steps)
+    check_guidance(args.cfg_scale, args.guide_channels, config)
     model = DiT(config)
-    restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), "ema" if args.weights == "ema" else "fp32")
+    kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
+    restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), kind)
     model.set_inference(args.routing or config.inference_choices[0])
     device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model.to(device).eval()
     decode = _decoder(args.vae, config.model.in_channels, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    if launch.world > 1:  # meet first: a rank that fails alone would leave the others waiting here
+        export_launch(launch)
+        dist.init_process_group("gloo")
     pixels = _draw_share(model, args, launch, device, sampler, decode)
     pixels = _gather(pixels, args.num_images, launch)
     if pixels is None:
         return
     labels = np.array([_label(args.seed + i, model) for i in range(args.num_images)], dtype=np.int64)
-    aside = args.out / ".samples.tmp.npz"
-    np.savez(aside, arr_0=pixels, arr_1=labels)
-    aside.replace(args.out / "samples.npz")
     shown = pixels[:GRID_IMAGES]
     grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
-    save_png(grid, str(args.out / "grid.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    replace_directory_files(
+        args.out,
+        {
+            "samples.npz": lambda path: np.savez(path, arr_0=pixels, arr_1=labels),
+            "grid.png": lambda path: save_png(grid, str(path), scale=max(1, math.ceil(600 / grid.shape[1]))),
+        },
+    )
     print(f"{args.num_images} images in {args.out / 'samples.npz'}, the first {len(shown)} in {args.out / 'grid.png'}")
 
 
@@ -149,7 +166,6 @@ def _draw_share(
     """This rank's images, an equal and contiguous share of all; uint8 [n, H, W, C], padded with further seeds."""
     share = math.ceil(args.num_images / launch.world)
     seeds = range(args.seed + launch.rank * share, args.seed + (launch.rank + 1) * share)
-    channels = args.guide_channels if args.guide_channels == "all" else int(args.guide_channels)
     drawn = []
     steps = args.steps * math.ceil(share / args.batch_size)
     with tqdm(total=steps, unit="step", desc="sample", disable=launch.rank != 0) as bar:
@@ -163,9 +179,14 @@ def _draw_share(
                 sampler=sampler,
                 steps=args.steps,
                 cfg_scale=args.cfg_scale,
-                guide_channels=channels,
+                guide_channels=args.guide_channels,
                 progress=lambda done, total: bar.update(),
             )
+            if not images.isfinite().all():
+                raise NonFiniteError(
+                    f"{args.checkpoint}: the images are no numbers; a smaller --cfg-scale than {args.cfg_scale:g} or "
+                    "another checkpoint may help."
+                )
             drawn.append(to_uint8(decode(images)))
     return np.concatenate(drawn)
 
@@ -174,8 +195,6 @@ def _gather(pixels: np.ndarray, num_images: int, launch: Launch) -> np.ndarray |
     """All images on rank 0, none on the others."""
     if launch.world == 1:
         return pixels[:num_images]
-    export_launch(launch)
-    dist.init_process_group("gloo")
     mine = torch.from_numpy(pixels)
     every = [torch.empty_like(mine) for _ in range(launch.world)] if launch.rank == 0 else None
     dist.gather(mine, every)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.draws import image_stream
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import guided, sample
@@ -21,6 +22,17 @@ from diffmoe_ds.model.dit import DiT
 
 PIXEL_CHANNELS = (1, 3)
 """A model with so many channels draws pixels; any other draws latents that a VAE must decode."""
+
+
+def check_guidance(cfg_scale: float, guide_channels: int | str, config: Config) -> None:
+    """ConfigError if a model cannot be guided like that."""
+    channels = config.model.in_channels
+    if cfg_scale != 1 and config.model.label_dropout == 0:
+        raise ConfigError(
+            f"the guidance scale is {cfg_scale}, but the model is trained with model.label_dropout 0; it can only do 1."
+        )
+    if guide_channels != "all" and not 1 <= guide_channels <= channels:
+        raise ConfigError(f"--guide-channels is {guide_channels}; valid: all, or 1 to {channels}.")
 
 
 @torch.no_grad()
@@ -49,15 +61,8 @@ def draw(
 
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.
-
-    Raises:
-        ConfigError: guidance with a model that was trained without label dropout.
     """
     config = model.config
-    if cfg_scale != 1 and config.model.label_dropout == 0:
-        raise ConfigError(
-            f"--cfg-scale is {cfg_scale}, but the model was trained with model.label_dropout 0; it can only do 1."
-        )
     device = label_B.device
     side = config.model.input_size
     streams = [image_stream(seed) for seed in seeds]

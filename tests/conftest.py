@@ -53,7 +53,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
 def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: float = LAUNCH_TIMEOUT) -> Finished:
     """Start commands together and wait; when one fails or time is up, the others are ended, by process group."""
     deadline = time.monotonic() + timeout
-    files = [tempfile.TemporaryFile("w+") for _ in commands]  # not pipes, which a process could fill and block on
+    # not pipes, which a process could fill and block on
+    files = [tempfile.TemporaryFile("w+") for _ in commands]  # noqa: SIM115 - closed below
     processes = [
         subprocess.Popen(
             command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffmoe_ds.checkpoint.load import CheckpointReader, find_checkpoint
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.verify import newest_valid
 from tests.conftest import Trained
 
 TOLERANCE = 1e-5
@@ -15,7 +16,7 @@ KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
 
 def tensors(run: Trained) -> dict[str, torch.Tensor]:
     """Every tensor of the run's last checkpoint, whole: weights, moments, EMA, thresholds."""
-    reader = CheckpointReader(find_checkpoint(run.directory))
+    reader = CheckpointReader(newest_valid(run.directory, full=True))
     found = {}
     for name, shape in reader.meta["shapes"].items():
         for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from diffmoe_ds.errors import TopologyError
+from diffmoe_ds.model.experts import Experts
 from diffmoe_ds.parallel.launch import resolve_launch
 from diffmoe_ds.parallel.topology import Topology, largest_ep_size
 from tests.conftest import WORKERS, run_ranks
@@ -76,3 +78,19 @@ def test_every_launcher_is_understood(environment, expected):
 def test_broken_launchers_are_named(environment, message):
     with pytest.raises(TopologyError, match=message):
         resolve_launch(environment)
+
+
+@pytest.mark.parametrize("mlp", ("gelu", "swiglu"))
+def test_gradients_finish_in_an_order_that_counts_do_not_change(mlp):
+    """DeepSpeed's buckets hold gradients as they come: replicas of an expert with other rows must finish alike."""
+    orders = set()
+    for rows in ([4, 4], [3, 5], [0, 8], [0, 0]):
+        experts = Experts(mlp, 2, 8, 16)
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter)
+        order = []
+        for name, parameter in experts.named_parameters():
+            parameter.register_hook(lambda gradient, name=name, order=order: order.append(name))
+        experts(torch.randn(sum(rows), 8, requires_grad=True), rows, even=False).sum().backward()
+        orders.add(tuple(order))
+    assert len(orders) == 1 and len(orders.pop()) == 3

@@ -5,6 +5,7 @@
       images_000040000/
         meta.json                     format, configuration, images, step, shapes of all tensors
         rank_00000.safetensors ...    each rank's fragments
+        manifest.json                 size and SHA-256 of every other file; written last
 
 A fragment is a contiguous piece of a flattened logical tensor (all experts together), stored under
 ``<kind>/<name>@<first element>``.  Nothing in a file depends on how many ranks wrote it or on the ZeRO stage: a
@@ -13,6 +14,7 @@ reader asks for any range of a tensor and gets it from whichever files hold it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 FORMAT = 1
@@ -21,6 +23,13 @@ KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
 """Master weights, Adam's moments, averaged weights."""
 BUFFER = "buffer"
 """Kind of the tensors that every rank holds whole: the thresholds."""
+META = "meta.json"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+WRITING = ".writing-"
+"""Begins the name of what is not complete yet; a run that starts removes what an earlier one left."""
+REMOVING = ".removing-"
+"""Begins the name of what is being removed."""
 
 
 def checkpoint_root(run_directory: Path) -> Path:
@@ -31,6 +40,12 @@ def checkpoint_root(run_directory: Path) -> Path:
 def checkpoint_name(images: int) -> str:
     """Directory name of the checkpoint after so many images; names sort like the numbers."""
     return f"images_{images:012d}"
+
+
+def checkpoint_images(name: str) -> int | None:
+    """Images of a checkpoint's directory name; none if it is no such name."""
+    match = re.fullmatch(r"images_(\d{12,18})", name)
+    return int(match[1]) if match else None
 
 
 def rank_file(rank: int) -> str:

@@ -5,13 +5,18 @@ The reference keeps each expert as a module of its own; we stack them.  Everythi
 
 from __future__ import annotations
 
+import argparse
+import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe_ds.config.load import config_from_dict
+from diffmoe_ds.config.presets import SIZES
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
@@ -95,6 +100,87 @@ def official_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config:
         "objective": {"kind": "ddpm" if model.get("learn_sigma") else "flow"},
     }
     return config_from_dict(tree, "the reference's configuration")
+
+
+def infer_official(state: dict[str, Tensor], kind: str | None = None, num_heads: int | None = None) -> dict[str, Any]:
+    """The reference's configuration as its weights tell it.
+
+    Args:
+        state: the reference's ``state_dict``.
+        kind: one of `KINDS`; none: a threshold means diffmoe, a gate module tc, other experts ec.
+        num_heads: attention heads, which leave no trace in the weights; none: those of the known size of that width.
+
+    Raises:
+        CheckpointError: these are no such weights, or the heads cannot be known.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise CheckpointError(f"these are no weights of the reference: they lack {name!r}.")
+        return tuple(state[name].shape)
+
+    hidden, channels, patch, _ = shape("x_embedder.proj.weight")
+    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
+    depth = len(blocks)
+    if num_heads is None:
+        heads = [size.num_heads for size in SIZES.values() if (size.depth, size.hidden_size) == (depth, hidden)]
+        if not heads:
+            raise CheckpointError(f"{depth} blocks of width {hidden} are no published size; give --num-heads.")
+        num_heads = heads[0]
+    routed = sorted({int(name.split(".")[1]) for name in state if ".mlp.experts." in name})
+    if kind is None:
+        in_gate = any(name.endswith(".mlp.gate.weight") for name in state)
+        has_threshold = any(name.endswith(".expert_threshold") for name in state)
+        kind = "dense" if not routed else "tc" if in_gate else "diffmoe" if has_threshold else "ec"
+    first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
+    one = f"{first}0." if routed else first
+    swiglu = f"{one}gate_proj.weight" in state
+    width = shape(f"{one}{'gate_proj' if swiglu else 'fc1'}.weight")[0]
+    experts = {name.removeprefix(first).split(".")[0] for name in state if routed and name.startswith(first)}
+    return {
+        "kind": kind,
+        "model": {
+            "input_size": math.isqrt(shape("pos_embed")[1]) * patch,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": width / hidden,
+            "num_classes": shape("y_embedder.embedding_table.weight")[0] - 1,
+            "learn_sigma": shape("final_layer.linear.weight")[0] == 2 * channels * patch * patch,
+            "use_swiglu": swiglu,
+        },
+        "moe": {"num_experts": len(experts), "interleave": 0 not in routed} if routed else {},
+    }
+
+
+def read_official(path: Path, weights: str) -> dict[str, Tensor]:
+    """The weights in a reference's ``.pt`` file, read without executing anything in it.
+
+    Args:
+        path: what ``torch.save`` wrote: the weights, or a dictionary with them under ``ema`` or ``model``.
+        weights: ``ema`` or ``raw``, where the file holds both.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds something other than plain data and tensors, or no weights.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    except Exception as error:  # what torch raises on a foreign or hostile file depends on the file
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: is no file of tensors and plain data, so it was not loaded: {reason}") from None
+    keys = ("ema", "ema_model", "model", "state_dict") if weights == "ema" else ("model", "state_dict")
+    for key in keys:
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+            break
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()) or not tree:
+        raise CheckpointError(f"{path}: holds no weights under {', '.join(keys)} or at its top level.")
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in tree.items()}
 
 
 def official_views(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:

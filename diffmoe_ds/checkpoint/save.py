@@ -1,118 +1,199 @@
-"""Write a checkpoint so that it is either complete or not there."""
+"""Write a checkpoint while training goes on, so that it is either complete or not there.
+
+At a step boundary every rank copies what it keeps into host memory (`CheckpointSaver.start`); a thread writes the
+copy aside.  At a later boundary, when all ranks know that all are done, rank 0 adds the manifest, gives the directory
+its name and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls no collective: those are the loop's.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.files import Digest, Entry, sync_directory, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import (
     BUFFER,
     FORMAT,
+    LATEST,
+    MANIFEST,
+    META,
+    REMOVING,
+    WRITING,
     checkpoint_name,
     checkpoint_root,
     fragment_key,
     rank_file,
 )
+from diffmoe_ds.checkpoint.retention import remove_surplus
+from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.parallel.deepspeed_seam import Fragment
 
 
-def save_checkpoint(
-    run_directory: Path,
-    fragments: list[Fragment],
-    ema: list[Tensor],
-    buffers: dict[str, Tensor],
-    meta: dict[str, Any],
-) -> Path:
-    """Write every rank's fragments aside, then switch ``latest``; all ranks must call.
+class CheckpointSaver:
+    """Saves the checkpoints of one run, one at a time.  Every rank has one; `start` and `finish` are collectives."""
 
-    Args:
-        run_directory: the run's directory, on a file system that all ranks see.
-        fragments: what this rank keeps.
-        ema: the averaged weights of each fragment.
-        buffers: whole tensors that are the same on all ranks.
-        meta: what `CheckpointReader.meta` shall hold; ``images`` names the checkpoint.
+    def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device) -> None:
+        """Remove what an earlier run of this directory left half-written.
 
-    Returns:
-        The checkpoint's directory.
+        Args:
+            run_directory: on a file system that all ranks see.
+            config: what is kept.
+            device: where this rank's collectives take their tensors.
+        """
+        self._root = checkpoint_root(run_directory)
+        self._config = config
+        self._device = device
+        self._host: dict[str, Tensor] = {}  # the copies, made at the first save and used again
+        self._thread: threading.Thread | None = None
+        self._aside = self._final = self._root
+        self._meta: dict[str, Any] = {}
+        self._digest = Digest(0, "")
+        self._failure = ""
+        if dist.get_rank() == 0 and self._root.is_dir():
+            for left in self._root.iterdir():
+                if left.name.startswith((WRITING, REMOVING)):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    Raises:
-        CheckpointError: some rank could not write; no trace is left and earlier checkpoints are as they were.
-    """
-    root = checkpoint_root(run_directory)
-    final = root / checkpoint_name(meta["images"])
-    aside = root / f".writing-{final.name}"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        _together(lambda: aside.mkdir(parents=True), aside)
-    else:
-        _together(lambda: None, aside)
-    _together(lambda: _write_rank(aside / rank_file(rank), fragments, ema, buffers if rank == 0 else {}), aside)
-    _together(lambda: _finish(aside, final, root, meta) if rank == 0 else None, aside)
-    return final
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint was started and not finished; the same on all ranks."""
+        return self._thread is not None
 
+    @property
+    def images(self) -> int:
+        """Images of the checkpoint that was started last."""
+        return self._meta["images"]
 
-def _write_rank(path: Path, fragments: list[Fragment], ema: list[Tensor], buffers: dict[str, Tensor]) -> None:
-    tensors = {}
-    for fragment, averaged in zip(fragments, ema, strict=True):
-        if fragment.is_owner:
-            kinds = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
-            for kind, value in kinds.items():
-                tensors[fragment_key(kind, fragment.name, fragment.start)] = value.detach().cpu().clone()
-    for name, value in buffers.items():
-        tensors[fragment_key(BUFFER, name, 0)] = value.detach().cpu().flatten().clone()
-    save_file(tensors, path)
-    _sync(path)
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._thread is not None and self._thread.is_alive()
 
+    def start(
+        self, fragments: list[Fragment], ema: list[Tensor], buffers: dict[str, Tensor], meta: dict[str, Any]
+    ) -> None:
+        """Copy everything and begin to write; training may change the tensors as soon as this returns.
 
-def _finish(aside: Path, final: Path, root: Path, meta: dict[str, Any]) -> None:
-    content = {"format": FORMAT, "files": dist.get_world_size(), **meta}
-    (aside / "meta.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _sync(aside / "meta.json")
-    _sync(aside)
-    if final.exists():  # the same number of images again, after a resume from an older checkpoint
-        shutil.rmtree(final)
-    aside.rename(final)
-    pointer = root / ".writing-latest"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    _sync(pointer)
-    pointer.rename(root / "latest")
-    _sync(root)
+        Args:
+            fragments: what this rank keeps.
+            ema: the averaged weights of each fragment.
+            buffers: whole tensors that are the same on all ranks.
+            meta: what `CheckpointReader.meta` shall hold; ``images`` names the checkpoint.
+        """
+        assert not self.is_open, "finish() the last checkpoint first"
+        rank = dist.get_rank()
+        self._final = self._root / checkpoint_name(meta["images"])
+        self._aside = self._root / f"{WRITING}{self._final.name}"
+        self._meta = {"format": FORMAT, "files": dist.get_world_size(), **meta}
+        tensors = {}
+        for fragment, averaged in zip(fragments, ema, strict=True):
+            if fragment.is_owner:
+                kinds = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
+                tensors.update({fragment_key(k, fragment.name, fragment.start): value for k, value in kinds.items()})
+        if rank == 0:
+            tensors.update({fragment_key(BUFFER, name, 0): value for name, value in buffers.items()})
+        self._copy(tensors)
+        self._failure, self._digest = "", Digest(0, "")
+        self._thread = threading.Thread(target=self._write, args=(rank,), name="checkpoint", daemon=True)
+        self._thread.start()
 
+    def finish(self) -> Path:
+        """Wait for this rank's thread and complete the checkpoint; every rank must call.
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        Returns:
+            The checkpoint's directory.
 
-
-def _together(action: Any, aside: Path) -> None:
-    """Do something on this rank; if any rank fails, all raise and rank 0 removes what was written aside."""
-    failure = ""
-    try:
-        action()
-    except OSError as error:
-        failure = f"{error.filename or aside}: {error.strerror}"
-    except Exception as error:  # safetensors wraps the system's error in one of its own
-        failure = f"{aside}: {error}"
-    failed = torch.tensor([bool(failure)], dtype=torch.int32, device=_device())
-    dist.all_reduce(failed)
-    if failed.item():
+        Raises:
+            CheckpointError: some rank could not write; no trace is left and earlier checkpoints are as they were.
+        """
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        self._agree()
+        mine = torch.tensor([self._digest.size, *_words(self._digest.sha256)], dtype=torch.int64, device=self._device)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
         if dist.get_rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint was not saved: {failure or 'another rank could not write its part'}.")
+            self._attempt(lambda: self._complete([Digest(row[0], _hex(row[1:])) for row in map(Tensor.tolist, every)]))
+        self._agree()
+        return self._final
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        for key, value in tensors.items():
+            if key not in self._host:
+                self._host[key] = torch.empty(value.numel(), dtype=torch.float32, pin_memory=value.is_cuda)
+            self._host[key].copy_(value.detach().flatten(), non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _write(self, rank: int) -> None:
+        """The thread: this rank's file."""
+        entries = [Entry(key, (len(value),), value.dtype, [value]) for key, value in self._host.items()]
+
+        def write() -> None:
+            self._aside.mkdir(parents=True, exist_ok=True)
+            self._digest = write_safetensors(self._aside / rank_file(rank), entries, {})
+
+        self._attempt(write)
+
+    def _complete(self, digests: list[Digest]) -> None:
+        """Rank 0: everything else of the checkpoint, its name, the switch, and what is now one too many."""
+        files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
+        files[META] = write_text(self._aside / META, json.dumps(self._meta, indent=1))
+        write_manifest(self._aside, files)
+        if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
+            old = self._root / f"{REMOVING}{self._final.name}"
+            self._final.rename(old)
+            self._aside.rename(self._final)
+            shutil.rmtree(old)
+        else:
+            self._aside.rename(self._final)
+        pointer = self._root / f"{WRITING}{LATEST}"
+        write_text(pointer, self._final.name + "\n")
+        pointer.rename(self._root / LATEST)
+        sync_directory(self._root)
+        remove_surplus(self._root, self._final.name, self._config)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._failure = f"{error.filename or self._aside}: {error.strerror}"
+        except Exception as error:  # in a thread it would be printed and lost
+            self._failure = f"{self._aside}: {type(error).__name__}: {error}"
+
+    def _agree(self) -> None:
+        """If any rank failed, remove what was written aside and raise on all."""
+        failed = torch.tensor([bool(self._failure)], dtype=torch.int32, device=self._device)
+        dist.all_reduce(failed)
+        if failed.item():
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            why = self._failure or "another rank could not write its part"
+            raise CheckpointError(f"the checkpoint {self._final.name} was not saved: {why}.")
 
 
-def _device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+def write_manifest(path: Path, files: dict[str, Digest]) -> None:
+    """The last file of a checkpoint: what all others must be."""
+    tree = {"files": {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}}
+    write_text(path / MANIFEST, json.dumps(tree, indent=1))
+    sync_directory(path)
+
+
+def _words(sha256: str) -> list[int]:
+    """A checksum as four signed 64-bit numbers, which a collective can carry."""
+    data = bytes.fromhex(sha256)
+    return [int.from_bytes(data[start : start + 8], "big", signed=True) for start in range(0, 32, 8)]
+
+
+def _hex(words: list[int]) -> str:
+    return b"".join(word.to_bytes(8, "big", signed=True) for word in words).hex()

@@ -37,10 +37,10 @@ def load_config(recipe: str | None, overrides: typing.Sequence[str] = ()) -> Con
     """
     path = _recipe_path(recipe or DEFAULT_RECIPE)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}, but a recipe is a mapping of sections.")
@@ -64,6 +64,17 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which makes plain data only, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _recipe_path(recipe: str) -> Path:
     known = recipes()
     if recipe in known:
@@ -79,7 +90,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         value = text  # a string with YAML's special characters, such as a path with braces
     node = tree
     *sections, last = key.split(".")

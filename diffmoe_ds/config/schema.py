@@ -14,7 +14,6 @@ from diffmoe_ds.errors import ConfigError
 
 RoutingKind = Literal["dense", "token_choice", "expert_choice", "batch_pool"]
 PoolScope = Literal["rank", "ep", "world"]
-Inference = Literal["static", "dynamic", "per_token"]
 
 # What each router can do once it is trained; the first is what a run samples with unless told otherwise.
 INFERENCE_CHOICES: dict[str, tuple[str, ...]] = {
@@ -31,6 +30,8 @@ class ModelConfig:
 
     name: str = "tiny-E8"
     """Size and experts from the table in `config/presets.py`, such as ``S-E16`` or ``Dense-L``."""
+    init_from: str | None = None
+    """Begin a new run with the weights of an exported model, a checkpoint or a run directory (fine-tuning)."""
     hidden_size: int | None = None
     """Width D of a token; none: the named size's."""
     depth: int | None = None
@@ -156,6 +157,24 @@ class RunConfig:
     """Print a line and write TensorBoard at least every so many images."""
     sample_every_images: int = 0
     """Draw a sample grid into TensorBoard every so many images; 0 draws none."""
+    nonfinite_skips: int = 0
+    """Steps in a row whose loss or gradient may be NaN or infinite; they are skipped, the next one ends the run."""
+    rank_timeout_s: float = 300.0
+    """Seconds without a sign of life from a rank after which all others leave."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How a run is saved, and what is kept."""
+
+    keep_last: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every_images: int = 0
+    """Keep for ever the first checkpoint after every multiple of so many images; 0 keeps none for that."""
+    async_save: bool = True
+    """Write while training goes on, from a copy in host memory; otherwise training waits for the disk."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (full disk): leave with code 5, or warn and go on to the next save."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +217,8 @@ class Config:
     """The averaged weights."""
     run: RunConfig = field(default_factory=RunConfig)
     """Length and rhythm."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Grids drawn while training."""
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
@@ -214,12 +235,13 @@ class Config:
         if experts < 1:
             raise ConfigError(f"routing.num_experts is {experts}, but it must be above 0.")
         _positive("model", model, "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio")
-        _positive("run", run, "total_images", "log_every_images")
+        _positive("run", run, "total_images", "log_every_images", "rank_timeout_s")
         _positive("objective", self.objective, "flow_time_scale")
         _positive("sample", self.sample, "num_images", "steps")
         _positive("data", self.data, "shuffle_window", "cache_gb")
         _positive("optimizer", self.optimizer, "lr", "eps")
-        _not_negative("run", run, "seed", "save_every_images", "sample_every_images")
+        _not_negative("run", run, "seed", "save_every_images", "sample_every_images", "nonfinite_skips")
+        _not_negative("checkpoint", self.checkpoint, "keep_last", "keep_every_images")
         _not_negative("routing", routing, "shared_experts", "capacity_weight", "balance_weight")
         _not_negative("data", self.data, "num_workers")
         _not_negative("optimizer", self.optimizer, "weight_decay")
@@ -233,6 +255,12 @@ class Config:
         ):
             if not 0 <= value < 1:
                 raise ConfigError(f"{key} is {value}, but it must be at least 0 and below 1.")
+        if run.seed >= 2**64:
+            raise ConfigError(f"run.seed is {run.seed}, but it must be below 2^64.")
+        if self.optimizer.lr > 3e38:
+            raise ConfigError(f"optimizer.lr is {self.optimizer.lr}, which no 32-bit number can hold.")
+        if int(size.hidden_size * model.mlp_ratio) < 1:
+            raise ConfigError(f"model.mlp_ratio is {model.mlp_ratio}: it leaves an FFN of {size.hidden_size} no width.")
         if model.input_size % model.patch_size:
             raise ConfigError(
                 f"model.patch_size is {model.patch_size}, which does not divide model.input_size {model.input_size}."

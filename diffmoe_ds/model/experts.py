@@ -25,17 +25,21 @@ class Experts(nn.Module):
         third = (num_experts, hidden, width) if kind == "swiglu" else (num_experts, 1, hidden + width)
         self.w3 = nn.Parameter(torch.empty(third))
 
-    def forward(self, rows_RD: Tensor, rows_E: list[int]) -> Tensor:
+    def forward(self, rows_RD: Tensor, rows_E: list[int], even: bool) -> Tensor:
         """Each row through its expert.
 
         Args:
             rows_RD: rows sorted by expert, in the type of the weights.
             rows_E: how many rows each expert has; zeros are fine.
+            even: all have as many.  In training this must be known from the routing rule, not from ``rows_E``: the two
+                ways of computing finish their gradients in different orders, and DeepSpeed's buckets hold gradients in
+                the order in which they come, which must be the same on all ranks.
 
         Returns:
             [R, D].
         """
-        if len(set(rows_E)) == 1:  # a dense batch: nothing to pad, nothing to loop over
+        assert not even or len(set(rows_E)) == 1, rows_E
+        if even:  # a dense batch: nothing to pad, nothing to loop over
             x = rows_RD.unflatten(0, (len(rows_E), rows_E[0]))
             return self._ffn(x, self.w1, self.w2, self.w3).flatten(0, 1)
         # unbind, not w[e]: the gradient of a slice would be as large as all experts

@@ -75,6 +75,7 @@ class MoELayer(nn.Module):
                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.num_experts)
             )
             self.register_buffer("expert_threshold", torch.empty(self.num_experts, dtype=torch.float32))
+        self.even_in_training = routing.kind in ("batch_pool", "expert_choice")  # by rule, on every rank
         self.inference = "static"
         self.pool: Pool = LocalPool()
         self.dispatcher = LocalDispatcher()
@@ -120,7 +121,8 @@ class MoELayer(nn.Module):
     def _compute(self, tokens_TD: Tensor, plan: RoutePlan) -> Tensor:
         """Every routed row through its expert, weighted and summed per token in fp32."""
         rows_RD, rows_E, sent = self.dispatcher.dispatch(tokens_TD[plan.token_R], plan.rows_E)
-        out_RD = self.dispatcher.combine(self.experts(rows_RD, rows_E), sent)
+        even = self.even_in_training if self.training else len(set(rows_E)) == 1
+        out_RD = self.dispatcher.combine(self.experts(rows_RD, rows_E, even), sent)
         weighted_RD = out_RD.float() * plan.weight_R[:, None]
         out_TD = torch.zeros(tokens_TD.shape, dtype=torch.float32, device=tokens_TD.device)
         return out_TD.index_add(0, plan.token_R, weighted_RD).to(tokens_TD.dtype)

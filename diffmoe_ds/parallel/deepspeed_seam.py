@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.parallel.topology import Topology
 
 __all__ = ["AutoEPMoELayer", "Fragment", "Part", "adopt_layer", "fragments", "initialize", "parts"]
@@ -124,8 +126,16 @@ def tag_expert_weights(model: nn.Module) -> None:
 
 
 def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration."""
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration.
+
+    Raises:
+        ConfigError: DeepSpeed does not take the configuration.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    except (AssertionError, TypeError, ValueError) as error:  # its own checks; a failed collective is a RuntimeError
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"DeepSpeed refuses its configuration: {type(error).__name__}: {reason}") from error
     return engine
 
 
@@ -254,6 +264,7 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper makes its states with a step of zeros, which counts
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -267,7 +278,35 @@ def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     return [flat for group in _adam(engine).param_groups for flat in group["params"]]
 
 
-def clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
+def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
+    """The optimizer step at the end of accumulation, clipped at ``max_norm`` unless that is 0.
+
+    Returns:
+        The 2-norm of the whole gradient before clipping.  If it is not finite, nothing was updated, the gradients are
+        gone and the learning rate has not moved.
+    """
+    if engine.zero_optimization_stage():
+        engine.step()  # DeepSpeed clips, and discards a gradient whose norm is not finite
+        norm = engine.get_global_grad_norm()
+        return float("nan") if norm is None or norm < 0 else float(norm)
+    norm = _clip_unpartitioned(engine, max_norm)
+    if math.isfinite(norm):
+        engine.step()
+        return norm
+    # DeepSpeed has no way to skip this step, but must count it and drop the gradients.
+    scheduler = engine.lr_scheduler
+    before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
+    engine.optimizer.step = lambda: None
+    try:
+        engine.step()
+    finally:
+        del engine.optimizer.step
+    if before is not None:
+        restore_schedule(engine, *before)
+    return norm
+
+
+def _clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
     """The 2-norm of the whole gradient at ZeRO 0, which is scaled down to ``max_norm`` unless that is 0.
 
     DeepSpeed takes the norm over the experts held by a rank there, which differs between ranks.
@@ -281,9 +320,23 @@ def clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> fl
     if layers:
         dist.all_reduce(squares[1:], group=layers[0].ep_group)
     norm = squares.sum().sqrt().item()
-    if 0 < max_norm < norm:
+    if 0 < max_norm < norm < math.inf:
         torch._foreach_mul_([gradient for _, gradient in gradients], max_norm / norm)
     return norm
+
+
+def scheduled(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """What a scheduler has set in the optimizer; its own state does not hold it."""
+    group = _adam(engine).param_groups[0]
+    return {"lr": float(group["lr"]), "betas": list(group["betas"])}
+
+
+def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Put a scheduler, and what it had set, back to where they were."""
+    engine.lr_scheduler.load_state_dict(state)
+    for optimizer in {id(o): o for o in (engine.optimizer, _adam(engine))}.values():
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = now["lr"], tuple(now["betas"])
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:

@@ -27,10 +27,12 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):
         """
         MoELayer.__init__(self, config, width, topology.num_local_experts)
         self.pool = make_pool(config.routing.pool, topology, ep_group)
+        is_pool = config.routing.kind == "batch_pool"
+        if is_pool and config.routing.pool == "world" and topology.edp_size > 1:
+            self.even_in_training = False  # K rows of the world are split over an expert's replicas as they come
         if topology.ep_size > 1:
-            even = config.routing.kind == "batch_pool" and config.routing.pool == "rank"
-            self.even_in_training = even
-            self.dispatcher = AllToAllDispatcher(ep_group, even=even)
+            self.counts_known_in_training = is_pool and config.routing.pool == "rank"
+            self.dispatcher = AllToAllDispatcher(ep_group, even=self.counts_known_in_training)
         else:
             self.dispatcher = LocalDispatcher()
         adopt_layer(self, topology, ep_group)
@@ -39,7 +41,7 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):
         """Switch mode; only the training rule of ``pool=rank`` routes the same number of rows to every expert."""
         super().train(mode)
         if isinstance(self.dispatcher, AllToAllDispatcher):
-            self.dispatcher.even = self.even_in_training and mode
+            self.dispatcher.even = self.counts_known_in_training and mode
         return self
 
 

@@ -55,6 +55,12 @@ class Topology:
         return self.ep_rank * self.num_local_experts
 
 
+def check_world(name: str, world: int) -> None:
+    """TopologyError unless a number of ranks that a user gave is one."""
+    if world < 1:
+        raise TopologyError(f"{name} is {world}, but it must be a positive number of ranks.")
+
+
 def largest_ep_size(num_experts: int, world: int, local_world: int) -> int:
     """What ``"auto"`` means: shard over as many ranks of one host as divide the experts and the world."""
     return math.gcd(num_experts, world, local_world)

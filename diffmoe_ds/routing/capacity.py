@@ -15,7 +15,7 @@ from diffmoe_ds.routing.selection import Pool, kth_value
 
 def rows_per_expert(capacity: float, tokens: int, num_experts: int) -> int:
     """K = floor(C * T / E), the rows of an expert in a pool of ``tokens`` tokens."""
-    return int(capacity * tokens / num_experts)
+    return int(capacity * tokens / num_experts + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def capacity_loss(logits_TE: Tensor, mask_TE: Tensor) -> Tensor:

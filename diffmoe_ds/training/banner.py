@@ -9,11 +9,29 @@ from pathlib import Path
 
 import torch
 
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.parallel.launch import Launch
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.training.setup import pool_rows
+
+
+def resumed_from(
+    reader: CheckpointReader | None, settings: DeepSpeedSettings, launch: Launch, source: WeightsReader | None
+) -> str:
+    """Where a run starts from, in words; whether its checkpoint is of another layout, and of which."""
+    if reader is None:
+        return "starts anew" if source is None else f"starts anew with the weights of {source.path}"
+    was, meta = reader.meta["layout"], reader.meta
+    now = {
+        "world": launch.world, "ep_size": settings.ep_size, "zero_stage": settings.zero_stage,
+        "global_batch": settings.global_batch, "micro_batch": settings.micro_batch,
+        "accumulation": settings.accumulation,
+    }  # fmt: skip
+    text = f"continues {reader.path} at {meta['images']:,} images"
+    changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
+    return f"{text}, resharding: {', '.join(changed)}" if changed else text
 
 
 def banner(

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.layout import checkpoint_root
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, find_checkpoint
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model
+from diffmoe_ds.checkpoint.model_file import open_weights
+from diffmoe_ds.checkpoint.verify import candidates, check_sizes
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.load import DEFAULT_RECIPE, dump_config, load_config
 from diffmoe_ds.config.schema import Config
@@ -18,6 +20,7 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.sampling import check_guidance
 
 EXAMPLES = """examples:
   diffmoe train
@@ -49,42 +52,57 @@ def train_command(args: argparse.Namespace) -> None:
     launch = resolve_launch()
     config, settings = _configuration(args, launch)
     directory = args.run_dir or Path("runs") / Path(args.config).stem
-    checkpoint = _resume_from(args.resume, directory)
-    reader = None if checkpoint is None else CheckpointReader(checkpoint)
-    if reader is not None:
-        check_same_model(reader, config)
+    choices = _resume_choices(args.resume, directory)
+    reader = _first_look(choices, config)
+    source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
     from diffmoe_ds.data.dataset import open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
-    from diffmoe_ds.training.banner import banner
+    from diffmoe_ds.training.banner import banner, resumed_from
     from diffmoe_ds.training.loop import train
     from diffmoe_ds.training.metrics import MetricsWriter
-    from diffmoe_ds.training.setup import pool_rows, setup_run
+    from diffmoe_ds.training.resume import agree_on_checkpoint
+    from diffmoe_ds.training.setup import pool_rows, setup_run, together
+    from diffmoe_ds.training.watchdog import Watchdog
 
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
     is_main = launch.rank == 0
     if is_main:
-        resumed = "starts anew" if reader is None else f"continues {reader.path} at {reader.meta['images']:,} images"
-        print(banner(config, settings, launch, directory, len(dataset), resumed), flush=True)
+        starts = resumed_from(reader, settings, launch, source)
+        print(banner(config, settings, launch, directory, len(dataset), starts), flush=True)
     if args.dry_run:
         return
-    if is_main:
-        _write_resolved(directory, config)
     export_launch(launch)
     seam.quiet_deepspeed()
     seam.init_process_group()
-    run = setup_run(config, settings, launch, directory, reader)
-    metrics = None
-    if is_main:
-        board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
-        metrics = MetricsWriter(directory, board, run.images, run.step, config.run.total_images)
-    try:
-        saved = train(run, dataset, metrics)
-    finally:
-        if metrics is not None:
-            metrics.close()
+    with Watchdog(launch.rank, launch.world, config.run.rank_timeout_s) as watchdog:
+        try:
+            chosen = agree_on_checkpoint(choices, directory, seam.device())
+            if chosen is not None and (reader is None or chosen != reader.path):
+                reader = CheckpointReader(chosen)
+                check_same_model(reader, config)
+                if is_main:
+                    print(f"{'instead':>11}  {resumed_from(reader, settings, launch, None)}", flush=True)
+            together(lambda: _write_resolved(directory, config) if is_main else None)
+            run = setup_run(config, settings, launch, directory, reader, source)
+            board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
+            metrics = together(
+                lambda: (
+                    MetricsWriter(directory, board, run.images, run.step, config.run.total_images) if is_main else None
+                )
+            )
+            try:
+                saved = train(run, dataset, metrics, watchdog)
+            finally:
+                if metrics is not None:
+                    metrics.close()
+        except RuntimeError as error:  # what a collective raises when a peer is gone, among other things
+            lost = watchdog.find_lost()
+            if lost is None:
+                raise
+            raise lost from error
     if is_main and saved is None:
         print(f"{'complete':>11}  {run.images:,} images were seen already; for more, raise run.total_images")
     dist.destroy_process_group()
@@ -94,11 +112,15 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
     config = load_config(args.config, args.overrides)
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, config.sample.steps)
+    if config.run.sample_every_images:
+        check_guidance(config.sample.cfg_scale, "all", config)
     if args.deepspeed_config is None:
         raw, source = config.deepspeed, f"{args.config}: deepspeed"
         if not raw:
             raise ConfigError(f"{args.config}: has no deepspeed section, so --deepspeed_config must name a JSON file.")
     else:
+        if any(override.startswith("deepspeed.") for override in args.overrides):
+            raise ConfigError("--set deepspeed...: changes the recipe's section, but --deepspeed_config replaces it.")
         raw, source = read_deepspeed_json(args.deepspeed_config), str(args.deepspeed_config)
         config = replace(config, deepspeed=raw)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,26 +128,57 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
     return config, settings
 
 
-def _resume_from(resume: str, directory: Path) -> Path | None:
+def _resume_choices(resume: str, directory: Path) -> list[Path]:
+    """The checkpoints to continue from, the first choice first; none starts a new run."""
+    own = candidates(directory)
     if resume == "auto":
-        return find_checkpoint(directory)
+        return own
     if resume == "none":
-        if find_checkpoint(directory) is not None:
+        if own:
             raise CheckpointError(
                 f"{checkpoint_root(directory)}: holds the checkpoints of an earlier run, which --resume none would mix "
                 "with its own; give another --run-dir, or --resume auto."
             )
-        return None
-    found = find_checkpoint(Path(resume))
-    if found is None:
+        return []
+    found = candidates(Path(resume))
+    if not found:
         raise CheckpointError(f"--resume {resume}: is no checkpoint and no run directory with one.")
+    if own and found[0].resolve().parent != own[0].resolve().parent:
+        raise CheckpointError(
+            f"{checkpoint_root(directory)}: holds the checkpoints of an earlier run, with which those of {found[0]} "
+            "would be mixed; give another --run-dir."
+        )
     return found
+
+
+def _first_look(choices: list[Path], config: Config) -> CheckpointReader | None:
+    """The first choice whose files have the right sizes; their bytes are checked by all ranks together, later."""
+    for path in choices:
+        try:
+            check_sizes(path)
+        except CheckpointError:
+            continue
+        reader = CheckpointReader(path)
+        check_same_model(reader, config)
+        return reader
+    return None
+
+
+def _initial_weights(config: Config) -> WeightsReader | None:
+    """The model of ``model.init_from``."""
+    if config.model.init_from is None:
+        return None
+    reader = open_weights(Path(config.model.init_from))
+    if reader is None:
+        raise CheckpointError(f"model.init_from {config.model.init_from}: is no exported model, checkpoint or run.")
+    check_same_model(reader, config, except_for=("num_classes",))
+    return reader
 
 
 def _write_resolved(directory: Path, config: Config) -> None:
     """The whole configuration, which ``--config`` takes again."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
         (directory / "resolved.yaml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error.strerror}.") from None
+        raise CheckpointError(f"{error.filename or directory}: cannot be written: {error.strerror}.") from None

@@ -3,82 +3,111 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from diffmoe_ds.checkpoint.save import save_checkpoint
-from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.draws import training_draws
 from diffmoe_ds.data.loader import MicroBatch, PositionLoader
 from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.errors import DataError, NonFiniteError
+from diffmoe_ds.errors import DataError, NonFiniteError, Requeue
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
 from diffmoe_ds.sampling import save_png
+from diffmoe_ds.training import signals
+from diffmoe_ds.training.finite import GradientWatch, blame_forward
 from diffmoe_ds.training.loss import Losses, training_loss
 from diffmoe_ds.training.metrics import MetricsWriter, routing_report
 from diffmoe_ds.training.preview import Preview
+from diffmoe_ds.training.saves import Every, Saves
 from diffmoe_ds.training.setup import Run, mean_over_ranks
-
-LAST_MICRO_STEP = tuple[tuple[Routing, ...], torch.Tensor]
-"""What the last forward pass of a step routed, and the noise level of its images."""
+from diffmoe_ds.training.watchdog import Watchdog
 
 
-def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None) -> Path | None:
+class Step(NamedTuple):
+    """What an optimizer step leaves to tell."""
+
+    losses: Losses
+    """Means over micro-steps and ranks."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """The learning rate that it used."""
+    last: tuple[tuple[Routing, ...], torch.Tensor]
+    """What its last forward pass routed, and the noise level of those images."""
+
+
+def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: Watchdog) -> Path | None:
     """Train until the run's images are seen.
 
     Args:
         run: from `setup_run`.
         dataset: the images.
         metrics: rank 0's writer.
+        watchdog: is told that this rank goes on.
 
     Returns:
         The last checkpoint written; none if there was nothing left to do.
 
     Raises:
-        NonFiniteError: the loss is no number; the weights are those before the step.
+        Requeue: a signal asked to stop; everything is saved.
+        NonFiniteError: the loss or a gradient is no number; the weights are those before the step.
         DataError, CheckpointError: see the data and checkpoint packages.
     """
     config, global_batch = run.config, run.settings.global_batch
     batches = _Timed(iter(make_loader(run, dataset)))
-    preview, saved = Preview(), None
+    saves = Saves(run, watchdog)
+    watch, preview, skipped = GradientWatch(run.model), Preview(), 0
     due = {
-        "line": _Every(config.run.log_every_images, run.images),
-        "save": _Every(config.run.save_every_images, run.images),
-        "grid": _Every(config.run.sample_every_images, run.images),
+        "line": Every(config.run.log_every_images, run.images),
+        "save": Every(config.run.save_every_images, run.images),
+        "grid": Every(config.run.sample_every_images, run.images),
     }
     while run.images < config.run.total_images:
-        losses, last = _forward_backward(run, batches)
-        grad_norm = _update(run, losses)
+        watchdog.tick(run.step)
+        batch, stop, writing = _next_batch(run, batches, bool(signals.received()), saves.is_writing)
+        if saves.is_open and not writing:
+            saves.finish()
+        if stop:
+            raise Requeue(f"asked to stop ({signals.received() or 'another rank was'}); {saves.last_words()}")
+        try:
+            step = _step(run, batch, batches, watch, watchdog)
+        except NonFiniteError as error:
+            skipped += 1
+            if skipped > config.run.nonfinite_skips:
+                saves.complete()
+                raise
+            run.images += global_batch
+            if metrics is not None:
+                print(f"{'skipped':>11}  {error} ({skipped} of {config.run.nonfinite_skips} in a row)", flush=True)
+            continue
+        skipped = 0
         run.images += global_batch
         run.step += 1
-        if metrics is not None:
-            metrics.step({**_row(run, losses, grad_norm), "data_s": batches.waited()})
         is_last = run.images >= config.run.total_images
+        if metrics is not None:
+            metrics.step({**_row(run, step), "data_s": batches.waited()})
         if due["line"](run.images) or is_last:
-            report = routing_report(*last) if last[0] else None
+            report = routing_report(*step.last) if step.last[0] else None
             if metrics is not None:
                 if report is not None:
                     metrics.routing(report, run.model, run.images)
                 print(metrics.line(), flush=True)
+        if due["save"](run.images) or is_last:
+            saves.start(wait=is_last)
         if due["grid"](run.images) or (is_last and config.run.sample_every_images):
-            grid = preview.draw(run)
+            grid = preview.draw(run, watchdog)
             if metrics is not None:
                 _show(run, grid, metrics)
                 metrics.pause()
-        if due["save"](run.images) or is_last:
-            saved = save(run)
-            if metrics is not None:
-                print(f"{'saved':>11} {saved}", flush=True)
-                metrics.pause()
-    return saved
+    return saves.last
 
 
 def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
@@ -115,98 +144,92 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     return EncodingLoader(loader, VAE(data.vae, run.device))
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint of the run; every rank must call."""
-    scheduler = run.engine.lr_scheduler
-    parts = run.ema.parts
-    return save_checkpoint(
-        run.directory,
-        run.ema.fragments,
-        run.ema.values,
-        {name: buffer for name, buffer in run.model.named_buffers() if name != "pos_embed"},
-        {
-            "images": run.images,
-            "step": run.step,
-            "adam_step": seam.adam_step(run.engine),
-            "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-            "shapes": {name: part.logical_shape for name, part in parts.items()},
-            "layout": {
-                "world": run.topology.world,
-                "ep_size": run.topology.ep_size,
-                "zero_stage": run.settings.zero_stage,
-                "global_batch": run.settings.global_batch,
-            },
-            "config": config_to_dict(run.config),
-        },
-    )
+def _step(run: Run, batch: MicroBatch, batches: Iterator[MicroBatch], watch: GradientWatch, watchdog: Watchdog) -> Step:
+    """All micro-steps, then the optimizer step and what follows it once per step.
 
-
-def _forward_backward(run: Run, batches: Iterator[MicroBatch]) -> tuple[Losses, LAST_MICRO_STEP]:
-    """All micro-steps of a step; losses are means over micro-steps and ranks."""
+    Raises:
+        NonFiniteError: on all ranks; the update did not take place.
+    """
+    accumulation = run.settings.accumulation
     totals = torch.zeros(len(Losses._fields), device=run.device)
-    for micro_step in range(run.settings.accumulation):
-        batch = _next_batch(run, batches)
+    problem, seen = "", []
+    watch.forget()
+    for micro_step in range(accumulation):
+        if micro_step:
+            batch = _next_batch(run, batches, False, False)[0]
         t_B = run.objective.model_time(batch.time)
-        noisy = run.objective.corrupt(batch.x, batch.noise, t_B)
-        output = run.engine(noisy, t_B, batch.label, batch.drop)
+        inputs = (run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop)
+        seen.append(inputs)
+        output = run.engine(*inputs)
         losses = training_loss(output, batch, t_B, run.objective, run.config)
-        totals += torch.stack([loss.detach().float() for loss in losses]) / run.settings.accumulation
-        if micro_step + 1 == run.settings.accumulation:
+        totals += torch.stack([loss.detach().float() for loss in losses]) / accumulation
+        total = losses.total
+        if micro_step + 1 == accumulation:
             totals = mean_over_ranks(totals)
-            _check_finite(run, totals)
-        run.engine.backward(losses.total)
-        if micro_step + 1 < run.settings.accumulation:
+            if not totals.isfinite().all():
+                problem = f"the loss is {totals[0].item()} " + _blame(run, seen)
+                total = total * float("nan")  # so that DeepSpeed finds no gradient to apply, whatever the loss gave
+        run.engine.backward(total)
+        if micro_step + 1 < accumulation:
             run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
         run.thresholds.observe(output.routing)
-    return Losses(*totals), (output.routing, run.objective.noise_level(t_B))
+        watchdog.tick()
+    lr = run.engine.get_lr()[0]
+    grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
+    if not math.isfinite(grad_norm):
+        run.thresholds.forget()
+        problem = problem or "a gradient is not finite " + watch.blame(run.topology.rank, run.device)
+        raise NonFiniteError(
+            f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "
+            "learning rate, set gradient_clipping in the DeepSpeed JSON, or allow run.nonfinite_skips."
+        )
+    run.thresholds.update()
+    run.ema.update()
+    watchdog.tick()
+    return Step(Losses(*totals), grad_norm, lr, (output.routing, run.objective.noise_level(t_B)))
 
 
-def _next_batch(run: Run, batches: Iterator[MicroBatch]) -> MicroBatch:
-    """This rank's next images; if any rank cannot read its own, all leave together instead of waiting for it."""
+def _blame(run: Run, seen: list[tuple[torch.Tensor, ...]]) -> str:
+    """The first micro-step's rank and layer that gave something non-finite, in words; every rank must call."""
+    for inputs in seen:
+        where = blame_forward(run.engine, inputs, run.topology.rank)
+        if where is not None:
+            return where
+    return "in the loss itself, not in any layer"
+
+
+def _next_batch(run: Run, batches: Iterator[MicroBatch], stop: bool, writing: bool) -> tuple[MicroBatch, bool, bool]:
+    """This rank's next images, and whether any rank was asked to stop or still writes a checkpoint.
+
+    If any rank cannot read its images, all leave together instead of waiting for it.
+    """
     failure = None
     try:
         batch = next(batches)
     except DataError as error:
         failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=run.device)
-    dist.all_reduce(failed)
+    except Exception as error:  # a loader process was killed, memory ran out, a file system went away
+        failure = DataError(f"the images cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
+    flags = torch.tensor([failure is not None, stop, writing], dtype=torch.int32, device=run.device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    failed, stop, writing = map(bool, flags.tolist())
     if failure is not None:
         raise failure
-    if failed.item():
+    if failed:
         raise DataError(f"rank {run.topology.rank} stops because another rank could not read its images")
-    return batch.to(run.device)
+    return batch.to(run.device), stop, writing
 
 
-def _check_finite(run: Run, totals: torch.Tensor) -> None:
-    if not totals.isfinite().all():
-        raise NonFiniteError(
-            f"the loss is {totals[0].item()} at step {run.step + 1} ({run.images:,} images seen); the weights were not "
-            "changed. Lower the learning rate, or set gradient_clipping in the DeepSpeed JSON."
-        )
-
-
-def _update(run: Run, losses: Losses) -> float:
-    """The optimizer step and what follows it once per step; returns the gradient's norm."""
-    if run.settings.zero_stage == 0:
-        norm = seam.clip_unpartitioned(run.engine, run.settings.gradient_clipping)
-        run.engine.step()
-    else:
-        run.engine.step()
-        norm = float(run.engine.get_global_grad_norm())
-    run.thresholds.update()
-    run.ema.update()
-    return norm
-
-
-def _row(run: Run, losses: Losses, grad_norm: float) -> dict[str, Any]:
+def _row(run: Run, step: Step) -> dict[str, Any]:
+    losses = step.losses
     row = {
         "step": run.step,
         "images": run.images,
         "loss": losses.total.item(),
         "diffusion_loss": losses.diffusion.item(),
         "capacity_loss": losses.capacity.item(),
-        "grad_norm": grad_norm,
-        "lr": run.engine.get_lr()[0],
+        "grad_norm": step.grad_norm,
+        "lr": step.lr,
     }
     if run.config.routing.kind == "token_choice":
         row["balance_loss"] = losses.balance.item()
@@ -216,8 +239,11 @@ def _row(run: Run, losses: Losses, grad_norm: float) -> dict[str, Any]:
 def _show(run: Run, grid: Any, metrics: MetricsWriter) -> None:
     metrics.image("samples", grid, run.images)
     folder = run.directory / "samples"
-    folder.mkdir(exist_ok=True)
-    save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    try:
+        folder.mkdir(exist_ok=True)
+        save_png(grid, str(folder / f"images_{run.images:012d}.png"), scale=max(1, math.ceil(600 / grid.shape[1])))
+    except OSError as error:  # a picture is not worth a run
+        print(f"*** WARNING: {folder}: {error}; the picture is not there ***", file=sys.stderr, flush=True)
 
 
 class _Timed:
@@ -241,15 +267,3 @@ class _Timed:
         """Seconds since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return round(seconds, 6)
-
-
-class _Every:
-    """True when a multiple of ``period`` images was passed since the last call; a period of 0 never is."""
-
-    def __init__(self, period: int, images: int) -> None:
-        self._period = period
-        self._images = images
-
-    def __call__(self, images: int) -> bool:
-        before, self._images = self._images, images
-        return self._period > 0 and images // self._period > before // self._period

@@ -5,7 +5,6 @@ Legend: L MoE layers, E experts, N noise-level bins.
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.moe import Routing
+from diffmoe_ds.training.records import Board, RowFile
 
 NOISE_BINS = 10
 """Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
@@ -79,12 +78,8 @@ class MetricsWriter:
             step: steps made so far.
             total_images: images of the whole run, for the ETA.
         """
-        path = directory / "metrics.jsonl"
-        _drop_after(path, step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard_dir is not None:
-            self._board = SummaryWriter(str(tensorboard_dir), purge_step=images + 1 if images else None)
+        self._rows = RowFile(directory / "metrics.jsonl", step)
+        self._board = None if tensorboard_dir is None else Board(tensorboard_dir, images)
         self._total = total_images
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
         self._since_line: list[dict[str, Any]] = []
@@ -96,8 +91,7 @@ class MetricsWriter:
         self._recent.append((now, row["images"]))
         row["images_per_s"] = round((row["images"] - last_images) / max(now - last_time, 1e-9), 2)
         row["peak_memory_mb"] = round(peak_memory_mb(), 1)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._rows.add(row)
         self._since_line.append(row)
 
     def pause(self) -> None:
@@ -120,6 +114,7 @@ class MetricsWriter:
             for key, value in {**means, "images_per_s": speed}.items():
                 group = "loss" if key.endswith("loss") else "train"
                 self._board.add_scalar(f"{group}/{key}", value, last["images"])
+            self._board.flush()
         left = max(self._total - last["images"], 0) / speed
         parts = " ".join(f"{key.removesuffix('_loss')} {means[key]:.4f}" for key in means if key.endswith("_loss"))
         return (
@@ -149,11 +144,11 @@ class MetricsWriter:
     def image(self, tag: str, grid_HWC: Any, images: int) -> None:
         """A picture for TensorBoard, uint8."""
         if self._board is not None:
-            self._board.add_image(tag, grid_HWC, images, dataformats="HWC")
+            self._board.add_image(tag, grid_HWC, images)
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        self._rows.close()
         if self._board is not None:
             self._board.close()
 
@@ -164,22 +159,6 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the rows up to a step, so that a resumed run has no step twice."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (ValueError, KeyError):
-            continue  # the line that a killed run did not finish
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    aside.replace(path)
 
 
 def _clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling import PIXEL_CHANNELS, draw, grid_columns, make_grid, to_uint8
 from diffmoe_ds.training.setup import Run, build_model
+from diffmoe_ds.training.watchdog import Watchdog
 
 
 class Preview:
@@ -19,7 +20,7 @@ class Preview:
     def __init__(self) -> None:
         self._model: DiT | None = None
 
-    def draw(self, run: Run) -> np.ndarray | None:
+    def draw(self, run: Run, watchdog: Watchdog) -> np.ndarray | None:
         """A grid, uint8 [height, width, 3], on rank 0; none on the others.  Every rank must call."""
         if self._model is None:
             self._model = build_model(run.config, run.topology).to(run.device).eval()
@@ -37,6 +38,7 @@ class Preview:
             sampler=sample.sampler or run.objective.samplers[0],
             steps=sample.steps,
             cfg_scale=sample.cfg_scale,
+            progress=lambda done, total: watchdog.tick(),
         )
         if run.config.model.in_channels not in PIXEL_CHANNELS:
             images = images[:, :3] / 4  # a latent's first channels, roughly in range: enough to see it come alive

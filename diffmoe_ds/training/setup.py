@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from diffmoe_ds.checkpoint.load import CheckpointReader, restore_engine, restore_weights
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, best_kind, restore_engine, restore_weights
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import Objective, make_objective
-from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.parallel import deepspeed_seam as seam
@@ -24,6 +26,8 @@ from diffmoe_ds.parallel.topology import Topology
 from diffmoe_ds.routing.capacity import rows_per_expert
 from diffmoe_ds.training.ema import EMA
 from diffmoe_ds.training.thresholds import Thresholds
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -82,19 +86,33 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
 
 
 def setup_run(
-    config: Config, settings: DeepSpeedSettings, launch: Launch, directory: Path, reader: CheckpointReader | None
-) -> Run:
+    config: Config, settings: DeepSpeedSettings, launch: Launch, directory: Path, reader: CheckpointReader | None,
+    source: WeightsReader | None,
+) -> Run:  # fmt: skip
     """Build the model, shard it, and continue from a checkpoint if there is one.
 
     The process group must exist.  Weights come into the model before DeepSpeed sees it, so that DeepSpeed's
     low-precision copies are made from them; master weights and moments are written into its partitions after.
+
+    Args:
+        config: what to train.
+        settings: how DeepSpeed does it.
+        launch: this rank's place.
+        directory: where the run writes.
+        reader: the checkpoint that the run continues; none begins a new one.
+        source: the model that a new run begins with; none draws its weights.
+
+    Raises:
+        CheckpointError: on all ranks, if any cannot read its part.
     """
     topology = Topology(launch.rank, launch.world, settings.ep_size, config.num_experts)
     model = build_model(config, topology)
     if reader is None:
         init_weights(model, config.run.seed, topology.first_expert)
-    else:
-        restore_weights(model, reader, topology, "fp32")
+    if reader is not None:
+        together(lambda: restore_weights(model, reader, topology, "fp32"))
+    elif source is not None:
+        together(lambda: restore_weights(model, source, topology, best_kind(source)))
     seam.tag_expert_weights(model)
     engine = seam.initialize(model, settings.json)
     engine.train()
@@ -111,7 +129,7 @@ def setup_run(
         thresholds=Thresholds(model),
     )
     if reader is not None:
-        restore_engine(engine, reader, fragments, run.ema.values)
+        together(lambda: restore_engine(engine, reader, fragments, run.ema.values))
         run.images, run.step = reader.meta["images"], reader.meta["step"]
     return run
 
@@ -122,6 +140,22 @@ def build_model(config: Config, topology: Topology) -> DiT:
     with torch.device("meta"):
         model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group))
     return model.to_empty(device="cpu")
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something that only one rank may fail to do; then all raise, instead of waiting for it."""
+    failure = result = None
+    try:
+        result = action()
+    except CheckpointError as error:
+        failure = error
+    failed = torch.tensor(failure is not None, dtype=torch.int32, device=seam.device())
+    dist.all_reduce(failed)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise CheckpointError("another rank could not read or write its part.")
+    return result
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

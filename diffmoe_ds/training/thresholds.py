@@ -37,6 +37,10 @@ class Thresholds:
         rows = rows_per_expert(self._capacity, logits_TN.shape[0] * pool.size, num_experts)
         self._quantiles.append(pool_quantile(logits_TN, rows, pool).view(-1, num_experts))
 
+    def forget(self) -> None:
+        """Drop what was noted since the last update: the step is skipped."""
+        self._quantiles.clear()
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the thresholds by the mean quantile of the micro-batches since the last update."""

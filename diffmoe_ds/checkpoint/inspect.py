@@ -1,0 +1,90 @@
+"""What a checkpoint holds, as data and as lines to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.model_file import WEIGHTS_FILE, ModelFileReader
+from diffmoe_ds.checkpoint.verify import candidates, check_contents, check_sizes
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import CheckpointError
+
+
+def describe(path: Path, *, full: bool) -> dict[str, Any]:
+    """What a path holds.
+
+    Args:
+        path: a run directory, a checkpoint, or an exported model (its directory or its file).
+        full: check every byte of a checkpoint, not the sizes only.
+
+    Returns:
+        Plain data: ``checkpoints``, the first choice of a resume first, or ``model``.
+
+    Raises:
+        CheckpointError: the path is none of these.
+    """
+    directory = path.parent if path.name == WEIGHTS_FILE else path
+    if (directory / WEIGHTS_FILE).is_file():
+        reader = ModelFileReader(directory)
+        model = {"path": str(reader.path), "weights": reader.weights, "images": reader.images, **_model(reader.config)}
+        return {"checkpoints": [], "model": model}
+    every = [_checkpoint(candidate, full) for candidate in candidates(path)]
+    if not every:
+        raise CheckpointError(f"{path}: is no checkpoint, no run directory with one and no exported model.")
+    return {"checkpoints": every, "model": None}
+
+
+def readable(found: dict[str, Any]) -> str:
+    """`describe`'s data as lines."""
+    lines = []
+    for entry in [found["model"]] if found["model"] else found["checkpoints"]:
+        lines.append(entry["path"])
+        lines += [f"{key.replace('_', ' '):>14}  {_text(entry[key])}" for key in entry if key != "path" and entry[key]]
+    return "\n".join(lines)
+
+
+def _checkpoint(path: Path, full: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"path": str(path), "problem": ""}
+    try:
+        files = check_sizes(path)
+        if full:
+            check_contents(path, files)
+        reader = CheckpointReader(path)
+    except CheckpointError as error:
+        return {**entry, "problem": str(error)}
+    meta = reader.meta
+    return {
+        **entry,
+        "images": meta["images"],
+        "step": meta["step"],
+        "layout": meta["layout"],
+        **_model(reader.config),
+        "parameters": sum(torch.Size(shape).numel() for shape in meta["shapes"].values()),
+        "tensors": len(meta["shapes"]),
+        "kinds": reader.kinds(),
+        "files": {name: digest.size for name, digest in files.items()},
+        "checked": "every byte" if full else "sizes",
+    }
+
+
+def _model(config: Config) -> dict[str, Any]:
+    return {
+        "name": config.model.name,
+        "routing": config.routing.kind,
+        "experts": config.num_experts,
+        "objective": config.objective.kind,
+        "image": [config.model.in_channels, config.model.input_size, config.model.input_size],
+        "classes": config.model.num_classes,
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " x ".join(map(str, value)) if value and isinstance(value[0], int) else ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

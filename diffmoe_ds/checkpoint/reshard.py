@@ -1,0 +1,88 @@
+"""Rewrite a checkpoint for other ranks.  Not needed to resume: every layout reads every checkpoint.
+
+What it gains is reading: each rank of the new layout finds its part in one file instead of in many.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_ds.checkpoint.files import Digest, Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, WRITING, fragment_key, rank_file
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.save import write_manifest
+from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.parallel.topology import Topology
+
+
+def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> None:
+    """Write the checkpoint as so many ranks would keep it; holds one piece of one tensor at a time.
+
+    Args:
+        reader: the checkpoint.
+        out: the new checkpoint's directory, which must not exist.
+        world: number of ranks.
+        ep_size: ranks that share one set of experts.
+
+    Raises:
+        TopologyError: the EP size does not divide the experts or the ranks.
+        CheckpointError: ``out`` exists or cannot be written; nothing is left of it.
+    """
+    ranks = [Topology(rank, world, ep_size, reader.config.num_experts) for rank in range(world)]
+    if out.exists():
+        raise CheckpointError(f"--out {out}: exists already; a checkpoint is never overwritten.")
+    aside = out.parent / f"{WRITING}{out.name}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = {}
+        for topology in tqdm(ranks, unit="file", desc="reshard"):
+            files[rank_file(topology.rank)] = _write(reader, topology, aside / rank_file(topology.rank))
+        layout = {**reader.meta["layout"], "world": world, "ep_size": ep_size}
+        meta = {**reader.meta, "files": world, "layout": layout}
+        files[META] = write_text(aside / META, json.dumps(meta, indent=1))
+        write_manifest(aside, files)
+        aside.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or out}: cannot be written: {error.strerror}.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:
+    """One rank's file: of every tensor the part that lies there when everything is partitioned (ZeRO 3)."""
+    entries = []
+    for name in reader.meta["shapes"]:
+        start, numel = _part(reader.shape(name), ".experts." in name, topology)
+        for kind in KINDS if numel else ():
+            pieces = _read_in_turn(reader, kind, name, start, numel)
+            entries.append(Entry(fragment_key(kind, name, start), (numel,), torch.float32, pieces))
+    if topology.rank == 0:
+        for name, numel in reader.buffers().items():
+            pieces = _read_in_turn(reader, BUFFER, name, 0, numel)
+            entries.append(Entry(fragment_key(BUFFER, name, 0), (numel,), torch.float32, pieces))
+    return write_safetensors(path, entries, {})
+
+
+def _read_in_turn(reader: CheckpointReader, kind: str, name: str, start: int, numel: int) -> Iterator[Tensor]:
+    yield reader.read(kind, name, start, numel)
+
+
+def _part(shape: tuple[int, ...], is_expert: bool, topology: Topology) -> tuple[int, int]:
+    """(start, elements) of a rank's part of a flattened logical tensor."""
+    numel = torch.Size(shape).numel()
+    if not is_expert:
+        first, numel, index, count = 0, numel, topology.rank, topology.world
+    else:
+        numel //= topology.ep_size
+        first, index, count = topology.ep_rank * numel, topology.rank // topology.ep_size, topology.edp_size
+    share = -(-numel // count)
+    start = min(index * share, numel)
+    return first + start, min(share, numel - start)

@@ -1,0 +1,66 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from diffmoe_ds.checkpoint.layout import REMOVING, checkpoint_images
+from diffmoe_ds.checkpoint.verify import check_sizes
+from diffmoe_ds.config.schema import CheckpointConfig
+from diffmoe_ds.errors import CheckpointError
+
+
+def remove_surplus(root: Path, newest: str, config: CheckpointConfig) -> list[str]:
+    """Remove the checkpoints that the configuration does not keep.
+
+    Args:
+        root: the run's checkpoints.
+        newest: name of the one that was just completed, which is never removed.
+        config: how many are kept.
+
+    Returns:
+        The names of those removed.
+    """
+    names = sorted((p.name for p in root.iterdir() if checkpoint_images(p.name) is not None), reverse=True)
+    removed = []
+    for name in surplus(names, newest, config, lambda name: _is_whole(root / name)):
+        aside = root / f"{REMOVING}{name}"
+        (root / name).rename(aside)  # so that a checkpoint half removed does not look like one
+        shutil.rmtree(aside, ignore_errors=True)
+        removed.append(name)
+    return removed
+
+
+def surplus(names: list[str], newest: str, config: CheckpointConfig, is_whole) -> list[str]:
+    """Names that are not kept: neither ``newest``, nor among the N newest whole ones, nor permanent.
+
+    A checkpoint is permanent if a multiple of ``keep_every_images`` lies between it and the checkpoint before it.
+    One that is damaged takes no place among the N, so damage never costs a whole one.
+
+    Args:
+        names: of all checkpoints, the newest first.
+        newest: the one just completed.
+        config: how many are kept.
+        is_whole: whether the checkpoint of a name passes its check.
+    """
+    if config.keep_last == 0:
+        return []
+    period = config.keep_every_images
+    images = [checkpoint_images(name) for name in names] + [0]
+    kept = {newest}
+    for name in names:
+        if len(kept) < config.keep_last and is_whole(name):
+            kept.add(name)
+    for index, name in enumerate(names):
+        if period and images[index] // period > images[index + 1] // period:
+            kept.add(name)
+    return [name for name in names if name not in kept]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_sizes(path)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""The files that a run appends to, in a world where disks fill: nothing here ends a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from diffmoe_ds.errors import CheckpointError
+
+
+class RowFile:
+    """``metrics.jsonl``: one strict JSON object a line.  Rows that a full disk refuses wait until it takes them."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open it; rows of an earlier attempt after ``step`` are dropped, so that no step stands there twice.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        self._path = path
+        self._waiting: list[str] = []
+        self._warned = False
+        try:
+            if path.exists():
+                aside = path.with_suffix(".tmp")
+                aside.write_text("".join(f"{line}\n" for line in _lines_until(path, step)), encoding="utf-8")
+                aside.replace(path)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or path}: cannot be written: {error.strerror}.") from None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        data = "".join(self._waiting).encode()
+        end = self._file.tell()
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self._file.truncate(end)  # half a line would hide the one after it
+            self._file.seek(end)
+            if not self._warned:
+                print(f"*** WARNING: {self._path}: {error}; rows wait in memory ***", file=sys.stderr, flush=True)
+            self._warned = True
+            return
+        self._warned = False
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Board:
+    """TensorBoard's writer, begun anew after it failed: what it is told in between is lost, the run is not."""
+
+    def __init__(self, directory: Path, images: int) -> None:
+        """Open an event file; events of an earlier attempt after ``images`` are hidden by TensorBoard."""
+        self._directory = directory
+        self._purge: int | None = images + 1 if images else None
+        self._writer: SummaryWriter | None = None
+        self._open()
+
+    def add_scalar(self, tag: str, value: float, images: int) -> None:
+        """A number at an image count."""
+        self._tell("add_scalar", tag, value, images)
+
+    def add_image(self, tag: str, grid_HWC: Any, images: int) -> None:
+        """A picture, uint8, at an image count."""
+        self._tell("add_image", tag, grid_HWC, images, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Bring everything to the disk; after a failure, try again with a new file."""
+        if self._writer is None:
+            self._open()
+        else:
+            self._tell("flush")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._tell("close")
+
+    def _open(self) -> None:
+        try:
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._purge)
+            self._purge = None
+        except OSError as error:
+            self._warn(error)
+
+    def _tell(self, method: str, *arguments: Any, **named: Any) -> None:
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments, **named)
+        except OSError as error:
+            self._warn(error)
+            self._writer = None
+
+    def _warn(self, error: OSError) -> None:
+        print(f"*** WARNING: {self._directory}: {error}; TensorBoard has a gap ***", file=sys.stderr, flush=True)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    kept = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that a killed run did not finish
+    return kept

@@ -1,0 +1,151 @@
+"""No silent hang: when a rank dies or stops answering, all others leave and say which one it was.
+
+A thread of every rank writes a sign of life into the store through which the ranks met; rank 0's thread reads all of
+them, the others read rank 0's.  It works when the main thread is stuck in a collective, and uses none itself.  The
+store may stop answering too, with rank 0 that serves it: a second thread only looks at the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from diffmoe_ds.errors import RankLostError
+
+MAX_BEAT_S = 1.0
+"""Longest time between two signs of life."""
+CONNECT_S = 10.0
+"""Time to reach the store again after a collective failed."""
+MISSED_BEATS = 4
+"""After a broken connection, a rank that misses so many is the lost one."""
+
+
+class Watchdog:
+    """Watches the ranks while it is entered; with one rank it does nothing."""
+
+    def __init__(self, rank: int, world: int, timeout_s: float) -> None:
+        """The process group must exist, and MASTER_ADDR and MASTER_PORT with it.
+
+        Args:
+            rank: this one.
+            world: number of ranks.
+            timeout_s: how long a rank may be silent, or all may stand still.
+        """
+        self._rank, self._world, self._timeout = rank, world, timeout_s
+        self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
+        self._step = self._ticks = 0
+        self._left = threading.Event()
+        self._answered = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        if self._world > 1:
+            self._store = self._connect(self._timeout)
+            self._store.set(f"watchdog/host/{self._rank}", socket.gethostname())
+            for target in (self._watch, self._guard):
+                threading.Thread(target=target, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+
+    def tick(self, step: int | None = None) -> None:
+        """The main thread goes on; called wherever it finished something.
+
+        Args:
+            step: the step that begins.
+        """
+        self._step = self._step if step is None else step
+        self._ticks += 1
+
+    def find_lost(self) -> RankLostError | None:
+        """Which rank is gone, after a collective failed; none if all answer."""
+        if self._world == 1:
+            return None
+        self._left.set()  # from here on this thread judges
+        try:
+            store = self._connect(min(CONNECT_S, self._timeout))
+            before = self._beats(store)
+            for _ in range(MISSED_BEATS):
+                time.sleep(self._beat_s)
+                self._beat(store)
+            after = self._beats(store)
+            lost = [rank for rank in range(self._world) if rank != self._rank and after[rank][:1] == before[rank][:1]]
+            if not lost:
+                return None
+            return RankLostError(f"{self._name(store, lost)} died in step {after[lost[0]][1] + 1}; the others leave.")
+        except RuntimeError:  # the store was rank 0's
+            return RankLostError(f"rank 0 died in step {self._step + 1}; the others leave.")
+
+    def _connect(self, timeout_s: float) -> dist.TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+    def _beat(self, store: dist.TCPStore) -> None:
+        store.set(f"watchdog/beat/{self._rank}", f"{time.monotonic_ns()} {self._step} {self._ticks}")
+
+    def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int]]:
+        """(sign of life, step, ticks) of every rank; the watched ones have all written before the first step."""
+        texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(self._world)])
+        return [tuple(map(int, text.split())) for text in texts]
+
+    def _name(self, store: dist.TCPStore, ranks: list[int]) -> str:
+        hosts = store.multi_get([f"watchdog/host/{rank}" for rank in ranks])
+        return ", ".join(f"rank {rank} on {host.decode()}" for rank, host in zip(ranks, hosts, strict=True))
+
+    def _watch(self) -> None:
+        """The thread that asks the store, and may wait for it for ever."""
+        seen: dict[int, tuple[tuple[int, ...], float]] = {}
+        moved, ticks = time.monotonic(), None
+        while not self._left.wait(self._beat_s):
+            try:
+                self._beat(self._store)
+                if self._rank == 0:
+                    beats = dict(enumerate(self._beats(self._store)))
+                else:
+                    if self._store.check(["watchdog/verdict"]):
+                        self._leave(self._store.get("watchdog/verdict").decode())
+                    beats = {0: tuple(map(int, self._store.get("watchdog/beat/0").split()))}
+                answered = self._answered = time.monotonic()
+            except (RuntimeError, ValueError):
+                continue
+            for rank, beat in beats.items():
+                if rank not in seen or seen[rank][0] != beat[:1]:
+                    seen[rank] = (beat[:1], answered)
+            silent_ranks = [rank for rank, (_, since) in seen.items() if answered - since > self._timeout]
+            if silent_ranks:
+                name = self._name(self._store, silent_ranks)
+                step = beats[silent_ranks[0]][1]
+                self._leave(f"{name} has not answered for {self._timeout:.0f} s, since step {step + 1}")
+            if self._rank == 0:
+                now_ticks = [beat[2] for beat in beats.values()]
+                if now_ticks != ticks or min(now_ticks) == 0:  # set-up may take long and does not tick
+                    moved, ticks = answered, now_ticks
+                elif answered - moved > self._timeout:
+                    behind = [rank for rank, beat in beats.items() if beat[2] == min(now_ticks)]
+                    where = self._name(self._store, behind)
+                    step = beats[behind[0]][1]
+                    self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}")
+
+    def _guard(self) -> None:
+        """The thread that looks at the clock."""
+        while not self._left.wait(self._beat_s):
+            silent = time.monotonic() - self._answered
+            if silent > self._timeout + 2 * self._beat_s:
+                self._leave(f"rank 0 has not answered for {silent:.0f} s, since step {self._step + 1}")
+
+    def _leave(self, why: str) -> None:
+        """End this process; the main thread may be in a collective that never returns."""
+        if self._left.is_set():
+            return
+        if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
+            self._store.set("watchdog/verdict", why)
+            time.sleep(2 * self._beat_s)  # the others read it from rank 0's store
+        print(f"diffmoe: error: {why}; rank {self._rank} leaves.", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(RankLostError.exit_code)

@@ -1,0 +1,455 @@
+"""Break runs in every way that clusters do, start them again, and see whether anything was lost.
+
+    python -m tests.faults.driver --seed 0 --kill 25 --kill-in-save 15 --others 10 --out table.md
+
+One run of two ranks (EP 2, ZeRO 2) goes undisturbed and is the reference.  A second run of the same configuration is
+disturbed again and again: each trial starts it, injects one fault at a random time, waits until every process has
+left, and checks what it left behind.  When it has reached its end, a new one begins.  After every start the rows of
+``metrics.jsonl`` must be those of the reference, digit for digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, clean_environment, free_port
+
+STEPS = 400
+BATCH = 16
+SAVE_STEPS = 10
+RANK_TIMEOUT_S = 8
+FIRST_STEP = " ETA "
+"""What every step prints."""
+START_LIMIT_S = 120
+"""From the start to the first step; the machine may be busy."""
+LEAVE_LIMIT_S = RANK_TIMEOUT_S + 25
+"""From a fault until every process has left."""
+
+
+class Failed(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class Ranks:
+    """The processes of one start."""
+
+    processes: list[subprocess.Popen]
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, limit_s: float) -> list[int]:
+        """Exit codes; none may take longer.  A frozen process counts as gone: nobody waits for it."""
+        deadline = time.monotonic() + limit_s
+        for process in self.processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                raise Failed(f"a rank still runs after {limit_s} s:\n{self.text()[-3000:]}") from None
+        return [process.returncode for process in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    fault: str
+    runs: int = 0
+    longest_s: float = 0.0
+    steps_lost: int = 0
+    codes: set[int] = field(default_factory=set)
+
+
+class Campaign:
+    """The reference run and the disturbed one."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.rows: dict[str, Row] = {}
+        self.expected: dict[int, dict] = {}
+        self.number = 0
+        self.directory = folder / "run_0"
+        self.config = folder / "ds.json"
+        self.config.write_text(
+            json.dumps(
+                {
+                    "train_batch_size": BATCH,
+                    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+                    "zero_optimization": {"stage": 2},
+                    "expert_parallel": {"autoep_size": 2},
+                    "tensorboard": {"enabled": False},
+                }
+            )
+        )
+
+    def start(self, directory: Path, *overrides: str) -> Ranks:
+        log = self.folder / "log"
+        settings = (
+            "model.name=nano-E4", "model.patch_size=8", f"run.total_images={STEPS * BATCH}", "ema.decay=0.9",
+            f"run.save_every_images={SAVE_STEPS * BATCH}", f"run.log_every_images={BATCH}",
+            f"run.rank_timeout_s={RANK_TIMEOUT_S}", *overrides,
+        )  # fmt: skip
+        command = [sys.executable, "diffmoe_ds/train.py", "--deepspeed_config", str(self.config)]
+        command += ["--run-dir", str(directory), "--set", *settings]
+        port = str(free_port())
+        with log.open("w") as output:
+            processes = [
+                subprocess.Popen(
+                    command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    env=clean_environment(
+                        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONUNBUFFERED="1",
+                    ),
+                )
+                for rank in range(2)
+            ]  # fmt: skip
+        return Ranks(processes, log)
+
+    def reference(self) -> None:
+        """The undisturbed run."""
+        ranks = self.start(self.folder / "reference")
+        try:
+            codes = ranks.wait(START_LIMIT_S + 300)
+        finally:
+            ranks.end()
+        if codes != [0, 0]:
+            raise Failed(ranks.text())
+        self.expected = {row["step"]: row for row in _metrics(self.folder / "reference")}
+        assert len(self.expected) == STEPS
+
+    def trial(self, fault: str, inject: Callable[[Ranks], float], codes: set[int], *overrides: str) -> str:
+        """Start the disturbed run, inject, and check.
+
+        Args:
+            fault: its name in the table.
+            inject: does it and returns when it did.
+            codes: what a rank that could choose may leave with, besides 0.
+            overrides: settings of this trial.
+
+        Returns:
+            What the ranks printed.
+        """
+        if _done(self.directory):
+            self.check_curve(complete=True)
+            shutil.rmtree(self.directory)
+            self.number += 1
+            self.directory = self.folder / f"run_{self.number}"
+        row = self.rows.setdefault(fault, Row(fault))
+        saved_before = _saved(self.directory)
+        ranks = self.start(self.directory, *overrides)
+        try:
+            self._wait_for(ranks, FIRST_STEP)
+            if saved_before is not None and f"at {saved_before:,} images" not in ranks.text():
+                raise Failed(f"did not continue at {saved_before} images:\n{ranks.text()[-3000:]}")
+            began = inject(ranks)
+            found = ranks.wait(LEAVE_LIMIT_S)
+            row.longest_s = max(row.longest_s, time.monotonic() - began)
+        finally:
+            ranks.end()
+        text = ranks.text()
+        unexpected = [code for code in found if code not in codes | {0, -signal.SIGKILL}]
+        if unexpected or "Traceback" in text:
+            raise Failed(f"{fault}: exit codes {found}:\n{text[-3000:]}")
+        self.check_curve(complete=False)
+        seen = max((row["step"] for row in _metrics(self.directory)), default=0)
+        completed = _saved(self.directory) or 0
+        announced = [int(line.split("images_")[1].split()[0]) for line in text.splitlines() if "saved  " in line]
+        if announced and completed < max(announced):
+            raise Failed(f"{fault}: {max(announced)} images were saved, {completed} are there")
+        row.runs += 1
+        row.codes |= {code for code in found if code >= 0}
+        row.steps_lost = max(row.steps_lost, seen - completed // BATCH)
+        return text
+
+    def check_curve(self, complete: bool) -> None:
+        """Every row equals the reference's, in order and without a gap."""
+        rows = _metrics(self.directory)
+        if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
+            raise Failed(f"steps {[row['step'] for row in rows]}")
+        for row in rows:
+            for key in ("loss", "grad_norm", "images", "capacity_loss"):
+                if row[key] != self.expected[row["step"]][key]:
+                    raise Failed(f"step {row['step']}: {key} {row[key]} != {self.expected[row['step']][key]}")
+        if complete and len(rows) != STEPS:
+            raise Failed(f"{len(rows)} of {STEPS} steps")
+
+    def _wait_for(self, ranks: Ranks, sign: str) -> None:
+        """Until the ranks have printed a sign, or the first of them has left."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if sign in ranks.text() or any(process.poll() is not None for process in ranks.processes):
+                return
+            time.sleep(0.01)
+        raise Failed(f"no {sign!r} after {START_LIMIT_S} s:\n{ranks.text()[-3000:]}")
+
+    # The faults.
+
+    def kill(self) -> None:
+        """SIGKILL of a random rank at a random time."""
+
+        def inject(ranks: Ranks) -> float:
+            time.sleep(self.random.uniform(0, 3))
+            self.random.choice(ranks.processes).kill()
+            return time.monotonic()
+
+        text = self.trial("SIGKILL of a rank", inject, {85})
+        if "complete" not in text and f"{STEPS * BATCH:,} of" not in text and " died in step " not in text:
+            raise Failed(f"nobody says who died:\n{text[-3000:]}")
+
+    def kill_in_save(self) -> None:
+        """SIGKILL of a random rank while a checkpoint is written; a try that comes too late is no trial."""
+        for _ in range(10):
+            inside = False
+
+            def inject(ranks: Ranks) -> float:
+                nonlocal inside
+                time.sleep(self.random.uniform(0, 2))
+                victim, deadline = self.random.choice(ranks.processes), time.monotonic() + 20
+                wait_s = self.random.uniform(0, 0.004)
+                while time.monotonic() < deadline and victim.poll() is None:
+                    if _writing(self.directory):
+                        time.sleep(wait_s)
+                        victim.kill()
+                        victim.wait()
+                        inside = _writing(self.directory)
+                        return time.monotonic()
+                victim.kill()
+                return time.monotonic()
+
+            name = "SIGKILL inside a save"
+            runs = self.rows.setdefault(name, Row(name)).runs
+            self.trial(name, inject, {85})
+            if inside:
+                return
+            self.rows[name].runs = runs
+        raise Failed("ten tries did not hit a save")
+
+    def stop(self) -> None:
+        """SIGSTOP of a random rank: the other leaves within the limit."""
+
+        def inject(ranks: Ranks) -> float:
+            time.sleep(self.random.uniform(0, 2))
+            frozen, began = self.random.choice(ranks.processes), time.monotonic()
+            frozen.send_signal(signal.SIGSTOP)
+            other = next(p for p in ranks.processes if p is not frozen)
+            try:
+                other.wait(LEAVE_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"hangs beside a frozen rank:\n{ranks.text()[-3000:]}") from None
+            if other.returncode and "has not answered for" not in ranks.text():
+                raise Failed(f"nobody says who is frozen:\n{ranks.text()[-3000:]}")
+            frozen.kill()
+            return began
+
+        self.trial("SIGSTOP of a rank", inject, {85})
+
+    def usr1(self) -> None:
+        """SIGUSR1 to a random rank: saved, 85, and nothing lost."""
+
+        def inject(ranks: Ranks) -> float:
+            time.sleep(self.random.uniform(0, 2))
+            self.random.choice(ranks.processes).send_signal(signal.SIGUSR1)
+            return time.monotonic()
+
+        self.trial("SIGUSR1 to a rank", inject, {85})
+        rows = _metrics(self.directory)
+        if _saved(self.directory) != rows[-1]["images"]:
+            raise Failed("a step was lost after SIGUSR1")
+
+    def damage(self, kind: str) -> None:
+        """Damage the newest checkpoint; the next start names the file and takes the one before."""
+        self.usr1()
+        while len(_checkpoints(self.directory)) < 2:
+            self.usr1()
+        newest, second = _checkpoints(self.directory)[:2]
+        file = self.random.choice(sorted(newest.iterdir()))
+        if kind == "flipped byte":
+            data = bytearray(file.read_bytes())
+            position = self.random.randrange(len(data))
+            data[position] ^= 1 << self.random.randrange(8)
+            file.write_bytes(data)
+        elif kind == "truncated file":
+            os.truncate(file, self.random.randrange(file.stat().st_size))
+        else:
+            file.unlink()
+        expected = int(second.name.split("_")[1])
+        ranks = self.start(self.directory)
+        row = self.rows.setdefault(kind, Row(kind))
+        try:
+            self._wait_for(ranks, "saved  ")  # so that `latest` is a whole one again
+            text = ranks.text()
+            self.random.choice(ranks.processes).send_signal(signal.SIGUSR1)
+            began = time.monotonic()
+            codes = ranks.wait(LEAVE_LIMIT_S)
+            row.longest_s = max(row.longest_s, time.monotonic() - began)
+        finally:
+            ranks.end()
+        harmless = kind == "flipped byte" and file.name == "manifest.json" and "WARNING" not in text
+        if not harmless and (str(file) not in text or "WARNING" not in text or f"at {expected:,} images" not in text):
+            raise Failed(f"{kind} of {file}: not named, or not continued at {expected:,}:\n{text[-3000:]}")
+        if set(codes) - {0, 85}:
+            raise Failed(f"{kind}: exit codes {codes}:\n{ranks.text()[-3000:]}")
+        self.check_curve(complete=False)
+        row.runs += 1
+        row.codes |= set(codes)
+        row.steps_lost = max(row.steps_lost, (int(newest.name.split("_")[1]) - expected) // BATCH)
+
+    def full_disk(self, disk: Path, on_error: str) -> None:
+        """The disk fills at a random time; the run stops with 5, or goes on until there is room again."""
+        directory, filler, name = disk / "run", disk / "filler", f"full disk, on_error={on_error}"
+        disturbed, self.directory = self.directory, directory
+
+        def inject(ranks: Ranks) -> float:
+            time.sleep(self.random.uniform(0.2, 1.5))
+            began = time.monotonic()
+            with filler.open("wb") as file:
+                try:
+                    while True:
+                        file.write(b"\0" * 65536)
+                        file.flush()
+                except OSError:
+                    pass
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not any(p.poll() is not None for p in ranks.processes):
+                if "No space left" in ranks.text() and "was not saved" in ranks.text():
+                    break
+                time.sleep(0.05)
+            if on_error == "continue":
+                filler.unlink()
+                time.sleep(0.5)
+                ranks.processes[0].send_signal(signal.SIGUSR1)
+                began = time.monotonic()
+            return began
+
+        try:
+            settings = (f"checkpoint.on_error={on_error}", "checkpoint.keep_last=2")
+            text = self.trial(name, inject, {5} if on_error == "stop" else {85}, *settings)
+            if "No space left" not in text or not _checkpoints(directory):
+                raise Failed(f"{name}: not said, or nothing kept:\n{text[-3000:]}")
+            filler.unlink(missing_ok=True)
+        finally:
+            self.directory = disturbed
+
+
+def mount_small_disk(folder: Path, megabytes: int) -> bool:
+    """A tmpfs; false where this is not allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, timeout=20)
+
+
+def table(rows: dict[str, Row]) -> str:
+    lines = [
+        "| fault | runs | longest time until all had left | exit codes of those that could | most steps done again |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        codes = ", ".join(map(str, sorted(row.codes))) or "-"
+        lines.append(f"| {row.fault} | {row.runs} | {row.longest_s:.1f} s | {codes} | {row.steps_lost} |")
+    return "\n".join(lines) + "\n"
+
+
+def _metrics(directory: Path) -> list[dict]:
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        if line.endswith("\n"):  # the last one may be half written, or be cut off by a kill
+            rows.append(json.loads(line))
+    return rows
+
+
+def _done(directory: Path) -> bool:
+    return (_saved(directory) or 0) >= STEPS * BATCH
+
+
+def _saved(directory: Path) -> int | None:
+    """Images of the checkpoint that ``latest`` names."""
+    pointer = directory / "checkpoints" / "latest"
+    return int(pointer.read_text().split("_")[1]) if pointer.exists() else None
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return sorted((directory / "checkpoints").glob("images_*"), reverse=True)
+
+
+def _writing(directory: Path) -> bool:
+    try:
+        return any(name.startswith(".writing-") for name in os.listdir(directory / "checkpoints"))
+    except OSError:
+        return False
+
+
+def run(folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str], None]) -> dict:
+    """A whole campaign, the faults in random order.
+
+    Raises:
+        Failed: at the first broken promise, with what the ranks printed.
+    """
+    campaign = Campaign(folder, seed)
+    campaign.reference()
+    trials = [campaign.kill] * kill + [campaign.kill_in_save] * kill_in_save
+    trials += [campaign.stop, campaign.usr1] * others
+    for kind in ("truncated file", "flipped byte", "removed file"):
+        trials += [lambda kind=kind: campaign.damage(kind)] * others
+    disk = folder / "disk"
+    has_disk = mount_small_disk(disk, 8)
+    try:
+        if has_disk:
+            for number in range(others):
+                trials.append(lambda n=number: campaign.full_disk(disk, ("stop", "continue")[n % 2]))
+        campaign.random.shuffle(trials)
+        for number, trial in enumerate(trials):
+            trial()
+            report(f"{number + 1} of {len(trials)} trials")
+    finally:
+        if has_disk:
+            unmount(disk)
+    if not has_disk:
+        campaign.rows["full disk"] = Row("full disk (not run: no right to mount a small disk)")
+    return campaign.rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("seed", 0), ("kill", 25), ("kill-in-save", 15), ("others", 10)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        rows = run(
+            Path(folder), args.seed, args.kill, args.kill_in_save, args.others, lambda text: print(text, flush=True)
+        )
+    print(table(rows))
+    if args.out:
+        args.out.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
