@@ -6,10 +6,11 @@ from pathlib import Path
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.folder import ImageFolder, Source
-from diffmoe_ds.data.loader import Dataset
 from diffmoe_ds.data.raw import RawImages
+from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache
-from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError
 
 
