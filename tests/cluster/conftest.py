@@ -19,6 +19,13 @@ def skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
+def checkout(folder: Path) -> Path:
+    """The repository's files under the names that commands use, and room for ``runs`` of its own."""
+    for name in ("diffmoe_ds", "ds_configs", "launchers", "slurm"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory) -> Iterator[Cluster]:
     """Four nodes and a login node."""
@@ -43,7 +50,5 @@ def cluster(hosts) -> Iterator[Cluster]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A checkout to work in: the repository's files under the names that commands use, and its own ``runs``."""
-    for name in ("diffmoe_ds", "ds_configs", "launchers", "slurm"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    return tmp_path
+    """A checkout of one's own."""
+    return checkout(tmp_path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.board import open_tensorboard
 from tests.cluster.cluster import Cluster, Job
+from tests.cluster.conftest import checkout
 from tests.conftest import REPOSITORY, TINY, read_metrics, run_ranks, write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -18,7 +21,7 @@ STEPS = 600
 """So many that a run is still going when a test disturbs it."""
 EXACT = 20
 """Steps after a change of layout over which losses agree to 1e-5; later a nearly tied selection may have flipped."""
-SMALL = "--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10 --output=log"
+SMALL = "--gpus-per-node=1 --cpus-per-gpu=1 --time=10 --output=log"
 LIMIT = 240
 
 
@@ -102,47 +105,68 @@ def test_a_loss_that_is_no_number_is_not_requeued(cluster: Cluster, project: Pat
     assert "exit code 3: starting again would not help" in sbatch.text()
 
 
-def test_usr1_saves_requeues_and_resumes(cluster: Cluster, project: Path, undisturbed):
-    """Twice: at the end of the job's time and when it is preempted by an urgent one; in between a second job knocks."""
-    sbatch = Sbatch(cluster, project)
+@pytest.fixture(scope="module")
+def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
+    """A run that was asked to stop by USR1, then preempted; in between a second job knocked and was refused."""
+    project = checkout(tmp_path_factory.mktemp("requeued"))
+    pictures = " run.sample_every_images=3200 sample.num_images=4 sample.steps=1"
+    sbatch = Sbatch(hosts, project)
+    sbatch.options += pictures
     job = sbatch.submit("2")
-    cluster.until((sbatch.run / "lock.json").exists, LIMIT, "the first job", sbatch.text)
-    second = cluster.submit(f"--nodes=2 {SMALL} --output=second slurm/train.sbatch {sbatch.options}", project)
-    refused = cluster.until_ended(second, LIMIT, project / "second")
+    hosts.until((sbatch.run / "lock.json").exists, LIMIT, "the first job", sbatch.text)
+    second = hosts.submit(f"--nodes=2 {SMALL} --output=second slurm/train.sbatch {sbatch.options}", project)
+    refused = hosts.until_ended(second, LIMIT, project / "second")
     assert (refused.state, refused.exit_code, refused.restarts) == ("FAILED", "2", 0)
     told = (project / "second").read_text()
     assert told.count("diffmoe: error: runs/test: is in use by job") == 1 and f"job {job}, process" in told, told
     assert "Traceback" not in told
-    assert cluster.job(job).restarts == 0, "the first goes on"
+    assert hosts.job(job).restarts == 0, "the first goes on"
 
-    cluster.output(f"scancel --batch --signal=USR1 {job}")
-    cluster.until(lambda: cluster.job(job).restarts == 1, 60, "the requeue", sbatch.text)
+    hosts.output(f"scancel --batch --signal=USR1 {job}")
+    hosts.until(lambda: hosts.job(job).restarts == 1, 60, "the requeue", sbatch.text)
     before = len(sbatch.rows())
     assert before < STEPS, "the run was too fast to be stopped"
-    meta = list((sbatch.run / "checkpoints").glob("*/meta.json"))
-    assert len(meta) == 1 and f'"step": {before},' in meta[0].read_text(), "saved where it stopped"
+    newest = max((sbatch.run / "checkpoints").glob("images_*/meta.json"))
+    assert f'"step": {before},' in newest.read_text(), "saved where it stopped"
     assert not (sbatch.run / "lock.json").exists()
-    sbatch.until_steps(before + 40)
+    sbatch.until_steps(before + 20)
 
-    urgent = cluster.submit(
-        "--partition=urgent --nodes=4 --exclusive --time=1 --output=urgent --wrap 'sleep 3'", project
-    )
-    cluster.until(lambda: cluster.job(job).restarts == 2, 120, "the preemption", sbatch.text)
-    assert len(sbatch.rows()) < STEPS
-    assert cluster.until_ended(urgent, 120).state == "COMPLETED"
+    options = "--partition=urgent --nodes=4 --exclusive --time=1 --output=urgent"
+    urgent = hosts.submit(f"{options} --wrap 'sleep 3'", project)
+    hosts.until(lambda: hosts.job(job).restarts == 2, 120, "the preemption", sbatch.text)
+    between = len(sbatch.rows())
+    assert before < between < STEPS
+    assert hosts.until_ended(urgent, 120).state == "COMPLETED"
     ended = sbatch.until_ended(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", "0", 2), sbatch.text()
-    assert sbatch.text().count("starts anew") == 1
     resumed = [int(found.replace(",", "")) for found in re.findall(r"continues .* at ([\d,]+) images", sbatch.text())]
-    assert len(resumed) == 2 and resumed[0] == before * STEP < resumed[1]
-    assert len(sbatch.rows()) == STEPS
-    assert_undisturbed(sbatch.rows(), undisturbed, STEPS)
-    assert sbatch.text().count("train.sbatch: complete") == 1
+    assert resumed == [before * STEP, between * STEP]
+    return sbatch
 
-    again = cluster.submit(f"--nodes=2 {SMALL} --output=again slurm/train.sbatch {sbatch.options}", project)
-    assert cluster.until_ended(again, LIMIT).state == "COMPLETED", "a chained job finds nothing left to do"
-    assert "images were seen already" in (project / "again").read_text()
-    assert len(sbatch.rows()) == STEPS
+
+def test_usr1_and_preemption_leave_the_curve_of_an_undisturbed_run(requeued: Sbatch, undisturbed):
+    assert len(requeued.rows()) == STEPS
+    assert_undisturbed(requeued.rows(), undisturbed, STEPS)
+    assert requeued.text().count("starts anew") == requeued.text().count("train.sbatch: complete") == 1
+
+
+def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch):
+    again = cluster.submit(f"--nodes=2 {SMALL} --output=again slurm/train.sbatch {requeued.options}", requeued.project)
+    assert cluster.until_ended(again, LIMIT).state == "COMPLETED"
+    assert "images were seen already" in (requeued.project / "again").read_text()
+    assert len(requeued.rows()) == STEPS
+
+
+def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
+    """What Chromium draws: a line with one point per log line, further right each time; histograms; images."""
+    with open_tensorboard(requeued.project / "runs") as board:
+        steps = board.steps("scalars", "loss/loss")
+        assert steps == sorted(set(steps)) and steps[-1] == STEPS * STEP and len(steps) >= STEPS // 20
+        line = board.drawn_line("loss/loss")
+        assert len(line) == len(steps) and all(left < right for left, right in pairwise(line))
+        assert board.drawn_histograms("load/block_01") > 5
+        assert board.steps("histograms", "load/block_01") == sorted(set(board.steps("histograms", "load/block_01")))
+        assert all(width > 0 for width in board.image_widths("samples"))
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
