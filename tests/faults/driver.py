@@ -382,12 +382,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        rows = run(
-            Path(folder), args.seed, args.kill, args.kill_in_save, args.others, lambda text: print(text, flush=True)
-        )
+
+        def report(text: str, rows: dict[str, Row]) -> None:
+            print(text, flush=True)
+            if args.out:
+                args.out.write_text(table(rows))
+
+        rows = run(Path(folder), args.seed, args.kill, args.kill_in_save, args.others, report)
     print(table(rows))
-    if args.out:
-        args.out.write_text(table(rows))
 
 
 if __name__ == "__main__":
