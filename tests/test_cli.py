@@ -248,7 +248,7 @@ def test_shipped_json_trains_a_step(path, tmp_path):
 
 
 def test_help_ends_in_commands_to_paste():
-    for command in ("train", "sample", "prepare", "bench"):
+    for command in ("train", "prepare", "bench", "sample"):
         finished = subprocess.run(
             [sys.executable, "-m", "diffmoe_ds.cli", command, "--help"],
             capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=True,
