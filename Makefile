@@ -1,6 +1,7 @@
 # make demo   install into .venv, train on two ranks, draw a grid
 # make test   install what the tests need and run them all
 # make lint   style and formatting
+# make test-cluster   four hosts on this machine: ssh, Slurm, Open MPI; installs their packages when root
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-cluster lint clean
 
 $(VENV)/torch: constraints.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
@@ -34,10 +35,18 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cluster"
 
 test-fast: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+$(VENV)/installed-cluster: $(VENV)/installed-dev
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
+	touch $@
+
+test-cluster: $(VENV)/installed-cluster
+	tests/cluster/install.sh
+	$(BIN)/python -m pytest -rs -m cluster
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

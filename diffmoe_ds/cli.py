@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``checkpoint``, ``prepare`` and ``bench``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``bench`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-from diffmoe_ds.errors import ConfigError, DiffMoEError, Requeue
-from diffmoe_ds.training.signals import listening
+from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
+from diffmoe_ds.parallel.launch import resolve_launch
+from diffmoe_ds.training.signals import listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback.
+
+    Args:
+        argv: the arguments after the program's name; none takes those of this process, which is then the command's
+            own: signals that ask it to stop are noted from here on, before torch is even imported.
+    """
     # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # A cluster may ask a run to stop before torch is even imported.
-    with listening() if argv[:1] == ["train"] else nullcontext():
-        return _run(_parser().parse_args(argv))
+    if argv is None and sys.argv[1:2] == ["train"]:
+        listen()
+    return _run(_parser().parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except Requeue as stop:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if resolve_launch().rank == 0:
             print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
     except DiffMoEError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank == 0 or not isinstance(error, ConfigError):  # every rank finds the same mistake in a configuration
+        if _should_say(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -39,11 +42,21 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _should_say(error: DiffMoEError) -> bool:
+    """Rank 0 says what all ranks find alike; where ranks cannot be told apart, all do."""
+    if isinstance(error, SaidElsewhereError):
+        return False
+    try:
+        return not isinstance(error, (ConfigError, NonFiniteError)) or resolve_launch().rank == 0
+    except DiffMoEError:
+        return True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds import bench_command, prepare_command, sample_command
+    from diffmoe_ds import bench_command, doctor_command, prepare_command, sample_command
     from diffmoe_ds.checkpoint import command as checkpoint_command
     from diffmoe_ds.training import command as train_command
 
@@ -51,17 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a model", train_command, train_command.add_train_arguments, train_command.train_command),
         ("sample", "draw images", sample_command, sample_command.add_sample_arguments, sample_command.sample_command),
         (
+            "doctor", "examine these hosts and say what to fix", doctor_command,
+            doctor_command.add_doctor_arguments, doctor_command.doctor_command,
+        ),
+        (
+            "checkpoint", "inspect, reshard, export and import checkpoints", checkpoint_command,
+            checkpoint_command.add_checkpoint_arguments, checkpoint_command.checkpoint_command,
+        ),
+        (
             "prepare", "make shards of images", prepare_command, prepare_command.add_prepare_arguments,
             prepare_command.prepare_command,
         ),
         ("bench", "measure", bench_command, bench_command.add_bench_arguments, bench_command.bench_command),
-        (
-            "checkpoint",
-            "inspect, reshard, export and import checkpoints",
-            checkpoint_command,
-            checkpoint_command.add_checkpoint_arguments,
-            checkpoint_command.checkpoint_command,
-        ),
     ):  # fmt: skip
         sub = commands.add_parser(
             name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,

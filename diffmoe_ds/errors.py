@@ -40,6 +40,22 @@ class CheckpointError(DiffMoEError):
     exit_code = 5
 
 
+class LaunchError(DiffMoEError):
+    """The ranks did not find each other: a host is down, a port is taken, a rank never came."""
+
+
+class RunDirectoryBusyError(ConfigError):
+    """Another job is writing into the run directory."""
+
+
+class SaidElsewhereError(DiffMoEError):
+    """Another rank has told the user what is wrong; this one leaves silently with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another rank has said what is wrong")
+        self.exit_code = exit_code
+
+
 class RankLostError(DiffMoEError):
     """Another rank died or stopped answering; the same command continues from the last checkpoint."""
 

@@ -19,7 +19,8 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.rendezvous import meet
 from diffmoe_ds.parallel.topology import Topology
 from diffmoe_ds.sampling import PIXEL_CHANNELS, check_guidance, draw, grid_columns, make_grid, save_png, to_uint8
 
@@ -113,11 +114,15 @@ def sample_command(args: argparse.Namespace) -> None:
     kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
     restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), kind)
     model.set_inference(args.routing or config.inference_choices[0])
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    gpus = torch.cuda.device_count()  # one where each task sees its own only
+    device = torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
     model.to(device).eval()
     decode = _decoder(args.vae, config.model.in_channels, device)
-    if launch.world > 1:  # meet first: a rank that fails alone would leave the others waiting here
-        export_launch(launch)
+    meeting = meet(launch, f"{reader.path} {sampler}")  # a rank that fails alone would leave the others waiting here
+    meeting.on_main("out", lambda: _make_folder(args.out))
+    if launch.world > 1:
+        if launch.rank == 0:
+            print(f"{'launch':>11}  {meeting.launch.describe()}", flush=True)
         dist.init_process_group("gloo")
     pixels = _draw_share(model, args, launch, device, sampler, decode)
     pixels = _gather(pixels, args.num_images, launch)
@@ -134,6 +139,13 @@ def sample_command(args: argparse.Namespace) -> None:
         },
     )
     print(f"{args.num_images} images in {args.out / 'samples.npz'}, the first {len(shown)} in {args.out / 'grid.png'}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {path}: cannot be made: {error.strerror}.") from None
 
 
 def _label(seed: int, model: DiT) -> int:

@@ -9,8 +9,9 @@ import torch
 
 from diffmoe_ds.errors import TopologyError
 from diffmoe_ds.model.experts import Experts
-from diffmoe_ds.parallel.launch import resolve_launch
+from diffmoe_ds.parallel.launch import first_host, resolve_launch
 from diffmoe_ds.parallel.topology import Topology, largest_ep_size
+from diffmoe_ds.parallel.traffic import crossing_share
 from tests.conftest import WORKERS, run_ranks
 
 
@@ -46,8 +47,10 @@ def test_ep_must_divide(ep):
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"}
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}  # sbatch's script itself, not a step of it
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+TORCHRUN_IN_STEP = {**SRUN, **TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}  # one torchrun a node, started by srun
 MPIRUN = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2402", strict=True)}
 
 
@@ -59,7 +62,9 @@ MPIRUN = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK
         (BATCH_SCRIPT, (0, 1, 0, 1)),
         (SRUN, (5, 8, 1, 4)),
         (MPIRUN, (2, 4, 0, 2)),
-        ({**SRUN, **TORCHRUN}, (3, 4, 1, 2)),
+        (TORCHRUN_IN_STEP, (3, 4, 1, 2)),
+        ({**BATCH_SCRIPT, **DEEPSPEED}, (3, 4, 1, 2)),
+        ({**SRUN, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
     ),
 )
 def test_every_launcher_is_understood(environment, expected):
@@ -73,11 +78,55 @@ def test_every_launcher_is_understood(environment, expected):
         ({"RANK": "0"}, "WORLD_SIZE is None, but it must be a number"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "the rank is 4, but it must be from 0 to 3"),
         ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', but it must be a number"),
+        ({**SRUN, **TORCHRUN}, "RANK is 3, but SLURM_PROCID is '5': two launchers contradict each other"),
+        ({**SRUN, "RANK": "5", "WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but SLURM_STEP_NUM_TASKS is '8'"),
+        ({**MPIRUN, "RANK": "0", "WORLD_SIZE": "4"}, "RANK is 0, but OMPI_COMM_WORLD_RANK is '2'"),
+        ({"MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', but it must be a port"),
     ),
 )
 def test_broken_launchers_are_named(environment, message):
     with pytest.raises(TopologyError, match=message):
         resolve_launch(environment)
+
+
+STEP = {**SRUN, "SLURM_STEP_NODELIST": "rack2-node[003-5,9],other", "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "port"),
+    (
+        (STEP, "rack2-node003", 20071),
+        ({**STEP, "SLURM_JOB_ID": "12071"}, "rack2-node003", 20071),
+        ({**STEP, "SLURM_STEP_ID": "1"}, "rack2-node003", 26222),
+        ({**STEP, "MASTER_ADDR": "10.0.0.1"}, "10.0.0.1", 20071),
+        ({**STEP, "MASTER_PORT": "7000"}, "rack2-node003", 7000),
+        ({**TORCHRUN, "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}, "node1", 29501),
+        (MPIRUN, None, None),
+    ),
+)
+def test_where_the_ranks_meet(environment, address, port):
+    launch = resolve_launch(environment)
+    assert (launch.master_addr, launch.master_port) == (address, port)
+    assert address is None or f"they meet at {address}:{port}" in launch.describe()
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    (("n1", "n1"), ("n[3-5]", "n3"), ("n[08,11]", "n08"), ("a[1-2]b[7-8],c", "a1b7"), ("login,n[1-2]", "login")),
+)
+def test_first_host_of_slurms_lists(nodelist, first):
+    assert first_host(nodelist) == first
+
+
+HOSTS = ("a", "a", "b", "b")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ep", "share"),
+    ((HOSTS, 1, 0), (HOSTS, 2, 0), (HOSTS, 4, 0.5), ("abab", 2, 0.5), ("abcd", 4, 0.75), ("aabbb" + "b", 2, 0)),
+)
+def test_share_of_rows_that_leave_their_node(hosts, ep, share):
+    assert crossing_share(tuple(hosts), ep) == share
 
 
 @pytest.mark.parametrize("mlp", ("gelu", "swiglu"))

@@ -157,6 +157,12 @@ class RunConfig:
     """Print a line and write TensorBoard at least every so many images."""
     sample_every_images: int = 0
     """Draw a sample grid into TensorBoard every so many images; 0 draws none."""
+    start_timeout_s: float = 300.0
+    """Seconds that the ranks wait for each other at the start before they name who has not come."""
+    straggler_steps: int = 100
+    """Compare the ranks' own work every so many steps; 0 never does."""
+    straggler_ratio: float = 1.5
+    """The slowest rank is reported when it needs more than this many times what the others need."""
     nonfinite_skips: int = 0
     """Steps in a row whose loss or gradient may be NaN or infinite; they are skipped, the next one ends the run."""
     rank_timeout_s: float = 300.0
@@ -235,12 +241,15 @@ class Config:
         if experts < 1:
             raise ConfigError(f"routing.num_experts is {experts}, but it must be above 0.")
         _positive("model", model, "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio")
-        _positive("run", run, "total_images", "log_every_images", "rank_timeout_s")
+        _positive(
+            "run", run, "total_images", "log_every_images", "rank_timeout_s", "start_timeout_s", "straggler_ratio"
+        )
         _positive("objective", self.objective, "flow_time_scale")
         _positive("sample", self.sample, "num_images", "steps")
         _positive("data", self.data, "shuffle_window", "cache_gb")
         _positive("optimizer", self.optimizer, "lr", "eps")
         _not_negative("run", run, "seed", "save_every_images", "sample_every_images", "nonfinite_skips")
+        _not_negative("run", run, "straggler_steps")
         _not_negative("checkpoint", self.checkpoint, "keep_last", "keep_every_images")
         _not_negative("routing", routing, "shared_experts", "capacity_weight", "balance_weight")
         _not_negative("data", self.data, "num_workers")

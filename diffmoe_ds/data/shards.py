@@ -249,6 +249,8 @@ def _decode_latent(data: bytes) -> np.ndarray:
     """float32 ``[C, H, W]`` of a latent that is stored as one array, as it is."""
     # read_array and not np.load, which would also take a zip archive or, if allowed, a bare pickle.
     latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    if latent.ndim != 3 or latent.dtype.kind != "f" or not np.isfinite(latent).all():
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
+    if values is None or values.ndim != 3 or not np.isfinite(values).all():
         raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
-    return np.ascontiguousarray(latent, np.float32)
+    return values

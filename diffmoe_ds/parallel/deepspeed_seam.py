@@ -6,6 +6,7 @@
   optimizer state partitioned over them, and is allowed under ZeRO 3.
 - `_hp_mapping` (ZeRO 1, 2) and `grad_position` (ZeRO 3): where the fp32 master weights and Adam moments of a
   parameter lie in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
+- `ALL_OPS`, `installed_ops`: which compiled operators exist, and which of them were built with DeepSpeed.
 - `groups`: the EP and EDP process groups, made by DeepSpeed so that there is only one of each.
 """
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +41,9 @@ from deepspeed.checkpoint.constants import (
     AUTOEP_PARAM_LOGICAL_SHAPE,
     DS_AUTOEP_UC_META,
 )
+from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.utils import groups
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
@@ -72,6 +76,8 @@ def init_process_group() -> None:
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for a minute and use it for few things.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
+        # DeepSpeed takes LOCAL_RANK for the device's number; where each task sees its own GPU only, that is always 0.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % get_accelerator().device_count())
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
@@ -349,3 +355,19 @@ def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     for flat in _masters(engine):
         state = _adam(engine).state[flat]
         state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+
+def operators(names: Iterable[str]) -> dict[str, str]:
+    """For each of DeepSpeed's compiled operators: ``prebuilt``, ``compiled at first use``, or why it cannot be."""
+    tools = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    if torch.cuda.is_available() and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        tools.append("nvcc")
+    found = {}
+    for name in names:
+        if installed_ops.get(name):
+            found[name] = "prebuilt"
+        elif name not in ALL_OPS or not ALL_OPS[name].is_compatible(verbose=False):
+            found[name] = "not possible here"
+        else:
+            found[name] = f"cannot be compiled: no {', '.join(tools)}" if tools else "compiled at first use"
+    return found

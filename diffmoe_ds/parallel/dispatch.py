@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_ds.parallel.waiting import WAITING
+
 
 class Sent(NamedTuple):
     """What `AllToAllDispatcher.combine` needs to send rows back."""
@@ -68,7 +70,8 @@ class AllToAllDispatcher:
 
     def _exchange_counts(self, sent_PL: Tensor) -> Tensor:
         received_PL = torch.empty_like(sent_PL)
-        dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
+        with WAITING:
+            dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.group)
         return received_PL
 
 
@@ -86,7 +89,8 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
         out = rows_RD.new_empty((sum(received), rows_RD.shape[1]))
-        dist.all_to_all_single(out, rows_RD.contiguous(), received, sent, group=group)
+        with WAITING:
+            dist.all_to_all_single(out, rows_RD.contiguous(), received, sent, group=group)
         return out
 
     @staticmethod

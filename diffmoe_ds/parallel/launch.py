@@ -1,6 +1,8 @@
-"""Which rank is this process?  Every launcher says it in its own variables; this is the one place that asks.
+"""Which rank is this process, and where do the ranks meet?  Every launcher says it in its own variables; this is the
+one place that asks.
 
-Order: ``RANK`` (deepspeed, torchrun), a Slurm step (srun), Open MPI (mpirun), else a process on its own.
+Order: ``RANK`` (deepspeed, torchrun), a Slurm step (srun), Open MPI (mpirun), any other MPI through mpi4py, else a
+process on its own.  Two of them that contradict each other are an error, found before any rank is joined.
 """
 
 from __future__ import annotations
@@ -9,12 +11,22 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffmoe_ds.errors import TopologyError
 
-SLURM_PORTS = range(20_000, 40_000)
-"""A job's port is taken from its number, so that two jobs on one node do not meet."""
+SLURM_PORTS = range(20_000, 32_000)
+"""A step's port is taken from its job's number, so that two jobs on one node do not meet; below the usual range of
+outgoing connections."""
+PORTS_PER_STEP = 6_151
+"""Steps of one job are this many ports apart: a prime, so that they do not meet the next jobs' either."""
+DEFAULT_PORT = 29_500
+"""Where torch's own launchers meet unless told otherwise."""
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+"""Set by torchrun and by deepspeed's launcher: the process was started by one, maybe inside a Slurm step or a batch
+script whose variables are then not its own."""
+OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""An MPI launcher has started this process; mpi4py knows the rest."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +43,50 @@ class Launch:
     """Number of processes on this host."""
     source: str
     """Where this was taken from."""
+    master_addr: str | None = None
+    """Host of rank 0, where all ranks meet; none until rank 0 has told it over MPI."""
+    master_port: int | None = None
+    """Its port; none as above."""
+    master_source: str = ""
+    """Where address and port were taken from."""
+
+    @property
+    def meeting_point(self) -> str:
+        """``host:port``, for people."""
+        return f"{self.master_addr}:{self.master_port}"
+
+    def describe(self) -> str:
+        """One line that says where everything was taken from."""
+        if self.world == 1:
+            return f"rank 0 of 1 ({self.source})"
+        return (
+            f"{self.world} ranks, {self.local_world} on this host ({self.source}); "
+            f"they meet at {self.meeting_point} ({self.master_source})"
+        )
 
 
 def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
     """Read this process's place from the environment.
 
     Raises:
-        TopologyError: a variable is missing or not a number, or the rank is outside the world.
+        TopologyError: a variable is missing or not a number, the rank is outside the world, or two launchers
+            contradict each other.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env:
-        launch = _from(env, "the launcher's RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        local_world = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"  # torchrun's, deepspeed's
+        launch = _from(env, _launcher(env), "RANK", "WORLD_SIZE", "LOCAL_RANK", local_world)
+        _check_contradictions(env, launch)
     elif "SLURM_STEP_NUM_TASKS" in env:
         launch = _from(
-            env, "Slurm's step", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
-        )
+            env, "srun's SLURM_PROCID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
+            "SLURM_STEP_TASKS_PER_NODE",
+        )  # fmt: skip
     elif "OMPI_COMM_WORLD_RANK" in env:
         names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        launch = _from(env, "Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in names))
+        launch = _from(env, "mpirun's OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{name}" for name in names))
+    elif any(name in env for name in OTHER_MPI):
+        launch = _from_mpi()
     else:
         launch = Launch(0, 1, 0, 1, "no launcher: a single process")
     if not 0 <= launch.rank < launch.world:
@@ -56,24 +94,42 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
             f"{launch.source}: the rank is {launch.rank}, but it must be from 0 to {launch.world - 1} in a world of "
             f"{launch.world}."
         )
-    return launch
+    return _with_master(env, launch)
 
 
-def export_launch(launch: Launch) -> None:
-    """Set the variables that torch.distributed's ``env://`` reads, where the launcher did not."""
+def export_launch(launch: Launch) -> Launch:
+    """Set the variables that torch.distributed's ``env://`` reads; returns the launch with its meeting point."""
+    if launch.master_addr is None:
+        launch = _agree_over_mpi(launch)
     os.environ["RANK"] = str(launch.rank)
     os.environ["WORLD_SIZE"] = str(launch.world)
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
-    if launch.world == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ["MASTER_ADDR"] = str(launch.master_addr)
+    os.environ["MASTER_PORT"] = str(launch.master_port)
+    return launch
+
+
+def _launcher(env: Mapping[str, str]) -> str:
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun's RANK"
+    return "deepspeed's RANK" if "CROSS_SIZE" in env else "the variable RANK"
+
+
+def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
+    """RANK against what Slurm and Open MPI say, unless a launcher stands between them and this process."""
+    if any(name in env for name in LAUNCHED):
         return
-    if "SLURM_STEP_NUM_TASKS" in os.environ:
-        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-        job = int(os.environ["SLURM_JOB_ID"])
-        os.environ.setdefault("MASTER_PORT", str(SLURM_PORTS[job % len(SLURM_PORTS)]))
-    elif "MASTER_ADDR" not in os.environ:
-        _agree_over_mpi(launch)
+    for name, ours, what in (
+        ("SLURM_PROCID", launch.rank, "RANK"),
+        ("SLURM_STEP_NUM_TASKS", launch.world, "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", launch.rank, "RANK"),
+        ("OMPI_COMM_WORLD_SIZE", launch.world, "WORLD_SIZE"),
+    ):
+        if name in env and env[name] != str(ours):
+            raise TopologyError(
+                f"{what} is {ours}, but {name} is {env[name]!r}: two launchers contradict each other; unset {what} to "
+                f"take {name.split('_')[0]}'s."
+            )
 
 
 def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank: str, local_world: str) -> Launch:
@@ -90,21 +146,51 @@ def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank
     return Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks), source)
 
 
-def _first_host(nodelist: str) -> str:
-    """``node[3-5,9],other`` to ``node3``."""
-    head = re.match(r"([^\[,]+)(?:\[(\d+))?", nodelist)
+def _from_mpi() -> Launch:
+    from mpi4py import MPI  # only here and below: it starts MPI, which nobody else wants
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    return Launch(world.rank, world.size, local.rank, local.size, "MPI through mpi4py")
+
+
+def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
+    """The meeting point, where it can be known without asking the other ranks."""
+    given = "MASTER_PORT" in env
+    text = env.get("MASTER_PORT", str(DEFAULT_PORT))
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise TopologyError(f"MASTER_PORT is {text!r}, but it must be a port from 1 to 65535.")
+    port, port_source = int(text), "MASTER_PORT" if given else "torch's usual port"
+    if "MASTER_ADDR" in env:
+        address, source = env["MASTER_ADDR"], "MASTER_ADDR"
+    elif launch.world == 1:
+        address, source = "127.0.0.1", "a single process"
+        port = port if given else _free_port()
+    elif "SLURM_STEP_NODELIST" in env:
+        address, source = first_host(env["SLURM_STEP_NODELIST"]), "first of SLURM_STEP_NODELIST"
+    else:
+        return launch
+    if "SLURM_STEP_NODELIST" in env and not given:
+        step = int(env.get("SLURM_JOB_ID", 0)) + PORTS_PER_STEP * int(env.get("SLURM_STEP_ID", 0))
+        port, port_source = SLURM_PORTS[step % len(SLURM_PORTS)], "port from the job's number"
+    both = source if launch.world == 1 else f"{source}, {port_source}"
+    return replace(launch, master_addr=address, master_port=port, master_source=both)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``."""
+    head = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodelist)
     assert head is not None, f"a Slurm node list never starts like {nodelist!r}"
-    return head[1] + (head[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
 
 
-def _agree_over_mpi(launch: Launch) -> None:
+def _agree_over_mpi(launch: Launch) -> Launch:
     """mpirun gives no meeting point: rank 0 chooses one and tells the others."""
-    from mpi4py import MPI  # only here: it starts MPI, which nobody else wants
+    from mpi4py import MPI
 
-    mine = (socket.gethostname(), _free_port()) if launch.rank == 0 else None
+    mine = (socket.gethostname(), int(os.environ.get("MASTER_PORT", 0)) or _free_port()) if launch.rank == 0 else None
     host, port = MPI.COMM_WORLD.bcast(mine, root=0)
-    os.environ["MASTER_ADDR"] = host
-    os.environ.setdefault("MASTER_PORT", str(port))
+    return replace(launch, master_addr=host, master_port=port, master_source="rank 0 told it over MPI")
 
 
 def _free_port() -> int:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_ds.parallel.waiting import WAITING
+
 
 class GroupPool:
     """The `Pool` of a process group.  Counts travel as int32: a pool holds fewer than 2^31 tokens."""
@@ -18,12 +20,14 @@ class GroupPool:
     def sum(self, counts: Tensor) -> Tensor:
         """Sum over the ranks of the group, one all-reduce."""
         total = counts.to(torch.int32)
-        dist.all_reduce(total, group=self.group)
+        with WAITING:
+            dist.all_reduce(total, group=self.group)
         return total.to(counts.dtype)
 
     def sum_before(self, counts: Tensor) -> Tensor:
         """Sum over the ranks before this one, one all-gather."""
         mine = counts.to(torch.int32)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine, group=self.group)
+        with WAITING:
+            dist.all_gather(every, mine, group=self.group)
         return torch.stack(every)[: self._rank].sum(0).to(counts.dtype)

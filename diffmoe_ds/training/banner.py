@@ -11,15 +11,18 @@ import torch
 
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
+from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.parallel.launch import Launch
+from diffmoe_ds.parallel.traffic import crossing_warning
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.training.setup import pool_rows
 
 
 def resumed_from(
-    reader: CheckpointReader | None, settings: DeepSpeedSettings, launch: Launch, source: WeightsReader | None
-) -> str:
+    reader: CheckpointReader | None, config: Config, settings: DeepSpeedSettings, launch: Launch,
+    source: WeightsReader | None,
+) -> str:  # fmt: skip
     """Where a run starts from, in words; whether its checkpoint is of another layout, and of which."""
     if reader is None:
         return "starts anew" if source is None else f"starts anew with the weights of {source.path}"
@@ -31,11 +34,28 @@ def resumed_from(
     }  # fmt: skip
     text = f"continues {reader.path} at {meta['images']:,} images"
     changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
-    return f"{text}, resharding: {', '.join(changed)}" if changed else text
+    if changed:
+        text += f", resharding: {', '.join(changed)}"
+    before, after = _flat(reader.config), _flat(config)
+    other = [f"{key} {before[key]} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
+
+
+def _flat(config: Config) -> dict[str, object]:
+    """Every key of a recipe that is not DeepSpeed's, by its dotted name."""
+    sections = config_to_dict(config)
+    del sections["deepspeed"]
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def banner(
-    config: Config, settings: DeepSpeedSettings, launch: Launch, directory: Path, num_images: int, resumed: str
+    config: Config,
+    settings: DeepSpeedSettings,
+    launch: Launch,
+    hosts: tuple[str, ...],
+    directory: Path,
+    num_images: int,
+    resumed: str,
 ) -> str:
     """The lines, ready to print.
 
@@ -43,6 +63,7 @@ def banner(
         config: the run.
         settings: the resolved DeepSpeed JSON.
         launch: this process's place.
+        hosts: the host of every rank.
         directory: the run's directory.
         num_images: images of the data set.
         resumed: where the run starts from, in words.
@@ -61,13 +82,15 @@ def banner(
             pool = "none: every image or token is routed by itself"
     else:
         experts, pool = "dense", "none: the model is dense"
+    crossing = crossing_warning(config, settings, hosts)
     precision = "bf16 with fp32 master weights" if settings.bf16 else "fp32"
     lines = [
         ("model", f"{model.name}: {size.depth} blocks, width {size.hidden_size}, {size.num_heads} heads; {experts}"),
         ("parameters", f"{counts.total / 1e6:,.2f} M total, {counts.activated / 1e6:,.2f} M activated"),
         ("routing", f"{routing.kind}, capacity {routing.capacity:g}; {config.objective.kind} objective"),
         ("pool", pool),
-        ("world", f"{world} = EP {ep} x EDP {world // ep}, ZeRO {settings.zero_stage}, {precision} ({launch.source})"),
+        ("world", f"{world} = EP {ep} x EDP {world // ep}, ZeRO {settings.zero_stage}, {precision}"),
+        ("launch", launch.describe()),
         (
             "batch",
             f"{settings.global_batch} images = {settings.micro_batch} a rank x {settings.accumulation} micro-step(s) "
@@ -82,5 +105,6 @@ def banner(
             f"python {platform.python_version()} on {sys.platform}",
         ),
         *(("note", note) for note in settings.notes),
+        *([("warning", crossing)] if crossing else []),
     ]
     return "\n".join(f"{name:>11}  {text}" for name, text in lines)

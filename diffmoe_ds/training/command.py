@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,13 +18,16 @@ from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_sa
 from diffmoe_ds.checkpoint.model_file import open_weights
 from diffmoe_ds.checkpoint.verify import candidates, check_sizes
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
-from diffmoe_ds.config.load import DEFAULT_RECIPE, dump_config, load_config
+from diffmoe_ds.config.load import DEFAULT_RECIPE, config_to_dict, dump_config, load_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.parallel.launch import Launch, export_launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.rendezvous import meet
+from diffmoe_ds.parallel.traffic import assumed_hosts
 from diffmoe_ds.sampling import check_guidance
+from diffmoe_ds.training.lock import RunLock
 
 EXAMPLES = """examples:
   diffmoe train
@@ -57,7 +64,7 @@ def train_command(args: argparse.Namespace) -> None:
     source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
-    from diffmoe_ds.data.dataset import open_dataset
+    from diffmoe_ds.data.dataset import check_first_image, open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
     from diffmoe_ds.training.banner import banner, resumed_from
     from diffmoe_ds.training.loop import train
@@ -68,36 +75,47 @@ def train_command(args: argparse.Namespace) -> None:
 
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
+    check_first_image(config, dataset)
     is_main = launch.rank == 0
-    if is_main:
-        starts = resumed_from(reader, settings, launch, source)
-        print(banner(config, settings, launch, directory, len(dataset), starts), flush=True)
     if args.dry_run:
+        if is_main:
+            hosts = assumed_hosts(launch.world, launch.local_world)
+            starts = resumed_from(reader, config, settings, launch, source)
+            print(banner(config, settings, launch, hosts, directory, len(dataset), starts), flush=True)
         return
-    export_launch(launch)
-    seam.quiet_deepspeed()
-    seam.init_process_group()
-    with Watchdog(launch.rank, launch.world, config.run.rank_timeout_s) as watchdog:
+    meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
+    with ExitStack() as held:
+        lock = meeting.on_main("lock", lambda: held.enter_context(RunLock(directory)))
+        if args.resume == "auto":  # the job before may have saved until it left
+            choices = _resume_choices(args.resume, directory)
+            reader = _first_look(choices, config)
+        if is_main:
+            starts = resumed_from(reader, config, settings, launch, source)
+            text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), starts)
+            print(text, flush=True)
+        seam.quiet_deepspeed()
+        seam.init_process_group()
+        watchdog = held.enter_context(Watchdog(launch.rank, launch.world, config.run.rank_timeout_s))
         try:
             chosen = agree_on_checkpoint(choices, directory, seam.device())
             if chosen is not None and (reader is None or chosen != reader.path):
                 reader = CheckpointReader(chosen)
                 check_same_model(reader, config)
                 if is_main:
-                    print(f"{'instead':>11}  {resumed_from(reader, settings, launch, None)}", flush=True)
+                    print(f"{'instead':>11}  {resumed_from(reader, config, settings, launch, None)}", flush=True)
             together(lambda: _write_resolved(directory, config) if is_main else None)
             run = setup_run(config, settings, launch, directory, reader, source)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
             metrics = together(
                 lambda: (
-                    MetricsWriter(directory, board, run.images, run.step, config.run.total_images) if is_main else None
+                    MetricsWriter(directory, board, run.images, run.step, config.run.total_images, lock.check)
+                    if is_main
+                    else None
                 )
             )
-            try:
-                saved = train(run, dataset, metrics, watchdog)
-            finally:
-                if metrics is not None:
-                    metrics.close()
+            if metrics is not None:
+                held.callback(metrics.close)
+            saved = train(run, dataset, metrics, watchdog, meeting.hosts)
         except RuntimeError as error:  # what a collective raises when a peer is gone, among other things
             lost = watchdog.find_lost()
             if lost is None:
@@ -106,6 +124,12 @@ def train_command(args: argparse.Namespace) -> None:
     if is_main and saved is None:
         print(f"{'complete':>11}  {run.images:,} images were seen already; for more, raise run.total_images")
     dist.destroy_process_group()
+
+
+def _fingerprint(config: Config, settings: DeepSpeedSettings) -> str:
+    """What all ranks must have resolved alike."""
+    everything = [config_to_dict(config), settings.json, version("diffmoe_ds"), version("deepspeed"), torch.__version__]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, DeepSpeedSettings]:

@@ -20,6 +20,7 @@ from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.errors import DataError, NonFiniteError, Requeue
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam
+from diffmoe_ds.parallel.waiting import WAITING
 from diffmoe_ds.sampling import save_png
 from diffmoe_ds.training import signals
 from diffmoe_ds.training.finite import GradientWatch, blame_forward
@@ -28,6 +29,7 @@ from diffmoe_ds.training.metrics import MetricsWriter, routing_report
 from diffmoe_ds.training.preview import Preview
 from diffmoe_ds.training.saves import Every, Saves
 from diffmoe_ds.training.setup import Run, mean_over_ranks
+from diffmoe_ds.training.stragglers import Stragglers
 from diffmoe_ds.training.watchdog import Watchdog
 
 
@@ -44,7 +46,9 @@ class Step(NamedTuple):
     """What its last forward pass routed, and the noise level of those images."""
 
 
-def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: Watchdog) -> Path | None:
+def train(
+    run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: Watchdog, hosts: tuple[str, ...]
+) -> Path | None:
     """Train until the run's images are seen.
 
     Args:
@@ -52,6 +56,7 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: W
         dataset: the images.
         metrics: rank 0's writer.
         watchdog: is told that this rank goes on.
+        hosts: the host of every rank.
 
     Returns:
         The last checkpoint written; none if there was nothing left to do.
@@ -62,8 +67,9 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: W
         DataError, CheckpointError: see the data and checkpoint packages.
     """
     config, global_batch = run.config, run.settings.global_batch
-    batches = _Timed(iter(make_loader(run, dataset)))
+    batches = Timed(iter(make_loader(run, dataset)))
     saves = Saves(run, watchdog)
+    stragglers = Stragglers(config.run, hosts, run.device)
     watch, preview, skipped = GradientWatch(run.model), Preview(), 0
     due = {
         "line": Every(config.run.log_every_images, run.images),
@@ -72,13 +78,14 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: W
     }
     while run.images < config.run.total_images:
         watchdog.tick(run.step)
-        batch, stop, writing = _next_batch(run, batches, bool(signals.received()), saves.is_writing)
+        with stragglers.own_work(run.step):
+            batch, stop, writing = _next_batch(run, batches, bool(signals.received()), saves.is_writing)
         if saves.is_open and not writing:
             saves.finish()
         if stop:
             raise Requeue(f"asked to stop ({signals.received() or 'another rank was'}); {saves.last_words()}")
         try:
-            step = _step(run, batch, batches, watch, watchdog)
+            step = _step(run, batch, batches, watch, watchdog, stragglers)
         except NonFiniteError as error:
             skipped += 1
             if skipped > config.run.nonfinite_skips:
@@ -94,6 +101,9 @@ def train(run: Run, dataset: Dataset, metrics: MetricsWriter | None, watchdog: W
         is_last = run.images >= config.run.total_images
         if metrics is not None:
             metrics.step({**_row(run, step), "data_s": batches.waited()})
+        compared = stragglers.compare(run.step)
+        if metrics is not None and compared is not None:
+            metrics.compared(compared, run.images)
         if due["line"](run.images) or is_last:
             report = routing_report(*step.last) if step.last[0] else None
             if metrics is not None:
@@ -144,7 +154,14 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     return EncodingLoader(loader, VAE(data.vae, run.device))
 
 
-def _step(run: Run, batch: MicroBatch, batches: Iterator[MicroBatch], watch: GradientWatch, watchdog: Watchdog) -> Step:
+def _step(
+    run: Run,
+    batch: MicroBatch,
+    batches: Iterator[MicroBatch],
+    watch: GradientWatch,
+    watchdog: Watchdog,
+    stragglers: Stragglers,
+) -> Step:
     """All micro-steps, then the optimizer step and what follows it once per step.
 
     Raises:
@@ -155,13 +172,14 @@ def _step(run: Run, batch: MicroBatch, batches: Iterator[MicroBatch], watch: Gra
     problem, seen = "", []
     watch.forget()
     for micro_step in range(accumulation):
-        if micro_step:
-            batch = _next_batch(run, batches, False, False)[0]
-        t_B = run.objective.model_time(batch.time)
-        inputs = (run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop)
-        seen.append(inputs)
-        output = run.engine(*inputs)
-        losses = training_loss(output, batch, t_B, run.objective, run.config)
+        with stragglers.own_work(run.step):
+            if micro_step:
+                batch = _next_batch(run, batches, False, False)[0]
+            t_B = run.objective.model_time(batch.time)
+            inputs = (run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop)
+            seen.append(inputs)
+            output = run.engine(*inputs)
+            losses = training_loss(output, batch, t_B, run.objective, run.config)
         totals += torch.stack([loss.detach().float() for loss in losses]) / accumulation
         total = losses.total
         if micro_step + 1 == accumulation:
@@ -211,7 +229,8 @@ def _next_batch(run: Run, batches: Iterator[MicroBatch], stop: bool, writing: bo
     except Exception as error:  # a loader process was killed, memory ran out, a file system went away
         failure = DataError(f"the images cannot be read: {type(error).__name__}: {' '.join(str(error).split())}")
     flags = torch.tensor([failure is not None, stop, writing], dtype=torch.int32, device=run.device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    with WAITING:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     failed, stop, writing = map(bool, flags.tolist())
     if failure is not None:
         raise failure
@@ -246,7 +265,7 @@ def _show(run: Run, grid: Any, metrics: MetricsWriter) -> None:
         print(f"*** WARNING: {folder}: {error}; the picture is not there ***", file=sys.stderr, flush=True)
 
 
-class _Timed:
+class Timed:
     """An iterator that knows how long one waited for it."""
 
     def __init__(self, batches: Iterator[MicroBatch]) -> None:

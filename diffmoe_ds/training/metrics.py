@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.training.records import Board, RowFile
+from diffmoe_ds.training.stragglers import Comparison
 
 NOISE_BINS = 10
 """Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
@@ -67,7 +69,13 @@ class MetricsWriter:
     """Writes the metrics of rank 0; the other ranks have none."""
 
     def __init__(
-        self, directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int
+        self,
+        directory: Path,
+        tensorboard_dir: Path | None,
+        images: int,
+        step: int,
+        total_images: int,
+        guard: Callable[[], None],
     ) -> None:
         """Open the files; what an earlier attempt wrote after the step that this one starts from is dropped.
 
@@ -77,15 +85,18 @@ class MetricsWriter:
             images: images seen so far.
             step: steps made so far.
             total_images: images of the whole run, for the ETA.
+            guard: called before a step is recorded; raises if the directory is no longer this run's.
         """
         self._rows = RowFile(directory / "metrics.jsonl", step)
         self._board = None if tensorboard_dir is None else Board(tensorboard_dir, images)
         self._total = total_images
+        self._guard = guard
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
         self._since_line: list[dict[str, Any]] = []
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step; ``images_per_s`` is that of this step alone."""
+        self._guard()
         last_time, last_images = self._recent[-1]
         now = time.perf_counter()
         self._recent.append((now, row["images"]))
@@ -129,6 +140,7 @@ class MetricsWriter:
             return
         for number, (index, layer) in enumerate(model.moe_layers().items()):
             block = f"block_{index:02d}"
+            self._board.add_histogram(f"load/{block}", report.load_LE[number], images)
             for expert, load in enumerate(report.load_LE[number].tolist()):
                 self._board.add_scalar(f"load_per_expert/{block}/expert_{expert:02d}", load, images)
             for taken, share in enumerate(report.taken_LT[number].tolist()):
@@ -138,8 +150,19 @@ class MetricsWriter:
                     middle = (level + 0.5) / NOISE_BINS
                     self._board.add_scalar(f"capacity_by_noise_level/{block}/noise_{middle:.2f}", capacity, images)
             if layer.capacity_predictor is not None:
+                self._board.add_histogram(f"thresholds/{block}", layer.expert_threshold, images)
                 for expert, threshold in enumerate(layer.expert_threshold.tolist()):
                     self._board.add_scalar(f"threshold/{block}/expert_{expert:02d}", threshold, images)
+
+    def compared(self, ranks: Comparison, images: int) -> None:
+        """The slowest rank against the others; said aloud when it is a straggler."""
+        if self._board is not None:
+            self._board.add_scalar("ranks/slowest_over_others", ranks.ratio, images)
+            self._board.add_scalar("ranks/slowest_rank", ranks.rank, images)
+        if ranks.is_straggler:
+            print(f"{'straggler':>11}  {ranks}", flush=True)
+            if self._board is not None:
+                self._board.add_text("ranks/straggler", str(ranks), images)
 
     def image(self, tag: str, grid_HWC: Any, images: int) -> None:
         """A picture for TensorBoard, uint8."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from diffmoe_ds.errors import CheckpointError
@@ -69,6 +70,14 @@ class Board:
     def add_scalar(self, tag: str, value: float, images: int) -> None:
         """A number at an image count."""
         self._tell("add_scalar", tag, value, images)
+
+    def add_histogram(self, tag: str, values: Tensor, images: int) -> None:
+        """The distribution of some numbers at an image count."""
+        self._tell("add_histogram", tag, values, images)
+
+    def add_text(self, tag: str, text: str, images: int) -> None:
+        """A sentence at an image count."""
+        self._tell("add_text", tag, text, images)
 
     def add_image(self, tag: str, grid_HWC: Any, images: int) -> None:
         """A picture, uint8, at an image count."""

@@ -1,0 +1,104 @@
+"""Before any launcher: can every host of a hostfile be reached, and would a rank start there?"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from diffmoe_ds.errors import ConfigError
+
+SSH_TIMEOUT_S = 10
+"""Seconds to connect."""
+HOST_TIMEOUT_S = 60
+"""Seconds for everything on one host."""
+AT_ONCE = 32
+"""Connections at the same time."""
+PROBE = (
+    "import json,sys,os;from importlib.metadata import version;"
+    "print('probe '+json.dumps([version(n) for n in ('diffmoe_ds','torch','deepspeed')]+[os.path.exists(sys.argv[1])]))"
+)
+"""What a host runs: versions, and whether it sees our file.  Imports nothing heavy."""
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts and their slots, in order.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is not ``HOST slots=NUMBER``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {path}: cannot be read: {getattr(error, 'strerror', error)}.") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.partition("#")[0].strip()
+        if not stripped:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", stripped)
+        if match is None or int(match[2]) < 1:
+            raise ConfigError(f"--hostfile {path}: line {number} is {stripped!r}, but it must be HOST slots=NUMBER.")
+        if match[1] in hosts:
+            raise ConfigError(f"--hostfile {path}: line {number} names {match[1]!r} a second time.")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"--hostfile {path}: names no host.")
+    return hosts
+
+
+def check_hosts(hosts: list[str]) -> list[str]:
+    """Ask every host over ssh, many at once; one sentence for each that would not work, naming it."""
+    token = Path.cwd() / f".diffmoe-doctor-{secrets.token_hex(4)}"
+    try:
+        token.touch()
+    except OSError as error:
+        return [f"{Path.cwd()}: cannot be written here: {error.strerror}."]
+    try:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = pool.map(lambda host: _check(host, token), hosts)
+            return [sentence for sentence in found if sentence is not None]
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _check(host: str, token: Path) -> str | None:
+    words = " ".join(shlex.quote(word) for word in (sys.executable, "-c", PROBE, str(token)))
+    remote = f"cd {shlex.quote(str(token.parent))} && {words}"
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
+    try:
+        done = subprocess.run(
+            ["ssh", *options, host, remote], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=HOST_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return f"{host}: cannot be asked: there is no ssh here."
+    except subprocess.TimeoutExpired:
+        return f"{host}: did not answer within {HOST_TIMEOUT_S} s."
+    said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if done.returncode == 255:
+        if "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
+            return f"{host}: its host key is not the known one; check that it is the right machine, then ssh-keygen -R."
+        if "Permission denied" in said:
+            return f"{host}: refuses our ssh key ({said}); ssh-copy-id {host}."
+        return f"{host}: cannot be reached over ssh ({said})."
+    if done.returncode in (126, 127):
+        return f"{host}: has no {sys.executable}; install Python at the same path, or on the shared file system."
+    answer = re.search(r"^probe (.*)$", done.stdout, re.MULTILINE)
+    if answer is None:
+        if "cd:" in said:
+            return f"{host}: has no directory {token.parent}; it must be shared by all hosts."
+        return f"{host}: Python does not work there ({said[-300:]})."
+    *versions, shared = json.loads(answer[1])
+    if not shared:
+        return f"{host}: {token.parent} there is another directory than here; it must be shared by all hosts."
+    for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=True):
+        if theirs != version(name):
+            return f"{host}: has {name} {theirs}, but {version(name)} is here; install the same."
+    return None

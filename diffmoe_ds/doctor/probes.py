@@ -1,0 +1,146 @@
+"""What only all ranks together can find out: is the disk shared, do clocks agree, how fast is the network.
+
+Messages go through the meeting's store, so that facts arrive even where the collectives do not work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffmoe_ds.doctor.facts import existing, interface_bytes
+from diffmoe_ds.parallel.rendezvous import Meeting
+
+SEEN_WITHIN_S = 5.0
+"""Seconds within which a file written on one host must show on the others; NFS caches for a while."""
+PINGS = 5
+"""Questions for the time; the fastest answer counts."""
+REPEATS = 5
+"""Timed collectives; their median counts."""
+BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+"""Size of the timed tensors on a rank."""
+
+
+def gather_facts(meeting: Meeting, name: str, mine: Any, timeout_s: float) -> list[Any] | None:
+    """Plain data of all ranks, on rank 0; none on the others."""
+    if meeting.store is None:
+        return [mine]
+    meeting.store.set(f"{name}/{meeting.launch.rank}", json.dumps(mine))
+    if meeting.launch.rank:
+        return None
+    keys = [f"{name}/{rank}" for rank in range(meeting.launch.world)]
+    meeting.store.wait(keys, timedelta(seconds=timeout_s))
+    return [json.loads(meeting.store.get(key)) for key in keys]
+
+
+def shared_directory(meeting: Meeting, directory: Path, timeout_s: float) -> dict[str, Any]:
+    """Whether this rank sees what rank 0 writes, and rank 0 what this rank writes."""
+    path, store, rank = existing(directory), meeting.store, meeting.launch.rank
+    if store is None:
+        return {"reads": True, "writes": os.access(path, os.W_OK)}
+    if rank == 0:
+        folder = path / f".diffmoe-doctor-{secrets.token_hex(4)}"
+        _try(folder.mkdir)
+        store.set("folder", str(folder))
+    folder = Path(store.get("folder").decode())
+    reads = _soon(folder.is_dir)
+    writes = reads and _try(lambda: (folder / str(rank)).write_text(meeting.hosts[rank]))
+    gather_facts(meeting, "written", writes, timeout_s)
+    result = {"reads": reads, "writes": writes}
+    if rank == 0:
+        others = range(1, meeting.launch.world)
+        store.set("seen", json.dumps({r: _soon((folder / str(r)).is_file) for r in others} | {0: writes}))
+        shutil.rmtree(folder, ignore_errors=True)
+    result["writes"] = json.loads(store.get("seen"))[str(rank)]
+    return result
+
+
+def clock_offsets(meeting: Meeting) -> dict[str, float]:
+    """Seconds by which each host's clock is ahead of rank 0's; on rank 0, empty on the others."""
+    store, rank = meeting.store, meeting.launch.rank
+    first = {host: meeting.hosts.index(host) for host in dict.fromkeys(meeting.hosts)}
+    offsets = {}
+    for host, leader in first.items():
+        if leader == 0 or rank not in (0, leader):
+            continue
+        best = float("inf")
+        for ping in range(PINGS):
+            asked, answered = f"asked/{leader}/{ping}", f"answered/{leader}/{ping}"
+            if rank == leader:
+                store.get(asked)
+                store.set(answered, str(time.time()))
+            else:
+                begun, wall = time.perf_counter(), time.time()
+                store.set(asked, "")
+                theirs = float(store.get(answered))
+                took = time.perf_counter() - begun
+                if took < best:
+                    best, offsets[host] = took, round(theirs - wall - took / 2, 6)
+    return offsets
+
+
+def timed_collectives(device: torch.device) -> dict[str, Any]:
+    """Milliseconds and bandwidth of an all-reduce and an all-to-all over all ranks; needs the process group.
+
+    Returns:
+        ``all_reduce`` and ``all_to_all`` with ``mb`` per rank, ``ms``, and ``gb_per_s``, the rate at which each rank
+        sends (nccl-tests' bus bandwidth); ``sent_mb``, by interface of this host while they ran.
+    """
+    world = dist.get_world_size()
+    numel = BYTES[device.type] // 4 // world * world
+    data, out = torch.ones(numel, device=device), torch.empty(numel, device=device)
+    before = interface_bytes()
+    result: dict[str, Any] = {}
+    for name, run, share in (
+        ("all_reduce", lambda: dist.all_reduce(data, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.MAX),
+         2 * (world - 1) / world),
+        ("all_to_all", lambda: dist.all_to_all_single(out, data), (world - 1) / world),
+    ):  # fmt: skip
+        seconds = [_timed(run, device) for _ in range(REPEATS + 1)][1:]  # the first one connects
+        median = statistics.median(seconds)
+        result[name] = {
+            "mb": round(4 * numel / 1e6, 1),
+            "ms": round(1000 * median, 2),
+            "gb_per_s": round(4 * numel * share / median / 1e9, 3),
+        }
+    sent = {name: (count - before.get(name, 0)) / 1e6 for name, count in interface_bytes().items()}
+    return {**result, "sent_mb": {name: round(mb, 1) for name, mb in sent.items() if mb >= 0.1}}
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _try(action: Callable[[], Any]) -> bool:
+    try:
+        action()
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,201 @@
+"""One job at a time in a run directory, on any file system that several hosts share.
+
+The lock is a small file that its holder rewrites every few seconds with a higher count.  Nothing else is asked of the
+file system than that linking and renaming a file are atomic (NFS, Lustre, ...): no lock daemon, no equal clocks.  A
+holder that was killed or whose host lost power stops counting, and the next job takes the lock over: at once where it
+can know that the holder is gone, otherwise after watching the count stand still.  A holder that was only frozen finds
+another's name in the file when it wakes, and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
+
+LOCK_FILE = "lock.json"
+BEAT_S = 4.0
+"""Seconds between two beats of the holder."""
+STALE_S = 24.0
+"""Seconds without a beat after which a holder on another host counts as dead."""
+SETTLE_S = 1.0
+"""Seconds after a takeover for another's takeover to show; the beats find what is later still."""
+
+
+class RunLock:
+    """Holds a run directory; a context manager of rank 0."""
+
+    def __init__(self, directory: Path, environ: Mapping[str, str] | None = None) -> None:
+        """Name the directory and oneself; takes nothing yet.
+
+        Args:
+            directory: the run's directory.
+            environ: where Slurm's variables are; the process's own by default.
+        """
+        env = os.environ if environ is None else environ
+        self._path = directory / LOCK_FILE
+        self._me: dict[str, Any] = {
+            "token": secrets.token_hex(8),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process": _process(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "job": env.get("SLURM_JOB_ID"),
+            "restarts": int(env.get("SLURM_RESTART_COUNT", 0)),
+            "beat": 0,
+        }
+        self._aside = directory / f".{LOCK_FILE}.{self._me['token']}"
+        self._stop = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="run-lock")
+        self._lost_to: dict[str, Any] | None = None
+
+    def __enter__(self) -> RunLock:
+        """Take the lock.
+
+        Raises:
+            RunDirectoryBusyError: a living job holds it.
+            CheckpointError: the directory cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._create():
+                self._take_over()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._aside.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{error.filename or self._path}: cannot be written on {self._me['host']}: {error.strerror}."
+            ) from None
+        self._beating.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back, if it is still ours."""
+        self._stop.set()
+        self._beating.join(timeout=BEAT_S)
+        if (_read(self._path) or {}).get("token") == self._me["token"]:
+            self._path.unlink(missing_ok=True)
+        self._aside.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """RunDirectoryBusyError if another job has taken the lock while this process was frozen."""
+        if self._lost_to is not None:
+            raise RunDirectoryBusyError(
+                f"{self._path.parent}: was taken over by {_who(self._lost_to)} while this process stood still; it "
+                "stops without writing more."
+            )
+
+    def _create(self) -> bool:
+        """Link a complete file to the lock's name: fails if the name exists, and nobody reads half a file."""
+        self._write_aside()
+        try:
+            os.link(self._aside, self._path)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            self._aside.unlink(missing_ok=True)
+
+    def _take_over(self) -> None:
+        holder = _read(self._path)
+        if holder is not None and not self._is_gone(holder):
+            print(
+                f"{'waiting':>11}  up to {STALE_S:g} s to see whether {_who(holder)} still works in "
+                f"{self._path.parent}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            deadline = time.monotonic() + STALE_S
+            while time.monotonic() < deadline:
+                time.sleep(BEAT_S / 4)
+                now = _read(self._path)
+                if now is None:  # given back meanwhile
+                    break
+                if _signs_of_life(now) != _signs_of_life(holder):
+                    raise RunDirectoryBusyError(
+                        f"{self._path.parent}: is in use by {_who(now)}; wait for it, end it, or give another "
+                        "--run-dir."
+                    )
+        self._write_aside()
+        self._aside.replace(self._path)
+        time.sleep(SETTLE_S)
+        holder = _read(self._path)
+        if holder is None or holder["token"] != self._me["token"]:
+            raise RunDirectoryBusyError(f"{self._path.parent}: {_who(holder or {})} has just started there.")
+
+    def _is_gone(self, holder: Mapping[str, Any]) -> bool:
+        """Whether it is certain that the holder no longer runs."""
+        if holder["job"] is not None and holder["job"] == self._me["job"] and holder["restarts"] < self._me["restarts"]:
+            return True  # Slurm starts a job again only after ending it
+        here = self._me["process"]
+        if holder["host"] != self._me["host"] or holder["process"]["boot"] != here["boot"]:
+            return False
+        if holder["process"]["namespace"] != here["namespace"]:  # another container: its numbers are not ours
+            return False
+        return _process(holder["pid"]) != holder["process"]
+
+    def _beat(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                holder = _read(self._path)
+                if holder is not None and holder["token"] != self._me["token"]:
+                    self._lost_to = holder
+                    return
+                self._me["beat"] += 1
+                self._write_aside()
+                self._aside.replace(self._path)
+            except OSError:  # a full disk: a new time needs no space
+                with contextlib.suppress(OSError):
+                    os.utime(self._path)
+
+    def _write_aside(self) -> None:
+        with self._aside.open("w", encoding="utf-8") as file:
+            json.dump(self._me, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the lock's file says; none if there is no lock, or a file that no holder has written."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found, modified = json.load(file), os.fstat(file.fileno()).st_mtime_ns
+        return {**found, "modified": modified} if isinstance(found, dict) and "token" in found else None
+    except (OSError, ValueError):
+        return None
+
+
+def _signs_of_life(holder: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a living holder changes; times of files come from one server, so hosts' clocks do not matter."""
+    return holder["token"], holder["beat"], holder["modified"]
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """What tells a process from a later one with the same number."""
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
+    return {
+        "started": fields[19] if fields else None,  # field 22: clock ticks after boot
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "namespace": _text("/proc/self/ns/pid"),
+    }
+
+
+def _text(path: str) -> str:
+    try:
+        return os.readlink(path) if os.path.islink(path) else Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _who(holder: Mapping[str, Any]) -> str:
+    job = f"job {holder['job']}, " if holder.get("job") else ""
+    return f"{job}process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"

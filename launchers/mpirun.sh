@@ -1,0 +1,31 @@
+#!/bin/bash
+# Train on the hosts of a hostfile with Open MPI's mpirun; the ranks find each other through mpi4py.
+#
+#   launchers/mpirun.sh [--dry-run] [options of diffmoe train]
+#
+# Variables:
+#   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile; see hostfile.example)
+#   RANKS         ranks to start (all slots)
+#   MPI_OPTIONS   more options of mpirun, such as "--mca btl_tcp_if_include eth0" (none)
+#   CHECK         0 leaves out the check of every host over ssh before the start (1)
+#   PYTHON        the interpreter, the same path on all hosts (python)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+command=(mpirun --hostfile "$hostfile" --map-by slot --bind-to none -x OMP_NUM_THREADS)
+for name in PYTHONPATH PATH LD_LIBRARY_PATH NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME; do
+  [[ -z ${!name:-} ]] || command+=(-x "$name")
+done
+[[ -z ${RANKS:-} ]] || command+=(-n "$RANKS")
+[[ $EUID -ne 0 ]] || command+=(--allow-run-as-root)
+read -ra more <<<"${MPI_OPTIONS:-}"
+command+=("${more[@]}" "$python" -u diffmoe_ds/train.py)
+if [[ ${1:-} == --dry-run ]]; then
+  shift
+  printf '%q ' "${command[@]}" "$@"
+  echo
+  exit
+fi
+[[ ${CHECK:-1} == 0 ]] || "$python" -m diffmoe_ds.cli doctor --hostfile "$hostfile" --quiet
+exec "${command[@]}" "$@"

@@ -1,0 +1,138 @@
+"""What is broken on one host ends in one message that names the host, under any launcher, and soon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.conftest import TINY, write_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+@contextmanager
+def unreachable(cluster: Cluster) -> Iterator[None]:
+    cluster.power("node3", "off")
+    try:
+        yield
+    finally:
+        cluster.power("node3", "on")
+
+
+@contextmanager
+def wrong_key(cluster: Cluster) -> Iterator[None]:
+    """node3 does not know the key that the others know."""
+    cluster.inside("node3", "mount -t tmpfs tmpfs /root/.ssh")
+    try:
+        yield
+    finally:
+        cluster.inside("node3", "umount /root/.ssh")
+
+
+@contextmanager
+def no_python(cluster: Cluster) -> Iterator[None]:
+    folder = Path(cluster.python).parent
+    cluster.inside("node3", f"mount -t tmpfs tmpfs {folder}")
+    try:
+        yield
+    finally:
+        cluster.inside("node3", f"umount {folder}")
+
+
+FAULTS = {
+    unreachable: "cannot be reached over ssh",
+    wrong_key: "refuses our ssh key",
+    no_python: "has no ",
+}
+
+
+def options(project: Path, run_dir: str = "runs/test") -> str:
+    config = write_json(project / "ds.json", ep=1, zero=2)
+    return f"--deepspeed_config {config} --run-dir {run_dir} --set {' '.join(TINY)} run.start_timeout_s=12"
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("launcher", ("deepspeed.sh", "mpirun.sh"))
+def test_launchers_name_the_host_before_they_start_anything(
+    cluster: Cluster, project: Path, fault: Callable, launcher: str
+):
+    with fault(cluster):
+        command = f"PYTHON={cluster.python} launchers/{launcher} {options(project)}"
+        finished = cluster.run(command, cwd=project, timeout=60)
+    assert finished.code == 1, finished.output
+    said = [line for line in finished.output.splitlines() if line]
+    assert len(said) == 1 and said[0].startswith(f"diffmoe: error: node3: {FAULTS[fault]}"), finished.output
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("fault", (wrong_key, no_python), ids=lambda fault: fault.__name__)
+def test_plain_deepspeed_does_not_wait_for_a_host_that_cannot_come(cluster: Cluster, project: Path, fault: Callable):
+    """No check stands before it: the ranks that came find out who did not, and leave."""
+    with fault(cluster):
+        command = f"deepspeed --num_nodes 4 diffmoe_ds/train.py {options(project)}"
+        finished = cluster.run(command, cwd=project, timeout=100)
+    assert finished.code != 0
+    message = "diffmoe: error: rank(s) 2 (nothing from node3) of 4 have not come within 12 s"
+    assert finished.output.count("diffmoe: error: ") == 1 and message in finished.output, finished.output
+    assert "Traceback" not in finished.output
+    assert not (project / "runs").exists()
+
+
+def test_missing_python_under_srun(cluster: Cluster, project: Path):
+    with no_python(cluster):
+        command = f"srun --nodes=4 --ntasks-per-node=1 --kill-on-bad-exit=1 {cluster.python} diffmoe_ds/train.py"
+        finished = cluster.run(f"{command} {options(project)}", cwd=project, timeout=60)
+    assert finished.code != 0 and "error: node3: task 2" in finished.output, finished.output
+    assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize("when", ("at the start", "at a checkpoint"))
+def test_a_full_shared_disk(cluster: Cluster, project: Path, when: str):
+    """Every rank leaves with code 5, one message names the host, and what was half-written is gone."""
+    small = cluster.dir / "small"
+    room = 0 if when == "at the start" else 200
+    cluster.output(
+        f"df --output=avail -k {small} | tail -1 | {{ read -r k; head -c $((k - {room}))K /dev/zero > {small}/fill; }}"
+    )
+    try:
+        command = (
+            f"srun --nodes=2 --ntasks-per-node=1 python -u diffmoe_ds/train.py {options(project, str(small / 'run'))}"
+        )
+        finished = cluster.run(command, cwd=project, timeout=100)
+        assert "Traceback" not in finished.output, finished.output
+        assert finished.code == 5, finished.output
+        said = [line for line in finished.output.splitlines() if "diffmoe: error: " in line]
+        assert "No space left on device" in finished.output, finished.output
+        if when == "at the start":
+            assert len(said) == 1 and "cannot be written on node1" in said[0]
+        left = cluster.output(f"find {small} -name '*.safetensors' -o -name '.writing*' -o -name lock.json")
+        assert left == "", left
+    finally:
+        cluster.output(f"rm -rf {small}/*")
+
+
+def test_doctor_over_four_nodes(cluster: Cluster, project: Path):
+    """Under two launchers; node4 lacks the file system that the others share."""
+    doctor = "-m diffmoe_ds.cli doctor --json --timeout 30 --run-dir"
+    finished = cluster.run(f"OMP_NUM_THREADS=1 srun -N4 -n4 python {doctor} runs", cwd=project, timeout=100)
+    assert finished.code == 0, finished.output
+    import json
+
+    report = json.loads(next(line for line in finished.output.splitlines() if line.startswith("{")))
+    assert report["to_fix"] == [] and list(report["hosts"]) == ["node1", "node2", "node3", "node4"]
+    assert {rank["interface"] for rank in report["ranks"]} == {"eth0"}
+    assert all(sent["eth0"] > 10 for sent in report["sent_mb"].values())
+    assert all(abs(ahead) < 0.05 for ahead in report["clock_ahead_s"].values()) and len(report["clock_ahead_s"]) == 3
+
+    cluster.inside("node4", f"mount -t tmpfs tmpfs {cluster.dir}/small")
+    try:
+        command = f"mpirun --allow-run-as-root --hostfile /job/hostfile -x PYTHONPATH {cluster.python} {doctor}"
+        finished = cluster.run(f"{command} {cluster.dir}/small", cwd=project, timeout=100)
+    finally:
+        cluster.inside("node4", f"umount {cluster.dir}/small")
+    report = json.loads(next(line for line in finished.output.splitlines() if line.startswith("{")))
+    assert finished.code == 1 and any(text.startswith("node4: does not see") for text in report["to_fix"]), report

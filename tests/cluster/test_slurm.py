@@ -1,0 +1,202 @@
+"""`sbatch slurm/train.sbatch`: one curve over every stop, requeue and loss of a node."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.board import open_tensorboard
+from tests.cluster.cluster import Cluster, Job
+from tests.cluster.conftest import checkout
+from tests.conftest import REPOSITORY, TINY, read_metrics, run_ranks, write_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+STEP = 16
+STEPS = 600
+"""So many that a run is still going when a test disturbs it."""
+EXACT = 20
+"""Steps after a change of layout over which losses agree to 1e-5; later a nearly tied selection may have flipped."""
+SMALL = "--gpus-per-node=1 --cpus-per-gpu=1 --time=10 --output=log"
+LIMIT = 240
+
+
+def overrides(steps: int, save_every: int) -> list[str]:
+    return [*TINY, f"run.total_images={steps * STEP}", f"run.save_every_images={save_every * STEP}",
+            f"run.log_every_images={20 * STEP}"]  # fmt: skip
+
+
+class Sbatch:
+    """The shipped script in a project, with a tiny model and the cluster's size on sbatch's command line."""
+
+    def __init__(self, cluster: Cluster, project: Path, steps: int = STEPS, save_every: int = 0) -> None:
+        self.cluster, self.project = cluster, project
+        self.log, self.run = project / "log", project / "runs/test"
+        config = write_json(project / "ds.json", ep="auto", zero=2, tensorboard={"enabled": True})
+        words = ["--deepspeed_config", config.name, "--run-dir", "runs/test", "--set", *overrides(steps, save_every)]
+        self.options = shlex.join(words)
+
+    def submit(self, nodes: str, before: str = "", after: str = "") -> int:
+        arguments = f"--nodes={nodes} {SMALL} {before} slurm/train.sbatch {self.options} {after}"
+        return self.cluster.submit(arguments, self.project)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def rows(self) -> list[dict]:
+        try:
+            return read_metrics(self.run)
+        except (FileNotFoundError, ValueError):  # not there yet, or its last line is being written
+            return []
+
+    def until_steps(self, steps: int) -> int:
+        """Wait until so many steps were made in total; how many there are."""
+        self.cluster.until(lambda: len(self.rows()) >= steps, LIMIT, f"{steps} steps", lambda: self.text()[-4000:])
+        return len(self.rows())
+
+    def until_ended(self, job: int) -> Job:
+        return self.cluster.until_ended(job, LIMIT, self.log)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[dict]:
+    """The same run on two ranks that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_json(folder / "ds.json", ep=1, zero=2)
+    arguments = ["--deepspeed_config", str(config), "--run-dir", str(folder / "run"), "--set"]
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, *overrides(STEPS, 0)])
+    assert finished.code == 0, finished.output
+    return read_metrics(folder / "run")
+
+
+def assert_undisturbed(rows: list[dict], undisturbed: list[dict], exact: int) -> None:
+    """Every step and image once, and the losses of the run that nobody stopped: the first ones to 1e-5."""
+    undisturbed = undisturbed[: len(rows)]
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
+    assert [row["images"] for row in rows] == [row["images"] for row in undisturbed]
+    ours, theirs = ([row["loss"] for row in table] for table in (rows, undisturbed))
+    assert ours[:exact] == pytest.approx(theirs[:exact], abs=1e-5)
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_every_sbatch_file_can_be_submitted_as_it_is(cluster: Cluster, path: Path):
+    finished = cluster.run(f"sbatch --test-only slurm/{path.name}", cwd=REPOSITORY)
+    assert finished.code == 0 and "to start at" in finished.output, finished.output
+
+
+def test_a_failing_configuration_is_not_requeued(cluster: Cluster, project: Path):
+    sbatch = Sbatch(cluster, project)
+    ended = sbatch.until_ended(sbatch.submit("2", after="model.nme=x"))
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "2", 0)
+    assert sbatch.text().count("did you mean 'name'?") == 1 and "Traceback" not in sbatch.text()
+    assert not sbatch.run.exists()
+
+
+def test_a_loss_that_is_no_number_is_not_requeued(cluster: Cluster, project: Path):
+    """A mistake that shows only when the ranks train."""
+    sbatch = Sbatch(cluster, project)
+    ended = sbatch.until_ended(sbatch.submit("2", after="optimizer.lr=1e30"))
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "3", 0), sbatch.text()
+    assert "exit code 3: starting again would not help" in sbatch.text()
+
+
+@pytest.fixture(scope="module")
+def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
+    """A run that was asked to stop by USR1, then preempted; in between a second job knocked and was refused."""
+    project = checkout(tmp_path_factory.mktemp("requeued"))
+    pictures = " run.sample_every_images=3200 sample.num_images=4 sample.steps=1"
+    sbatch = Sbatch(hosts, project)
+    sbatch.options += pictures
+    job = sbatch.submit("2")
+    hosts.until((sbatch.run / "lock.json").exists, LIMIT, "the first job", sbatch.text)
+    second = hosts.submit(f"--nodes=2 {SMALL} --output=second slurm/train.sbatch {sbatch.options}", project)
+    refused = hosts.until_ended(second, LIMIT, project / "second")
+    assert (refused.state, refused.exit_code, refused.restarts) == ("FAILED", "2", 0)
+    told = (project / "second").read_text()
+    assert told.count("diffmoe: error: runs/test: is in use by job") == 1 and f"job {job}, process" in told, told
+    assert "Traceback" not in told
+    assert hosts.job(job).restarts == 0, "the first goes on"
+
+    hosts.output(f"scancel --batch --signal=USR1 {job}")
+    hosts.until(lambda: hosts.job(job).restarts == 1, 60, "the requeue", sbatch.text)
+    before = len(sbatch.rows())
+    assert before < STEPS, "the run was too fast to be stopped"
+    newest = max((sbatch.run / "checkpoints").glob("images_*/meta.json"))
+    assert f'"step": {before},' in newest.read_text(), "saved where it stopped"
+    assert not (sbatch.run / "lock.json").exists()
+    sbatch.until_steps(before + 20)
+
+    options = "--partition=urgent --nodes=4 --exclusive --time=1 --output=urgent"
+    urgent = hosts.submit(f"{options} --wrap 'sleep 3'", project)
+    hosts.until(lambda: hosts.job(job).restarts == 2, 120, "the preemption", sbatch.text)
+    between = len(sbatch.rows())
+    assert before < between < STEPS
+    assert hosts.until_ended(urgent, 120).state == "COMPLETED"
+    ended = sbatch.until_ended(job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", "0", 2), sbatch.text()
+    resumed = [int(found.replace(",", "")) for found in re.findall(r"continues .* at ([\d,]+) images", sbatch.text())]
+    assert resumed == [before * STEP, between * STEP]
+    return sbatch
+
+
+def test_usr1_and_preemption_leave_the_curve_of_an_undisturbed_run(requeued: Sbatch, undisturbed):
+    assert len(requeued.rows()) == STEPS
+    assert_undisturbed(requeued.rows(), undisturbed, STEPS)
+    assert requeued.text().count("starts anew") == requeued.text().count("train.sbatch: complete") == 1
+
+
+def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch):
+    again = cluster.submit(f"--nodes=2 {SMALL} --output=again slurm/train.sbatch {requeued.options}", requeued.project)
+    assert cluster.until_ended(again, LIMIT).state == "COMPLETED"
+    assert "images were seen already" in (requeued.project / "again").read_text()
+    assert len(requeued.rows()) == STEPS
+
+
+def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
+    """What Chromium draws: a line with one point per log line, further right each time; histograms; images."""
+    with open_tensorboard(requeued.project / "runs") as board:
+        steps = board.steps("scalars", "loss/loss")
+        assert steps == sorted(set(steps)) and steps[-1] == STEPS * STEP and len(steps) >= STEPS // 20
+        line = board.drawn_line("loss/loss")
+        assert len(line) == len(steps) and all(left < right for left, right in pairwise(line))
+        assert board.drawn_histograms("load/block_01") > 5
+        assert board.steps("histograms", "load/block_01") == sorted(set(board.steps("histograms", "load/block_01")))
+        assert all(width > 0 for width in board.image_widths("samples"))
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
+    sbatch = Sbatch(cluster, project, steps=10_000)
+    job = sbatch.submit("1")
+    sbatch.until_steps(5)
+    cluster.output(f"scancel {job}")
+    ended = sbatch.until_ended(job)
+    assert (ended.state, ended.restarts) == ("CANCELLED", 0), sbatch.text()
+
+
+@pytest.mark.parametrize("lost", ("node2", "node1"), ids=("another node", "the batch node with rank 0"))
+def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost: str):
+    """Three of four nodes are left, of which a batch of 16 images takes two."""
+    steps = 300
+    sbatch = Sbatch(cluster, project, steps, save_every=20)
+    job = sbatch.submit("2-4")
+    sbatch.until_steps(60)
+    cluster.power(lost, "off")
+    try:
+        cluster.until(lambda: cluster.job(job).restarts >= 1, LIMIT, "the restart", sbatch.text)
+        before = len(sbatch.rows())
+        assert before < steps, "the run was too fast to be disturbed"
+        ended = sbatch.until_ended(job)
+    finally:
+        cluster.power(lost, "on")
+    assert (ended.state, ended.exit_code) == ("COMPLETED", "0"), sbatch.text()
+    assert "training does not fit on 3 nodes, so it takes 2" in sbatch.text()
+    assert "world  4 =" in sbatch.text() and "world  2 =" in sbatch.text()
+    resumed = int(re.findall(r"continues .* at ([\d,]+) images", sbatch.text())[0].replace(",", ""))
+    assert 60 * STEP <= resumed <= before * STEP, "goes on from the last checkpoint"
+    assert len(sbatch.rows()) == steps
+    assert_undisturbed(sbatch.rows(), undisturbed, EXACT)
