@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.cluster.board import open_tensorboard
 from tests.cluster.cluster import Cluster, Job
@@ -158,15 +161,49 @@ def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch
 
 
 def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
-    """What Chromium draws: a line with one point per log line, further right each time; histograms; images."""
+    """What Chromium draws: a line over all steps that never turns back, histograms and images."""
     with open_tensorboard(requeued.project / "runs") as board:
         steps = board.steps("scalars", "loss/loss")
         assert steps == sorted(set(steps)) and steps[-1] == STEPS * STEP and len(steps) >= STEPS // 20
         line = board.drawn_line("loss/loss")
-        assert len(line) == len(steps) and all(left < right for left, right in pairwise(line))
+        # TensorBoard leaves out points that lie on the way between others
+        assert len(steps) / 2 < len(line) <= len(steps) and all(left < right for left, right in pairwise(line))
         assert board.drawn_histograms("load/block_01") > 5
         assert board.steps("histograms", "load/block_01") == sorted(set(board.steps("histograms", "load/block_01")))
         assert all(width > 0 for width in board.image_widths("samples"))
+
+
+TASKS = "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --time=10"
+
+
+def test_samples_of_four_tasks_are_those_of_one_process(cluster: Cluster, requeued: Sbatch):
+    """`slurm/sample.sbatch`; and with mpirun, through mpi4py's meeting point."""
+    options = "--checkpoint runs/test --num-images 8 --steps 2 --routing per_token --out"
+    job = cluster.submit(f"{TASKS} --output=drawing slurm/sample.sbatch {options} drawn", requeued.project)
+    ended = cluster.until_ended(job, LIMIT, requeued.project / "drawing")
+    assert ended.state == "COMPLETED", (requeued.project / "drawing").read_text()
+    sample = f"-m diffmoe_ds.cli sample {options}"
+    mpirun = f"mpirun --allow-run-as-root -n 2 --host node1:1,node4:1 -x PYTHONPATH {cluster.python} {sample} moved"
+    cluster.output(f"python {sample} alone && {mpirun}", cwd=requeued.project, timeout=LIMIT)
+    alone, drawn, moved = (np.load(requeued.project / name / "samples.npz") for name in ("alone", "drawn", "moved"))
+    for other in (drawn, moved):
+        assert np.array_equal(other["arr_1"], alone["arr_1"]) and other["arr_0"].shape == alone["arr_0"].shape
+        assert np.abs(other["arr_0"].astype(int) - alone["arr_0"]).max() <= 1
+
+
+def test_prepare_on_four_tasks(cluster: Cluster, project: Path):
+    """`slurm/prepare.sbatch`: every task its shards, and the set is whole."""
+    for number in range(24):
+        folder = project / f"images/class_{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 40), (10 * number, 90, 200)).save(folder / f"{number}.png")
+    options = "images --images images --size 32 --shard-images 3 --out shards"
+    job = cluster.submit(f"{TASKS} --output=log slurm/prepare.sbatch {options}", project)
+    ended = cluster.until_ended(job, LIMIT, project / "log")
+    assert ended.state == "COMPLETED", (project / "log").read_text()
+    assert "24 samples in 8 shards" in (project / "log").read_text()
+    checked = cluster.output("python -m diffmoe_ds.cli prepare check shards --json", cwd=project)
+    assert json.loads(checked.splitlines()[-1])["samples"] == 24
 
 
 def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
@@ -181,10 +218,10 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
 @pytest.mark.parametrize("lost", ("node2", "node1"), ids=("another node", "the batch node with rank 0"))
 def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost: str):
     """Three of four nodes are left, of which a batch of 16 images takes two."""
-    steps = 300
+    steps = 200
     sbatch = Sbatch(cluster, project, steps, save_every=20)
     job = sbatch.submit("2-4")
-    sbatch.until_steps(60)
+    sbatch.until_steps(50)
     cluster.power(lost, "off")
     try:
         cluster.until(lambda: cluster.job(job).restarts >= 1, LIMIT, "the restart", sbatch.text)
@@ -197,6 +234,6 @@ def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost
     assert "training does not fit on 3 nodes, so it takes 2" in sbatch.text()
     assert "world  4 =" in sbatch.text() and "world  2 =" in sbatch.text()
     resumed = int(re.findall(r"continues .* at ([\d,]+) images", sbatch.text())[0].replace(",", ""))
-    assert 60 * STEP <= resumed <= before * STEP, "goes on from the last checkpoint"
+    assert 20 * STEP <= resumed <= before * STEP, "goes on from the last checkpoint, or from the one before"
     assert len(sbatch.rows()) == steps
     assert_undisturbed(sbatch.rows(), undisturbed, EXACT)
