@@ -24,7 +24,7 @@ def poisoned(tmp_path, where, steps, zero, *overrides, world=2, **changes):
     return finished
 
 
-SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero in range(4) for bf16 in (False, True)][:-1]
+SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero, bf16 in ((0, False), (2, True))]
 
 
 @pytest.mark.parametrize(("zero", "bf16"), [(3, True), *SLOW])
