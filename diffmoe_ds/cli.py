@@ -6,21 +6,24 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
 from diffmoe_ds.parallel.launch import resolve_launch
-from diffmoe_ds.training.signals import listening
+from diffmoe_ds.training.signals import listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback.
+
+    Args:
+        argv: the arguments after the program's name; none takes those of this process, which is then the command's
+            own: signals that ask it to stop are noted from here on, before torch is even imported.
+    """
     # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # A cluster may ask a run to stop before torch is even imported.
-    with listening() if "train" in argv[:2] else nullcontext():
-        return _run(_parser().parse_args(argv))
+    if argv is None and "train" in sys.argv[1:3]:
+        listen()
+    return _run(_parser().parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> int:

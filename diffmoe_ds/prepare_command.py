@@ -130,7 +130,8 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     else:
         from diffmoe_ds.data.vae import VAE
 
-        device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        gpus = torch.cuda.device_count()  # one where each task sees its own only
+        device = torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
         encoder = LatentEncoder(VAE(args.vae, device), args.size, args.dtype, args.batch_size, args.threads)
     return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
 

@@ -114,7 +114,8 @@ def sample_command(args: argparse.Namespace) -> None:
     kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
     restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), kind)
     model.set_inference(args.routing or config.inference_choices[0])
-    device = torch.device("cuda", launch.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    gpus = torch.cuda.device_count()  # one where each task sees its own only
+    device = torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
     model.to(device).eval()
     decode = _decoder(args.vae, config.model.in_channels, device)
     meeting = meet(launch, f"{reader.path} {sampler}")  # a rank that fails alone would leave the others waiting here

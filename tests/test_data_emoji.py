@@ -11,7 +11,8 @@ import pytest
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from tests.data_helpers import image_file, tree
 
 CATEGORIES = ("Symbols", "Flags", "Activities", "Component")

@@ -19,7 +19,8 @@ from diffmoe_ds.data.draws import philox, posterior_noise, training_draws
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.order import sample_index
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.tar_index import join, load_index, save_index, scan, subset
 from diffmoe_ds.errors import ConfigError, DataError
 from tests.data_helpers import PNG, assert_same, by_position, loader, npy, photographs, take, tiny_vae, write_tar

@@ -1,6 +1,7 @@
 """The loader: the same stream on every layout, from every start, with any workers."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 
 from diffmoe_ds.data.draws import TrainingDraws, training_draws
 from diffmoe_ds.data.order import sample_index
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import DataError
+from tests.conftest import clean_environment, run_processes
 from tests.data_helpers import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
 
 
@@ -133,3 +136,28 @@ def test_global_random_state_is_left_alone(small):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     take(2, loader(small))
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+SIGNALLED = """
+import multiprocessing, os, signal, sys
+from tests.data_helpers import loader
+from diffmoe_ds.data.shards import EMBEDDED, ShardDataset
+from functools import partial
+from diffmoe_ds.data.draws import training_draws
+draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
+batches = iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=2))
+next(batches), next(batches)  # one of each worker: both have begun
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    for _ in range(10):
+        next(batches)
+assert len(multiprocessing.active_children()) == 2
+print("went on")
+sys.exit(7)
+"""
+
+
+def test_workers_outlive_what_stops_a_run_gently_and_end_with_it():
+    finished = run_processes([([sys.executable, "-c", SIGNALLED], clean_environment())], timeout=60)
+    assert "went on" in finished.output and finished.code == 7 and "Traceback" not in finished.output

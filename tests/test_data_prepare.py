@@ -13,7 +13,8 @@ import webdataset
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.images import centre_crop, open_rgb
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.vae import VAE
 from tests.conftest import clean_environment, run_processes
 from tests.data_helpers import PNG, image_file, photographs, tiny_vae, tree, write_tar

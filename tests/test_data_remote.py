@@ -16,7 +16,8 @@ import pytest
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import open_dataset
 from diffmoe_ds.data.remote import ShardCache, is_url
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
 from tests.data_helpers import GREY, assert_same, by_position, image_file, loader, take, write_tar
 from tests.test_data_latents import index_of

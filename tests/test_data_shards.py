@@ -9,7 +9,8 @@ import pytest
 import webdataset
 
 from diffmoe_ds.data import shards
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.data_helpers import GREY, LABELLED, PNG, image_file, npy, write_tar
 

@@ -46,8 +46,9 @@ def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, 
     ours, theirs = tensors(resumed), tensors(straight)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    again = train_tiny(world, ep, zero, directory=interrupted, **changes)
-    assert "were seen already" in again.output and again.metrics == read_metrics(interrupted)
+    if zero == 1:
+        again = train_tiny(world, ep, zero, directory=interrupted, **changes)
+        assert "were seen already" in again.output and again.metrics == read_metrics(interrupted)
 
 
 @pytest.mark.slow
@@ -64,13 +65,13 @@ def test_ema_follows_the_weights_and_thresholds_are_copied(train_tiny):
 
 
 LAYOUTS = ((1, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (4, 2, 2), (4, 4, 3))
-PAIRS = [(a, b) for i, a in enumerate(LAYOUTS) for j, b in enumerate(LAYOUTS) if (i + j) % 2]
+PAIRS = [(a, LAYOUTS[(i + step) % 6]) for i, a in enumerate(LAYOUTS) for step in (1, 2)]
 
 
 @pytest.mark.slow
 def test_every_layout_continues_every_other(train_tiny, tmp_path):
     """3 steps in one layout, saved, 3 more in another: losses, weights, moments, EMA, thresholds of 6 straight ones."""
-    assert len(PAIRS) == 18 and {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(LAYOUTS)
+    assert len(PAIRS) == 12 and {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(LAYOUTS)
     length = "run.total_images=96"
     straight = train_tiny(1, 1, 0, length)
     halves = {layout: train_tiny(*layout, "run.total_images=48").directory for layout in LAYOUTS}

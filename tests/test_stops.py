@@ -24,7 +24,7 @@ def poisoned(tmp_path, where, steps, zero, *overrides, world=2, **changes):
     return finished
 
 
-SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero in range(4) for bf16 in (False, True)][:-1]
+SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero, bf16 in ((0, False), (2, True))]
 
 
 @pytest.mark.parametrize(("zero", "bf16"), [(3, True), *SLOW])
@@ -97,8 +97,8 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
     assert newest_valid(directory, full=True) is not None
 
     # The second time: a run whose step takes for ever.
-    stuck = "import time\nfrom diffmoe_ds.training.signals import listening\n"
-    stuck += "with listening():\n    print('ready', flush=True)\n    time.sleep(100)\n    time.sleep(100)"
+    stuck = "import time\nfrom diffmoe_ds.training.signals import listen\nlisten()\n"
+    stuck += "print('ready', flush=True)\ntime.sleep(100)\ntime.sleep(100)"
     process = subprocess.Popen(
         [sys.executable, "-c", stuck], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=clean_environment()
     )

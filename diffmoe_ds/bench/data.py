@@ -26,7 +26,8 @@ import webdataset
 from diffmoe_ds.data.draws import Purpose, TrainingDraws, philox, posterior_noise, training_draws
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import PositionLoader
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.tar_index import join, save_index, scan
 from diffmoe_ds.data.writer import write_tar
 
@@ -115,19 +116,31 @@ def _speed(batches: Iterator, count: int, batch_size: int) -> float:
 
 
 def _memory(make: Callable[[], Iterable], samples: int, batch_size: int) -> dict[str, Any]:
-    """Proportional memory (shared pages are split) of this process and its workers while so many samples are read."""
+    """Memory of this process and its workers while so many samples are read.
+
+    Counted are anonymous and shared memory, each shared page once; not the files that are mapped, such as torch's
+    libraries, whose pages the system takes back when it needs them.
+    """
     batches, looks = iter(make()), []
     for _ in range(MEMORY_LOOKS):
         for _ in range(max(1, samples // batch_size // MEMORY_LOOKS)):
             next(batches)
         me = psutil.Process()
-        looks.append(sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True))) / 1e6)
+        looks.append(sum(_own_mb(process.pid) for process in (me, *me.children(recursive=True))))
     return {
         "samples": samples,
         "first_mb": looks[MEMORY_LOOKS // 10],
         "last_mb": looks[-1],
         "peak_mb": max(looks),
+        "looks_mb": [round(look, 1) for look in looks],
     }
+
+
+def _own_mb(pid: int) -> float:
+    """Of a process, from Linux's summary of its mappings, which counts a page of n processes as an n-th."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
+    return (sizes["Pss_Anon"] + sizes["Pss_Shmem"]) * 1024 / 1e6
 
 
 def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], TrainingDraws]) -> PositionLoader:

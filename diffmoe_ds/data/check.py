@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.data.latents import LatentFormat
-from diffmoe_ds.data.shards import ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.tar_index import INDEX, NO_LABEL, load_index
 from diffmoe_ds.data.writer import sha256_of
 from diffmoe_ds.errors import DataError

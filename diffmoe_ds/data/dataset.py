@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.draws import training_draws
 from diffmoe_ds.data.folder import ImageFolder, Source
-from diffmoe_ds.data.loader import Dataset
+from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.raw import RawImages
+from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache
-from diffmoe_ds.data.shards import EMBEDDED, ShardDataset, expand
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError
 
 
@@ -36,6 +40,25 @@ def open_dataset(config: Config) -> Dataset:
             )
         return RawImages(source, model.input_size * downsampling(settings))
     return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size)
+
+
+def check_first_image(config: Config, dataset: Dataset) -> None:
+    """DataError unless the run's first image is one that the model takes; asks nothing of images behind URLs."""
+    if isinstance(dataset, ShardDataset) and dataset.remote_bytes():
+        return
+    model = config.model
+    draws = partial(
+        training_draws,
+        config.run.seed,
+        shape=(model.in_channels, model.input_size, model.input_size),
+        label_dropout=model.label_dropout,
+        posterior=dataset.latents is not None or config.data.vae is not None,
+    )
+    loader = PositionLoader(
+        dataset=dataset, seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
+        image_shape=image_shape(config), num_classes=model.num_classes, draws=draws,
+    )  # fmt: skip
+    next(iter(loader))
 
 
 def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | None = None) -> ShardDataset | Source:

@@ -7,7 +7,6 @@ Preparation and raw folders take what cameras and the web produce (`open_rgb`), 
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -77,14 +76,12 @@ def png(image_CHW: np.ndarray) -> bytes:
 
 
 def _open(data: bytes, formats: tuple[str, ...], kind: str) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(io.BytesIO(data), formats=formats)
-        except UnidentifiedImageError:
-            raise ValueError(f"it does not begin as {kind} file") from None
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from None
+    try:
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise ValueError(f"it does not begin as {kind} file") from None
+    if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels could be a decompression bomb")
     # MPO is what cameras call a JPEG with a second, smaller view behind the photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise ValueError(f"it is animated, with {picture.n_frames} frames; expected a still image")

@@ -7,23 +7,26 @@ change between two halves of a run, and the images, their order and their random
 
 from __future__ import annotations
 
+import atexit
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from diffmoe_ds.data.draws import TrainingDraws
-from diffmoe_ds.data.latents import LatentFormat
 from diffmoe_ds.data.order import Order, WholeOrder, WindowOrder
-from diffmoe_ds.data.shards import Sample
-from diffmoe_ds.data.tar_index import NO_LABEL
+from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
 from diffmoe_ds.errors import DataError
 
 PREFETCHED_PER_WORKER = 2  # micro-batches each worker may be ahead
+SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those ahead, and the one that is being copied out
 
 
 class MicroBatch(NamedTuple):
@@ -40,28 +43,6 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> MicroBatch:
         """On a device; does not wait for the copies."""
         return MicroBatch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
-
-
-class Dataset(Protocol):
-    """What the loader needs of a data set; ``shards.ShardDataset`` is one."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 ``[n]``; all ``NO_LABEL`` in a set without labels."""
-
-    @property
-    def shard_sizes(self) -> Sequence[int]:
-        """How many samples in a row belong together, for shuffling in windows."""
-
-    @property
-    def latents(self) -> LatentFormat | None:
-        """If there is one, samples are read by ``read_halves``, otherwise one by one."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
-    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
-    def describe(self, index: int) -> str: ...
-    def prefetch(self, shards: Iterable[int]) -> None: ...
 
 
 class PositionLoader:
@@ -97,46 +78,53 @@ class PositionLoader:
     ):
         assert global_batch == micro_batch * accumulation * world, (global_batch, micro_batch, accumulation, world)
         assert 0 <= rank < world and start_position >= 0, (rank, world, start_position)
-        _check_labels(dataset, num_classes)
-        _check_latents(dataset.latents, image_shape)
+        check_labels(dataset, num_classes)
+        check_latents(dataset.latents, image_shape)
         if shuffle_window:
             order = WindowOrder(seed, dataset.shard_sizes, shuffle_window)
         else:
             order = WholeOrder(seed, len(dataset))
-        self._loader = torch.utils.data.DataLoader(
-            _Reader(dataset, order, image_shape, draws),
-            sampler=_Positions(start_position + rank * micro_batch, micro_batch, world * micro_batch),
-            batch_size=None,  # one item of the sampler is already a micro-batch
-            num_workers=num_workers,
-            prefetch_factor=PREFETCHED_PER_WORKER if num_workers else None,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else making an iterator would draw from the global generator
-        )
+        self._dataset = dataset
+        self._order: Order = order
+        self._draws = draws
+        self._num_workers = num_workers
+        self._positions = _Positions(start_position + rank * micro_batch, micro_batch, world * micro_batch)
+        first = draws(start_position)
+        shapes = [image_shape, first.noise.shape]
+        if first.posterior is not None and dataset.latents is None:
+            shapes.append(first.posterior.shape)
+        self._shapes = tuple((micro_batch, *shape) for shape in shapes)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for item in self._loader:
+        workers, slots, closing = self._num_workers, None, torch.zeros((), dtype=torch.uint8)
+        if workers:
+            closing.share_memory_()
+            atexit.register(_close, closing)  # runs before multiprocessing's own, which was registered before
+            values = sum(math.prod(shape) for shape in self._shapes)
+            slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
+        reader = Reader(self._dataset, self._order, self._draws, self._shapes, slots)
+        loader = torch.utils.data.DataLoader(
+            reader,
+            sampler=self._positions,
+            batch_size=None,  # one item of the sampler is already a micro-batch
+            num_workers=workers,
+            prefetch_factor=PREFETCHED_PER_WORKER if workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=functools.partial(_leave_signals_to_the_parent, closing),
+            generator=torch.Generator(),  # else making an iterator would draw from the global generator
+        )
+        for number, item in enumerate(loader):
             if isinstance(item, DataError):
                 raise item
-            x, noise, *posterior = _split(item.large, item.shapes)
+            large = item.large
+            if large is None:
+                slot = reader.slot(number)
+                large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
+                np.copyto(large.numpy(), slot.numpy())  # torch would wake its threads for it
+            x, noise, *posterior = reader.split(large)
             small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
-            label, when, drop, position = small
-            yield MicroBatch(x, label, noise, when, drop, position, *posterior)
-
-
-class _Packed(NamedTuple):
-    """A micro-batch on its way from a worker.
-
-    Each tensor travels through a piece of shared memory of its own, which costs more than reading an image does; so
-    all large fields travel as one, and the small ones go with the message.
-    """
-
-    large: torch.Tensor  # float32, flat: x, noise and, where x is still to be encoded, posterior
-    shapes: list[tuple[int, ...]]
-    label: np.ndarray
-    time: np.ndarray
-    drop: np.ndarray
-    position: np.ndarray
+            label, time, drop, position = small
+            yield MicroBatch(x, label, noise, time, drop, position, *posterior)
 
 
 @dataclass(frozen=True)
@@ -150,128 +138,25 @@ class _Positions:
     micro_batch: int
     stride: int
 
-    def __iter__(self) -> Iterator[range]:
-        for first in itertools.count(self.first, self.stride):
-            yield range(first, first + self.micro_batch)
+    def __iter__(self) -> Iterator[Task]:
+        for number, first in enumerate(itertools.count(self.first, self.stride)):
+            yield Task(number, range(first, first + self.micro_batch))
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Makes the micro-batch of a range of positions, in the main process or in a worker."""
-
-    dataset: Dataset
-    order: Order
-    image_shape: tuple[int, int, int]
-    draws: Callable[[int], TrainingDraws]
-
-    def __getitem__(self, positions: range) -> _Packed | DataError:
-        try:
-            return self._micro_batch(positions)
-        except DataError as error:
-            return error  # raised in a worker it would come back with a traceback in its message
-
-    def _micro_batch(self, positions: range) -> _Packed:
-        draws = [self.draws(position) for position in positions]
-        indices = [self.order(position) for position in positions]
-        self.dataset.prefetch(self.order.next_shards(positions[-1]))
-        count, latents = len(positions), self.dataset.latents
-        shapes = [(count, *self.image_shape), (count, *draws[0].noise.shape)]
-        if draws[0].posterior is not None and latents is None:
-            shapes.append((count, *draws[0].posterior.shape))
-        large = _new(sum(map(math.prod, shapes)))
-        x, noise, *posterior = (part.numpy() for part in _split(large, shapes))
-        np.stack([each.noise for each in draws], out=noise)
-        for out in posterior:
-            np.stack([each.posterior for each in draws], out=out)
-        if latents is None:
-            self._pixels(indices, draws, x)
-        else:
-            self._latents(indices, draws, latents, x)
-        labels = self.dataset.labels[indices]
-        return _Packed(
-            large=large,
-            shapes=shapes,
-            label=np.where(labels == NO_LABEL, 0, labels),
-            time=np.array([each.time for each in draws], np.float32),
-            drop=np.array([each.drop for each in draws], bool),
-            position=np.array(positions, np.int64),
-        )
-
-    def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
-        assert draws[0].posterior is not None, "draws for prepared latents need posterior=True"
-        noise = np.stack([each.posterior for each in draws])
-        moments = latents.decode(self.dataset.read_halves(indices, [each.flip for each in draws]))
-        latents.sample(moments, noise, out)
-        if not np.isfinite(out).all():
-            bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
-            raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that is not finite")
-
-    def _pixels(self, indices: list[int], draws: list[TrainingDraws], out: np.ndarray) -> None:
-        for row, (index, each) in enumerate(zip(indices, draws, strict=True)):
-            image = self.dataset[index].image
-            self._check(image, index)
-            out[row] = _model_range(image[:, :, ::-1] if each.flip else image, self.image_shape)
-
-    def _check(self, image: np.ndarray, index: int) -> None:
-        expected = self.image_shape
-        if image.dtype == np.uint8:
-            fits = image.shape[0] == expected[0] and image.shape[1] <= expected[1] and image.shape[2] <= expected[2]
-        else:
-            fits = image.shape == expected
-        if not fits:
-            rule = "at most" if image.dtype == np.uint8 else "exactly"
-            raise DataError(
-                f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
-                f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
-            )
-
-
-def _as_it_is(item: _Packed | DataError) -> _Packed | DataError:
+def _as_it_is(item: Packed | DataError) -> Packed | DataError:
     return item
 
 
-def _new(size: int) -> torch.Tensor:
-    """An empty float32 tensor, in a worker in memory that is shared already, so that sending it copies nothing."""
-    empty = torch.empty(size)
-    return empty.share_memory_() if torch.utils.data.get_worker_info() is not None else empty
+def _close(closing: torch.Tensor) -> None:
+    closing.fill_(1)
 
 
-def _split(large: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The tensors of these shapes that lie one after the other in a flat one."""
-    parts = large.split([math.prod(shape) for shape in shapes])
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+def _leave_signals_to_the_parent(closing: torch.Tensor, worker: int) -> None:
+    """What stops a run gently (Ctrl-C, Slurm's warning, SIGTERM to all processes of a job) must not end its workers.
 
-
-def _check_labels(dataset: Dataset, num_classes: int) -> None:
-    labels = dataset.labels
-    if labels[0] == NO_LABEL:  # then all are, see ShardDataset
-        if num_classes > 1:
-            raise DataError(
-                f"{dataset.describe(0)} has no label, nor have the others, but the model has {num_classes} classes; "
-                "a set without labels trains with model.num_classes 1"
-            )
-    elif labels.max() >= num_classes:
-        index = int(np.argmax(labels >= num_classes))
-        raise DataError(
-            f"{dataset.describe(index)} has the label {labels[index]}; "
-            f"the model has {num_classes} classes, 0 to {num_classes - 1}"
-        )
-
-
-def _check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:
-    if latents is not None and latents.shape != shape:
-        raise DataError(
-            f"the shards hold latents of shape {latents.shape}; the model takes {shape}: set model.in_channels to "
-            f"{latents.channels} and model.input_size to {latents.size}"
-        )
-
-
-def _model_range(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 of ``shape``: a uint8 image padded centrally with 0 and scaled to [-1, 1], a latent as it is."""
-    if image.dtype != np.uint8:
-        return image
-    _, height, width = image.shape
-    top, left = (shape[1] - height) // 2, (shape[2] - width) // 2
-    padded = np.zeros(shape, np.uint8)
-    padded[:, top : top + height, left : left + width] = image
-    return padded.astype(np.float32) / 127.5 - 1
+    The training process stops at the end of a step and needs them until then.  When it ends it marks ``closing``, and
+    Python ends its workers by SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)

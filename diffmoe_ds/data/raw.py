@@ -16,7 +16,7 @@ IMAGES_TOGETHER = 1000
 
 
 class RawImages:
-    """The images of a source as uint8 ``[3, size, size]``; for what it is to the loader see ``loader.Dataset``.
+    """The images of a source as uint8 ``[3, size, size]``; for what it is to the loader see ``reader.Dataset``.
 
     ``ds[i]`` raises ``DataError`` for an image that cannot be read: training does not leave images out.
     """

@@ -5,37 +5,28 @@ An image is read by its offset when it is asked for; `tar_index.py` says where i
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import gzip
-import hashlib
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import braceexpand
 import numpy as np
 
 from diffmoe_ds.data.images import decode_pixels
 from diffmoe_ds.data.latents import LatentFormat
-from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache, fetch, is_url, locked
+from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache, is_url
+from diffmoe_ds.data.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.tar_index import (
     IMAGE_SUFFIXES,
-    INDEX,
-    KEYS,
     NO_LABEL,
-    SAMPLES,
     Entry,
     Index,
     join,
-    load_index,
-    save_index,
     scan,
-    subset,
 )
 from diffmoe_ds.errors import DataError
 
@@ -52,36 +43,6 @@ class Sample(NamedTuple):
     image: np.ndarray  # [C, H, W]: uint8 of an image file (C is 1 or 3), float32 of a latent (.npy)
     label: int  # NO_LABEL in a set without labels
     key: str
-
-
-def expand(path: str | Path) -> list[str]:
-    """The shards that ``path`` names: a file, a directory's ``*.tar`` and ``*.tar.gz``, a pattern, or URLs.
-
-    A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
-    braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
-
-    Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
-    """
-    try:
-        if is_url(str(path)):
-            return list(braceexpand.braceexpand(str(path)))
-        whole = Path(path).expanduser()
-        if whole.is_dir():
-            shards = sorted(str(p) for p in whole.iterdir() if p.name.endswith((".tar", ".tar.gz")))
-            if not shards:
-                raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
-            return shards
-        if whole.exists():
-            return [str(whole)]
-        shards = []
-        for pattern in braceexpand.braceexpand(str(whole)):
-            matches = sorted(glob.glob(pattern))
-            if not matches:
-                raise DataError(f"no shard {pattern} exists; expected a file, a directory or a pattern of tar files")
-            shards += matches
-    except braceexpand.UnbalancedBracesError:
-        raise DataError(f"pattern {path} has unbalanced braces; write it like shards-{{000..127}}.tar") from None
-    return shards
 
 
 class ShardDataset:
@@ -197,7 +158,7 @@ class ShardDataset:
 
     def _open_index(self) -> Index:
         """From the index beside the shards if there is one, otherwise by reading their headers."""
-        found = _prepared_index(self._shards, self._cache)
+        found = prepared_index(self._shards, self._cache)
         if found is not None:
             self._check_sizes(found)
             return found
@@ -206,15 +167,15 @@ class ShardDataset:
             folder = self._cache.folder.expanduser()
         else:
             folder = Path(local[0]).parent
-            if sum(map(_size, local)) < KEEP_INDEX_FROM_BYTES:
+            if sum(map(shard_size, local)) < KEEP_INDEX_FROM_BYTES:
                 folder = None
-        if any(map(_is_gzip, local)):
+        if any(map(is_gzip, local)):
             folder = None  # they have to be unpacked at every start
-        return _kept(folder, self._shards, self._scan_all)
+        return kept_index(folder, self._shards, self._scan_all)
 
     def _check_sizes(self, index: Index) -> None:
         for shard, info in zip(self._shards, index.shards, strict=True):
-            if not is_url(shard) and (size := _size(shard)) != info.bytes:
+            if not is_url(shard) and (size := shard_size(shard)) != info.bytes:
                 raise DataError(
                     f"shard {shard} has {size} bytes, but its index says {info.bytes}: it changed after it was made; "
                     "diffmoe prepare check says which shards are whole"
@@ -270,62 +231,6 @@ class ShardDataset:
         return kept
 
 
-def _prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
-    """The index that lies beside the shards, if it has them all and they are in one place."""
-    if any(shard.startswith("pipe:") for shard in shards):
-        return None
-    places = {shard.rpartition("/")[0] for shard in shards}
-    place = places.pop()
-    if places:
-        return None
-    names = [shard.rpartition("/")[2] for shard in shards]
-    if not is_url(shards[0]):
-        folder = Path(place or ("/" if shards[0].startswith("/") else "."))
-        return subset(load_index(folder), names) if (folder / INDEX).is_file() else None
-    folder = cache.folder / f"index-{hashlib.sha256(place.encode()).hexdigest()[:32]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
-            for name in (SAMPLES, KEYS, INDEX):
-                if not (folder / INDEX).exists():
-                    fetch(f"{place}/{name}", folder / f".{name}")
-                    (folder / f".{name}").replace(folder / name)
-    except (DataError, OSError):
-        return None  # most sets have none: their headers are read
-    return subset(load_index(folder), names)
-
-
-def _kept(folder: Path | None, shards: Sequence[str], make: Callable[[], Index]) -> Index:
-    """What ``make`` gives, kept in ``folder`` under the shards' names, sizes and times of change."""
-    if folder is None:
-        return make()
-    facts = [(s, 0, 0) if is_url(s) else (Path(s).name, _size(s), os.stat(s).st_mtime_ns) for s in shards]
-    kept = folder / f".diffmoe-index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        with locked(kept / ".lock"):  # the ranks of a host read the headers once, not each for itself
-            if (kept / INDEX).exists():
-                return load_index(kept)
-            index = make()
-            save_index(index, kept)
-            return index
-    except OSError:  # a read-only place
-        return make()
-
-
-def _size(shard: str) -> int:
-    try:
-        return os.stat(shard).st_size
-    except OSError as error:
-        raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
-
-
-def _is_gzip(shard: str) -> bool:
-    with contextlib.suppress(OSError), open(shard, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-    return False
-
-
 def _unpack(shard: str, file: io.BufferedIOBase) -> bytes:
     chunks, total = [], 0
     with gzip.open(file) as stream:
@@ -344,6 +249,8 @@ def _decode_latent(data: bytes) -> np.ndarray:
     """float32 ``[C, H, W]`` of a latent that is stored as one array, as it is."""
     # read_array and not np.load, which would also take a zip archive or, if allowed, a bare pickle.
     latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    if latent.ndim != 3 or latent.dtype.kind != "f" or not np.isfinite(latent).all():
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
+    if values is None or values.ndim != 3 or not np.isfinite(values).all():
         raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
-    return np.ascontiguousarray(latent, np.float32)
+    return values

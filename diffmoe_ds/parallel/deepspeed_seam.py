@@ -76,6 +76,8 @@ def init_process_group() -> None:
     # On a CPU DeepSpeed would compile a shared-memory all-reduce for a minute and use it for few things.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
+        # DeepSpeed takes LOCAL_RANK for the device's number; where each task sees its own GPU only, that is always 0.
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % get_accelerator().device_count())
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 

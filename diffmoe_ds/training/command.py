@@ -64,7 +64,7 @@ def train_command(args: argparse.Namespace) -> None:
     source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
-    from diffmoe_ds.data.dataset import open_dataset
+    from diffmoe_ds.data.dataset import check_first_image, open_dataset
     from diffmoe_ds.parallel import deepspeed_seam as seam
     from diffmoe_ds.training.banner import banner, resumed_from
     from diffmoe_ds.training.loop import train
@@ -75,6 +75,7 @@ def train_command(args: argparse.Namespace) -> None:
 
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
+    check_first_image(config, dataset)
     is_main = launch.rank == 0
     if args.dry_run:
         if is_main:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.draws import training_draws
-from diffmoe_ds.data.loader import Dataset, MicroBatch, PositionLoader
+from diffmoe_ds.data.loader import MicroBatch, PositionLoader
+from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.errors import DataError, NonFiniteError, Requeue
 from diffmoe_ds.model.moe import Routing
 from diffmoe_ds.parallel import deepspeed_seam as seam

@@ -10,8 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SAME_PRESS_S = 1.0
@@ -21,16 +19,13 @@ _received: list[signal.Signals] = []
 _interrupted_at = float("-inf")
 
 
-@contextmanager
-def listening() -> Iterator[None]:
-    """Note the signals instead of ending; a second Ctrl-C ends the process at once."""
-    _received.clear()
-    before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def listen() -> None:
+    """Note the signals from now on instead of ending; a second Ctrl-C ends the process at once.
+
+    It stays so until the process has gone: one that has finished its run and is told to stop has still succeeded.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _note)
 
 
 def received() -> str:

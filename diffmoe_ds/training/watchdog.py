@@ -20,7 +20,7 @@ from diffmoe_ds.errors import RankLostError
 
 MAX_BEAT_S = 1.0
 """Longest time between two signs of life."""
-CONNECT_S = 10.0
+CONNECT_S = 4.0
 """Time to reach the store again after a collective failed."""
 MISSED_BEATS = 4
 """After a broken connection, a rank that misses so many is the lost one."""

@@ -25,9 +25,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.conftest import REPOSITORY, clean_environment, free_port
+from tests.faults.processes import (
+    BATCH,
+    STEPS,
+    Failed,
+    Ranks,
+    checkpoints,
+    done,
+    metrics,
+    mount_small_disk,
+    saved,
+    unmount,
+    writing,
+)
 
-STEPS = 400
-BATCH = 16
 SAVE_STEPS = 10
 RANK_TIMEOUT_S = 8
 FIRST_STEP = " ETA "
@@ -36,37 +47,6 @@ START_LIMIT_S = 120
 """From the start to the first step; the machine may be busy."""
 LEAVE_LIMIT_S = RANK_TIMEOUT_S + 25
 """From a fault until every process has left."""
-
-
-class Failed(AssertionError):
-    """A promise was broken."""
-
-
-@dataclass
-class Ranks:
-    """The processes of one start."""
-
-    processes: list[subprocess.Popen]
-    log: Path
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait(self, limit_s: float) -> list[int]:
-        """Exit codes; none may take longer.  A frozen process counts as gone: nobody waits for it."""
-        deadline = time.monotonic() + limit_s
-        for process in self.processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                raise Failed(f"a rank still runs after {limit_s} s:\n{self.text()[-3000:]}") from None
-        return [process.returncode for process in self.processes]
-
-    def end(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
 
 @dataclass
@@ -135,7 +115,7 @@ class Campaign:
             ranks.end()
         if codes != [0, 0]:
             raise Failed(ranks.text())
-        self.expected = {row["step"]: row for row in _metrics(self.folder / "reference")}
+        self.expected = {row["step"]: row for row in metrics(self.folder / "reference")}
         assert len(self.expected) == STEPS
 
     def trial(self, fault: str, inject: Callable[[Ranks], float], codes: set[int], *overrides: str) -> str:
@@ -150,13 +130,13 @@ class Campaign:
         Returns:
             What the ranks printed.
         """
-        if _done(self.directory):
+        if done(self.directory):
             self.check_curve(complete=True)
             shutil.rmtree(self.directory)
             self.number += 1
             self.directory = self.folder / f"run_{self.number}"
         row = self.rows.setdefault(fault, Row(fault))
-        saved_before = _saved(self.directory)
+        saved_before = saved(self.directory)
         ranks = self.start(self.directory, *overrides)
         try:
             self._wait_for(ranks, FIRST_STEP)
@@ -172,8 +152,8 @@ class Campaign:
         if unexpected or "Traceback" in text:
             raise Failed(f"{fault}: exit codes {found}:\n{text[-3000:]}")
         self.check_curve(complete=False)
-        seen = max((row["step"] for row in _metrics(self.directory)), default=0)
-        completed = _saved(self.directory) or 0
+        seen = max((row["step"] for row in metrics(self.directory)), default=0)
+        completed = saved(self.directory) or 0
         announced = [int(line.split("images_")[1].split()[0]) for line in text.splitlines() if "saved  " in line]
         if announced and completed < max(announced):
             raise Failed(f"{fault}: {max(announced)} images were saved, {completed} are there")
@@ -184,7 +164,7 @@ class Campaign:
 
     def check_curve(self, complete: bool) -> None:
         """Every row equals the reference's, in order and without a gap."""
-        rows = _metrics(self.directory)
+        rows = metrics(self.directory)
         if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
             raise Failed(f"steps {[row['step'] for row in rows]}")
         for row in rows:
@@ -228,11 +208,11 @@ class Campaign:
                 victim, deadline = self.random.choice(ranks.processes), time.monotonic() + 20
                 wait_s = self.random.uniform(0, 0.004)
                 while time.monotonic() < deadline and victim.poll() is None:
-                    if _writing(self.directory):
+                    if writing(self.directory):
                         time.sleep(wait_s)
                         victim.kill()
                         victim.wait()
-                        inside = _writing(self.directory)
+                        inside = writing(self.directory)
                         return time.monotonic()
                 victim.kill()
                 return time.monotonic()
@@ -273,16 +253,16 @@ class Campaign:
             return time.monotonic()
 
         self.trial("SIGUSR1 to a rank", inject, {85})
-        rows = _metrics(self.directory)
-        if _saved(self.directory) != rows[-1]["images"]:
+        rows = metrics(self.directory)
+        if saved(self.directory) != rows[-1]["images"]:
             raise Failed("a step was lost after SIGUSR1")
 
     def damage(self, kind: str) -> None:
         """Damage the newest checkpoint; the next start names the file and takes the one before."""
         self.usr1()
-        while len(_checkpoints(self.directory)) < 2:
+        while len(checkpoints(self.directory)) < 2:
             self.usr1()
-        newest, second = _checkpoints(self.directory)[:2]
+        newest, second = checkpoints(self.directory)[:2]
         file = self.random.choice(sorted(newest.iterdir()))
         if kind == "flipped byte":
             data = bytearray(file.read_bytes())
@@ -345,22 +325,11 @@ class Campaign:
         try:
             settings = (f"checkpoint.on_error={on_error}", "checkpoint.keep_last=2")
             text = self.trial(name, inject, {5} if on_error == "stop" else {85}, *settings)
-            if "No space left" not in text or not _checkpoints(directory):
+            if "No space left" not in text or not checkpoints(directory):
                 raise Failed(f"{name}: not said, or nothing kept:\n{text[-3000:]}")
             filler.unlink(missing_ok=True)
         finally:
             self.directory = disturbed
-
-
-def mount_small_disk(folder: Path, megabytes: int) -> bool:
-    """A tmpfs; false where this is not allowed."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-    return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True, timeout=20)
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -374,40 +343,10 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _metrics(directory: Path) -> list[dict]:
-    path = directory / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        if line.endswith("\n"):  # the last one may be half written, or be cut off by a kill
-            rows.append(json.loads(line))
-    return rows
-
-
-def _done(directory: Path) -> bool:
-    return (_saved(directory) or 0) >= STEPS * BATCH
-
-
-def _saved(directory: Path) -> int | None:
-    """Images of the checkpoint that ``latest`` names."""
-    pointer = directory / "checkpoints" / "latest"
-    return int(pointer.read_text().split("_")[1]) if pointer.exists() else None
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    return sorted((directory / "checkpoints").glob("images_*"), reverse=True)
-
-
-def _writing(directory: Path) -> bool:
-    try:
-        return any(name.startswith(".writing-") for name in os.listdir(directory / "checkpoints"))
-    except OSError:
-        return False
-
-
-def run(folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str], None]) -> dict:
-    """A whole campaign, the faults in random order.
+def run(
+    folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str, dict[str, Row]], None]
+) -> dict[str, Row]:
+    """A whole campaign, the faults in random order; ``report`` hears of every trial, and what there is so far.
 
     Raises:
         Failed: at the first broken promise, with what the ranks printed.
@@ -427,7 +366,7 @@ def run(folder: Path, seed: int, kill: int, kill_in_save: int, others: int, repo
         campaign.random.shuffle(trials)
         for number, trial in enumerate(trials):
             trial()
-            report(f"{number + 1} of {len(trials)} trials")
+            report(f"{number + 1} of {len(trials)} trials", campaign.rows)
     finally:
         if has_disk:
             unmount(disk)
@@ -443,12 +382,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        rows = run(
-            Path(folder), args.seed, args.kill, args.kill_in_save, args.others, lambda text: print(text, flush=True)
-        )
+
+        def report(text: str, rows: dict[str, Row]) -> None:
+            print(text, flush=True)
+            if args.out:
+                args.out.write_text(table(rows))
+
+        rows = run(Path(folder), args.seed, args.kill, args.kill_in_save, args.others, report)
     print(table(rows))
-    if args.out:
-        args.out.write_text(table(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tests.faults import driver
 
 @pytest.mark.slow
 def test_faults_lose_nothing_and_hang_nowhere(tmp_path):
-    rows = driver.run(tmp_path, seed=7, kill=2, kill_in_save=2, others=2, report=print)
+    rows = driver.run(tmp_path, seed=7, kill=2, kill_in_save=2, others=2, report=lambda text, rows: print(text))
     print(driver.table(rows))
     assert rows["SIGKILL of a rank"].runs == rows["SIGKILL inside a save"].runs == 2
     for fault in ("SIGSTOP of a rank", "SIGUSR1 to a rank", "truncated file", "flipped byte", "removed file"):

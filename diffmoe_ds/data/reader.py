@@ -1,0 +1,184 @@
+"""Reading one micro-batch: in the training process, or in a worker that puts it where the training process sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from diffmoe_ds.data.draws import TrainingDraws
+from diffmoe_ds.data.latents import LatentFormat
+from diffmoe_ds.data.order import Order
+from diffmoe_ds.data.shards import Sample
+from diffmoe_ds.data.tar_index import NO_LABEL
+from diffmoe_ds.errors import DataError
+
+
+class Dataset(Protocol):
+    """What the loader needs of a data set; ``shards.ShardDataset`` is one."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[n]``; all ``NO_LABEL`` in a set without labels."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """How many samples in a row belong together, for shuffling in windows."""
+
+    @property
+    def latents(self) -> LatentFormat | None:
+        """If there is one, samples are read by ``read_halves``, otherwise one by one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
+    def describe(self, index: int) -> str: ...
+    def prefetch(self, shards: Iterable[int]) -> None: ...
+
+
+class Task(NamedTuple):
+    """The positions of a micro-batch, and which one of this iterator it is."""
+
+    number: int
+    positions: range
+
+
+class Packed(NamedTuple):
+    """A micro-batch as it comes from the reader."""
+
+    large: (
+        torch.Tensor | None
+    )  # float32, flat: x, noise and, where x is still to be encoded, posterior; none: in a slot
+    label: np.ndarray
+    time: np.ndarray
+    drop: np.ndarray
+    position: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes the micro-batch of a task.
+
+    A tensor that comes from a worker through shared memory of its own costs the training process over a millisecond,
+    more than reading does.  So the large fields lie one after the other in a slot of memory that is shared before the
+    workers begin, and the small ones go with the message.
+    """
+
+    dataset: Dataset
+    order: Order
+    draws: Callable[[int], TrainingDraws]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of x, noise and, where x is still to be encoded, posterior."""
+    slots: torch.Tensor | None
+    """float32 [workers, slots of each, values of a micro-batch]; none without workers."""
+
+    def __getitem__(self, task: Task) -> Packed | DataError:
+        try:
+            return self._micro_batch(task)
+        except DataError as error:
+            return error  # raised in a worker it would come back with a traceback in its message
+
+    def slot(self, number: int) -> torch.Tensor:
+        """Where the workers put a micro-batch; torch gives the tasks to its workers in turn."""
+        workers, each, _ = self.slots.shape
+        return self.slots[number % workers, number // workers % each]
+
+    def split(self, large: torch.Tensor) -> list[torch.Tensor]:
+        """The fields that lie one after the other in a flat tensor."""
+        parts = large.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _micro_batch(self, task: Task) -> Packed:
+        draws = [self.draws(position) for position in task.positions]
+        indices = [self.order(position) for position in task.positions]
+        self.dataset.prefetch(self.order.next_shards(task.positions[-1]))
+        if self.slots is None:
+            large = torch.empty(sum(math.prod(shape) for shape in self.shapes))
+        else:
+            large = self.slot(task.number)
+        x, noise, *posterior = (part.numpy() for part in self.split(large))
+        np.stack([each.noise for each in draws], out=noise)
+        for out in posterior:
+            np.stack([each.posterior for each in draws], out=out)
+        if self.dataset.latents is None:
+            self._pixels(indices, draws, x)
+        else:
+            self._latents(indices, draws, self.dataset.latents, x)
+        labels = self.dataset.labels[indices]
+        return Packed(
+            large=large if self.slots is None else None,
+            label=np.where(labels == NO_LABEL, 0, labels),
+            time=np.array([each.time for each in draws], np.float32),
+            drop=np.array([each.drop for each in draws], bool),
+            position=np.array(task.positions, np.int64),
+        )
+
+    def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
+        assert draws[0].posterior is not None, "draws for prepared latents need posterior=True"
+        noise = np.stack([each.posterior for each in draws])
+        moments = latents.decode(self.dataset.read_halves(indices, [each.flip for each in draws]))
+        latents.sample(moments, noise, out)
+        if not np.isfinite(out).all():
+            bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
+            raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that is not finite")
+
+    def _pixels(self, indices: list[int], draws: list[TrainingDraws], out: np.ndarray) -> None:
+        shape = self.shapes[0][1:]
+        for row, (index, each) in enumerate(zip(indices, draws, strict=True)):
+            image = self.dataset[index].image
+            self._check(image, index)
+            out[row] = _model_range(image[:, :, ::-1] if each.flip else image, shape)
+
+    def _check(self, image: np.ndarray, index: int) -> None:
+        expected = self.shapes[0][1:]
+        if image.dtype == np.uint8:
+            fits = image.shape[0] == expected[0] and image.shape[1] <= expected[1] and image.shape[2] <= expected[2]
+        else:
+            fits = image.shape == expected
+        if not fits:
+            rule = "at most" if image.dtype == np.uint8 else "exactly"
+            raise DataError(
+                f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
+                f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
+            )
+
+
+def check_labels(dataset: Dataset, num_classes: int) -> None:
+    """Raises ``DataError`` if the labels do not fit the model's number of classes."""
+    labels = dataset.labels
+    if labels[0] == NO_LABEL:  # then all are, see ShardDataset
+        if num_classes > 1:
+            raise DataError(
+                f"{dataset.describe(0)} has no label, nor have the others, but the model has {num_classes} classes; "
+                "a set without labels trains with model.num_classes 1"
+            )
+    elif labels.max() >= num_classes:
+        index = int(np.argmax(labels >= num_classes))
+        raise DataError(
+            f"{dataset.describe(index)} has the label {labels[index]}; "
+            f"the model has {num_classes} classes, 0 to {num_classes - 1}"
+        )
+
+
+def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:
+    """Raises ``DataError`` if prepared latents are not of the shape that the model takes."""
+    if latents is not None and latents.shape != shape:
+        raise DataError(
+            f"the shards hold latents of shape {latents.shape}; the model takes {shape}: set model.in_channels to "
+            f"{latents.channels} and model.input_size to {latents.size}"
+        )
+
+
+def _model_range(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """float32 of ``shape``: a uint8 image padded centrally with 0 and scaled to [-1, 1], a latent as it is."""
+    if image.dtype != np.uint8:
+        return image
+    _, height, width = image.shape
+    top, left = (shape[1] - height) // 2, (shape[2] - width) // 2
+    padded = np.zeros(shape, np.uint8)
+    padded[:, top : top + height, left : left + width] = image
+    return padded.astype(np.float32) / 127.5 - 1

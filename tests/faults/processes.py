@@ -1,0 +1,87 @@
+"""The processes of a run that is to be broken, the files it leaves, and a small disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+STEPS = 400
+BATCH = 16
+
+
+class Failed(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class Ranks:
+    """The processes of one start."""
+
+    processes: list[subprocess.Popen]
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, limit_s: float) -> list[int]:
+        """Exit codes; none may take longer.  A frozen process counts as gone: nobody waits for it."""
+        deadline = time.monotonic() + limit_s
+        for process in self.processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                raise Failed(f"a rank still runs after {limit_s} s:\n{self.text()[-3000:]}") from None
+        return [process.returncode for process in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def metrics(directory: Path) -> list[dict]:
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        if line.endswith("\n"):  # the last one may be half written, or be cut off by a kill
+            rows.append(json.loads(line))
+    return rows
+
+
+def done(directory: Path) -> bool:
+    return (saved(directory) or 0) >= STEPS * BATCH
+
+
+def saved(directory: Path) -> int | None:
+    """Images of the checkpoint that ``latest`` names."""
+    pointer = directory / "checkpoints" / "latest"
+    return int(pointer.read_text().split("_")[1]) if pointer.exists() else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    return sorted((directory / "checkpoints").glob("images_*"), reverse=True)
+
+
+def writing(directory: Path) -> bool:
+    try:
+        return any(name.startswith(".writing-") for name in os.listdir(directory / "checkpoints"))
+    except OSError:
+        return False
+
+
+def mount_small_disk(folder: Path, megabytes: int) -> bool:
+    """A tmpfs; false where this is not allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, timeout=20)
