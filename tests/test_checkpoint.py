@@ -139,6 +139,18 @@ def test_every_flipped_byte_of_a_file_is_found(run_copy):
     assert newest_valid(broken, full=True) == broken
 
 
+def test_damage_to_the_manifest_is_not_blamed_on_others(run_copy):
+    """Whatever byte of it flips, either nothing is lost or the manifest is named."""
+    path = run_copy / "checkpoints" / checkpoint_name(96)
+    for position in range(0, (path / "manifest.json").stat().st_size, 3):
+        flip(path / "manifest.json", position)
+        try:
+            newest_valid(path, full=True)
+        except CheckpointError as error:
+            assert "manifest.json" in str(error)
+        flip(path / "manifest.json", position)
+
+
 def test_no_valid_checkpoint_is_an_error_not_a_new_run(run_copy, capsys):
     for path in candidates(run_copy):
         (path / "meta.json").unlink()

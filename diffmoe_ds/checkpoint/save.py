@@ -33,6 +33,7 @@ from diffmoe_ds.checkpoint.layout import (
     rank_file,
 )
 from diffmoe_ds.checkpoint.retention import remove_surplus
+from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.parallel.deepspeed_seam import Fragment
@@ -184,8 +185,8 @@ class CheckpointSaver:
 
 def write_manifest(path: Path, files: dict[str, Digest]) -> None:
     """The last file of a checkpoint: what all others must be."""
-    tree = {"files": {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}}
-    write_text(path / MANIFEST, json.dumps(tree, indent=1))
+    listed = {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}
+    write_text(path / MANIFEST, json.dumps({"files": listed, "sha256": listed_sha256(listed)}, indent=1))
     sync_directory(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 from diffmoe_ds.checkpoint.files import Digest, file_sha256
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
 from diffmoe_ds.errors import CheckpointError
+
+
+def listed_sha256(files: dict) -> str:
+    """Checksum of a manifest's own list, so that damage to it is not taken for damage to the files it names."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:
@@ -20,6 +26,8 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     manifest = path / MANIFEST
     try:
         tree = json.loads(manifest.read_text(encoding="utf-8"))
+        if listed_sha256(tree["files"]) != tree["sha256"]:
+            raise ValueError("changed")
         files = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
     except OSError as error:
         raise CheckpointError(f"{manifest}: cannot be read: {error.strerror}.") from None
