@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffmoe_ds.checkpoint import model_file
-from diffmoe_ds.checkpoint.files import Digest, Entry, file_sha256, write_safetensors
+from diffmoe_ds.checkpoint.files import Digest, Entry, write_safetensors
 from diffmoe_ds.checkpoint.layout import META, checkpoint_images, checkpoint_name
 from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, restore_weights
 from diffmoe_ds.checkpoint.model_file import ModelFileReader, open_weights
@@ -26,6 +26,7 @@ from diffmoe_ds.checkpoint.save import write_manifest
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid, read_manifest
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import CheckpointConfig
+from diffmoe_ds.data.writer import sha256_of
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.parallel.topology import Topology
@@ -42,7 +43,7 @@ def test_streamed_files_are_safetensors(tmp_path_factory, shapes, dtype, cut):
     tensors = {f"t{i}/ü": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
     entries = [Entry(name, tuple(t.shape), dtype, t.flatten().split(cut)) for name, t in tensors.items()]
     digest = write_safetensors(path, entries, {"format": "pt"})
-    assert digest == (path.stat().st_size, file_sha256(path))
+    assert digest == (path.stat().st_size, sha256_of(path))
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -171,7 +172,7 @@ def test_the_pointer_decides_among_whole_ones(run_copy):
 
 def reseal(path: Path) -> None:
     """Make a manifest for changed contents, as a person who edits a checkpoint could."""
-    digests = {name: (file.stat().st_size, file_sha256(file)) for name in read_manifest(path) for file in [path / name]}
+    digests = {name: (file.stat().st_size, sha256_of(file)) for name in read_manifest(path) for file in [path / name]}
     write_manifest(path, {name: Digest(*digest) for name, digest in digests.items()})
 
 

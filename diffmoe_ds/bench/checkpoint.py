@@ -24,13 +24,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from diffmoe_ds.checkpoint.files import file_sha256
 from diffmoe_ds.checkpoint.layout import KINDS
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import CheckpointConfig, Config
+from diffmoe_ds.data.writer import sha256_of
 from diffmoe_ds.parallel import deepspeed_seam as seam
 from diffmoe_ds.parallel.launch import Launch, export_launch
 
@@ -193,7 +193,7 @@ def _loaders(tensors: dict[str, dict[str, Tensor]], root: Path) -> dict[str, Cal
         torch.load(plain, weights_only=True)
 
     def checked_load() -> None:
-        file_sha256(plain)
+        sha256_of(plain)
         torch.load(plain, weights_only=True)
 
     return {OURS: ours, TORCH_SAVE: torch_load, "torch.load after a checksum": checked_load}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 16 << 20
-"""Bytes written or read at once."""
+"""Bytes written at once."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -94,15 +94,6 @@ def write_text(path: Path, text: str) -> Digest:
         file.flush()
         os.fsync(file.fileno())
     return Digest(len(data), hashlib.sha256(data).hexdigest())
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file's bytes."""
-    hasher = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def sync_directory(path: Path) -> None:

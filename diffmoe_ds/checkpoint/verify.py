@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.files import Digest, file_sha256
+from diffmoe_ds.checkpoint.files import Digest
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
+from diffmoe_ds.data.writer import sha256_of
 from diffmoe_ds.errors import CheckpointError
 
 
@@ -69,7 +70,7 @@ def check_contents(path: Path, files: dict[str, Digest]) -> None:
     """
     for name, digest in files.items():
         try:
-            found = file_sha256(path / name)
+            found = sha256_of(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
         if found != digest.sha256:
