@@ -20,12 +20,18 @@ _interrupted_at = float("-inf")
 
 
 def listen() -> None:
-    """Note the signals from now on instead of ending; a second Ctrl-C ends the process at once.
-
-    It stays so until the process has gone: one that has finished its run and is told to stop has still succeeded.
-    """
+    """Note the signals from now on instead of ending; a second Ctrl-C ends the process at once."""
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
+
+
+def ignore() -> None:
+    """The run is over, well or not, and its exit code stands: a signal on the way out does not change it.
+
+    Python gives up its own handlers long before the process has gone, but leaves signals ignored that were.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> str:
