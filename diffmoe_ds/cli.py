@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
 from diffmoe_ds.parallel.launch import resolve_launch
-from diffmoe_ds.training.signals import listen
+from diffmoe_ds.training import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if argv is None and "train" in sys.argv[1:3]:
-        listen()
-    return _run(_parser().parse_args(argv))
+    if argv is not None or "train" not in sys.argv[1:3]:  # the deepspeed launcher puts --local_rank first
+        return _run(_parser().parse_args(argv))
+    signals.listen()
+    try:
+        return _run(_parser().parse_args(argv))
+    finally:
+        signals.ignore()
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -88,6 +88,20 @@ def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number):
 
 
 @pytest.mark.slow
+def test_a_signal_after_the_end_changes_nothing(tmp_path):
+    """Signals all the way from the last step until the process has gone."""
+    process, directory = _start(tmp_path, "run.total_images=160")
+    deadline = time.monotonic() + 90
+    while not (directory / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.002)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
     process, directory = _start(tmp_path, "run.total_images=100000")
     _wait_for_rows(directory)
