@@ -118,12 +118,12 @@ class Campaign:
         self.expected = {row["step"]: row for row in metrics(self.folder / "reference")}
         assert len(self.expected) == STEPS
 
-    def trial(self, fault: str, inject: Callable[[Ranks], float], codes: set[int], *overrides: str) -> str:
-        """Start the disturbed run, inject, and check.
+    def trial(self, fault: str, inject: Callable[[Ranks], float | None], codes: set[int], *overrides: str) -> str:
+        """Start the disturbed run, inject, and check; counted unless the fault came too late.
 
         Args:
             fault: its name in the table.
-            inject: does it and returns when it did.
+            inject: does it and returns when it did, None if it was too late.
             codes: what a rank that could choose may leave with, besides 0.
             overrides: settings of this trial.
 
@@ -144,7 +144,7 @@ class Campaign:
                 raise Failed(f"did not continue at {saved_before} images:\n{ranks.text()[-3000:]}")
             began = inject(ranks)
             found = ranks.wait(LEAVE_LIMIT_S)
-            row.longest_s = max(row.longest_s, time.monotonic() - began)
+            left = time.monotonic()
         finally:
             ranks.end()
         text = ranks.text()
@@ -157,10 +157,21 @@ class Campaign:
         announced = [int(line.split("images_")[1].split()[0]) for line in text.splitlines() if "saved  " in line]
         if announced and completed < max(announced):
             raise Failed(f"{fault}: {max(announced)} images were saved, {completed} are there")
-        row.runs += 1
-        row.codes |= {code for code in found if code >= 0}
-        row.steps_lost = max(row.steps_lost, seen - completed // BATCH)
+        if began is not None and any(found):  # else the run was complete before the fault reached it
+            row.runs += 1
+            row.longest_s = max(row.longest_s, left - began)
+            row.codes |= {code for code in found if code >= 0}
+            row.steps_lost = max(row.steps_lost, seen - completed // BATCH)
         return text
+
+    def until_counted(self, trial: Callable[[], None]) -> None:
+        """A try that comes too late is no trial."""
+        before = sum(row.runs for row in self.rows.values())
+        for _ in range(10):
+            trial()
+            if sum(row.runs for row in self.rows.values()) > before:
+                return
+        raise Failed("ten tries came too late")
 
     def check_curve(self, complete: bool) -> None:
         """Every row equals the reference's, in order and without a gap."""
@@ -188,49 +199,42 @@ class Campaign:
     def kill(self) -> None:
         """SIGKILL of a random rank at a random time."""
 
-        def inject(ranks: Ranks) -> float:
+        def inject(ranks: Ranks) -> float | None:
             time.sleep(self.random.uniform(0, 3))
-            self.random.choice(ranks.processes).kill()
-            return time.monotonic()
+            victim = self.random.choice(ranks.processes)
+            late = victim.poll() is not None
+            victim.kill()
+            return None if late else time.monotonic()
 
         text = self.trial("SIGKILL of a rank", inject, {85})
         if "complete" not in text and f"{STEPS * BATCH:,} of" not in text and " died in step " not in text:
             raise Failed(f"nobody says who died:\n{text[-3000:]}")
 
     def kill_in_save(self) -> None:
-        """SIGKILL of a random rank while a checkpoint is written; a try that comes too late is no trial."""
-        for _ in range(10):
-            inside = False
+        """SIGKILL of a random rank while a checkpoint is written."""
 
-            def inject(ranks: Ranks) -> float:
-                nonlocal inside
-                time.sleep(self.random.uniform(0, 2))
-                victim, deadline = self.random.choice(ranks.processes), time.monotonic() + 20
-                wait_s = self.random.uniform(0, 0.004)
-                while time.monotonic() < deadline and victim.poll() is None:
-                    if writing(self.directory):
-                        time.sleep(wait_s)
-                        victim.kill()
-                        victim.wait()
-                        inside = writing(self.directory)
-                        return time.monotonic()
-                victim.kill()
-                return time.monotonic()
+        def inject(ranks: Ranks) -> float | None:
+            time.sleep(self.random.uniform(0, 2))
+            victim, deadline = self.random.choice(ranks.processes), time.monotonic() + 20
+            wait_s, inside = self.random.uniform(0, 0.004), False
+            while time.monotonic() < deadline and victim.poll() is None and not inside:
+                if writing(self.directory):
+                    time.sleep(wait_s)
+                    victim.kill()
+                    victim.wait()
+                    inside = writing(self.directory)
+            victim.kill()
+            return time.monotonic() if inside else None
 
-            name = "SIGKILL inside a save"
-            runs = self.rows.setdefault(name, Row(name)).runs
-            self.trial(name, inject, {85})
-            if inside:
-                return
-            self.rows[name].runs = runs
-        raise Failed("ten tries did not hit a save")
+        self.trial("SIGKILL inside a save", inject, {85})
 
     def stop(self) -> None:
         """SIGSTOP of a random rank: the other leaves within the limit."""
 
-        def inject(ranks: Ranks) -> float:
+        def inject(ranks: Ranks) -> float | None:
             time.sleep(self.random.uniform(0, 2))
             frozen, began = self.random.choice(ranks.processes), time.monotonic()
+            late = frozen.poll() is not None
             frozen.send_signal(signal.SIGSTOP)
             other = next(p for p in ranks.processes if p is not frozen)
             try:
@@ -240,7 +244,7 @@ class Campaign:
             if other.returncode and "has not answered for" not in ranks.text():
                 raise Failed(f"nobody says who is frozen:\n{ranks.text()[-3000:]}")
             frozen.kill()
-            return began
+            return None if late else began
 
         self.trial("SIGSTOP of a rank", inject, {85})
 
@@ -365,7 +369,7 @@ def run(
                 trials.append(lambda n=number: campaign.full_disk(disk, ("stop", "continue")[n % 2]))
         campaign.random.shuffle(trials)
         for number, trial in enumerate(trials):
-            trial()
+            campaign.until_counted(trial)
             report(f"{number + 1} of {len(trials)} trials", campaign.rows)
     finally:
         if has_disk:
