@@ -11,6 +11,7 @@ left, and checks what it left behind.  When it has reached its end, a new one be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -68,8 +69,7 @@ class Campaign:
         self.random = random.Random(seed)
         self.rows: dict[str, Row] = {}
         self.expected: dict[int, dict] = {}
-        self.number = 0
-        self.directory = folder / "run_0"
+        self.directory = folder / "run"
         self.config = folder / "ds.json"
         self.config.write_text(
             json.dumps(
@@ -133,8 +133,6 @@ class Campaign:
         if done(self.directory):
             self.check_curve(complete=True)
             shutil.rmtree(self.directory)
-            self.number += 1
-            self.directory = self.folder / f"run_{self.number}"
         row = self.rows.setdefault(fault, Row(fault))
         saved_before = saved(self.directory)
         ranks = self.start(self.directory, *overrides)
@@ -305,15 +303,13 @@ class Campaign:
         disturbed, self.directory = self.directory, directory
 
         def inject(ranks: Ranks) -> float:
+            if not checkpoints(directory):
+                self._wait_for(ranks, "saved  ")  # there has to be one that the fault could cost
             time.sleep(self.random.uniform(0.2, 1.5))
             began = time.monotonic()
-            with filler.open("wb") as file:
-                try:
-                    while True:
-                        file.write(b"\0" * 65536)
-                        file.flush()
-                except OSError:
-                    pass
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * 65536)
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline and not any(p.poll() is not None for p in ranks.processes):
                 if "No space left" in ranks.text() and "was not saved" in ranks.text():
