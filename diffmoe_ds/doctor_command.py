@@ -15,7 +15,7 @@ from diffmoe_ds.doctor.facts import OPS, rank_facts
 from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.doctor.probes import clock_offsets, gather_facts, shared_directory, timed_collectives
-from diffmoe_ds.errors import LaunchError
+from diffmoe_ds.errors import ConfigError, LaunchError
 from diffmoe_ds.parallel.launch import resolve_launch
 from diffmoe_ds.parallel.rendezvous import Meeting, meet
 
@@ -58,6 +58,8 @@ def doctor_command(args: argparse.Namespace) -> None:
 
 
 def _ask_hosts(args: argparse.Namespace) -> None:
+    if args.nodes is not None and args.nodes < 1:
+        raise ConfigError(f"--nodes is {args.nodes}, but it must be above 0.")
     hosts = list(read_hostfile(args.hostfile))[: args.nodes]
     found = check_hosts(hosts)
     if args.json:
@@ -74,7 +76,7 @@ def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | Non
     facts = rank_facts(launch, args.run_dir)
     facts["shared"] = shared_directory(meeting, args.run_dir, args.timeout)
     ranks = gather_facts(meeting, "facts", facts, args.timeout)
-    offsets = clock_offsets(meeting)
+    offsets = clock_offsets(meeting, args.timeout)
     failed = ""
     timed: dict[str, Any] = {}
     if launch.world > 1:

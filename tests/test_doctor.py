@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.errors import ConfigError
-from tests.conftest import run_ranks
+from tests.conftest import clean_environment, free_port, run_processes, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,30 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
     for sentence, (host, message) in zip(found, expected.items(), strict=True):
         assert sentence.startswith(f"{host}: ") and message in sentence
     assert {path.name for path in Path.cwd().iterdir()} == {"bin"}
+
+
+@pytest.mark.parametrize("stuck", (0, 1))
+def test_rank_that_stops_answering_is_named(tmp_path, stuck):
+    """As one whose file system hangs."""
+    sleeper = (
+        "import time; from diffmoe_ds.parallel.launch import resolve_launch; "
+        "from diffmoe_ds.parallel.rendezvous import meet; meeting = meet(resolve_launch()); time.sleep(100)"
+    )
+    port, commands = str(free_port()), []
+    for rank in range(2):
+        doctor = ["-m", "diffmoe_ds.cli", "doctor", "--run-dir", str(tmp_path), "--timeout", "4"]
+        environment = clean_environment(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        commands.append(([sys.executable, *(["-c", sleeper] if rank == stuck else doctor)], environment))
+    finished = run_processes(commands, timeout=60)
+    assert finished.code == 1 and "Traceback" not in finished.output, finished.output
+    assert f"rank {stuck} on {socket.gethostname()}: no answer for {4 if stuck else 8} s" in finished.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("nodes", ("0", "-1"))
+def test_number_of_hosts_to_ask(tmp_path, capsys, nodes):
+    (tmp_path / "hostfile").write_text("node1 slots=1\n")
+    assert main(["doctor", "--hostfile", str(tmp_path / "hostfile"), "--nodes", nodes]) == 2
+    assert f"--nodes is {nodes}, but it must be above 0" in capsys.readouterr().err

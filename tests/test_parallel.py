@@ -9,6 +9,7 @@ import torch
 
 from diffmoe_ds.errors import TopologyError
 from diffmoe_ds.model.experts import Experts
+from diffmoe_ds.parallel import launch
 from diffmoe_ds.parallel.launch import first_host, resolve_launch
 from diffmoe_ds.parallel.topology import Topology, largest_ep_size
 from diffmoe_ds.parallel.traffic import crossing_share
@@ -51,6 +52,11 @@ DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}  # sbatch's script itself, not a step of it
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
 TORCHRUN_IN_STEP = {**SRUN, **TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}  # one torchrun a node, started by srun
+INTERACTIVE = {  # what `srun --pty bash` leaves in the shell
+    "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_STEP_NODELIST": "node1",
+}  # fmt: skip
+DAEMON = {**INTERACTIVE, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "node[2-4]"}
 MPIRUN = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2402", strict=True)}
 
 
@@ -65,11 +71,22 @@ MPIRUN = {f"OMPI_COMM_WORLD_{k}": v for k, v in zip(("RANK", "SIZE", "LOCAL_RANK
         (TORCHRUN_IN_STEP, (3, 4, 1, 2)),
         ({**BATCH_SCRIPT, **DEEPSPEED}, (3, 4, 1, 2)),
         ({**SRUN, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, (5, 8, 1, 4)),
+        ({**INTERACTIVE, **MPIRUN}, (2, 4, 0, 2)),
+        ({**DAEMON, **MPIRUN}, (2, 4, 0, 2)),
+        ({**SRUN, "PMIX_RANK": "5", "PMI_RANK": "5", "PMI_SIZE": "8"}, (5, 8, 1, 4)),
     ),
 )
 def test_every_launcher_is_understood(environment, expected):
-    launch = resolve_launch(environment)
-    assert (launch.rank, launch.world, launch.local_rank, launch.local_world) == expected
+    found = resolve_launch(environment)
+    assert (found.rank, found.world, found.local_rank, found.local_world) == expected
+
+
+def test_another_mpi_inside_a_slurm_job_is_asked(monkeypatch):
+    """Hydra's daemons are tasks of a step, whose variables their ranks inherit."""
+    asked = launch.Launch(6, 24, 2, 8, "MPI through mpi4py")
+    monkeypatch.setattr(launch, "_from_mpi", lambda: asked)
+    assert resolve_launch({**DAEMON, "PMI_RANK": "6", "PMI_SIZE": "24"}) == asked
+    assert resolve_launch({**DAEMON, "PMI_RANK": "1", "PMI_SIZE": "24"}) == asked
 
 
 @pytest.mark.parametrize(
@@ -81,6 +98,9 @@ def test_every_launcher_is_understood(environment, expected):
         ({**SRUN, **TORCHRUN}, "RANK is 3, but SLURM_PROCID is '5': two launchers contradict each other"),
         ({**SRUN, "RANK": "5", "WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but SLURM_STEP_NUM_TASKS is '8'"),
         ({**MPIRUN, "RANK": "0", "WORLD_SIZE": "4"}, "RANK is 0, but OMPI_COMM_WORLD_RANK is '2'"),
+        ({"RANK": "3.7", "WORLD_SIZE": "4"}, "RANK is '3.7', but it must be a number"),
+        ({**TORCHRUN, "LOCAL_RANK": "9"}, "LOCAL_RANK is 9, but it must be below LOCAL_WORLD_SIZE, which is 2"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "WORLD_SIZE is '4', but RANK is not set"),
         ({"MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', but it must be a port"),
     ),
 )
@@ -102,12 +122,13 @@ STEP = {**SRUN, "SLURM_STEP_NODELIST": "rack2-node[003-5,9],other", "SLURM_JOB_I
         ({**STEP, "MASTER_PORT": "7000"}, "rack2-node003", 7000),
         ({**TORCHRUN, "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}, "node1", 29501),
         (MPIRUN, None, None),
+        ({**DAEMON, **MPIRUN}, None, None),
     ),
 )
 def test_where_the_ranks_meet(environment, address, port):
-    launch = resolve_launch(environment)
-    assert (launch.master_addr, launch.master_port) == (address, port)
-    assert address is None or f"they meet at {address}:{port}" in launch.describe()
+    found = resolve_launch(environment)
+    assert (found.master_addr, found.master_port) == (address, port)
+    assert address is None or f"they meet at {address}:{port}" in found.describe()
 
 
 @pytest.mark.parametrize(

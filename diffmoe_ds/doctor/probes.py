@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.doctor.facts import existing, interface_bytes
+from diffmoe_ds.errors import LaunchError, SaidElsewhereError
 from diffmoe_ds.parallel.rendezvous import Meeting
 
 SEEN_WITHIN_S = 5.0
@@ -39,9 +40,32 @@ def gather_facts(meeting: Meeting, name: str, mine: Any, timeout_s: float) -> li
     meeting.store.set(f"{name}/{meeting.launch.rank}", json.dumps(mine))
     if meeting.launch.rank:
         return None
-    keys = [f"{name}/{rank}" for rank in range(meeting.launch.world)]
-    meeting.store.wait(keys, timedelta(seconds=timeout_s))
-    return [json.loads(meeting.store.get(key)) for key in keys]
+    keys = {f"{name}/{rank}": rank for rank in range(meeting.launch.world)}
+    return [json.loads(text) for text in _hear(meeting, keys, timeout_s)]
+
+
+def _hear(meeting: Meeting, keys: dict[str, int], timeout_s: float) -> list[str]:
+    """What ranks say under these keys.
+
+    Raises:
+        LaunchError: a rank has said nothing for so long.
+        SaidElsewhereError: rank 0 is gone, and has said why.
+    """
+    store = meeting.store
+    patience = timeout_s if meeting.launch.rank == 0 else 2 * timeout_s  # rank 0 is the one to find out who is silent
+    try:
+        store.wait(list(keys), timedelta(seconds=patience))
+        return [store.get(key).decode() for key in keys]
+    except RuntimeError:
+        try:
+            silent = [rank for key, rank in keys.items() if not store.check([key])]
+        except RuntimeError:
+            raise SaidElsewhereError(LaunchError.exit_code) from None
+    names = ", ".join(f"rank {rank} on {meeting.hosts[rank]}" for rank in silent)
+    raise LaunchError(
+        f"{names}: no answer for {patience:g} s after the ranks had met; a file system that hangs there, or a process "
+        "that died?"
+    )
 
 
 def shared_directory(meeting: Meeting, directory: Path, timeout_s: float) -> dict[str, Any]:
@@ -53,20 +77,21 @@ def shared_directory(meeting: Meeting, directory: Path, timeout_s: float) -> dic
         folder = path / f".diffmoe-doctor-{secrets.token_hex(4)}"
         _try(folder.mkdir)
         store.set("folder", str(folder))
-    folder = Path(store.get("folder").decode())
+    folder = Path(_hear(meeting, {"folder": 0}, timeout_s)[0])
     reads = _soon(folder.is_dir)
     writes = reads and _try(lambda: (folder / str(rank)).write_text(meeting.hosts[rank]))
-    gather_facts(meeting, "written", writes, timeout_s)
-    result = {"reads": reads, "writes": writes}
-    if rank == 0:
-        others = range(1, meeting.launch.world)
-        store.set("seen", json.dumps({r: _soon((folder / str(r)).is_file) for r in others} | {0: writes}))
-        shutil.rmtree(folder, ignore_errors=True)
-    result["writes"] = json.loads(store.get("seen"))[str(rank)]
-    return result
+    try:
+        gather_facts(meeting, "written", writes, timeout_s)
+        if rank == 0:
+            others = range(1, meeting.launch.world)
+            store.set("seen", json.dumps({r: _soon((folder / str(r)).is_file) for r in others} | {0: writes}))
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    return {"reads": reads, "writes": json.loads(_hear(meeting, {"seen": 0}, timeout_s)[0])[str(rank)]}
 
 
-def clock_offsets(meeting: Meeting) -> dict[str, float]:
+def clock_offsets(meeting: Meeting, timeout_s: float) -> dict[str, float]:
     """Seconds by which each host's clock is ahead of rank 0's; on rank 0, empty on the others."""
     store, rank = meeting.store, meeting.launch.rank
     first = {host: meeting.hosts.index(host) for host in dict.fromkeys(meeting.hosts)}
@@ -78,12 +103,12 @@ def clock_offsets(meeting: Meeting) -> dict[str, float]:
         for ping in range(PINGS):
             asked, answered = f"asked/{leader}/{ping}", f"answered/{leader}/{ping}"
             if rank == leader:
-                store.get(asked)
+                _hear(meeting, {asked: 0}, timeout_s)
                 store.set(answered, str(time.time()))
             else:
                 begun, wall = time.perf_counter(), time.time()
                 store.set(asked, "")
-                theirs = float(store.get(answered))
+                theirs = float(_hear(meeting, {answered: leader}, timeout_s)[0])
                 took = time.perf_counter() - begun
                 if took < best:
                     best, offsets[host] = took, round(theirs - wall - took / 2, 6)

@@ -1,8 +1,10 @@
 """Which rank is this process, and where do the ranks meet?  Every launcher says it in its own variables; this is the
 one place that asks.
 
-Order: ``RANK`` (deepspeed, torchrun), a Slurm step (srun), Open MPI (mpirun), any other MPI through mpi4py, else a
-process on its own.  Two of them that contradict each other are an error, found before any rank is joined.
+Order: ``RANK`` (deepspeed, torchrun), Open MPI (mpirun), a Slurm step (srun), any other MPI through mpi4py, else a
+process on its own.  An mpirun inside a Slurm job hands the variables of the step in which it or its daemons run to its
+ranks, so MPI goes before Slurm where they disagree.  ``RANK`` that contradicts another is an error, found before any
+rank is joined.
 """
 
 from __future__ import annotations
@@ -77,16 +79,20 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
         local_world = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"  # torchrun's, deepspeed's
         launch = _from(env, _launcher(env), "RANK", "WORLD_SIZE", "LOCAL_RANK", local_world)
         _check_contradictions(env, launch)
-    elif "SLURM_STEP_NUM_TASKS" in env:
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+        launch = _from(env, "mpirun's OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{name}" for name in names))
+        env = _without_step(env)
+    elif "SLURM_STEP_NUM_TASKS" in env and not _is_step_of_an_mpirun(env):
         launch = _from(
             env, "srun's SLURM_PROCID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID",
             "SLURM_STEP_TASKS_PER_NODE",
         )  # fmt: skip
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        launch = _from(env, "mpirun's OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{name}" for name in names))
     elif any(name in env for name in OTHER_MPI):
         launch = _from_mpi()
+        env = _without_step(env)
+    elif env.get("WORLD_SIZE", "1") != "1":
+        raise TopologyError(f"WORLD_SIZE is {env['WORLD_SIZE']!r}, but RANK is not set; set both or neither.")
     else:
         launch = Launch(0, 1, 0, 1, "no launcher: a single process")
     if not 0 <= launch.rank < launch.world:
@@ -115,6 +121,16 @@ def _launcher(env: Mapping[str, str]) -> str:
     return "deepspeed's RANK" if "CROSS_SIZE" in env else "the variable RANK"
 
 
+def _is_step_of_an_mpirun(env: Mapping[str, str]) -> bool:
+    """srun itself sets PMI's variables for its tasks, and then they agree with its own."""
+    pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMIX_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(mpi in env and env[mpi] != env.get(slurm) for mpi, slurm in pairs)
+
+
+def _without_step(env: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: value for name, value in env.items() if not name.startswith("SLURM_STEP_")}
+
+
 def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
     """RANK against what Slurm and Open MPI say, unless a launcher stands between them and this process."""
     if any(name in env for name in LAUNCHED):
@@ -137,13 +153,20 @@ def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank
         text = env.get(name)
         if text is None and default is not None:
             return default
-        leading = re.match(r"\d+", text or "")  # Slurm writes "2(x4)" for two tasks on each of four nodes
-        if leading is None:
+        # Slurm writes "2(x3),1" for two tasks on each of three nodes and one on the next
+        found = re.fullmatch(r"(\d+)([(,].*)?" if name.startswith("SLURM_") else r"(\d+)", text or "")
+        if found is None:
             raise TopologyError(f"{source}: {name} is {text!r}, but it must be a number.")
-        return int(leading[0])
+        return int(found[1])
 
     ranks = number(world)
-    return Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks), source)
+    launch = Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks), source)
+    if launch.local_rank >= launch.local_world and not local_world.startswith("SLURM_"):
+        raise TopologyError(
+            f"{source}: {local_rank} is {launch.local_rank}, but it must be below {local_world}, which is "
+            f"{launch.local_world}."
+        )
+    return launch
 
 
 def _from_mpi() -> Launch:

@@ -197,15 +197,15 @@ class Cluster:
         """Submit a job; its number."""
         return int(self.output(f"sbatch --parsable {arguments}", cwd=cwd, **environment).split(";")[0])
 
-    def job(self, number: int) -> Job:
-        """How a job is."""
+    def job(self, number: int | str) -> Job:
+        """How a job is, or a task ``JOB_TASK`` of an array."""
         fields = dict(re.findall(r"(\w+)=(\S*)", self.output(f"scontrol show job {number}")))
         return Job(
             fields["JobState"], fields["Reason"], int(fields["Restarts"]), fields["ExitCode"].split(":")[0],
             int(fields["NumNodes"].split("-")[0]), fields["NodeList"],
         )  # fmt: skip
 
-    def until_ended(self, number: int, timeout: float, log: Path | None = None) -> Job:
+    def until_ended(self, number: int | str, timeout: float, log: Path | None = None) -> Job:
         """Wait until a job has ended for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

@@ -54,3 +54,43 @@ def test_dry_run_prints_the_command_and_documents_every_variable(path: Path):
         assert used == (f"#   {name} " in head), f"{name} is used but not documented, or the other way round"
         if used and name not in ("MASTER_PORT",):
             assert value in words or any(value in word for word in words) or (name == "MPI_OPTIONS" and "x" in words)
+
+
+STUBS = {
+    "python": 'echo "        run  $PWD/run"',
+    "srun": 'echo "$@" >>calls; exit 85',
+    "squeue": 'echo squeue "$@" >>calls; [ "$(grep -c squeue calls)" -gt $SILENT ] || exit 1; echo $STATE',
+    "scontrol": 'echo scontrol "$@" >>calls; [ "$(grep -c scontrol calls)" -gt 1 ]',
+    "sleep": ":",
+}
+
+
+@pytest.mark.parametrize(
+    ("silent", "state", "requeued"),
+    (("1", "RUNNING", True), ("99", "", True), ("0", "COMPLETING", False), ("0", "", False)),
+)
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, state, requeued):
+    """After a crash of an array's task, on a cluster whose modules read variables that are not set."""
+    for name, text in STUBS.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/env.sh").write_text("[[ $NOT_SET == x ]]\n")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/latest").write_text("images_1\n")
+    environment = clean_environment(
+        PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", SLURM_JOB_ID="36", SLURM_ARRAY_JOB_ID="36", SLURM_ARRAY_TASK_ID="1",
+        SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node1", SLURM_CPUS_ON_NODE="2", SLURM_RESTART_COUNT="1",
+        SLURM_SUBMIT_DIR=str(tmp_path), SILENT=silent, STATE=state,
+    )  # fmt: skip
+    script = [str(REPOSITORY / "slurm/train.sbatch"), "--resume", "none"]
+    finished = subprocess.run(
+        ["bash", *script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert finished.returncode == 85 and finished.stderr == "", finished.stdout + finished.stderr
+    assert calls[0].endswith("train.py --resume none --resume auto"), "a restart continues what was saved"
+    assert all("36_1" in call for call in calls[1:]) and any("squeue" in call for call in calls)
+    assert (calls[-1] == "scontrol requeue 36_1") == requeued

@@ -206,6 +206,23 @@ def test_prepare_on_four_tasks(cluster: Cluster, project: Path):
     assert json.loads(checked.splitlines()[-1])["samples"] == 24
 
 
+def test_a_task_of_an_array_is_requeued_alone(cluster: Cluster, project: Path):
+    """`slurm/sweep.sbatch`: USR1 to the task whose job number is also the whole array's."""
+    sbatch = Sbatch(cluster, project, steps=200)
+    options = SMALL.replace("=log", "=log-%a")
+    array = cluster.submit(f"--array=0-1 --nodes=1 {options} slurm/sweep.sbatch {sbatch.options}", project)
+    tasks = [f"{array}_{number}" for number in range(2)]
+    runs = [project / "runs/sweep" / name for name in ("lr-1e-4", "lr-3e-4")]
+    cluster.until(lambda: all((run / "metrics.jsonl").exists() for run in runs), LIMIT, "both tasks")
+    same = next(task for task in tasks if f"JobId={array} " in cluster.output(f"scontrol show job {task}"))
+    cluster.output(f"scancel --batch --signal=USR1 {same}")
+    for number, task in enumerate(tasks):
+        ended = cluster.until_ended(task, LIMIT, project / f"log-{number}")
+        text = (project / f"log-{number}").read_text()
+        assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", "0", int(task == same)), text
+        assert len(read_metrics(runs[number])) == 200 and ("continues" in text) == (task == same)
+
+
 def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
     sbatch = Sbatch(cluster, project, steps=10_000)
     job = sbatch.submit("1")
