@@ -62,6 +62,14 @@ def test_shipped_recipes_load_and_come_back(name, tmp_path):
     assert load_config(str(copy)) == config
 
 
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_shipped_recipes_draw_grids_that_cost_little(name):
+    run, sample = load_config(name).run, load_config(name).sample
+    grids = run.total_images // run.sample_every_images
+    forwards = grids * sample.num_images * sample.steps * (1 if sample.cfg_scale == 1 else 2)
+    assert grids >= 2 and forwards < 0.05 * 3 * run.total_images, "training is a forward pass and twice that backward"
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world", (1, 2, 4, 32))
 def test_shipped_json_resolves_at_many_sizes(path, world):

@@ -156,7 +156,7 @@ class RunConfig:
     log_every_images: int = 2_000
     """Print a line and write TensorBoard at least every so many images."""
     sample_every_images: int = 0
-    """Draw a sample grid into TensorBoard every so many images; 0 draws none."""
+    """Draw a sample grid into TensorBoard and ``samples/`` every so many images and at the end; 0 draws none."""
     start_timeout_s: float = 300.0
     """Seconds that the ranks wait for each other at the start before they name who has not come."""
     straggler_steps: int = 100
