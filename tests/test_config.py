@@ -148,7 +148,11 @@ def test_unknown_recipe_names_the_nearest():
         ({"train_batch_size": 16, "gradient_clipping": -1}, "gradient_clipping is -1, but it must be a"),
         ({"train_batch_size": 16, "tensorboard": {"enabled": 1}}, "tensorboard.enabled is 1, but it must be true"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true at"),
-        ({"train_batch_size": 16, "zero_optimization": {"reduce_bucket_size": "auto"}}, "bucket_size is 'auto', but"),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": "auto"}}, "stage is 'auto', but it must be 0, 1, 2"),
+        ({"train_batch_size": 16, "zero_optimization": "auto"}, "zero_optimization is 'auto', but it must be an"),
+        ({"train_batch_size": 16, "comms_logger": "auto"}, "comms_logger is 'auto', but it must be an object"),
+        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "scheduler.type is \"auto\", but a recipe has no"),
+        ({"train_batch_size": 16, "scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps must be given"),
         ({"train_batch_size": 16, "zero_optimization": {"offload_param": {}}}, "offload_param is a setting of"),
         ({"train_batch_size": 16, "optimizer": {"params": {"lr": "fast"}}}, "lr is 'fast', but it must be a number"),
         ({"train_batch_size": 16, "optimizer": {"params": {"betas": [0.9]}}}, "betas is [0.9], but it must be a list"),
@@ -158,8 +162,8 @@ def test_unknown_recipe_names_the_nearest():
             "did you mean 'warmup_num_steps'",
         ),
         (
-            {"train_batch_size": 16, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}},
-            "must be given",
+            {"train_batch_size": 16, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": "auto"}}},
+            "cycle_min_lr must be given: neither the recipe nor DeepSpeed has a value",
         ),
         ({"train_batch_size": 10**30}, "below 2^31"),
         ({"train_batch_size": 16, "expert_parallel": {"autoep_size": "big"}}, "autoep_size is 'big', but it must be"),
@@ -187,6 +191,62 @@ def test_json_optimizer_wins_and_says_so():
     settings = resolve({"train_batch_size": 8, "optimizer": {"params": {"lr": 0.5, "eps": "auto"}}})
     assert settings.json["optimizer"]["params"]["lr"] == 0.5
     assert any("optimizer.params.lr is 0.5 from ds.json, not the recipe's" in note for note in settings.notes)
+
+
+AUTO_ZERO = (
+    "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+)  # fmt: skip
+
+
+def test_every_auto_is_resolved_and_reported():
+    """A file as DeepSpeed users have them, with "auto" wherever it can stand."""
+    raw = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "wall_clock_breakdown": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "flops_profiler": {"enabled": "auto"},
+        "tensorboard": {"enabled": "auto", "output_path": "auto"},
+        "expert_parallel": {"autoep_size": "auto"},
+        "optimizer": {
+            "type": "auto",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay", "torch_adam", "foreach"), "auto"),
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        },
+        "zero_optimization": {
+            "stage": 2, **dict.fromkeys(AUTO_ZERO, "auto"),
+            "offload_optimizer": {"device": "auto", "pin_memory": "auto"},
+        },
+    }  # fmt: skip
+    settings = resolve(raw, "run.total_images=100", "optimizer.lr=2e-3", world=2)
+    assert '"auto"' not in json.dumps(settings.json)
+    assert settings.gradient_clipping == 0 and settings.tensorboard and settings.tensorboard_dir is None
+    assert settings.json["optimizer"]["type"] == "AdamW" and settings.json["optimizer"]["params"]["torch_adam"] is True
+    assert settings.json["scheduler"]["params"] == {"warmup_max_lr": 2e-3, "total_num_steps": 7}
+    assert settings.json["zero_optimization"] == {"stage": 2, "offload_optimizer": {}}
+    for name in (
+        "train_micro_batch_size_per_gpu: auto is 8", "gradient_accumulation_steps: auto is 1",
+        "gradient_clipping: auto is 0.0", "steps_per_print: auto is",
+        "wall_clock_breakdown: auto is DeepSpeed's default",
+        "fp16.enabled: auto is false", "bf16.enabled: auto is false on cpu", "flops_profiler.enabled: auto is",
+        "tensorboard.enabled: auto is true", "expert_parallel.autoep_size: auto is 2",
+        'optimizer.type: auto is "AdamW"',
+        "optimizer.params.lr: auto is 0.002", "optimizer.params.foreach: auto is DeepSpeed's default",
+        "scheduler.params.warmup_max_lr: auto is 0.002", "scheduler.params.total_num_steps: auto is 7",
+        "scheduler.params.warmup_num_steps: auto is DeepSpeed's default",
+        *(f"zero_optimization.{key}: auto is DeepSpeed's default" for key in AUTO_ZERO),
+        "zero_optimization.offload_optimizer.device: auto is DeepSpeed's default",
+    ):  # fmt: skip
+        assert sum(note.startswith(name.split(" auto")[0]) for note in settings.notes) == 1, "each once"
+        assert any(note.startswith(name) for note in settings.notes), name
 
 
 def test_no_clipping_means_none_and_zero_0_is_clipped_by_us():
