@@ -98,6 +98,21 @@ def test_shipped_json_resolves_at_many_sizes(path, world):
         ("run.total_images=1.5", "run.total_images is 1.5, but it must be a whole number"),
         ("run.total_images=.inf", "run.total_images is inf, but it must be a whole number"),
         ("run.total_images=-5", "run.total_images is -5, but it must be above 0"),
+        ("run.total_images=1e-5", "run.total_images is '1e-5', but it must be a whole number"),
+        ("run.total_images=1e300", "run.total_images is '1e300', but it must be a whole number of at most 64 bits"),
+        ("run.total_images=true", "run.total_images is True, but it must be a whole number"),
+        ("data.path=2024-13-45", "--set data.path: '2024-13-45' is no timestamp; quote it if it is text"),
+        ("data.path=!!timestamp x", "--set data.path: 'x' is no timestamp"),
+        ("run.seed=0b_", "--set run.seed: '0b_' is no whole number of at most 64 bits"),
+        ("run.seed=0x_", "--set run.seed: '0x_' is no whole number"),
+        ("run.seed=!!int abc", "--set run.seed: 'abc' is no whole number"),
+        ("run.seed=!!int ''", "--set run.seed: '' is no whole number"),
+        (f"run.seed={'9' * 5000}", f"--set run.seed: '{'9' * 40}' is no whole number"),
+        (f"run.seed=0x{'f' * 5000}", "--set run.seed: '0xfff"),
+        ("data.horizontal_flip=!!bool x", "--set data.horizontal_flip: 'x' is no truth value"),
+        ("optimizer.lr=!!float x", "--set optimizer.lr: 'x' is no number"),
+        ("model=!!map x", "model is '!!map x', but it must be a section"),
+        (f"optimizer.lr={'9' * 400}", "--set optimizer.lr: '999"),
         ("run.seed=-1", "run.seed is -1, but it must not be negative"),
         ("optimizer.lr=.nan", "optimizer.lr is nan, but it must be a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9], but it must be a list of 2 numbers"),
@@ -118,6 +133,25 @@ def test_wrong_recipe_values_are_named(override, message):
 def test_numbers_in_scientific_notation_are_numbers():
     assert load_config("fashion", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
     assert load_config("fashion", ["run.total_images=2.0e+3"]).run.total_images == 2000
+    assert load_config("fashion", ["run.total_images=1e5"]).run.total_images == 100_000
+    assert type(load_config("fashion", ["run.total_images=1e5"]).run.total_images) is int
+
+
+@pytest.mark.parametrize("value", ("2024-13-45", "0b_", "!!bool x", "!!timestamp x", "9" * 5000, "!!map x", "[0x_]"))
+def test_a_value_that_is_none_is_named_with_its_file_and_line(tmp_path, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run:\n  seed: {value}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(path))
+    assert str(error.value).startswith(f"{path}: is not valid YAML: ") and "line 2" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_an_empty_section_is_a_section_without_keys(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run:\nmodel:\ndeepspeed:\n")
+    config = load_config(str(path), ["run.total_images=5"])
+    assert config.run.total_images == 5 and config.deepspeed == {}
 
 
 def test_unknown_recipe_names_the_nearest():
