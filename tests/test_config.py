@@ -87,6 +87,7 @@ def test_shipped_json_resolves_at_many_sizes(path, world):
     (
         ("model.nam=x", "model.nam: 'nam' is not known; did you mean 'name'?"),
         ("modle.name=x", "'modle' is not known; did you mean 'model'?"),
+        ("model.name=s-e16", "model.name: 's-e16' is not known; did you mean 'S-E16'?"),
         ("model.name=M-E8", "model.name: 'M-E8' is not known; did you mean"),
         ("model.name=S-E3", "model.name: 'S-E3' is not known; did you mean 'S-E"),
         ("routing.kind=batchpool", "routing.kind: 'batchpool' is not known; did you mean 'batch_pool'?"),
@@ -179,6 +180,7 @@ def test_unknown_recipe_names_the_nearest():
         ({"train_batch_size": 16, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
         ({"train_batch_size": 16, "bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes'"),
         ({"train_batch_size": 16, "optimizer": {"type": "Adan"}}, "'Adan' is not known; did you mean 'Adam'"),
+        ({"train_batch_size": 16, "optimizer": {"type": "adamw"}}, "'adamw' is not known; did you mean 'AdamW'"),
         ({"train_batch_size": 16, "gradient_clipping": -1}, "gradient_clipping is -1, but it must be a"),
         ({"train_batch_size": 16, "tensorboard": {"enabled": 1}}, "tensorboard.enabled is 1, but it must be true"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true at"),
