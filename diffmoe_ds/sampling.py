@@ -29,7 +29,8 @@ def check_guidance(cfg_scale: float, guide_channels: int | str, config: Config) 
     channels = config.model.in_channels
     if cfg_scale != 1 and config.model.label_dropout == 0:
         raise ConfigError(
-            f"the guidance scale is {cfg_scale}, but the model is trained with model.label_dropout 0; it can only do 1."
+            f"the guidance scale (sample.cfg_scale or --cfg-scale) is {cfg_scale}, but a model trained with "
+            "model.label_dropout 0 can only do 1."
         )
     if guide_channels != "all" and not 1 <= guide_channels <= channels:
         raise ConfigError(f"--guide-channels is {guide_channels}; valid: all, or 1 to {channels}.")

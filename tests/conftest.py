@@ -113,7 +113,7 @@ class Trained:
 
 TINY = (
     "model.name=nano-E4", "model.patch_size=8", "run.total_images=80", "run.log_every_images=16", "ema.decay=0.9",
-    "optimizer.lr=1e-3",
+    "optimizer.lr=1e-3", "run.sample_every_images=0",
 )  # fmt: skip
 """A model of which a step of 16 images takes milliseconds."""
 

@@ -62,6 +62,14 @@ def test_shipped_recipes_load_and_come_back(name, tmp_path):
     assert load_config(str(copy)) == config
 
 
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_shipped_recipes_draw_grids_that_cost_little(name):
+    run, sample = load_config(name).run, load_config(name).sample
+    grids = run.total_images // run.sample_every_images
+    forwards = grids * sample.num_images * sample.steps * (1 if sample.cfg_scale == 1 else 2)
+    assert grids >= 2 and forwards < 0.05 * 3 * run.total_images, "training is a forward pass and twice that backward"
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world", (1, 2, 4, 32))
 def test_shipped_json_resolves_at_many_sizes(path, world):
@@ -79,6 +87,7 @@ def test_shipped_json_resolves_at_many_sizes(path, world):
     (
         ("model.nam=x", "model.nam: 'nam' is not known; did you mean 'name'?"),
         ("modle.name=x", "'modle' is not known; did you mean 'model'?"),
+        ("model.name=s-e16", "model.name: 's-e16' is not known; did you mean 'S-E16'?"),
         ("model.name=M-E8", "model.name: 'M-E8' is not known; did you mean"),
         ("model.name=S-E3", "model.name: 'S-E3' is not known; did you mean 'S-E"),
         ("routing.kind=batchpool", "routing.kind: 'batchpool' is not known; did you mean 'batch_pool'?"),
@@ -90,6 +99,21 @@ def test_shipped_json_resolves_at_many_sizes(path, world):
         ("run.total_images=1.5", "run.total_images is 1.5, but it must be a whole number"),
         ("run.total_images=.inf", "run.total_images is inf, but it must be a whole number"),
         ("run.total_images=-5", "run.total_images is -5, but it must be above 0"),
+        ("run.total_images=1e-5", "run.total_images is '1e-5', but it must be a whole number"),
+        ("run.total_images=1e300", "run.total_images is '1e300', but it must be a whole number of at most 64 bits"),
+        ("run.total_images=true", "run.total_images is True, but it must be a whole number"),
+        ("data.path=2024-13-45", "--set data.path: '2024-13-45' is no timestamp; quote it if it is text"),
+        ("data.path=!!timestamp x", "--set data.path: 'x' is no timestamp"),
+        ("run.seed=0b_", "--set run.seed: '0b_' is no whole number of at most 64 bits"),
+        ("run.seed=0x_", "--set run.seed: '0x_' is no whole number"),
+        ("run.seed=!!int abc", "--set run.seed: 'abc' is no whole number"),
+        ("run.seed=!!int ''", "--set run.seed: '' is no whole number"),
+        (f"run.seed={'9' * 5000}", f"--set run.seed: '{'9' * 40}' is no whole number"),
+        (f"run.seed=0x{'f' * 5000}", "--set run.seed: '0xfff"),
+        ("data.horizontal_flip=!!bool x", "--set data.horizontal_flip: 'x' is no truth value"),
+        ("optimizer.lr=!!float x", "--set optimizer.lr: 'x' is no number"),
+        ("model=!!map x", "model is '!!map x', but it must be a section"),
+        (f"optimizer.lr={'9' * 400}", "--set optimizer.lr: '999"),
         ("run.seed=-1", "run.seed is -1, but it must not be negative"),
         ("optimizer.lr=.nan", "optimizer.lr is nan, but it must be a finite number"),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9], but it must be a list of 2 numbers"),
@@ -110,6 +134,25 @@ def test_wrong_recipe_values_are_named(override, message):
 def test_numbers_in_scientific_notation_are_numbers():
     assert load_config("fashion", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
     assert load_config("fashion", ["run.total_images=2.0e+3"]).run.total_images == 2000
+    assert load_config("fashion", ["run.total_images=1e5"]).run.total_images == 100_000
+    assert type(load_config("fashion", ["run.total_images=1e5"]).run.total_images) is int
+
+
+@pytest.mark.parametrize("value", ("2024-13-45", "0b_", "!!bool x", "!!timestamp x", "9" * 5000, "!!map x", "[0x_]"))
+def test_a_value_that_is_none_is_named_with_its_file_and_line(tmp_path, value):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run:\n  seed: {value}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(path))
+    assert str(error.value).startswith(f"{path}: is not valid YAML: ") and "line 2" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_an_empty_section_is_a_section_without_keys(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run:\nmodel:\ndeepspeed:\n")
+    config = load_config(str(path), ["run.total_images=5"])
+    assert config.run.total_images == 5 and config.deepspeed == {}
 
 
 def test_unknown_recipe_names_the_nearest():
@@ -137,10 +180,15 @@ def test_unknown_recipe_names_the_nearest():
         ({"train_batch_size": 16, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
         ({"train_batch_size": 16, "bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes'"),
         ({"train_batch_size": 16, "optimizer": {"type": "Adan"}}, "'Adan' is not known; did you mean 'Adam'"),
+        ({"train_batch_size": 16, "optimizer": {"type": "adamw"}}, "'adamw' is not known; did you mean 'AdamW'"),
         ({"train_batch_size": 16, "gradient_clipping": -1}, "gradient_clipping is -1, but it must be a"),
         ({"train_batch_size": 16, "tensorboard": {"enabled": 1}}, "tensorboard.enabled is 1, but it must be true"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true at"),
-        ({"train_batch_size": 16, "zero_optimization": {"reduce_bucket_size": "auto"}}, "bucket_size is 'auto', but"),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": "auto"}}, "stage is 'auto', but it must be 0, 1, 2"),
+        ({"train_batch_size": 16, "zero_optimization": "auto"}, "zero_optimization is 'auto', but it must be an"),
+        ({"train_batch_size": 16, "comms_logger": "auto"}, "comms_logger is 'auto', but it must be an object"),
+        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "scheduler.type is \"auto\", but a recipe has no"),
+        ({"train_batch_size": 16, "scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps must be given"),
         ({"train_batch_size": 16, "zero_optimization": {"offload_param": {}}}, "offload_param is a setting of"),
         ({"train_batch_size": 16, "optimizer": {"params": {"lr": "fast"}}}, "lr is 'fast', but it must be a number"),
         ({"train_batch_size": 16, "optimizer": {"params": {"betas": [0.9]}}}, "betas is [0.9], but it must be a list"),
@@ -150,8 +198,8 @@ def test_unknown_recipe_names_the_nearest():
             "did you mean 'warmup_num_steps'",
         ),
         (
-            {"train_batch_size": 16, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}},
-            "must be given",
+            {"train_batch_size": 16, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": "auto"}}},
+            "cycle_min_lr must be given: neither the recipe nor DeepSpeed has a value",
         ),
         ({"train_batch_size": 10**30}, "below 2^31"),
         ({"train_batch_size": 16, "expert_parallel": {"autoep_size": "big"}}, "autoep_size is 'big', but it must be"),
@@ -179,6 +227,62 @@ def test_json_optimizer_wins_and_says_so():
     settings = resolve({"train_batch_size": 8, "optimizer": {"params": {"lr": 0.5, "eps": "auto"}}})
     assert settings.json["optimizer"]["params"]["lr"] == 0.5
     assert any("optimizer.params.lr is 0.5 from ds.json, not the recipe's" in note for note in settings.notes)
+
+
+AUTO_ZERO = (
+    "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+)  # fmt: skip
+
+
+def test_every_auto_is_resolved_and_reported():
+    """A file as DeepSpeed users have them, with "auto" wherever it can stand."""
+    raw = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "wall_clock_breakdown": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "flops_profiler": {"enabled": "auto"},
+        "tensorboard": {"enabled": "auto", "output_path": "auto"},
+        "expert_parallel": {"autoep_size": "auto"},
+        "optimizer": {
+            "type": "auto",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay", "torch_adam", "foreach"), "auto"),
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        },
+        "zero_optimization": {
+            "stage": 2, **dict.fromkeys(AUTO_ZERO, "auto"),
+            "offload_optimizer": {"device": "auto", "pin_memory": "auto"},
+        },
+    }  # fmt: skip
+    settings = resolve(raw, "run.total_images=100", "optimizer.lr=2e-3", world=2)
+    assert '"auto"' not in json.dumps(settings.json)
+    assert settings.gradient_clipping == 0 and settings.tensorboard and settings.tensorboard_dir is None
+    assert settings.json["optimizer"]["type"] == "AdamW" and settings.json["optimizer"]["params"]["torch_adam"] is True
+    assert settings.json["scheduler"]["params"] == {"warmup_max_lr": 2e-3, "total_num_steps": 7}
+    assert settings.json["zero_optimization"] == {"stage": 2, "offload_optimizer": {}}
+    for name in (
+        "train_micro_batch_size_per_gpu: auto is 8", "gradient_accumulation_steps: auto is 1",
+        "gradient_clipping: auto is 0.0", "steps_per_print: auto is",
+        "wall_clock_breakdown: auto is DeepSpeed's default",
+        "fp16.enabled: auto is false", "bf16.enabled: auto is false on cpu", "flops_profiler.enabled: auto is",
+        "tensorboard.enabled: auto is true", "expert_parallel.autoep_size: auto is 2",
+        'optimizer.type: auto is "AdamW"',
+        "optimizer.params.lr: auto is 0.002", "optimizer.params.foreach: auto is DeepSpeed's default",
+        "scheduler.params.warmup_max_lr: auto is 0.002", "scheduler.params.total_num_steps: auto is 7",
+        "scheduler.params.warmup_num_steps: auto is DeepSpeed's default",
+        *(f"zero_optimization.{key}: auto is DeepSpeed's default" for key in AUTO_ZERO),
+        "zero_optimization.offload_optimizer.device: auto is DeepSpeed's default",
+    ):  # fmt: skip
+        assert sum(note.startswith(name.split(" auto")[0]) for note in settings.notes) == 1, "each once"
+        assert any(note.startswith(name) for note in settings.notes), name
 
 
 def test_no_clipping_means_none_and_zero_0_is_clipped_by_us():

@@ -99,7 +99,10 @@ def _import(args: argparse.Namespace) -> None:
     from diffmoe_ds.checkpoint.official import infer_official, load_official, read_official
 
     state = read_official(args.path, args.weights)
-    model = load_official(infer_official(state, args.kind, args.num_heads), state)
+    try:
+        model = load_official(infer_official(state, args.kind, args.num_heads), state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{args.path}: {error}") from None
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
     print(f"{args.path} is now {write_model(args.out, entries, model.config, args.weights, images=0)}")
 

@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.files import Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.files import DTYPE_NAMES, Entry, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import BUFFER, WRITING
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, stored_config
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.model.dit import empty_model
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -39,7 +40,8 @@ class ModelFileReader:
         """Read the configuration and the header, no weights yet.
 
         Raises:
-            CheckpointError: a file is missing, damaged or not what `write_model` writes.
+            CheckpointError: a file is missing, damaged, not what `write_model` writes or of another model than the
+                other describes.
         """
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
@@ -50,15 +52,44 @@ class ModelFileReader:
             raise CheckpointError(f"{config}: cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f"{config}: is not the description of an exported model.") from None
-        if self.weights not in WEIGHTS:
+        if self.weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold what cannot be its key
             raise CheckpointError(f"{config}: weights is {self.weights!r}; valid: {', '.join(WEIGHTS)}.")
+        if type(images) is not int or images < 0:
+            raise CheckpointError(
+                f"{config}: images is {images!r}, but it must be a whole number that is not negative."
+            )
         self.images = images
         self.config = stored_config(tree, config)
         try:
             self._file = safe_open(self.path, framework="pt")
-            self._shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}.") from None
+        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        for name, part in slices.items():
+            if part.get_dtype() not in DTYPE_NAMES.values():
+                valid = ", ".join(DTYPE_NAMES.values())
+                raise CheckpointError(f"{self.path}: {name!r} is of type {part.get_dtype()}; valid: {valid}.")
+        self._check_tensors(config)
+
+    def _check_tensors(self, source: Path) -> None:
+        """CheckpointError unless the file holds just the tensors of the model that is described beside it."""
+        blocks = len({name.split(".")[1] for name in self._shapes if name.startswith("blocks.")})
+        if self.config.size.depth != blocks:  # also keeps a depth of billions from being built
+            depth = self.config.size.depth
+            raise CheckpointError(f"{source}: depth is {depth}, but {self.path} holds {blocks} block(s).")
+        try:
+            model = empty_model(self.config).state_dict()
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        for name in sorted(model.keys() | self._shapes.keys()):
+            if name not in model:
+                raise CheckpointError(f"{self.path}: holds {name!r}, which the model of {source} lacks.")
+            if self.shape(name) != model[name].shape:
+                wanted = tuple(model[name].shape)
+                raise CheckpointError(
+                    f"{self.path}: {name!r} has shape {self.shape(name)}, but {source} describes {wanted}."
+                )
 
     def kinds(self) -> list[str]:
         """What is stored of each parameter."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.config.presets import SIZES
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.model.dit import DiT, empty_model
 
 KINDS = {"dense": "dense", "tc": "token_choice", "ec": "expert_choice", "diffmoe": "batch_pool"}
 """The reference's model classes and our routers."""
@@ -29,6 +30,10 @@ SWIGLU_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 GELU_NAMES = {"w1": "fc1", "w2": "fc2"}
 IGNORED = ("ema_decay",)
 """Constants that the reference stores among its weights."""
+BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.(mlp\.experts\.)?")
+"""Begins the name of a weight of a block, and says whether it is an expert's."""
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be."""
 
 
 def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
@@ -43,22 +48,28 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         the reference does (``dynamic`` for DiffMoE).
 
     Raises:
-        CheckpointError: a weight is missing, left over or of another shape.
+        CheckpointError: a weight is missing, left over, of another shape or no plain finite tensor.
         ConfigError: the configuration asks for something that we do not have.
     """
-    model = DiT(official_config(config, state))
     left = {name: value for name, value in state.items() if name.rpartition(".")[2] not in IGNORED}
+    for name, value in left.items():
+        _check_plain(name, value)
+    model = empty_model(official_config(config, state))
     for name, target in _targets(model):
         if name not in left:
             raise CheckpointError(f"the reference weights lack {name!r}, which a {config['kind']!r} model has.")
         value = left.pop(name)
         if value.shape != target.shape:
             raise CheckpointError(f"{name!r} has shape {tuple(value.shape)}, but the model's is {tuple(target.shape)}.")
-        with torch.no_grad():
-            target.copy_(value)
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name!r} holds values that are not finite.")
     if left:
         name = sorted(left)[0]
         raise CheckpointError(f"the reference weights hold {name!r}, which a {config['kind']!r} model lacks.")
+    model.to_empty(device="cpu")  # only now, when the weights are known to be as large as they say
+    with torch.no_grad():
+        for name, target in _targets(model):
+            target.copy_(state[name])
     if model.config.routing.kind == "batch_pool" and model.config.num_experts > 1:
         model.set_inference("dynamic")
     return model
@@ -112,22 +123,24 @@ def infer_official(state: dict[str, Tensor], kind: str | None = None, num_heads:
 
     Raises:
         CheckpointError: these are no such weights, or the heads cannot be known.
+        ConfigError: the width is no multiple of ``num_heads``.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
             raise CheckpointError(f"these are no weights of the reference: they lack {name!r}.")
-        return tuple(state[name].shape)
+        return _shape(name, state[name], dimensions)
 
-    hidden, channels, patch, _ = shape("x_embedder.proj.weight")
-    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)}
-    depth = len(blocks)
+    hidden, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    depth = len({match[1] for match in map(BLOCK.match, state) if match})
+    if num_heads is not None and (num_heads < 1 or hidden % num_heads):
+        raise ConfigError(f"--num-heads is {num_heads}, but it must divide the weights' width {hidden}.")
     if num_heads is None:
         heads = [size.num_heads for size in SIZES.values() if (size.depth, size.hidden_size) == (depth, hidden)]
         if not heads:
             raise CheckpointError(f"{depth} blocks of width {hidden} are no published size; give --num-heads.")
         num_heads = heads[0]
-    routed = sorted({int(name.split(".")[1]) for name in state if ".mlp.experts." in name})
+    routed = sorted({int(match[1]) for match in map(BLOCK.match, state) if match and match[2] == "mlp.experts."})
     if kind is None:
         in_gate = any(name.endswith(".mlp.gate.weight") for name in state)
         has_threshold = any(name.endswith(".expert_threshold") for name in state)
@@ -135,24 +148,29 @@ def infer_official(state: dict[str, Tensor], kind: str | None = None, num_heads:
     first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
     one = f"{first}0." if routed else first
     swiglu = f"{one}gate_proj.weight" in state
-    width = shape(f"{one}{'gate_proj' if swiglu else 'fc1'}.weight")[0]
+    width = shape(f"{one}{'gate_proj' if swiglu else 'fc1'}.weight", 2)[0]
     experts = {name.removeprefix(first).split(".")[0] for name in state if routed and name.startswith(first)}
-    return {
+    found = {
         "kind": kind,
         "model": {
-            "input_size": math.isqrt(shape("pos_embed")[1]) * patch,
+            "input_size": math.isqrt(shape("pos_embed", 3)[1]) * patch,
             "patch_size": patch,
             "in_channels": channels,
             "hidden_size": hidden,
             "depth": depth,
             "num_heads": num_heads,
             "mlp_ratio": width / hidden,
-            "num_classes": shape("y_embedder.embedding_table.weight")[0] - 1,
-            "learn_sigma": shape("final_layer.linear.weight")[0] == 2 * channels * patch * patch,
+            "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+            "learn_sigma": shape("final_layer.linear.weight", 2)[0] == 2 * channels * patch * patch,
             "use_swiglu": swiglu,
         },
         "moe": {"num_experts": len(experts), "interleave": 0 not in routed} if routed else {},
     }
+    try:
+        official_config(found, state)
+    except ConfigError as error:  # nobody configured this: the weights are at fault
+        raise CheckpointError(str(error)) from None
+    return found
 
 
 def read_official(path: Path, weights: str) -> dict[str, Tensor]:
@@ -167,12 +185,15 @@ def read_official(path: Path, weights: str) -> dict[str, Tensor]:
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of torch before 1.6 are no zip archives and cannot be mapped into memory.
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     except Exception as error:  # what torch raises on a foreign or hostile file depends on the file
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: is no file of tensors and plain data, so it was not loaded: {reason}") from None
+        # Torch's own sentence advises to load the file without this protection.
+        refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        found = f"holds {refused[1]}, which is neither a tensor nor plain data" if refused else "is no file of tensors"
+        raise CheckpointError(f"{path}: {found}, so it was not loaded.") from None
     keys = ("ema", "ema_model", "model", "state_dict") if weights == "ema" else ("model", "state_dict")
     for key in keys:
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
@@ -216,9 +237,27 @@ def _targets(model: DiT) -> Iterator[tuple[str, Tensor]]:
         yield from official_views(model.config, name, tensor.detach()).items()
 
 
+def _check_plain(name: str, value: Tensor) -> None:
+    """CheckpointError unless the tensor is what a weight is: dense, real, floating-point, all of it there."""
+    plain = value.layout == torch.strided and not value.is_nested and value.dtype in DTYPES and not value.is_meta
+    # An expanded tensor needs one element on the disk and could ask for any amount of memory.
+    if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        kind = f"{value.dtype} {value.layout} on {value.device}".replace("torch.", "")
+        raise CheckpointError(f"{name!r} is {kind}, but a weight is a dense tensor of floating-point numbers.")
+
+
+def _shape(name: str, value: Tensor, dimensions: int) -> tuple[int, ...]:
+    """The shape of a weight that must have so many dimensions."""
+    _check_plain(name, value)
+    shape = tuple(value.shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"{name!r} has shape {shape}, but it must have {dimensions} dimensions, none of them 0.")
+    return shape
+
+
 def _shared_experts(state: dict[str, Tensor], hidden: int) -> int:
     first = ("shared_experts.fc1.weight", "shared_experts.up_proj.weight")
-    widths = [weight.shape[0] for name, weight in state.items() if name.endswith(first)]
+    widths = [_shape(name, weight, 2)[0] for name, weight in state.items() if name.endswith(first)]
     if not widths:
         return 0
     if widths[0] % hidden:

@@ -1,8 +1,9 @@
 """The DeepSpeed JSON: read strictly, resolved completely, handed to DeepSpeed without surprises.
 
 DeepSpeed itself accepts misspelt keys silently, drops or trips over ``"auto"`` and clips gradients at 1.0 unless
-told otherwise.  Here an unknown key is refused with the nearest known one, every ``"auto"`` is resolved and
-reported, and no clipping means none.
+told otherwise.  Here an unknown key is refused with the nearest known one, no clipping means none, and every
+``"auto"`` is resolved and reported: with the recipe's value, with what the ranks and the device ask for, or with
+DeepSpeed's default.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.parallel.topology import Topology, largest_ep_size
 
 OPTIMIZERS = ("Adam", "AdamW")
+STEPS_PER_PRINT = 10**9
+"""DeepSpeed's own line is silent, because ours says more."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,13 @@ def resolve_deepspeed(
     zero_stage = _zero(tree, source)
     bf16 = _precision(tree, device, source, notes)
     _optimizer(tree, config, device, source, notes)
-    _scheduler(tree, source)
+    steps = -(-config.run.total_images // global_batch)
+    _scheduler(tree, {"warmup_max_lr": tree["optimizer"]["params"]["lr"], "total_num_steps": steps}, source, notes)
     ep_size = _expert_parallel(tree, config, world, local_world, source, notes)
+    _auto(tree, "gradient_clipping", 0.0, notes)  # as without the key
     clipping = tree.get("gradient_clipping", 0.0)
-    tensorboard, directory = _tensorboard(tree)
+    _auto(tree, "steps_per_print", STEPS_PER_PRINT, notes)
+    tensorboard, directory = _tensorboard(tree, notes)
     tree.update(
         train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro,
@@ -117,13 +123,31 @@ def resolve_deepspeed(
         # At ZeRO 0 DeepSpeed's norm is that of the experts held here, so each rank would clip differently;
         # the engine set-up clips there with the true norm.
         gradient_clipping=float(clipping) if zero_stage else 0.0,
-        steps_per_print=tree.get("steps_per_print", 10**9),  # our own log line says more
+        steps_per_print=tree.get("steps_per_print", STEPS_PER_PRINT),
     )
+    _leave_out_autos(tree, "", notes)
     return DeepSpeedSettings(
         json=tree, global_batch=global_batch, micro_batch=micro, accumulation=accumulation, ep_size=ep_size,
         zero_stage=zero_stage, bf16=bf16, gradient_clipping=float(clipping), tensorboard=tensorboard,
         tensorboard_dir=directory, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _auto(section: dict[str, Any], key: str, found: Any, notes: list[str], where: str = "") -> None:
+    """Put what was found where "auto" stands, and say so."""
+    if section.get(key) == AUTO:
+        section[key] = found
+        notes.append(f"{where}{key}: auto is {json.dumps(found)}")
+
+
+def _leave_out_autos(section: dict[str, Any], where: str, notes: list[str]) -> None:
+    """What "auto" is left stands for DeepSpeed's default, which it takes for a key that is not there."""
+    for key, value in list(section.items()):
+        if isinstance(value, dict):
+            _leave_out_autos(value, f"{where}{key}.", notes)
+        elif value == AUTO:
+            del section[key]
+            notes.append(f"{where}{key}: auto is DeepSpeed's default")
 
 
 def _batch(tree: dict[str, Any], world: int, source: str, notes: list[str]) -> tuple[int, int, int]:
@@ -156,12 +180,12 @@ def _batch(tree: dict[str, Any], world: int, source: str, notes: list[str]) -> t
 def _zero(tree: dict[str, Any], source: str) -> int:
     zero = tree.setdefault("zero_optimization", {"stage": 0})
     stage = zero.setdefault("stage", 0)
-    if zero.get("reduce_scatter", True) is not True:
+    if zero.get("reduce_scatter", True) not in (True, AUTO):
         raise ConfigError(
             f"{source}: zero_optimization.reduce_scatter must be true: without it DeepSpeed adds up the gradients of "
             "different experts."
         )
-    if stage == 2 and zero.get("contiguous_gradients", True) is not True:
+    if stage == 2 and zero.get("contiguous_gradients", True) not in (True, AUTO):
         raise ConfigError(
             f"{source}: zero_optimization.contiguous_gradients must be true at stage 2: DeepSpeed needs it for experts."
         )
@@ -172,7 +196,9 @@ def _zero(tree: dict[str, Any], source: str) -> int:
 
 
 def _precision(tree: dict[str, Any], device: str, source: str, notes: list[str]) -> bool:
-    if tree.pop("fp16", {}).get("enabled", False) is not False:
+    fp16 = tree.pop("fp16", {})
+    _auto(fp16, "enabled", False, notes, "fp16.")
+    if fp16.get("enabled", False) is not False:
         raise ConfigError(f"{source}: fp16.enabled: fp16 is not supported; use bf16, or neither for fp32.")
     bf16 = tree.get("bf16", {}).get("enabled", False)
     if bf16 == AUTO:
@@ -185,6 +211,7 @@ def _precision(tree: dict[str, Any], device: str, source: str, notes: list[str])
 
 def _optimizer(tree: dict[str, Any], config: Config, device: str, source: str, notes: list[str]) -> None:
     optimizer = tree.setdefault("optimizer", {})
+    _auto(optimizer, "type", "AdamW", notes, "optimizer.")
     kind = optimizer.setdefault("type", "AdamW")
     if kind not in OPTIMIZERS:
         raise ConfigError(f"{source}: " + unknown("optimizer.type", kind, OPTIMIZERS))
@@ -198,27 +225,41 @@ def _optimizer(tree: dict[str, Any], config: Config, device: str, source: str, n
             params[key] = ours
         elif params[key] != ours:
             notes.append(f"optimizer.params.{key} is {params[key]} from {source}, not the recipe's {ours}")
-    if device == "cpu" and "torch_adam" not in params:
+    if device == "cpu" and params.get("torch_adam", AUTO) == AUTO:
         params["torch_adam"] = True
         notes.append("optimizer.params.torch_adam: true, as DeepSpeed's own Adam needs a compiler on a CPU")
 
 
-def _scheduler(tree: dict[str, Any], source: str) -> None:
-    """DeepSpeed's schedulers take their parameters as arguments; what they are it says only in their signatures."""
+def _scheduler(tree: dict[str, Any], found: dict[str, Any], source: str, notes: list[str]) -> None:
+    """DeepSpeed's schedulers take their parameters as arguments; what they are it says only in their signatures.
+
+    ``found`` is what "auto" stands for, of the parameters that the run decides.
+    """
     section = tree.get("scheduler")
     if section is None:
         return
     from deepspeed.runtime import lr_schedules  # takes seconds, and few runs have a scheduler
 
     kind, params = section.get("type"), section.get("params", {})
+    if kind == AUTO:
+        raise ConfigError(
+            f'{source}: scheduler.type is "auto", but a recipe has no schedule; name one or leave it out.'
+        )
     if kind not in lr_schedules.VALID_LR_SCHEDULES:
         raise ConfigError(f"{source}: " + unknown("scheduler.type", kind, lr_schedules.VALID_LR_SCHEDULES))
-    valid = [n for n in inspect.signature(getattr(lr_schedules, kind)).parameters if n not in ("optimizer", "self")]
-    for key, value in params.items():
+    valid = dict(inspect.signature(getattr(lr_schedules, kind)).parameters)
+    del valid["optimizer"]
+    for key in params:
         if key not in valid:
             raise ConfigError(f"{source}: " + unknown("scheduler.params", key, valid))
-        if value == AUTO:
-            raise ConfigError(f'{source}: scheduler.params.{key} is "auto", but it must be given.')
+        if key in found:
+            _auto(params, key, found[key], notes, "scheduler.params.")
+    for key, parameter in valid.items():
+        if parameter.default is inspect.Parameter.empty and params.get(key, AUTO) == AUTO:
+            raise ConfigError(
+                f"{source}: scheduler.params.{key} must be given: neither the recipe nor DeepSpeed has a value for the "
+                f"{key} of {kind}."
+            )
 
 
 def _expert_parallel(
@@ -243,9 +284,11 @@ def _expert_parallel(
     return ep_size
 
 
-def _tensorboard(tree: dict[str, Any]) -> tuple[bool, str | None]:
+def _tensorboard(tree: dict[str, Any], notes: list[str]) -> tuple[bool, str | None]:
     """We write the files ourselves; DeepSpeed's own writer would put a second set beside them."""
     section = tree.pop("tensorboard", {"enabled": True})
+    for key, found in (("enabled", True), ("output_path", ""), ("job_name", "")):  # as without the section
+        _auto(section, key, found, notes, "tensorboard.")
     enabled = section.get("enabled", False)
     path = section.get("output_path") or None
     return enabled, str(Path(path) / section.get("job_name", "")) if path else None

@@ -22,8 +22,8 @@ class Value(NamedTuple):
     """In words, for errors."""
     fits: Callable[[Any], bool]
     """Whether a value is right."""
-    auto: bool = False
-    """Whether ``"auto"`` is right too; then this project resolves it."""
+    auto: bool = True
+    """Whether ``"auto"`` is right too; then `config/deepspeed.py` resolves it."""
 
 
 def _is_number(value: Any) -> bool:
@@ -43,11 +43,10 @@ def _are_betas(value: Any) -> bool:
 
 
 FLAG = Value("true or false", lambda value: isinstance(value, bool))
-FLAG_OR_AUTO = FLAG._replace(auto=True)
 TEXT = Value("text", lambda value: isinstance(value, str))
 SIZE = Value("a positive whole number", lambda value: _at_least(1)(value) and value == int(value))  # JSON often has 5e8
-BATCH = Value("a positive whole number below 2^31", lambda value: _is_int(value) and 0 < value < 2**31, auto=True)
-SECTION = Value("an object", lambda value: isinstance(value, dict))
+BATCH = Value("a positive whole number below 2^31", lambda value: _is_int(value) and 0 < value < 2**31)
+SECTION = Value("an object", lambda value: isinstance(value, dict), auto=False)
 NOT_NEGATIVE = Value("a number that is not negative", _at_least(0))
 
 OFFLOAD = {
@@ -55,7 +54,7 @@ OFFLOAD = {
     "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG,
 }  # fmt: skip
 ZERO = {
-    "stage": Value("0, 1, 2 or 3", lambda value: _is_int(value) and 0 <= value <= 3),
+    "stage": Value("0, 1, 2 or 3", lambda value: _is_int(value) and 0 <= value <= 3, auto=False),
     "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE, "allgather_partitions": FLAG,
     "allgather_bucket_size": SIZE, "overlap_comm": FLAG, "offload_optimizer": OFFLOAD, "sub_group_size": SIZE,
     "round_robin_gradients": FLAG, "stage3_prefetch_bucket_size": NOT_NEGATIVE,
@@ -67,19 +66,16 @@ KEYS: dict[str, Any] = {
     "optimizer": {
         "type": TEXT,
         "params": {
-            "lr": Value("a number that is not negative", _at_least(0), auto=True),
-            "betas": Value("a list of two numbers from 0 to below 1", _are_betas, auto=True),
-            "eps": Value("a number that is not negative", _at_least(0), auto=True),
-            "weight_decay": Value("a number that is not negative", _at_least(0), auto=True),
-            "torch_adam": FLAG, "foreach": FLAG,
+            "lr": NOT_NEGATIVE, "betas": Value("a list of two numbers from 0 to below 1", _are_betas),
+            "eps": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "torch_adam": FLAG, "foreach": FLAG,
         },
     },
     "scheduler": {"type": TEXT, "params": SECTION},
     "gradient_clipping": NOT_NEGATIVE,
-    "bf16": {"enabled": FLAG_OR_AUTO},
+    "bf16": {"enabled": FLAG},
     "fp16": SECTION,
     "zero_optimization": ZERO,
-    "expert_parallel": {"autoep_size": Value("a whole number", _is_int, auto=True), "enabled": FLAG},
+    "expert_parallel": {"autoep_size": Value("a whole number", _is_int), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
     "steps_per_print": SIZE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "communication_data_type": Value("fp32, fp16 or bf16", lambda value: value in ("fp32", "fp16", "bf16")),

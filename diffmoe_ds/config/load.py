@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from importlib import resources
@@ -64,11 +64,28 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which makes plain data only, and refuses a key that stands twice."""
+class _ScalarError(yaml.constructor.ConstructorError):
+    """A value has the form of a type, or says that it is of it, and is no value of it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which makes plain data only; it refuses a key that stands twice and a value that is none."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise OverflowError  # no key takes it, and Python does not even print all of them
+        except (ValueError, KeyError, IndexError, AttributeError, OverflowError):
+            # 2024-13-45, 0b_, !!bool x, !!int "", !!timestamp x, a number of 5,000 digits
+            kind = {"int": "whole number of at most 64 bits", "float": "number", "bool": "truth value"}
+            tag = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:40]!r} is no {kind.get(tag, tag)}; quote it if it is text"
+            raise _ScalarError(None, None, problem, node.start_mark) from None
+        return value
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"the key {key!r} stands there twice")
@@ -89,13 +106,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _StrictLoader)
+    except _ScalarError as error:
+        raise ConfigError(f"--set {key}: {error.problem}.") from None
     except (yaml.YAMLError, RecursionError):
         value = text  # a string with YAML's special characters, such as a path with braces
     node = tree
     *sections, last = key.split(".")
     for section in sections:
-        child = node.setdefault(section, {})
+        child = node[section] = {} if node.get(section) is None else node[section]
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section.")
         node = child
@@ -120,7 +139,7 @@ def _build(cls: type, tree: Any, where: str, source: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str, source: str) -> Any:
-    """Check one value against a field's type; whole numbers may stand for floats and 1e-4 is a float."""
+    """Check one value against a field's type; 5 may stand for 5.0 and 1e5 for 100_000, and 1e-4 is a number."""
 
     def wrong(expected: str) -> ConfigError:
         return ConfigError(f"{source}: {name} is {value!r}, but it must be {expected}.")
@@ -141,6 +160,7 @@ def _convert(hint: Any, value: Any, name: str, source: str) -> Any:
             raise wrong(f"a list of {len(arguments)} numbers")
         return tuple(_convert(a, v, name, source) for a, v in zip(arguments, value, strict=True))
     if origin is dict:
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise wrong("a section with keys")
         return value
@@ -149,14 +169,26 @@ def _convert(hint: Any, value: Any, name: str, source: str) -> Any:
             raise wrong("true or false")
         return value
     if hint is int:
-        if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
-            raise wrong("a whole number")
-        return int(value)
+        return _whole(value, wrong)
     if hint is float:
         return _number(value, wrong)
     assert hint is str, f"no conversion for the type {hint} of {name}"
     if not isinstance(value, str):
         raise wrong("text")
+    return value
+
+
+def _whole(value: Any, wrong: typing.Callable[[str], ConfigError]) -> int:
+    if not isinstance(value, int):
+        try:
+            number = _number(value, wrong)
+        except ConfigError:
+            raise wrong("a whole number") from None
+        value = int(number) if number.is_integer() else None
+    if value is None or isinstance(value, bool):
+        raise wrong("a whole number")
+    if value.bit_length() > 64:
+        raise wrong("a whole number of at most 64 bits")
     return value
 
 
@@ -166,7 +198,7 @@ def _number(value: Any, wrong: typing.Callable[[str], ConfigError]) -> float:
             value = float(value)
         except ValueError:
             raise wrong("a number") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise wrong("a finite number")
     return float(value)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 def unknown(where: str, name: object, valid: Collection[str]) -> str:
     """One sentence that names the place, the value found, the nearest valid value and all valid ones."""
-    nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    folded = {str(value).casefold(): value for value in valid}  # adamw is AdamW, not Adam
+    nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
+    hint = f"did you mean {folded[nearest[0]]!r}? " if nearest else ""
     return f"{where}: {name!r} is not known; {hint}valid: {', '.join(sorted(valid))}."

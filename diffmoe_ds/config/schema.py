@@ -23,6 +23,9 @@ INFERENCE_CHOICES: dict[str, tuple[str, ...]] = {
     "batch_pool": ("per_token", "dynamic", "static"),
 }
 
+MOST_TOKENS = 2**20
+"""Tokens of an image: beyond what attention can do, and still few enough for the table of positions."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -156,7 +159,7 @@ class RunConfig:
     log_every_images: int = 2_000
     """Print a line and write TensorBoard at least every so many images."""
     sample_every_images: int = 0
-    """Draw a sample grid into TensorBoard every so many images; 0 draws none."""
+    """Draw a sample grid into TensorBoard and ``samples/`` every so many images and at the end; 0 draws none."""
     start_timeout_s: float = 300.0
     """Seconds that the ranks wait for each other at the start before they name who has not come."""
     straggler_steps: int = 100
@@ -268,11 +271,20 @@ class Config:
             raise ConfigError(f"run.seed is {run.seed}, but it must be below 2^64.")
         if self.optimizer.lr > 3e38:
             raise ConfigError(f"optimizer.lr is {self.optimizer.lr}, which no 32-bit number can hold.")
-        if int(size.hidden_size * model.mlp_ratio) < 1:
-            raise ConfigError(f"model.mlp_ratio is {model.mlp_ratio}: it leaves an FFN of {size.hidden_size} no width.")
+        hidden = size.hidden_size * model.mlp_ratio
+        if not 1 <= hidden < 2**63:
+            raise ConfigError(
+                f"model.mlp_ratio is {model.mlp_ratio}: it gives an FFN of width {size.hidden_size} a hidden width of "
+                f"{hidden:g}."
+            )
         if model.input_size % model.patch_size:
             raise ConfigError(
                 f"model.patch_size is {model.patch_size}, which does not divide model.input_size {model.input_size}."
+            )
+        if self.tokens_per_image > MOST_TOKENS:
+            raise ConfigError(
+                f"model.input_size is {model.input_size}: {self.tokens_per_image} tokens an image, but they must be "
+                f"{MOST_TOKENS} at most; raise model.patch_size."
             )
         if routing.kind != "dense" and routing.capacity > experts:
             raise ConfigError(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -134,3 +135,20 @@ class DiT(nn.Module):
             raise ConfigError(unknown(f"routing of a {self.config.routing.kind!r} model", choice, valid))
         for layer in self.moe_layers().values():
             layer.inference = choice
+
+
+def empty_model(config: Config) -> DiT:
+    """The model on the meta device: names and shapes without any memory.
+
+    Raises:
+        ConfigError: a tensor of it would have more elements than can be counted.
+    """
+    try:
+        with torch.device("meta"):
+            return DiT(config)
+    except (RuntimeError, OverflowError, TypeError):  # which one depends on the layer whose numbers overflow
+        size, model = config.size, config.model
+        raise ConfigError(
+            f"model: width {size.hidden_size}, mlp_ratio {model.mlp_ratio:g}, {model.num_classes} classes and "
+            f"{config.num_experts} expert(s) make tensors that no machine can hold."
+        ) from None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.dit import empty_model
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,7 @@ class ParameterCounts:
 
 def count_parameters(config: Config) -> ParameterCounts:
     """Count without allocating anything."""
-    with torch.device("meta"):
-        model = DiT(config)
+    model = empty_model(config)
     total = sum(p.numel() for p in model.parameters())
     layers = model.moe_layers().values()
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())

@@ -1,0 +1,110 @@
+"""The reference's files: what is read of them, and how malformed and hostile ones are refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.model.dit import empty_model
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    """Weights of a small model of the reference."""
+    data = np.load(REPOSITORY / "tests" / "golden" / "diffmoe_flow.npz")
+    return {key.removeprefix("state/"): torch.from_numpy(data[key]) for key in data if key.startswith("state/")}
+
+
+def convert(path: Path, *options: str) -> int:
+    return main(
+        ["checkpoint", "import-official", str(path), "--num-heads", "4", "--out", str(path.parent / "out"), *options]
+    )
+
+
+PATCHES, POSITIONS, CLASSES = "x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight"
+LAST, EXPERT = "final_layer.linear.weight", "blocks.1.mlp.experts.0.fc1.weight"
+EXPANDED = torch.zeros(1).expand(10**6, 10**6)
+MALFORMED = {
+    "2-D patches": (PATCHES, lambda t: t.flatten(1), "must have 4 dimensions"),
+    "no patches": (PATCHES, lambda t: t[:0], "none of them 0"),
+    "scalar positions": (POSITIONS, lambda t: t.sum(), "must have 3 dimensions"),
+    "flat classes": (CLASSES, lambda t: t.flatten(), "must have 2 dimensions"),
+    "scalar output": (LAST, lambda t: t.sum(), "must have 2 dimensions"),
+    "flat expert": (EXPERT, lambda t: t.flatten(), "must have 2 dimensions"),
+    "five positions": (POSITIONS, lambda t: t[:, :5], "has shape"),
+    "sparse": (LAST, lambda t: t.to_sparse(), "is float32 sparse_coo on cpu, but a weight is a dense tensor"),
+    "meta": (LAST, lambda t: t.to("meta"), "is float32 strided on meta, but"),
+    "expanded": (CLASSES, lambda t: EXPANDED, "a weight is a dense tensor"),
+    "whole numbers": ("blocks.0.attn.qkv.weight", lambda t: t.to(torch.int8), "is int8"),
+    "complex": ("blocks.0.attn.qkv.weight", lambda t: t.to(torch.complex64), "is complex64"),
+    "not a number": ("blocks.0.attn.qkv.weight", lambda t: t * float("nan"), "holds values that are not finite"),
+    "infinite": ("blocks.0.attn.qkv.weight", lambda t: t + float("inf"), "holds values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_malformed_weights_are_named(tmp_path, capsys, state, case):
+    name, change, message = MALFORMED[case]
+    path = tmp_path / "official.pt"
+    torch.save({"ema": {**state, name: change(state[name])}}, path)
+    assert convert(path) == 5
+    error = capsys.readouterr().err
+    assert error.startswith(f"diffmoe: error: {path}: ") and repr(name) in error and message in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ("blocks.x.mlp.experts.0.fc1.weight", f"blocks.{'9' * 5000}.mlp.experts.0.fc1.weight"))
+def test_a_block_without_a_number_is_left_over(tmp_path, capsys, state, name):
+    torch.save({**state, name: torch.zeros(2, 2)}, tmp_path / "official.pt")
+    assert convert(tmp_path / "official.pt") == 5
+    assert name in capsys.readouterr().err
+
+
+def test_a_width_that_the_heads_do_not_divide_is_a_mistake_of_the_options(tmp_path, capsys, state):
+    torch.save(state, tmp_path / "official.pt")
+    for heads in ("5", "0"):
+        assert convert(tmp_path / "official.pt", "--num-heads", heads) == 2
+        assert f"--num-heads is {heads}, but it must divide" in capsys.readouterr().err
+
+
+def test_a_file_of_an_old_torch_is_read(tmp_path, state):
+    torch.save({"ema": state}, tmp_path / "official.pt", _use_new_zipfile_serialization=False)
+    assert convert(tmp_path / "official.pt") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+class Hostile:
+    """Unpickled, it would change the disk."""
+
+    def __init__(self, function: Callable, folder: str) -> None:
+        self.call = function, (folder,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+@pytest.mark.parametrize(("function", "name"), ((os.mkdir, "posix.mkdir"), (shutil.rmtree, "shutil.rmtree")))
+def test_a_hostile_file_is_refused_with_the_name_of_what_it_holds(tmp_path, capsys, zipped, function, name):
+    path = tmp_path / "official.pt"
+    hostile = Hostile(function, str(tmp_path / "executed"))
+    torch.save({"ema": hostile}, path, _use_new_zipfile_serialization=zipped)
+    assert convert(path) == 5
+    error = capsys.readouterr().err
+    assert f"{path}: holds {name}, which is neither a tensor nor plain data, so it was not loaded." in error
+    assert "weights_only" not in error and not (tmp_path / "executed").exists()
+
+
+def test_an_empty_model_takes_no_memory():
+    model = empty_model(load_config("fashion", ["model.num_classes=1_000_000_000_000"]))
+    assert all(parameter.is_meta for parameter in model.parameters())
