@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffmoe_ds.data.index_files import PARTS
 from diffmoe_ds.data.prepare import (
-    PARTS,
     Preparation,
     begin,
     check_unreadable,
@@ -226,7 +226,7 @@ class _Overview:
 def _check(args: argparse.Namespace) -> None:
     from diffmoe_ds.data.check import check_set
 
-    with tqdm(unit="sample", desc="check", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit="shard", desc="check", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -24,11 +24,12 @@ import torch
 import webdataset
 
 from diffmoe_ds.data.draws import Purpose, TrainingDraws, philox, posterior_noise, training_draws
+from diffmoe_ds.data.index_files import save_index
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.shard_paths import expand
 from diffmoe_ds.data.shards import ShardDataset
-from diffmoe_ds.data.tar_index import join, save_index, scan
+from diffmoe_ds.data.tar_index import join, scan
 from diffmoe_ds.data.writer import write_tar
 
 SHARD_SAMPLES = 2048

@@ -20,25 +20,14 @@ import numpy as np
 
 from diffmoe_ds.data.encoders import Encoded, Encoder
 from diffmoe_ds.data.folder import Source
+from diffmoe_ds.data.index_files import INDEX, PARTS, SETTINGS, save_index
 from diffmoe_ds.data.latents import FORMAT_MEMBER
 from diffmoe_ds.data.order import epoch_order
-from diffmoe_ds.data.tar_index import (
-    INDEX,
-    LABEL_SUFFIX,
-    NO_LABEL,
-    Entry,
-    Index,
-    ShardInfo,
-    join,
-    save_index,
-    scan,
-)
+from diffmoe_ds.data.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
 from diffmoe_ds.data.writer import ASIDE, sha256_of, whole_file, write_json, write_tar
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
 
-SETTINGS = "settings.json"
 REPORT = "report.json"
-PARTS = "parts"
 MIXING_SEED = 0
 """Of the permutation that decides which images share a shard: class folders would give shards of one class each."""
 

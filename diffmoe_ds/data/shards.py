@@ -51,6 +51,8 @@ class ShardDataset:
     ``shards`` are paths and URLs, which are fetched into ``cache``.  Workers may be forked from a process that holds
     one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read.
 
+    ``index`` says where the samples lie.
+
     Raises ``DataError`` if a shard cannot be read to its end or has changed since its index was made, a sample lacks
     an image or has several, some samples have labels and others none, a member is too big, or there is no sample at
     all; reading raises it for contents that cannot be decoded and for a shard that has changed.
@@ -62,7 +64,7 @@ class ShardDataset:
         self._cache = cache or ShardCache(DEFAULT_FOLDER, DEFAULT_CACHE_BYTES)
         self._unpacked: dict[int, bytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
-        self._index = self._open_index() if use_index else self._scan_all()
+        self.index = self._open_index() if use_index else self._scan_all()
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
             raise DataError(f"there is no sample in {shards[0]}{others}; expected an image for each, and a .cls")
@@ -74,7 +76,7 @@ class ShardDataset:
             )
 
     def __len__(self) -> int:
-        return len(self._index.samples)
+        return len(self.index.samples)
 
     def __getitem__(self, index: int) -> Sample:
         entry = self._entry(index)
@@ -89,17 +91,17 @@ class ShardDataset:
     @property
     def latents(self) -> LatentFormat | None:
         """How the latents were made, if the shards hold prepared ones; they are read by ``read_halves``."""
-        return self._index.latents
+        return self.index.latents
 
     @property
     def labels(self) -> np.ndarray:
         """int64 label of each sample; all ``NO_LABEL`` in a set without labels."""
-        return self._index.samples[:, Entry._fields.index("label")]
+        return self.index.samples[:, Entry._fields.index("label")]
 
     @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard."""
-        return [shard.samples for shard in self._index.shards]
+        return [shard.samples for shard in self.index.shards]
 
     @property
     def classes(self) -> None:
@@ -108,7 +110,7 @@ class ShardDataset:
 
     def key(self, index: int) -> str:
         """The key of a sample."""
-        return self._index.key(index)
+        return self.index.key(index)
 
     def describe(self, index: int) -> str:
         """Key and shard of a sample, for messages."""
@@ -128,7 +130,7 @@ class ShardDataset:
         header, half = latents.header, latents.half_bytes
         found = bytearray(len(header))
         rows = np.empty((len(indices), half), np.uint8)
-        entries = self._index.samples[list(indices)].tolist()
+        entries = self.index.samples[list(indices)].tolist()
         for row, values, index, mirror in zip(rows, entries, indices, mirrored, strict=True):
             entry = Entry(*values)
             if mirror:
@@ -147,14 +149,14 @@ class ShardDataset:
 
     def remote_bytes(self) -> int:
         """Bytes of all shards that are URLs."""
-        pairs = zip(self._shards, self._index.shards, strict=True)
+        pairs = zip(self._shards, self.index.shards, strict=True)
         return sum(info.bytes for shard, info in pairs if is_url(shard))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}
 
     def _entry(self, index: int) -> Entry:
-        return Entry(*self._index.samples[index].tolist())
+        return Entry(*self.index.samples[index].tolist())
 
     def _open_index(self) -> Index:
         """From the index beside the shards if there is one, otherwise by reading their headers."""
@@ -213,9 +215,9 @@ class ShardDataset:
             status = os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"shard {self._shards[number]} can no longer be read: {error}") from error
-        if done != size or status.st_size != self._index.shards[number].bytes or status.st_mtime_ns != changed:
+        if done != size or status.st_size != self.index.shards[number].bytes or status.st_mtime_ns != changed:
             raise DataError(
-                f"shard {self._shards[number]} has {status.st_size} bytes where {self._index.shards[number].bytes} "
+                f"shard {self._shards[number]} has {status.st_size} bytes where {self.index.shards[number].bytes} "
                 "were indexed, or was written to: it changed after opening"
             )
 

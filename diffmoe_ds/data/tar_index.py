@@ -1,23 +1,16 @@
-"""Where the samples of shards lie: found by reading tar headers, kept in files that open at once.
+"""Where the samples of shards lie, found by reading tar headers; `index_files.py` keeps it.
 
 A shard is a tar file; neighbouring members with the same key (the name up to the first dot of its base name)
 form a sample.  Nothing is extracted, members that are no image or label are never read, nothing is unpickled.
-
-A directory of shards can hold its index: ``index.json`` (the shards with their sizes and how latents were made),
-``index-samples.npy`` (a row per sample) and ``index-keys.npy`` (the keys, joined).  The arrays are mapped into
-memory, so opening millions of samples takes no time and all workers share them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,10 +23,6 @@ MAX_LABEL_BYTES = 64
 IMAGE_SUFFIXES = (*PIL_FORMATS, "npy")
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
-INDEX = "index.json"
-SAMPLES = "index-samples.npy"
-KEYS = "index-keys.npy"
-VERSION = 1
 
 
 class Entry(NamedTuple):
@@ -135,70 +124,6 @@ def check_latents(index: Index) -> None:
             f"sample {index.key(number)!r} of shard {index.shards[entry.shard].name} has a "
             f".{IMAGE_SUFFIXES[entry.suffix]} of {entry.size} bytes; expected a .npy latent of {size} bytes"
         )
-
-
-def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write an index into ``folder``, complete or not at all; ``extra`` goes into ``index.json`` as it is."""
-    for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
-        aside = folder / f".{name}.{uuid.uuid4().hex}"
-        with open(aside, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-        aside.replace(folder / name)
-    tree = {
-        "version": VERSION,
-        "samples": len(index.samples),
-        "key_bytes": len(index.keys),
-        "latents": None if index.latents is None else index.latents.to_json(),
-        **(extra or {}),
-        "shards": [shard._asdict() for shard in index.shards],
-    }
-    aside = folder / f".{INDEX}.{uuid.uuid4().hex}"
-    aside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / INDEX)
-
-
-def load_index(folder: Path) -> Index:
-    """The index in ``folder``; raises ``DataError`` if its files are damaged or do not belong together."""
-    try:
-        tree = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = tuple(ShardInfo(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in tree["shards"])
-        latents = tree["latents"]
-        if latents is not None:
-            latents = parse_format(json.dumps(latents).encode(), str(folder / INDEX))
-        samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))
-        fits = samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64
-        fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
-        fits = fits and tree["version"] == VERSION and sum(shard.samples for shard in shards) == len(samples)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"the index {folder / INDEX} cannot be read: {error!r}; delete it to have it made anew"
-        ) from None
-    if not fits:
-        raise DataError(f"the files of the index {folder / INDEX} do not fit together; delete it to have it made anew")
-    return Index(shards, samples, keys, latents)
-
-
-def subset(index: Index, names: Sequence[str]) -> Index | None:
-    """The index of the shards of these names, in their order; none if it does not have them all."""
-    numbers = {shard.name: number for number, shard in enumerate(index.shards)}
-    if not all(name in numbers for name in names):
-        return None
-    chosen = [numbers[name] for name in names]
-    if chosen == list(range(len(index.shards))):
-        return index
-    ends = np.cumsum([shard.samples for shard in index.shards])
-    blocks = []
-    for new, old in enumerate(chosen):
-        block = np.array(index.samples[ends[old] - index.shards[old].samples : ends[old]])
-        block[:, 0] = new
-        blocks.append(block)
-    return Index(tuple(index.shards[old] for old in chosen), np.concatenate(blocks), index.keys, index.latents)
-
-
-def _map(path: Path) -> np.ndarray:
-    """An array of a file without pickles, mapped read-only; an empty one cannot be mapped."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array if array.size else np.array(array)
 
 
 def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, dict]]:
