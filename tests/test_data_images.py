@@ -65,6 +65,10 @@ def test_transparency_is_laid_on_white():
     palette = Image.fromarray(COLOUR).quantize(4)
     found = np.asarray(open_rgb(saved(palette, "PNG", transparency=0)))
     assert (found[np.asarray(palette) == 0] == 255).all()
+    grey = saved(Image.merge("LA", [Image.new("L", (2, 2), 40), Image.fromarray(clear[..., 3])]), "PNG")
+    assert decode_pixels(grey, "png").tolist() == [[[40, 255], [255, 255]]]  # grey stays one channel
+    for data in (image_file(clear), saved(palette, "PNG", transparency=0), grey):  # shards are read alike
+        assert (decode_pixels(data, "png") == np.asarray(open_rgb(data)).transpose(2, 0, 1)).all()
 
 
 def test_the_second_view_of_a_camera_is_left_out():
@@ -84,7 +88,18 @@ def test_exif_rotation_is_applied(orientation):
     turned = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (np.asarray(open_rgb(saved(turned, "PNG", exif=exif))) == COLOUR).all()
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    for kind, options in (
+        ("PNG", {"exif": exif}), ("TIFF", {"exif": exif}), ("WEBP", {"exif": exif, "lossless": True}),
+        ("WEBP", {"xmp": xmp, "lossless": True}),
+    ):  # fmt: skip
+        data = saved(turned, kind, **options)
+        assert (np.asarray(open_rgb(data)) == COLOUR).all(), kind
+        if kind != "TIFF":
+            assert (decode_pixels(data, kind.lower()) == COLOUR.transpose(2, 0, 1)).all(), kind
+    grey = saved(turned.convert("L"), "JPEG", exif=exif, quality=95)
+    found = decode_pixels(grey, "jpg").astype(int)
+    assert found.shape == (1, 6, 9) and np.abs(found[0] - np.asarray(upright.convert("L"))).mean() < 12
 
 
 @pytest.mark.parametrize(
@@ -113,6 +128,10 @@ def test_animated_images_in_shards_are_refused():
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused(monkeypatch):
+    strip = Image.new("RGB", (4000, 1))  # a hundred bytes as PNG, and gigabytes before it is cropped
+    with pytest.raises(ValueError, match="1024000x256 pixels could be a decompression bomb"):
+        centre_crop(strip, 256)
+    assert centre_crop(strip, 8).shape == (3, 8, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(Exception, match="decompression bomb"):
         open_rgb(PNG)
@@ -197,11 +216,12 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
     (folder / "a" / "moving.gif").write_bytes(frames("GIF"))
     (folder / "a" / "huge.png").write_bytes(PNG + bytes(1 << 16))
     (folder / "a" / "secret.png").symlink_to("/nowhere")
+    (folder / "a" / "strip.png").write_bytes(saved(Image.new("RGB", (1_500_000, 1)), "PNG"))
     arguments = ["--images", str(folder), "--size", "8", "--out", str(tmp_path / "out"), "--max-unreadable", "0.6"]
     assert main(["prepare", "images", *arguments]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {each["key"]: each["reason"] for each in report["skipped"]}
-    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret"} and report["stored"] == 4
+    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret", "a/strip"} and report["stored"] == 4
     assert "empty" in reasons["a/zero"] and "animated" in reasons["a/moving"] and "bytes; at most" in reasons["a/huge"]
 
 
