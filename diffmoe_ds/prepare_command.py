@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -22,11 +23,13 @@ from diffmoe_ds.data.prepare import (
     finish,
     write_shard,
 )
-from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, SaidElsewhereError
 from diffmoe_ds.parallel.launch import Launch, resolve_launch
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""
+SAYING_TIME = 3.0
+"""All ranks of a host find a wrong option alike and one says so, but torchrun ends it as soon as another has left."""
 EXAMPLES = """examples:
   diffmoe prepare latents --images imagenet/train --vae sd-vae-ft-ema --size 256 --out latents
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
@@ -76,7 +79,15 @@ def prepare_command(args: argparse.Namespace) -> None:
     # A latent's last bits may depend on the number of threads, and launchers set it differently: ranks are the way
     # to use more cores.
     torch.set_num_threads(1)
-    _run(_preparation(args, launch), launch, args.timeout)
+    try:
+        preparation = _preparation(args, launch)
+        begin(preparation)
+    except DiffMoEError as error:
+        if launch.local_rank == 0:
+            raise
+        time.sleep(SAYING_TIME)
+        raise SaidElsewhereError(error.exit_code) from None
+    _run(preparation, launch, args.timeout)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -138,13 +149,29 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
 
 def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
     """This rank's shards; on rank 0 also the bar, and the end when all have done theirs."""
-    begin(preparation)
-    is_main = launch.rank == 0
+    lost, report = preparation.lost(), None
+    try:
+        if not preparation.is_finished():
+            report = _work(preparation, launch, timeout)
+    except CheckpointError:  # another launch may have finished the set, and removed what this one was writing
+        if not preparation.is_finished():
+            raise
     if preparation.is_finished():
-        if is_main:
-            clean(preparation)
-            print(f"{preparation.out} is complete already")
+        clean(preparation)
+    if launch.rank:
         return
+    if report is None:
+        how = f"again, {len(lost)} shard(s) were made anew" if lost else "already"
+        print(f"{preparation.out} is complete {how}")
+        return
+    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
+    if report["skipped"]:
+        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+
+
+def _work(preparation: Preparation, launch: Launch, timeout: float) -> dict[str, Any] | None:
+    """Write shards, and on rank 0 wait for those of the others; returns the report of the set that rank 0 finished."""
+    is_main = launch.rank == 0
     note = preparation.out / PARTS / f"failed-{launch.rank:05d}"
     if is_main:
         for old in note.parent.glob("failed-*"):  # of an earlier start
@@ -157,15 +184,13 @@ def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
                 unreadable += write_shard(preparation, shard, overview.advance)
                 check_unreadable(preparation, unreadable)
         except DiffMoEError as error:
-            note.write_text(str(error), encoding="utf-8")
+            with contextlib.suppress(OSError):  # on a full disk it is this error that has to be said
+                note.write_text(str(error), encoding="utf-8")
             raise
         if not is_main:
-            return
+            return None
         overview.wait()
-    report = finish(preparation)
-    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
-    if report["skipped"]:
-        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+    return None if preparation.is_finished() else finish(preparation)
 
 
 class _Overview:
@@ -176,7 +201,7 @@ class _Overview:
         self._launch = launch
         self._bar = bar
         self._timeout = timeout
-        self._missing = {s for s in range(preparation.shards) if not preparation.is_done(s)}
+        self._missing = preparation.missing()
         self._own = 0
         self._looked = self._changed = time.monotonic()
         bar.initial = bar.n = len(preparation.source) - self._images(self._missing)
@@ -207,17 +232,20 @@ class _Overview:
                 )
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now, parts = time.monotonic(), self._preparation.out / PARTS
+        if not parts.is_dir():
+            raise CheckpointError(f"{parts}: was removed, perhaps by another launch; start again to continue.")
         missing = {shard for shard in self._missing if not self._preparation.is_done(shard)}
         if len(missing) < len(self._missing):
             self._changed = now
         others = [s for s in self._missing - missing if s % self._launch.world != self._launch.rank]
         self._bar.update(self._own + self._images(others))
         self._own, self._missing, self._looked = 0, missing, now
-        for note in (self._preparation.out / PARTS).glob("failed-*"):
+        for note in parts.glob("failed-*"):
             rank = int(note.name.removeprefix("failed-"))
-            if rank != self._launch.rank:
-                raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
+            with contextlib.suppress(FileNotFoundError):
+                if rank != self._launch.rank:
+                    raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
 
     def _images(self, shards: Sequence[int] | set[int]) -> int:
         return sum(len(self._preparation.images(shard)) for shard in shards)

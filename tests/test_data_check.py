@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from diffmoe_ds.cli import main
+from diffmoe_ds.data.dataset import open_source
 from diffmoe_ds.data.index_files import INDEX, SAMPLES
 from diffmoe_ds.data.shard_paths import expand
 from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.data.tar_index import Entry
 from diffmoe_ds.errors import DataError
-from tests.data_helpers import PNG, photographs, write_tar
+from tests.data_helpers import PNG, photographs, tree, write_tar
 
 NOT_FINISHED = "is not finished; run the same diffmoe prepare again to finish it"
 
@@ -82,9 +83,9 @@ def test_an_index_that_is_not_that_of_its_shards(made, tmp_path, column, capsys)
     with pytest.raises(DataError, match=r"index.json do not fit together; run the same diffmoe prepare again"):
         ShardDataset(expand(tmp_path / "set"))
     assert "do not fit together" in check(tmp_path / "set", capsys)[0]
-    tree = json.loads((tmp_path / "set" / INDEX).read_text())
-    assert set(tree.pop("index_sha256")) == {"index-samples.npy", "index-keys.npy"}
-    (tmp_path / "set" / INDEX).write_text(json.dumps(tree))
+    index = json.loads((tmp_path / "set" / INDEX).read_text())
+    assert set(index.pop("index_sha256")) == {"index-samples.npy", "index-keys.npy"}
+    (tmp_path / "set" / INDEX).write_text(json.dumps(index))
     assert len(ShardDataset(expand(tmp_path / "set"))) == 12
     problems = check(tmp_path / "set", capsys)
     assert problems and all("another place, label or key than the shard" in problem for problem in problems)
@@ -93,13 +94,13 @@ def test_an_index_that_is_not_that_of_its_shards(made, tmp_path, column, capsys)
 def test_an_index_with_other_sizes_or_without_hashes(made, tmp_path, capsys):
     shutil.copytree(made / "set", tmp_path / "set")
     path = tmp_path / "set" / INDEX
-    tree = json.loads(path.read_text())
-    tree["shards"][1]["bytes"] += 512
-    path.write_text(json.dumps(tree))
+    index = json.loads(path.read_text())
+    index["shards"][1]["bytes"] += 512
+    path.write_text(json.dumps(index))
     problems = check(tmp_path / "set", capsys)
     assert len(problems) == 1 and "says of shard shards-00001.tar other sizes" in problems[0]
     for sha256 in (None, []):
-        path.write_text(json.dumps({**tree, "sha256": sha256}))
+        path.write_text(json.dumps({**index, "sha256": sha256}))
         assert "has no table sha256 of the shards" in check(tmp_path / "set", capsys)[0]
 
 
@@ -112,3 +113,37 @@ def test_more_shards_than_a_process_may_have_files(tmp_path, capsys):
         assert check(tmp_path, capsys) == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("loss", ["gone", "cut"])
+def test_a_lost_shard_is_missed_and_made_again(made, tmp_path, loss, capsys):
+    out = tmp_path / "set"
+    shutil.copytree(made / "set", out)
+    kept, shard = tree(out), out / "shards-00002.tar"
+    if loss == "gone":
+        shard.unlink()
+    else:
+        os.truncate(shard, 512)
+    with pytest.raises(DataError, match=r"shards-00002.tar (cannot be read: No such file|has 512 bytes)"):
+        open_source(out)
+    assert len(ShardDataset(expand(f"{out}/shards-0000[01].tar"))) == 6, "a pattern asks for no more"
+    assert any("shards-00002.tar" in problem for problem in check(out, capsys))
+    assert prepare(made, out) == 0 and tree(out) == kept and not (out / "parts").exists()
+    assert "is complete again, 1 shard(s) were made anew" in capsys.readouterr().out
+
+
+def test_a_shard_that_can_no_longer_be_made_is_not_replaced(made, tmp_path, capsys):
+    shutil.copytree(made / "photographs", tmp_path / "photographs")
+    shutil.copytree(made / "set", tmp_path / "set")
+    for path in (tmp_path / "photographs").rglob("*.jpg"):
+        path.write_bytes(PNG)
+    (tmp_path / "set" / "shards-00001.tar").unlink()
+    assert prepare(tmp_path, tmp_path / "set") == 4
+    assert "shards-00001.tar was lost, and what is made of the images now is not the same" in capsys.readouterr().err
+    assert not (tmp_path / "set" / "shards-00001.tar").exists()
+
+
+def test_a_damaged_index_is_made_anew(made, tmp_path, capsys):
+    shutil.copytree(made / "set", tmp_path / "set")
+    os.truncate(tmp_path / "set" / SAMPLES, 100)
+    assert prepare(made, tmp_path / "set") == 0 and tree(tmp_path / "set") == tree(made / "set")

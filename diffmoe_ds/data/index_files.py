@@ -74,6 +74,15 @@ def load_index(folder: Path) -> Index:
     return Index(shards, samples, keys, latents)
 
 
+def listed(folder: Path) -> list[str]:
+    """The shards that ``index.json`` names; none without one, or if it is damaged, which `load_index` reports."""
+    try:
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+        return [shard["name"] for shard in shards if Path(shard["name"]).name == shard["name"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def subset(index: Index, names: Sequence[str]) -> Index | None:
     """The index of the shards of these names, in their order; none if it does not have them all."""
     numbers = {shard.name: number for number, shard in enumerate(index.shards)}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import braceexpand
 
-from diffmoe_ds.data.index_files import INDEX, KEYS, SAMPLES, load_index, refuse_unfinished, save_index, subset
+from diffmoe_ds.data.index_files import INDEX, KEYS, SAMPLES, listed, load_index, refuse_unfinished, save_index, subset
 from diffmoe_ds.data.remote import ShardCache, fetch, is_url, locked
 from diffmoe_ds.data.tar_index import Index
 from diffmoe_ds.errors import CheckpointError, DataError
@@ -22,6 +22,7 @@ def expand(path: str | Path) -> list[str]:
 
     A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
     braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
+    A directory's are also those that its index names: one that is lost is missed by whoever reads it.
 
     Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
     """
@@ -30,10 +31,10 @@ def expand(path: str | Path) -> list[str]:
             return list(braceexpand.braceexpand(str(path)))
         whole = Path(path).expanduser()
         if whole.is_dir():
-            shards = sorted(str(p) for p in whole.iterdir() if p.name.endswith((".tar", ".tar.gz")))
-            if not shards:
+            names = {p.name for p in whole.iterdir() if is_shard(p.name)}
+            if not names:
                 raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
-            return shards
+            return sorted(str(whole / name) for name in names.union(listed(whole)))
         if whole.exists():
             return [str(whole)]
         shards = []
@@ -102,6 +103,11 @@ def shard_size(shard: str) -> int:
         return os.stat(shard).st_size
     except OSError as error:
         raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as shards are."""
+    return name.endswith((".tar", ".tar.gz"))
 
 
 def is_gzip(shard: str) -> bool:
