@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from PIL import Image
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data import images
+from diffmoe_ds.data.dataset import open_source
 from diffmoe_ds.data.folder import ImageFolder
 from diffmoe_ds.data.images import centre_crop, decode_pixels, open_rgb
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.data_helpers import GREY, PNG, image_file, npy, write_tar
 
@@ -175,6 +179,9 @@ def test_class_folders_and_flat_folders(tmp_path):
     flat = ImageFolder(put(tmp_path / "b", "2.png", "1.png", "2.jpg"))
     assert flat.classes is None and flat.labels.tolist() == [-1] * 3
     assert [flat.key(i) for i in range(3)] == ["1", "2_jpg", "2_png"]
+    put(tmp_path / "a", "cat/.thumbnails/1.png")
+    assert len(ImageFolder(tmp_path / "a")) == 3, "hidden folders are left out"
+    put(tmp_path / "c", ".thumbnails/1.png", "x/.thumbnails/y/2.png", "x/.hidden.png")
     deep = ImageFolder(put(tmp_path / "c", "x/y/1.png", "x/2.png", "3.png"), unlabelled=True)
     assert [deep.key(i) for i in range(3)] == ["3", "x/2", "x/y/1"] and set(deep.labels.tolist()) == {-1}
 
@@ -216,13 +223,46 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
     (folder / "a" / "moving.gif").write_bytes(frames("GIF"))
     (folder / "a" / "huge.png").write_bytes(PNG + bytes(1 << 16))
     (folder / "a" / "secret.png").symlink_to("/nowhere")
+    os.mkfifo(folder / "a" / "pipe.png")  # would be waited for
     (folder / "a" / "strip.png").write_bytes(saved(Image.new("RGB", (1_500_000, 1)), "PNG"))
     arguments = ["--images", str(folder), "--size", "8", "--out", str(tmp_path / "out"), "--max-unreadable", "0.6"]
     assert main(["prepare", "images", *arguments]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {each["key"]: each["reason"] for each in report["skipped"]}
-    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret", "a/strip"} and report["stored"] == 4
+    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret", "a/strip", "a/pipe"} and report["stored"] == 4
+    assert "is no regular file" in reasons["a/pipe"]
     assert "empty" in reasons["a/zero"] and "animated" in reasons["a/moving"] and "bytes; at most" in reasons["a/huge"]
+
+
+@pytest.mark.parametrize("image", ["a/1.png", "1.png", "a/b/1.png"])
+def test_a_folder_of_both_shards_and_images_is_refused(tmp_path, image, capsys):
+    """A stray tar beside class folders would otherwise be the whole set, or the class folders be missed."""
+    folder = put(tmp_path / "images", image)
+    write_tar(folder / "stray.tar", [("s.png", PNG)])
+    message = rf"holds both shards, such as stray.tar, and images, such as {image}; give .*/\*.tar for the shards"
+    with pytest.raises(DataError, match=message):
+        open_source(folder)
+    assert len(open_source(f"{folder}/*.tar")) == 1
+    (folder / image).rename(folder / ".1.png")
+    assert len(open_source(folder)) == 1
+
+
+def test_tars_as_users_pack_them(tmp_path):
+    """Links are counted, rare kinds are read as in folders, and labels are ignored where that is asked."""
+    members = [("x.png", PNG), ("x.cls", b"7"), ("z.gif", image_file(GREY, "GIF")), ("z.cls", b"7")]
+    write_tar(tmp_path / "in.tar", members)
+    with tarfile.open(tmp_path / "in.tar", "a") as tar:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x.png"
+            tar.addfile(info)
+    arguments = ["--images", str(tmp_path / "in.tar"), "--size", "4", "--out", str(tmp_path / "out"), "--unlabelled"]
+    assert main(["prepare", "images", *arguments, "--max-unreadable", "0.5"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stored"] == 2 and {each["key"] for each in report["skipped"]} == {"hard", "soft"}
+    assert all("has a link or another special member" in each["reason"] for each in report["skipped"])
+    dataset = ShardDataset(expand(tmp_path / "out"))
+    assert sorted(map(dataset.key, range(2))) == ["x", "z"] and set(dataset.labels.tolist()) == {-1}
 
 
 @pytest.mark.parametrize("name", ["../../escaped.png", "/tmp/escaped.png", "a/../../escaped.png"])

@@ -13,7 +13,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_BYTES = 64 << 20
-PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+PIL_FORMATS = {
+    "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP",
+    "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF",
+}  # fmt: skip
 RAW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """By content and not by suffix: ImageNet has a PNG that is called .JPEG."""
 GREY_MODES = ("1", "L", "LA")

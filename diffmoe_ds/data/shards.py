@@ -23,10 +23,12 @@ from diffmoe_ds.data.shard_paths import is_gzip, kept_index, prepared_index, sha
 from diffmoe_ds.data.tar_index import (
     IMAGE_SUFFIXES,
     NO_LABEL,
+    NOT_STORED,
     Entry,
     Index,
     join,
     scan,
+    without_labels,
 )
 from diffmoe_ds.errors import DataError
 
@@ -49,7 +51,8 @@ class ShardDataset:
     """Random access to the samples of ``shards``, in the order in which they are stored.
 
     ``shards`` are paths and URLs, which are fetched into ``cache``.  Workers may be forked from a process that holds
-    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read.
+    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read;
+    ``unlabelled`` ignores the labels.
 
     ``index`` says where the samples lie.
 
@@ -58,13 +61,21 @@ class ShardDataset:
     all; reading raises it for contents that cannot be decoded and for a shard that has changed.
     """
 
-    def __init__(self, shards: Sequence[str | Path], cache: ShardCache | None = None, use_index: bool = True):
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        cache: ShardCache | None = None,
+        use_index: bool = True,
+        unlabelled: bool = False,
+    ):
         assert shards, "expand() never gives an empty list"
         self._shards = [str(shard) for shard in shards]
         self._cache = cache or ShardCache(DEFAULT_FOLDER, DEFAULT_CACHE_BYTES)
         self._unpacked: dict[int, bytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
         self.index = self._open_index() if use_index else self._scan_all()
+        if unlabelled:
+            self.index = without_labels(self.index)
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
             raise DataError(f"there is no sample in {shards[0]}{others}; expected an image for each, and a .cls")
@@ -119,6 +130,8 @@ class ShardDataset:
     def image_bytes(self, index: int) -> bytes:
         """A sample's image as it is stored."""
         entry = self._entry(index)
+        if entry.offset == NOT_STORED:
+            raise DataError(f"{self.describe(index)} has a link or another special member for its image")
         buffer = bytearray(entry.size)
         self._read(entry.shard, entry.offset, [buffer], entry.size)
         return bytes(buffer)

@@ -9,20 +9,24 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from diffmoe_ds.data.images import PIL_FORMATS
 from diffmoe_ds.data.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
 from diffmoe_ds.errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
-IMAGE_SUFFIXES = (*PIL_FORMATS, "npy")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
+"""Indices count in this order, so new ones come last."""
+RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
+"""They are the image only where there is no other: a mask may lie beside a photograph."""
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
+NOT_STORED = 0
+"""The offset of an image that is a link or another special member: its bytes are not there."""
 
 
 class Entry(NamedTuple):
@@ -30,7 +34,7 @@ class Entry(NamedTuple):
 
     shard: int
     suffix: int  # of the image, in IMAGE_SUFFIXES
-    offset: int  # of the image in its shard
+    offset: int  # of the image in its shard, or NOT_STORED
     size: int
     label: int  # NO_LABEL if the sample has none
     key_offset: int  # in the joined keys
@@ -111,6 +115,13 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
     return index
 
 
+def without_labels(index: Index) -> Index:
+    """The same samples, none of which has a label."""
+    samples = np.array(index.samples)
+    samples[:, Entry._fields.index("label")] = NO_LABEL
+    return replace(index, samples=samples)
+
+
 def check_latents(index: Index) -> None:
     """Raises ``DataError`` for a sample that cannot be a latent of the format that its shards state."""
     if index.latents is None:
@@ -136,9 +147,12 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
-            if not (member.isreg() and stem and dot) or member.issparse():
-                continue  # links, devices, directories, hidden files: never part of a sample
             key, suffix = folder + slash + stem, suffix.lower()
+            stored = member.isreg() and not member.issparse()
+            # Directories, hidden files, links and devices are no part of a sample, but a picture that is a link is a
+            # sample that cannot be read: it would be missed.
+            if not (stem and dot) or member.isdir() or not (stored or suffix in IMAGE_SUFFIXES):
+                continue
             if key != current:
                 if members:
                     yield current, members
@@ -147,7 +161,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 raise DataError(f"sample {key!r} of shard {shard} has two members .{suffix}; expected one")
             if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
                 _check_member(shard, member)
-            members[suffix] = (member.offset_data, member.size)
+            members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
         # tarfile takes a damaged or cut-off header for the end of the archive; the true end is a block of zeros.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -171,11 +185,12 @@ def _check_member(shard: str, member: tarfile.TarInfo) -> None:
 
 def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
     """Suffix and place of a sample's image."""
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
     if len(images) != 1:
-        found = ", ".join(f".{suffix}" for suffix in members)
+        names = ", ".join(f".{suffix}" for suffix in members)
         raise DataError(
-            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {found}; "
+            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {names}; "
             f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
         )
     return images[0], members[images[0]]
