@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.index_files import PARTS
 from diffmoe_ds.data.prepare import (
     Preparation,
@@ -73,6 +74,8 @@ def prepare_command(args: argparse.Namespace) -> None:
     for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
         if getattr(args, option, 1) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if getattr(args, "cache_gb", 1.0) <= 0:
+        raise ConfigError(f"--cache-gb is {args.cache_gb:g}, but it must be above 0.")
     if not 0 <= args.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable is {args.max_unreadable}, but it is a share, from 0 to 1.")
     launch = resolve_launch()
@@ -97,7 +100,19 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|SHARDS",
         help="DIR/CLASS/*.jpg, DIR/*.jpg (no labels), or WebDataset shards such as 'shards-{000..127}.tar'",
     )
-    parser.add_argument("--unlabelled", action="store_true", help="all images below DIR, however deep, without labels")
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="all images of DIR, however deep, or SHARDS, without labels"
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="where shards behind URLs are kept (default: ~/.cache/diffmoe-ds)"
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        default=DataConfig.cache_gb,
+        metavar="GB",
+        help="size of that folder; it must hold all shards (default: %(default)s)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, out: Path | None) -> None:
@@ -127,6 +142,8 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     from diffmoe_ds.data.dataset import open_source
     from diffmoe_ds.data.emoji import SIZE, Emoji
     from diffmoe_ds.data.encoders import LatentEncoder, PixelEncoder
+    from diffmoe_ds.data.remote import shard_cache
+    from diffmoe_ds.data.shards import ShardDataset
 
     if args.kind == "emoji":
         source = Emoji(args.path, args.skin_tones)
@@ -135,7 +152,14 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     inside = Path(args.images).expanduser()
     if inside.is_dir() and inside.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         raise ConfigError(f"--out {args.out}: lies inside --images {args.images}; give a directory outside.")
-    source = open_source(args.images, args.unlabelled)
+    cache = shard_cache(DataConfig(cache_dir=args.cache_dir, cache_gb=args.cache_gb))
+    source = open_source(args.images, args.unlabelled, cache)
+    remote = source.remote_bytes() if isinstance(source, ShardDataset) else 0
+    if remote > args.cache_gb * 1e9:
+        raise ConfigError(
+            f"--cache-gb is {args.cache_gb:g}, but the images are mixed over the whole set, {remote / 1e9:.3g} GB of "
+            "fetched shards; raise it."
+        )
     if args.kind == "images":
         encoder = PixelEncoder(args.size, args.threads)
     else:

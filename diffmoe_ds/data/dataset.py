@@ -12,7 +12,7 @@ from diffmoe_ds.data.index_files import refuse_unfinished
 from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.raw import RawImages
 from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache
+from diffmoe_ds.data.remote import ShardCache, shard_cache
 from diffmoe_ds.data.shard_paths import expand, is_shard
 from diffmoe_ds.data.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
@@ -24,8 +24,7 @@ def open_dataset(config: Config) -> Dataset:
     Raises ``DataError`` for what is wrong with the images, ``ConfigError`` for settings that do not fit them.
     """
     data, model = config.data, config.model
-    folder = DEFAULT_FOLDER if data.cache_dir is None else Path(data.cache_dir)
-    source = open_source(data.path or EMBEDDED, cache=ShardCache(folder, int(data.cache_gb * 1e9)))
+    source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
     if data.vae is not None:

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.images import decode_pixels
 from diffmoe_ds.data.latents import LatentFormat
-from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache, is_url
+from diffmoe_ds.data.remote import ShardCache, is_url, shard_cache
 from diffmoe_ds.data.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.tar_index import (
     IMAGE_SUFFIXES,
@@ -38,7 +39,6 @@ MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is held in memory
 MAX_OPEN_FILES = 512  # per data set and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
 KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index: the one that was made by scanning is kept beside them
-DEFAULT_CACHE_BYTES = 100 * 10**9
 
 
 class Sample(NamedTuple):
@@ -70,7 +70,7 @@ class ShardDataset:
     ):
         assert shards, "expand() never gives an empty list"
         self._shards = [str(shard) for shard in shards]
-        self._cache = cache or ShardCache(DEFAULT_FOLDER, DEFAULT_CACHE_BYTES)
+        self._cache = cache or shard_cache(DataConfig())
         self._unpacked: dict[int, bytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
         self.index = self._open_index() if use_index else self._scan_all()
@@ -238,7 +238,8 @@ class ShardDataset:
         kept = self._files.pop(number, None)
         if kept is None:
             shard = self._shards[number]
-            file = io.FileIO(self._cache.open(shard) if is_url(shard) else shard)
+            size = self.index.shards[number].bytes
+            file = io.FileIO(self._cache.open(shard, size) if is_url(shard) else shard)
             kept = file, os.fstat(file.fileno()).st_mtime_ns
         self._files[number] = kept
         if len(self._files) > MAX_OPEN_FILES:
