@@ -36,6 +36,8 @@ SHARD_SAMPLES = 2048
 CLASSES = 1000
 FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
 WARM_UP_BATCHES = 20
+MEASURED_BATCHES = 20
+"""At least; fewer measure little but the batches that were read ahead."""
 MEMORY_LOOKS = 20
 OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
 WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
