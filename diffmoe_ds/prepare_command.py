@@ -276,7 +276,7 @@ class _Overview:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffmoe_ds.data.check import check_set
+    from diffmoe_ds.data.check import check_set, report_lines
 
     with tqdm(unit="shard", desc="check", disable=not sys.stderr.isatty()) as bar:
 
@@ -285,28 +285,8 @@ def _check(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         report = check_set(args.path, progress)
-    print(json.dumps(report) if args.json else _lines(report))
+    print(json.dumps(report) if args.json else report_lines(report))
     problems = report["problems"]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise DataError(f"{args.path} is not whole: {problems[0]}{more}")
-
-
-def _lines(report: dict[str, Any]) -> str:
-    lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
-    names = report["classes"] or []
-    for label, count in report["per_class"].items():
-        name = names[int(label)] if int(label) < len(names) else ""
-        lines.append(f"  class {label:>4}  {count:>9,}  {name}")
-    if not report["labelled"]:
-        lines.append("  no labels")
-    if "format" in report:
-        form = report["format"]
-        lines.append(
-            f"latents {form['channels']}x{form['size']}x{form['size']} in {form['dtype']}, scaled by "
-            f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
-            f"standard deviation {report['latent_std']:.4f}"
-        )
-    lines += [f"note: {note}" for note in report["notes"]]
-    lines += [f"problem: {problem}" for problem in report["problems"]]
-    return "\n".join(lines)

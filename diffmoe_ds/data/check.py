@@ -71,6 +71,27 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
     return {**report, "problems": problems}
 
 
+def report_lines(report: dict[str, Any]) -> str:
+    """What `check_set` found, for people."""
+    lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
+    names = report["classes"] or []
+    for label, count in report["per_class"].items():
+        name = names[int(label)] if int(label) < len(names) else ""
+        lines.append(f"  class {label:>4}  {count:>9,}  {name}")
+    if not report["labelled"]:
+        lines.append("  no labels")
+    if "format" in report:
+        form = report["format"]
+        lines.append(
+            f"latents {form['channels']}x{form['size']}x{form['size']} in {form['dtype']}, scaled by "
+            f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
+            f"standard deviation {report['latent_std']:.4f}"
+        )
+    lines += [f"note: {note}" for note in report["notes"]]
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join(lines)
+
+
 @dataclass
 class _Sums:
     """What is counted over all shards."""
