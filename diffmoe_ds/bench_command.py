@@ -49,6 +49,8 @@ def bench_command(args: argparse.Namespace) -> None:
     for option in args.positive:
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if args.folder is not None and not args.folder.is_dir():
+        raise ConfigError(f"--folder is {args.folder}, which is no directory; make it first, or leave --folder out.")
     args.bench(args)
 
 
@@ -70,8 +72,14 @@ def _checkpoint(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from diffmoe_ds.bench.data import bench_data
+    from diffmoe_ds.bench.data import MEASURED_BATCHES, WARM_UP_BATCHES, bench_data
 
+    needed = (WARM_UP_BATCHES + MEASURED_BATCHES) * args.batch_size
+    if args.samples < needed:
+        raise ConfigError(
+            f"--samples is {args.samples}, but with --batch-size {args.batch_size} it must be at least {needed}: "
+            f"{WARM_UP_BATCHES} batches to warm up and {MEASURED_BATCHES} to measure."
+        )
     report = bench_data(
         samples=args.samples,
         workers=args.workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffmoe_ds.config.schema import DataConfig
+from diffmoe_ds.data.index_files import PARTS
 from diffmoe_ds.data.prepare import (
-    PARTS,
     Preparation,
     begin,
     check_unreadable,
@@ -22,11 +24,13 @@ from diffmoe_ds.data.prepare import (
     finish,
     write_shard,
 )
-from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, SaidElsewhereError
 from diffmoe_ds.parallel.launch import Launch, resolve_launch
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""
+SAYING_TIME = 3.0
+"""All ranks of a host find a wrong option alike and one says so, but torchrun ends it as soon as another has left."""
 EXAMPLES = """examples:
   diffmoe prepare latents --images imagenet/train --vae sd-vae-ft-ema --size 256 --out latents
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
@@ -70,13 +74,23 @@ def prepare_command(args: argparse.Namespace) -> None:
     for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
         if getattr(args, option, 1) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if getattr(args, "cache_gb", 1.0) <= 0:
+        raise ConfigError(f"--cache-gb is {args.cache_gb:g}, but it must be above 0.")
     if not 0 <= args.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable is {args.max_unreadable}, but it is a share, from 0 to 1.")
     launch = resolve_launch()
     # A latent's last bits may depend on the number of threads, and launchers set it differently: ranks are the way
     # to use more cores.
     torch.set_num_threads(1)
-    _run(_preparation(args, launch), launch, args.timeout)
+    try:
+        preparation = _preparation(args, launch)
+        begin(preparation)
+    except DiffMoEError as error:
+        if launch.local_rank == 0:
+            raise
+        time.sleep(SAYING_TIME)
+        raise SaidElsewhereError(error.exit_code) from None
+    _run(preparation, launch, args.timeout)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +100,19 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|SHARDS",
         help="DIR/CLASS/*.jpg, DIR/*.jpg (no labels), or WebDataset shards such as 'shards-{000..127}.tar'",
     )
-    parser.add_argument("--unlabelled", action="store_true", help="all images below DIR, however deep, without labels")
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="all images of DIR, however deep, or SHARDS, without labels"
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="where shards behind URLs are kept (default: ~/.cache/diffmoe-ds)"
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        default=DataConfig.cache_gb,
+        metavar="GB",
+        help="size of that folder; it must hold all shards (default: %(default)s)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, out: Path | None) -> None:
@@ -116,6 +142,8 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     from diffmoe_ds.data.dataset import open_source
     from diffmoe_ds.data.emoji import SIZE, Emoji
     from diffmoe_ds.data.encoders import LatentEncoder, PixelEncoder
+    from diffmoe_ds.data.remote import shard_cache
+    from diffmoe_ds.data.shards import ShardDataset
 
     if args.kind == "emoji":
         source = Emoji(args.path, args.skin_tones)
@@ -124,7 +152,14 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     inside = Path(args.images).expanduser()
     if inside.is_dir() and inside.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         raise ConfigError(f"--out {args.out}: lies inside --images {args.images}; give a directory outside.")
-    source = open_source(args.images, args.unlabelled)
+    cache = shard_cache(DataConfig(cache_dir=args.cache_dir, cache_gb=args.cache_gb))
+    source = open_source(args.images, args.unlabelled, cache)
+    remote = source.remote_bytes() if isinstance(source, ShardDataset) else 0
+    if remote > args.cache_gb * 1e9:
+        raise ConfigError(
+            f"--cache-gb is {args.cache_gb:g}, but the images are mixed over the whole set, {remote / 1e9:.3g} GB of "
+            "fetched shards; raise it."
+        )
     if args.kind == "images":
         encoder = PixelEncoder(args.size, args.threads)
     else:
@@ -138,13 +173,29 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
 
 def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
     """This rank's shards; on rank 0 also the bar, and the end when all have done theirs."""
-    begin(preparation)
-    is_main = launch.rank == 0
+    lost, report = preparation.lost(), None
+    try:
+        if not preparation.is_finished():
+            report = _work(preparation, launch, timeout)
+    except CheckpointError:  # another launch may have finished the set, and removed what this one was writing
+        if not preparation.is_finished():
+            raise
     if preparation.is_finished():
-        if is_main:
-            clean(preparation)
-            print(f"{preparation.out} is complete already")
+        clean(preparation)
+    if launch.rank:
         return
+    if report is None:
+        how = f"again, {len(lost)} shard(s) were made anew" if lost else "already"
+        print(f"{preparation.out} is complete {how}")
+        return
+    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
+    if report["skipped"]:
+        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+
+
+def _work(preparation: Preparation, launch: Launch, timeout: float) -> dict[str, Any] | None:
+    """Write shards, and on rank 0 wait for those of the others; returns the report of the set that rank 0 finished."""
+    is_main = launch.rank == 0
     note = preparation.out / PARTS / f"failed-{launch.rank:05d}"
     if is_main:
         for old in note.parent.glob("failed-*"):  # of an earlier start
@@ -157,15 +208,13 @@ def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
                 unreadable += write_shard(preparation, shard, overview.advance)
                 check_unreadable(preparation, unreadable)
         except DiffMoEError as error:
-            note.write_text(str(error), encoding="utf-8")
+            with contextlib.suppress(OSError):  # on a full disk it is this error that has to be said
+                note.write_text(str(error), encoding="utf-8")
             raise
         if not is_main:
-            return
+            return None
         overview.wait()
-    report = finish(preparation)
-    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
-    if report["skipped"]:
-        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+    return None if preparation.is_finished() else finish(preparation)
 
 
 class _Overview:
@@ -176,7 +225,7 @@ class _Overview:
         self._launch = launch
         self._bar = bar
         self._timeout = timeout
-        self._missing = {s for s in range(preparation.shards) if not preparation.is_done(s)}
+        self._missing = preparation.missing()
         self._own = 0
         self._looked = self._changed = time.monotonic()
         bar.initial = bar.n = len(preparation.source) - self._images(self._missing)
@@ -207,54 +256,37 @@ class _Overview:
                 )
 
     def _look(self) -> None:
-        now = time.monotonic()
+        now, parts = time.monotonic(), self._preparation.out / PARTS
+        if not parts.is_dir():
+            raise CheckpointError(f"{parts}: was removed, perhaps by another launch; start again to continue.")
         missing = {shard for shard in self._missing if not self._preparation.is_done(shard)}
         if len(missing) < len(self._missing):
             self._changed = now
         others = [s for s in self._missing - missing if s % self._launch.world != self._launch.rank]
         self._bar.update(self._own + self._images(others))
         self._own, self._missing, self._looked = 0, missing, now
-        for note in (self._preparation.out / PARTS).glob("failed-*"):
+        for note in parts.glob("failed-*"):
             rank = int(note.name.removeprefix("failed-"))
-            if rank != self._launch.rank:
-                raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
+            with contextlib.suppress(FileNotFoundError):
+                if rank != self._launch.rank:
+                    raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
 
     def _images(self, shards: Sequence[int] | set[int]) -> int:
         return sum(len(self._preparation.images(shard)) for shard in shards)
 
 
 def _check(args: argparse.Namespace) -> None:
-    from diffmoe_ds.data.check import check_set
+    from diffmoe_ds.data.check import check_set, report_lines
 
-    with tqdm(unit="sample", desc="check", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(unit="shard", desc="check", disable=not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         report = check_set(args.path, progress)
-    print(json.dumps(report) if args.json else _lines(report))
+    print(json.dumps(report) if args.json else report_lines(report))
     problems = report["problems"]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise DataError(f"{args.path} is not whole: {problems[0]}{more}")
-
-
-def _lines(report: dict[str, Any]) -> str:
-    lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
-    names = report["classes"] or []
-    for label, count in report["per_class"].items():
-        name = names[int(label)] if int(label) < len(names) else ""
-        lines.append(f"  class {label:>4}  {count:>9,}  {name}")
-    if not report["labelled"]:
-        lines.append("  no labels")
-    if "format" in report:
-        form = report["format"]
-        lines.append(
-            f"latents {form['channels']}x{form['size']}x{form['size']} in {form['dtype']}, scaled by "
-            f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
-            f"standard deviation {report['latent_std']:.4f}"
-        )
-    lines += [f"note: {note}" for note in report["notes"]]
-    lines += [f"problem: {problem}" for problem in report["problems"]]
-    return "\n".join(lines)

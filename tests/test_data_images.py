@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from PIL import Image
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data import images
+from diffmoe_ds.data.dataset import open_source
 from diffmoe_ds.data.folder import ImageFolder
 from diffmoe_ds.data.images import centre_crop, decode_pixels, open_rgb
+from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.data_helpers import GREY, PNG, image_file, npy, write_tar
 
@@ -65,6 +69,10 @@ def test_transparency_is_laid_on_white():
     palette = Image.fromarray(COLOUR).quantize(4)
     found = np.asarray(open_rgb(saved(palette, "PNG", transparency=0)))
     assert (found[np.asarray(palette) == 0] == 255).all()
+    grey = saved(Image.merge("LA", [Image.new("L", (2, 2), 40), Image.fromarray(clear[..., 3])]), "PNG")
+    assert decode_pixels(grey, "png").tolist() == [[[40, 255], [255, 255]]]  # grey stays one channel
+    for data in (image_file(clear), saved(palette, "PNG", transparency=0), grey):  # shards are read alike
+        assert (decode_pixels(data, "png") == np.asarray(open_rgb(data)).transpose(2, 0, 1)).all()
 
 
 def test_the_second_view_of_a_camera_is_left_out():
@@ -84,7 +92,18 @@ def test_exif_rotation_is_applied(orientation):
     turned = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (np.asarray(open_rgb(saved(turned, "PNG", exif=exif))) == COLOUR).all()
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
+    for kind, options in (
+        ("PNG", {"exif": exif}), ("TIFF", {"exif": exif}), ("WEBP", {"exif": exif, "lossless": True}),
+        ("WEBP", {"xmp": xmp, "lossless": True}),
+    ):  # fmt: skip
+        data = saved(turned, kind, **options)
+        assert (np.asarray(open_rgb(data)) == COLOUR).all(), kind
+        if kind != "TIFF":
+            assert (decode_pixels(data, kind.lower()) == COLOUR.transpose(2, 0, 1)).all(), kind
+    grey = saved(turned.convert("L"), "JPEG", exif=exif, quality=95)
+    found = decode_pixels(grey, "jpg").astype(int)
+    assert found.shape == (1, 6, 9) and np.abs(found[0] - np.asarray(upright.convert("L"))).mean() < 12
 
 
 @pytest.mark.parametrize(
@@ -113,6 +132,10 @@ def test_animated_images_in_shards_are_refused():
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_refused(monkeypatch):
+    strip = Image.new("RGB", (4000, 1))  # a hundred bytes as PNG, and gigabytes before it is cropped
+    with pytest.raises(ValueError, match="1024000x256 pixels could be a decompression bomb"):
+        centre_crop(strip, 256)
+    assert centre_crop(strip, 8).shape == (3, 8, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(Exception, match="decompression bomb"):
         open_rgb(PNG)
@@ -156,6 +179,9 @@ def test_class_folders_and_flat_folders(tmp_path):
     flat = ImageFolder(put(tmp_path / "b", "2.png", "1.png", "2.jpg"))
     assert flat.classes is None and flat.labels.tolist() == [-1] * 3
     assert [flat.key(i) for i in range(3)] == ["1", "2_jpg", "2_png"]
+    put(tmp_path / "a", "cat/.thumbnails/1.png")
+    assert len(ImageFolder(tmp_path / "a")) == 3, "hidden folders are left out"
+    put(tmp_path / "c", ".thumbnails/1.png", "x/.thumbnails/y/2.png", "x/.hidden.png")
     deep = ImageFolder(put(tmp_path / "c", "x/y/1.png", "x/2.png", "3.png"), unlabelled=True)
     assert [deep.key(i) for i in range(3)] == ["3", "x/2", "x/y/1"] and set(deep.labels.tolist()) == {-1}
 
@@ -197,12 +223,46 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
     (folder / "a" / "moving.gif").write_bytes(frames("GIF"))
     (folder / "a" / "huge.png").write_bytes(PNG + bytes(1 << 16))
     (folder / "a" / "secret.png").symlink_to("/nowhere")
+    os.mkfifo(folder / "a" / "pipe.png")  # would be waited for
+    (folder / "a" / "strip.png").write_bytes(saved(Image.new("RGB", (1_500_000, 1)), "PNG"))
     arguments = ["--images", str(folder), "--size", "8", "--out", str(tmp_path / "out"), "--max-unreadable", "0.6"]
     assert main(["prepare", "images", *arguments]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {each["key"]: each["reason"] for each in report["skipped"]}
-    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret"} and report["stored"] == 4
+    assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret", "a/strip", "a/pipe"} and report["stored"] == 4
+    assert "is no regular file" in reasons["a/pipe"]
     assert "empty" in reasons["a/zero"] and "animated" in reasons["a/moving"] and "bytes; at most" in reasons["a/huge"]
+
+
+@pytest.mark.parametrize("image", ["a/1.png", "1.png", "a/b/1.png"])
+def test_a_folder_of_both_shards_and_images_is_refused(tmp_path, image, capsys):
+    """A stray tar beside class folders would otherwise be the whole set, or the class folders be missed."""
+    folder = put(tmp_path / "images", image)
+    write_tar(folder / "stray.tar", [("s.png", PNG)])
+    message = rf"holds both shards, such as stray.tar, and images, such as {image}; give .*/\*.tar for the shards"
+    with pytest.raises(DataError, match=message):
+        open_source(folder)
+    assert len(open_source(f"{folder}/*.tar")) == 1
+    (folder / image).rename(folder / ".1.png")
+    assert len(open_source(folder)) == 1
+
+
+def test_tars_as_users_pack_them(tmp_path):
+    """Links are counted, rare kinds are read as in folders, and labels are ignored where that is asked."""
+    members = [("x.png", PNG), ("x.cls", b"7"), ("z.gif", image_file(GREY, "GIF")), ("z.cls", b"7")]
+    write_tar(tmp_path / "in.tar", members)
+    with tarfile.open(tmp_path / "in.tar", "a") as tar:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "x.png"
+            tar.addfile(info)
+    arguments = ["--images", str(tmp_path / "in.tar"), "--size", "4", "--out", str(tmp_path / "out"), "--unlabelled"]
+    assert main(["prepare", "images", *arguments, "--max-unreadable", "0.5"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stored"] == 2 and {each["key"] for each in report["skipped"]} == {"hard", "soft"}
+    assert all("has a link or another special member" in each["reason"] for each in report["skipped"])
+    dataset = ShardDataset(expand(tmp_path / "out"))
+    assert sorted(map(dataset.key, range(2))) == ["x", "z"] and set(dataset.labels.tolist()) == {-1}
 
 
 @pytest.mark.parametrize("name", ["../../escaped.png", "/tmp/escaped.png", "a/../../escaped.png"])

@@ -16,12 +16,13 @@ from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data import shards, tar_index
 from diffmoe_ds.data.dataset import image_shape, open_dataset
 from diffmoe_ds.data.draws import philox, posterior_noise, training_draws
+from diffmoe_ds.data.index_files import load_index, save_index, subset
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.order import sample_index
 from diffmoe_ds.data.shard_paths import expand
 from diffmoe_ds.data.shards import ShardDataset
-from diffmoe_ds.data.tar_index import join, load_index, save_index, scan, subset
+from diffmoe_ds.data.tar_index import join, scan
 from diffmoe_ds.errors import ConfigError, DataError
 from tests.data_helpers import PNG, assert_same, by_position, loader, npy, photographs, take, tiny_vae, write_tar
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
+from diffmoe_ds import prepare_command
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.images import centre_crop, open_rgb
 from diffmoe_ds.data.shard_paths import expand
@@ -227,3 +230,49 @@ def test_killed_at_random_times_and_finished(tmp_path):
     report = json.loads(finished.output.splitlines()[-1])
     assert report["same_at_4_ranks"] and report["same_after_kills"]
     assert report["shards_done_at_each_kill"] == sorted(report["shards_done_at_each_kill"])
+
+
+@pytest.mark.parametrize("moment", ["_Overview.advance", "write_shard", "finish"])
+def test_another_launch_into_the_same_directory_may_finish_first(made, monkeypatch, tmp_path, moment, capsys):
+    owner = prepare_command._Overview if moment == "_Overview.advance" else prepare_command
+    name = moment.rpartition(".")[2]
+    original = getattr(owner, name)
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(owner, name, original)
+        prepare(tmp_path / "out", made)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, overtaken)
+    prepare(tmp_path / "out", made)
+    assert "is complete already" in capsys.readouterr().out
+    as_rank(monkeypatch, 1, 2)  # comes when all is done
+    prepare(tmp_path / "out", made)
+    assert tree(tmp_path / "out") == tree(made / "one") and not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_full_disk_is_a_sentence(made, monkeypatch, tmp_path, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        prepare(tmp_path / "out", made, code=5)
+    assert "index-samples.npy: cannot be written: No space left on device" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile.TarFile, "addfile", full)
+        patched.setattr(Path, "write_text", full)  # nor can the other ranks be told
+        prepare(tmp_path / "out", made, code=5)
+    error = capsys.readouterr().err
+    assert "shards-00000.tar: cannot be written: No space left" in error and "Traceback" not in error
+    prepare(tmp_path / "out", made)
+    assert tree(tmp_path / "out") == tree(made / "one")
+
+
+def test_one_rank_of_a_host_says_what_all_find(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_command, "SAYING_TIME", 0)
+    for rank, said in ((0, 1), (1, 0)):
+        as_rank(monkeypatch, rank, 2)
+        assert main(["prepare", "images", "--images", "/nowhere", "--out", "/nowhere/out"]) == 4
+        assert capsys.readouterr().err.count("no shard /nowhere exists") == said

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import open_dataset
 from diffmoe_ds.data.remote import ShardCache, is_url
@@ -94,6 +95,19 @@ def test_an_index_beside_the_shards_is_used_and_shards_are_fetched_when_needed(s
         dataset[7]
 
 
+def test_a_kept_shard_of_another_size_than_the_index_says_is_fetched_again(served, url, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    assert len(ShardDataset(expand(f"{url}/s-{{0..3}}.tar"), cache)) == COUNT  # fetches all
+    members = []
+    for n in range(4):
+        members += [(f"{n}.png", image_file(GREY + 100 + n)), (f"{n}.cls", b"3"), (f"{n}.txt", bytes(4096))]
+    write_tar(served / "s-2.tar", members)
+    index_of(served)
+    dataset = ShardDataset(expand(f"{url}/s-{{0..3}}.tar"), cache)
+    for number in range(4):
+        assert dataset[6 + number].label == 3 and (dataset[6 + number].image == GREY + 100 + number).all()
+
+
 def read_all(folder: Path) -> None:
     dataset = ShardDataset(pipes(folder), ShardCache(folder / "cache", 10**9))
     assert [dataset[i].label for i in range(COUNT)] == [n % 4 for n in range(COUNT)]
@@ -154,10 +168,16 @@ def test_what_cannot_be_fetched_is_named_and_not_kept(served, url, tmp_path, pat
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_file() and p.suffix not in (".tar", ".lock")]
 
 
-def test_the_cache_must_hold_what_is_read_at_a_time(served, tmp_path):
+def test_the_cache_must_hold_what_is_read_at_a_time(served, tmp_path, capsys):
     path = f"data.path=pipe:cat {served}/s-{{0..3}}.tar"
     small = ["data.cache_gb=1e-5", f"data.cache_dir={tmp_path / 'cache'}", "model.num_classes=4"]
     with pytest.raises(ConfigError, match=r"data.cache_gb is 1e-05, .* or set data.shuffle=window"):
         open_dataset(load_config("fashion", [path, *small]))
+    arguments = ["prepare", "images", "--images", path.removeprefix("data.path="), "--size", "4", "--cache-gb", "1e-5"]
+    arguments += ["--cache-dir", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2 and not (tmp_path / "out").exists()
+    assert "--cache-gb is 1e-05, but the images are mixed over the whole set, 4.1e-05 GB" in capsys.readouterr().err
+    arguments[arguments.index("1e-5")] = "1e-4"
+    assert main(arguments) == 0 and len(list((tmp_path / "other").glob("*.tar"))) == 4
     small[0] = f"data.cache_gb={4 * os.path.getsize(served / 's-0.tar') / 1e9}"
     open_dataset(load_config("fashion", [path, *small, "data.shuffle=window", "data.shuffle_window=3"]))

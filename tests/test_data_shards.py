@@ -66,8 +66,9 @@ def test_image_kinds(tmp_path):
     images = {sample.key: sample.image for sample in (dataset[i] for i in range(len(dataset)))}
     assert {sample.label for sample in (dataset[i] for i in range(len(dataset)))} == {7}
     assert (images["grey"] == GREY).all() and images["grey"].shape == (1, 5, 6)
-    for key in ("colour", "alpha", "lossless"):
+    for key in ("colour", "lossless"):
         assert (images[key] == colour.transpose(2, 0, 1)).all(), key
+    assert images["alpha"].min() >= 245 and images["alpha"].shape == (3, 5, 6), "nearly transparent, on white"
     assert images["jpg"].shape == (3, 5, 6) and images["jpeg"].shape == (1, 5, 6)
     assert images["half"].dtype == np.float32 and (images["half"] == latent.astype(np.float16)).all()
     assert (images["fortran"] == latent.astype(np.float32)).all()
@@ -83,15 +84,33 @@ def test_groups_members_as_webdataset_does(tmp_path):
     assert theirs == ["x/a", "y/a", "é" * 90, "x/a", "d.1/b"]
 
 
-def test_links_and_devices_are_not_members(tmp_path):
+def test_links_and_devices_are_not_followed(tmp_path):
+    """A picture that is one cannot be read, and is not silently missed; anything else is passed over."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("a.png", tarfile.SYMTYPE), ("a.cls", tarfile.LNKTYPE), ("b.png", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("a.png", tarfile.SYMTYPE), ("a.cls", tarfile.LNKTYPE), ("b.png", tarfile.CHRTYPE),
+            ("c.jpg", tarfile.LNKTYPE), ("d.png", tarfile.DIRTYPE), ("e.cls", tarfile.SYMTYPE),
+        ):  # fmt: skip
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/hostname"
             tar.addfile(info)
-    with pytest.raises(DataError, match="there is no sample"):
-        ShardDataset([path])
+    dataset = ShardDataset([path])
+    assert [dataset.key(i) for i in range(len(dataset))] == ["a", "b", "c"] and set(dataset.labels.tolist()) == {-1}
+    for index in range(3):
+        with pytest.raises(DataError, match=r"sample '.' of shard .*a.tar has a link or another special member for"):
+            dataset[index]
+
+
+def test_masks_beside_photographs(tmp_path):
+    """Kinds that are rare in shards are the image where there is no other."""
+    members = [("a.png", PNG), ("a.tif", b"a mask")]
+    for name, kind in (("b.gif", "GIF"), ("c.BMP", "BMP"), ("d.tiff", "TIFF")):
+        members.append((name, image_file(GREY, kind)))
+    dataset = ShardDataset([write_tar(tmp_path / "a.tar", members)])
+    assert [dataset.key(i) for i in range(len(dataset))] == ["a", "b", "c", "d"]
+    for index in range(4):
+        assert (dataset[index].image[0] == GREY).all()
 
 
 NAN = np.full((1, 2, 2), np.nan, np.float32)

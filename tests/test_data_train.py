@@ -76,6 +76,21 @@ def test_decoding_undoes_the_scaling(made):
     torch.testing.assert_close(pixels, vae._model.decode(latents / 0.5).sample.detach())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--samples", "640"),
+            "--samples is 640, but with --batch-size 32 it must be at least 1280: 20 batches",
+        ),
+        (("--folder", "/nonexistent"), "--folder is /nonexistent, which is no directory"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(options, message, capsys):
+    assert main(["bench", "data", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bench_prints_what_its_table_needs(tmp_path, capsys):
     arguments = ["--samples", "2500", "--rounds", "1", "--workers", "1", "--memory-samples", "4000"]

@@ -24,17 +24,20 @@ import torch
 import webdataset
 
 from diffmoe_ds.data.draws import Purpose, TrainingDraws, philox, posterior_noise, training_draws
+from diffmoe_ds.data.index_files import save_index
 from diffmoe_ds.data.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.shard_paths import expand
 from diffmoe_ds.data.shards import ShardDataset
-from diffmoe_ds.data.tar_index import join, save_index, scan
+from diffmoe_ds.data.tar_index import join, scan
 from diffmoe_ds.data.writer import write_tar
 
 SHARD_SAMPLES = 2048
 CLASSES = 1000
 FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
 WARM_UP_BATCHES = 20
+MEASURED_BATCHES = 20
+"""At least; fewer measure little but the batches that were read ahead."""
 MEMORY_LOOKS = 20
 OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
 WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.draws import training_draws
-from diffmoe_ds.data.folder import ImageFolder, Source
+from diffmoe_ds.data.folder import ImageFolder, Source, images_below
+from diffmoe_ds.data.index_files import refuse_unfinished
 from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.raw import RawImages
 from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache
-from diffmoe_ds.data.shard_paths import expand
+from diffmoe_ds.data.remote import ShardCache, shard_cache
+from diffmoe_ds.data.shard_paths import expand, is_shard
 from diffmoe_ds.data.shards import EMBEDDED, ShardDataset
-from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.errors import ConfigError, DataError
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -23,8 +24,7 @@ def open_dataset(config: Config) -> Dataset:
     Raises ``DataError`` for what is wrong with the images, ``ConfigError`` for settings that do not fit them.
     """
     data, model = config.data, config.model
-    folder = DEFAULT_FOLDER if data.cache_dir is None else Path(data.cache_dir)
-    source = open_source(data.path or EMBEDDED, cache=ShardCache(folder, int(data.cache_gb * 1e9)))
+    source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
     if data.vae is not None:
@@ -62,11 +62,20 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
 
 
 def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | None = None) -> ShardDataset | Source:
-    """Shards, or a folder of images if there is no shard in it."""
+    """Shards, or a folder of images; raises ``DataError`` for one that holds both, since either may be meant."""
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any(p.name.endswith((".tar", ".tar.gz")) for p in folder.iterdir()):
-        return ImageFolder(folder, unlabelled)
-    return ShardDataset(expand(path), cache)
+    if folder.is_dir():
+        refuse_unfinished(folder)
+        shard = min((p.name for p in folder.iterdir() if is_shard(p.name)), default=None)
+        if shard is None:
+            return ImageFolder(folder, unlabelled)
+        image = next(images_below(folder), None)
+        if image is not None:
+            raise DataError(
+                f"{folder} holds both shards, such as {shard}, and images, such as {image}; give {folder}/*.tar for "
+                "the shards, or move them away for the images"
+            )
+    return ShardDataset(expand(path), cache, unlabelled=unlabelled)
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -7,8 +7,10 @@ labels; ``unlabelled`` takes every image below ``DIR``, however deep.
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -50,7 +52,7 @@ class ImageFolder:
         if not self._folder.is_dir():
             raise DataError(f"{folder} is no directory of images")
         if unlabelled:
-            self.classes, self._files, labels = None, sorted(_below(self._folder)), None
+            self.classes, self._files, labels = None, sorted(images_below(self._folder)), None
         else:
             self.classes, self._files, labels = _labelled(self._folder)
         if not self._files:
@@ -72,10 +74,17 @@ class ImageFolder:
     def image_bytes(self, index: int) -> bytes:
         """The file's contents, cut off beyond what ``open_rgb`` takes."""
         try:
-            with open(self._folder / self._files[index], "rb") as file:
+            # A named pipe would otherwise be waited for.
+            with open(self._folder / self._files[index], "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise DataError(f"{self.describe(index)} is no regular file")
                 return file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | None]:
@@ -83,7 +92,9 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
     flat, classes = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir() and not entry.name.startswith("."):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
                 classes.append(entry.name)
             elif _is_image(entry.name):
                 flat.append(entry.name)
@@ -108,12 +119,14 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
         found = []
         with os.scandir(folder / name) as entries:
             for entry in entries:
-                if entry.is_dir() and any(_below(folder / name / entry.name)):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() and any(images_below(folder / name / entry.name)):
                     raise DataError(
                         f"{folder / name} holds images inside a further folder, {entry.name}, so the class is not "
                         f"clear; give {folder / name} itself, or --unlabelled"
                     )
-                if _is_image(entry.name):
+                if not entry.is_dir() and _is_image(entry.name):
                     found.append(f"{name}/{entry.name}")
         if not found:
             raise DataError(f"class folder {folder / name} holds no image; remove it, or every later label is shifted")
@@ -122,13 +135,16 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
     return classes, files, labels
 
 
-def _below(folder: Path) -> list[str]:
-    """All images below a folder, relative to it; links to folders are not followed, so no loop can be met."""
-    found = []
-    for parent, _, names in os.walk(folder):
+def images_below(folder: Path) -> Iterator[str]:
+    """All images below a folder, relative to it.
+
+    Hidden folders hold thumbnails and the like and are left out; links to folders are not followed, so no loop can be
+    met.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(parent, folder)
-        found += [name if relative == "." else f"{relative}/{name}" for name in names if _is_image(name)]
-    return found
+        yield from (name if relative == "." else f"{relative}/{name}" for name in names if _is_image(name))
 
 
 def _is_image(name: str) -> bool:

@@ -3,7 +3,9 @@
 The images are mixed by a fixed permutation and cut into shards of a fixed number.  Whoever writes shard i writes the
 same bytes, into a file aside that gets its name when it is complete; then ``parts/`` gets the shard's record.  A record
 is what says that a shard is done, so a killed run loses the shards that were being written and no more.  When all
-records are there, the index is made of them.  No process waits for another on the way.
+records are there, the index is made of them, and they go.  No process waits for another on the way.
+
+A finished set that has lost a shard gets it again, the same by its checksum.
 """
 
 from __future__ import annotations
@@ -20,25 +22,14 @@ import numpy as np
 
 from diffmoe_ds.data.encoders import Encoded, Encoder
 from diffmoe_ds.data.folder import Source
+from diffmoe_ds.data.index_files import INDEX, PARTS, SETTINGS, load_index, save_index
 from diffmoe_ds.data.latents import FORMAT_MEMBER
 from diffmoe_ds.data.order import epoch_order
-from diffmoe_ds.data.tar_index import (
-    INDEX,
-    LABEL_SUFFIX,
-    NO_LABEL,
-    Entry,
-    Index,
-    ShardInfo,
-    join,
-    save_index,
-    scan,
-)
+from diffmoe_ds.data.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
 from diffmoe_ds.data.writer import ASIDE, sha256_of, whole_file, write_json, write_tar
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
 
-SETTINGS = "settings.json"
 REPORT = "report.json"
-PARTS = "parts"
 MIXING_SEED = 0
 """Of the permutation that decides which images share a shard: class folders would give shards of one class each."""
 
@@ -82,9 +73,23 @@ class Preparation:
         """Whether a shard and its record are there."""
         return self.part(shard).exists() and (self.out / self.name(shard)).exists()
 
+    def lost(self) -> set[int] | None:
+        """Shards that a finished set does not have any more, or of another size; none if the set is not finished."""
+        try:
+            infos = load_index(self.out).shards
+        except DataError:  # there is no index, or it is damaged and made anew
+            return None
+        sizes = {path.name: path.stat().st_size for path in self.out.glob("*.tar")}
+        return {number for number, info in enumerate(infos) if sizes.get(info.name) != info.bytes}
+
     def is_finished(self) -> bool:
         """Whether the whole set is there."""
-        return (self.out / INDEX).exists()
+        return self.lost() == set()
+
+    def missing(self) -> set[int]:
+        """The shards that are still to be written."""
+        lost = self.lost()
+        return {shard for shard in range(self.shards) if not self.is_done(shard)} if lost is None else lost
 
 
 def begin(preparation: Preparation) -> None:
@@ -105,7 +110,10 @@ def begin(preparation: Preparation) -> None:
             _check_same(json.loads(path.read_text(encoding="utf-8")), settings, preparation.out)
         else:
             write_json(path, settings)
-        (preparation.out / PARTS).mkdir(exist_ok=True)
+        if (preparation.out / INDEX).exists() and preparation.lost() is None:
+            (preparation.out / INDEX).unlink(missing_ok=True)  # damaged, and the records to mend it are gone
+        if not preparation.is_finished():
+            (preparation.out / PARTS).mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -113,18 +121,28 @@ def begin(preparation: Preparation) -> None:
 
 
 def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], None]) -> int:
-    """Write a shard and its record; returns how many images were unreadable.  ``progress`` is told of each image."""
+    """Write a shard and its record; returns how many images were unreadable.  ``progress`` is told of each image.
+
+    Raises ``DataError`` if it takes the place of one that a finished set has lost, and is not the same.
+    """
     path = preparation.out / preparation.name(shard)
     indices = preparation.images(shard).tolist()
     skipped: list[dict[str, str]] = []
     statistics = np.zeros(3)  # number of values, sum of means, sum of second moments
     write_tar(path, _members(preparation, indices, skipped, statistics, progress))
+    sha256 = sha256_of(path)
+    if _lost_sha256(preparation, path.name) not in (None, sha256):
+        path.unlink(missing_ok=True)
+        raise DataError(
+            f"shard {path} was lost, and what is made of the images now is not the same: they, or what encodes them, "
+            "have changed; prepare them into a new directory"
+        )
     with open(path, "rb") as file:
         index = scan(path.name, file, path.stat().st_size)
     assert len(index.samples) + len(skipped) == len(indices), (len(index.samples), len(skipped), len(indices))
     record = {
         **index.shards[0]._asdict(),
-        "sha256": sha256_of(path),
+        "sha256": sha256,
         "skipped": skipped,
         "statistics": statistics.tolist(),
         "rows": index.samples[:, 1:5].tolist(),
@@ -150,7 +168,7 @@ def finish(preparation: Preparation) -> dict[str, Any]:
     parts, skipped, hashes = [], [], {}
     statistics = np.zeros(3)
     for shard in range(preparation.shards):
-        record = json.loads(preparation.part(shard).read_text(encoding="utf-8"))
+        record = _record(preparation.part(shard))
         parts.append(_index(preparation, record))
         skipped += record["skipped"]
         hashes[record["name"]] = record["sha256"]
@@ -171,6 +189,21 @@ def clean(preparation: Preparation) -> None:
     shutil.rmtree(preparation.out / PARTS, ignore_errors=True)
     for path in preparation.out.glob(f"{ASIDE}*"):
         path.unlink(missing_ok=True)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; start again to continue.") from None
+
+
+def _lost_sha256(preparation: Preparation, name: str) -> str | None:
+    """What the index knows of a shard, if there is one already."""
+    try:
+        return json.loads((preparation.out / INDEX).read_text(encoding="utf-8"))["sha256"][name]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def scaled_statistics(preparation: Preparation, statistics: np.ndarray) -> tuple[float, float]:

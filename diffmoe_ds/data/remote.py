@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import DataError
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffmoe-ds"
@@ -44,8 +45,10 @@ class ShardCache:
         self.limit = limit
         self._prefetching: threading.Thread | None = None
 
-    def open(self, url: str) -> int:
+    def open(self, url: str, size: int | None = None) -> int:
         """A file descriptor for reading; the caller closes it, and it stays valid if the shard is removed.
+
+        A kept shard that has not ``size`` bytes is fetched again.
 
         Raises ``DataError`` if the URL cannot be fetched to its end.
         """
@@ -53,10 +56,10 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                return self._open(target)
+                return self._open(target, size)
             with locked(target.with_suffix(".lock")):  # another process may have fetched it while this one waited
                 with contextlib.suppress(FileNotFoundError):
-                    return self._open(target)
+                    return self._open(target, size)
                 descriptor = self._fetch(url, target)
             self._make_room(target)
         except OSError as error:
@@ -78,8 +81,11 @@ class ShardCache:
             for url in urls:
                 os.close(self.open(url))
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path, size: int | None = None) -> int:
         descriptor = os.open(path, os.O_RDONLY)
+        if size not in (None, os.fstat(descriptor).st_size):
+            os.close(descriptor)
+            raise FileNotFoundError(f"{path} is another shard of that URL")
         # The time of use; that of change stays, by which readers notice that a shard is another.
         os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
         return descriptor
@@ -105,7 +111,7 @@ class ShardCache:
                 while chunk := source.read(CHUNK):
                     file.write(chunk)
                     if file.tell() > self.limit:
-                        raise DataError(f"shard {url} unpacks to more than data.cache_gb, {self.limit / 1e9:g} GB")
+                        raise DataError(f"shard {url} unpacks to more than the cache holds, {self.limit / 1e9:g} GB")
             unpacked.replace(path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"shard {url} is not a complete gzip file: {error}") from None
@@ -123,6 +129,11 @@ class ShardCache:
             if total > self.limit and path != keep:
                 path.unlink(missing_ok=True)  # readers keep what they have open
                 total -= size
+
+
+def shard_cache(data: DataConfig) -> ShardCache:
+    """The cache that a recipe's ``data`` section describes."""
+    return ShardCache(DEFAULT_FOLDER if data.cache_dir is None else Path(data.cache_dir), int(data.cache_gb * 1e9))
 
 
 def fetch(url: str, target: Path) -> None:

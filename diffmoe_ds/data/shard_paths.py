@@ -11,9 +11,10 @@ from pathlib import Path
 
 import braceexpand
 
+from diffmoe_ds.data.index_files import INDEX, KEYS, SAMPLES, listed, load_index, refuse_unfinished, save_index, subset
 from diffmoe_ds.data.remote import ShardCache, fetch, is_url, locked
-from diffmoe_ds.data.tar_index import INDEX, KEYS, SAMPLES, Index, load_index, save_index, subset
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.data.tar_index import Index
+from diffmoe_ds.errors import CheckpointError, DataError
 
 
 def expand(path: str | Path) -> list[str]:
@@ -21,6 +22,7 @@ def expand(path: str | Path) -> list[str]:
 
     A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
     braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
+    A directory's are also those that its index names: one that is lost is missed by whoever reads it.
 
     Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
     """
@@ -29,10 +31,10 @@ def expand(path: str | Path) -> list[str]:
             return list(braceexpand.braceexpand(str(path)))
         whole = Path(path).expanduser()
         if whole.is_dir():
-            shards = sorted(str(p) for p in whole.iterdir() if p.name.endswith((".tar", ".tar.gz")))
-            if not shards:
+            names = {p.name for p in whole.iterdir() if is_shard(p.name)}
+            if not names:
                 raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
-            return shards
+            return sorted(str(whole / name) for name in names.union(listed(whole)))
         if whole.exists():
             return [str(whole)]
         shards = []
@@ -47,7 +49,12 @@ def expand(path: str | Path) -> list[str]:
 
 
 def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
-    """The index that lies beside the shards, if it has them all and they are in one place."""
+    """The index that lies beside the shards, if it has them all and they are in one place.
+
+    Raises ``DataError`` if it is damaged, or the shards are those of a preparation that has not come to its index.
+    """
+    for folder in {Path(shard).parent for shard in shards if not is_url(shard)}:
+        refuse_unfinished(folder)
     if any(shard.startswith("pipe:") for shard in shards):
         return None
     places = {shard.rpartition("/")[0] for shard in shards}
@@ -56,7 +63,7 @@ def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
         return None
     names = [shard.rpartition("/")[2] for shard in shards]
     if not is_url(shards[0]):
-        folder = Path(place or ("/" if shards[0].startswith("/") else "."))
+        folder = Path(shards[0]).parent
         return subset(load_index(folder), names) if (folder / INDEX).is_file() else None
     folder = cache.folder / f"index-{hashlib.sha256(place.encode()).hexdigest()[:32]}"
     try:
@@ -83,7 +90,8 @@ def kept_index(folder: Path | None, shards: Sequence[str], make: Callable[[], In
             if (kept / INDEX).exists():
                 return load_index(kept)
             index = make()
-            save_index(index, kept)
+            with contextlib.suppress(CheckpointError):  # a full disk
+                save_index(index, kept)
             return index
     except OSError:  # a read-only place
         return make()
@@ -95,6 +103,11 @@ def shard_size(shard: str) -> int:
         return os.stat(shard).st_size
     except OSError as error:
         raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as shards are."""
+    return name.endswith((".tar", ".tar.gz"))
 
 
 def is_gzip(shard: str) -> bool:

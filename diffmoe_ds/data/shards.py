@@ -16,17 +16,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.images import decode_pixels
 from diffmoe_ds.data.latents import LatentFormat
-from diffmoe_ds.data.remote import DEFAULT_FOLDER, ShardCache, is_url
+from diffmoe_ds.data.remote import ShardCache, is_url, shard_cache
 from diffmoe_ds.data.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.tar_index import (
     IMAGE_SUFFIXES,
     NO_LABEL,
+    NOT_STORED,
     Entry,
     Index,
     join,
     scan,
+    without_labels,
 )
 from diffmoe_ds.errors import DataError
 
@@ -36,7 +39,6 @@ MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is held in memory
 MAX_OPEN_FILES = 512  # per data set and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
 KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index: the one that was made by scanning is kept beside them
-DEFAULT_CACHE_BYTES = 100 * 10**9
 
 
 class Sample(NamedTuple):
@@ -49,20 +51,31 @@ class ShardDataset:
     """Random access to the samples of ``shards``, in the order in which they are stored.
 
     ``shards`` are paths and URLs, which are fetched into ``cache``.  Workers may be forked from a process that holds
-    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read.
+    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read;
+    ``unlabelled`` ignores the labels.
+
+    ``index`` says where the samples lie.
 
     Raises ``DataError`` if a shard cannot be read to its end or has changed since its index was made, a sample lacks
     an image or has several, some samples have labels and others none, a member is too big, or there is no sample at
     all; reading raises it for contents that cannot be decoded and for a shard that has changed.
     """
 
-    def __init__(self, shards: Sequence[str | Path], cache: ShardCache | None = None, use_index: bool = True):
+    def __init__(
+        self,
+        shards: Sequence[str | Path],
+        cache: ShardCache | None = None,
+        use_index: bool = True,
+        unlabelled: bool = False,
+    ):
         assert shards, "expand() never gives an empty list"
         self._shards = [str(shard) for shard in shards]
-        self._cache = cache or ShardCache(DEFAULT_FOLDER, DEFAULT_CACHE_BYTES)
+        self._cache = cache or shard_cache(DataConfig())
         self._unpacked: dict[int, bytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
-        self._index = self._open_index() if use_index else self._scan_all()
+        self.index = self._open_index() if use_index else self._scan_all()
+        if unlabelled:
+            self.index = without_labels(self.index)
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
             raise DataError(f"there is no sample in {shards[0]}{others}; expected an image for each, and a .cls")
@@ -74,7 +87,7 @@ class ShardDataset:
             )
 
     def __len__(self) -> int:
-        return len(self._index.samples)
+        return len(self.index.samples)
 
     def __getitem__(self, index: int) -> Sample:
         entry = self._entry(index)
@@ -89,17 +102,17 @@ class ShardDataset:
     @property
     def latents(self) -> LatentFormat | None:
         """How the latents were made, if the shards hold prepared ones; they are read by ``read_halves``."""
-        return self._index.latents
+        return self.index.latents
 
     @property
     def labels(self) -> np.ndarray:
         """int64 label of each sample; all ``NO_LABEL`` in a set without labels."""
-        return self._index.samples[:, Entry._fields.index("label")]
+        return self.index.samples[:, Entry._fields.index("label")]
 
     @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard."""
-        return [shard.samples for shard in self._index.shards]
+        return [shard.samples for shard in self.index.shards]
 
     @property
     def classes(self) -> None:
@@ -108,7 +121,7 @@ class ShardDataset:
 
     def key(self, index: int) -> str:
         """The key of a sample."""
-        return self._index.key(index)
+        return self.index.key(index)
 
     def describe(self, index: int) -> str:
         """Key and shard of a sample, for messages."""
@@ -117,6 +130,8 @@ class ShardDataset:
     def image_bytes(self, index: int) -> bytes:
         """A sample's image as it is stored."""
         entry = self._entry(index)
+        if entry.offset == NOT_STORED:
+            raise DataError(f"{self.describe(index)} has a link or another special member for its image")
         buffer = bytearray(entry.size)
         self._read(entry.shard, entry.offset, [buffer], entry.size)
         return bytes(buffer)
@@ -128,7 +143,7 @@ class ShardDataset:
         header, half = latents.header, latents.half_bytes
         found = bytearray(len(header))
         rows = np.empty((len(indices), half), np.uint8)
-        entries = self._index.samples[list(indices)].tolist()
+        entries = self.index.samples[list(indices)].tolist()
         for row, values, index, mirror in zip(rows, entries, indices, mirrored, strict=True):
             entry = Entry(*values)
             if mirror:
@@ -147,14 +162,14 @@ class ShardDataset:
 
     def remote_bytes(self) -> int:
         """Bytes of all shards that are URLs."""
-        pairs = zip(self._shards, self._index.shards, strict=True)
+        pairs = zip(self._shards, self.index.shards, strict=True)
         return sum(info.bytes for shard, info in pairs if is_url(shard))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}
 
     def _entry(self, index: int) -> Entry:
-        return Entry(*self._index.samples[index].tolist())
+        return Entry(*self.index.samples[index].tolist())
 
     def _open_index(self) -> Index:
         """From the index beside the shards if there is one, otherwise by reading their headers."""
@@ -213,9 +228,9 @@ class ShardDataset:
             status = os.fstat(file.fileno())
         except OSError as error:
             raise DataError(f"shard {self._shards[number]} can no longer be read: {error}") from error
-        if done != size or status.st_size != self._index.shards[number].bytes or status.st_mtime_ns != changed:
+        if done != size or status.st_size != self.index.shards[number].bytes or status.st_mtime_ns != changed:
             raise DataError(
-                f"shard {self._shards[number]} has {status.st_size} bytes where {self._index.shards[number].bytes} "
+                f"shard {self._shards[number]} has {status.st_size} bytes where {self.index.shards[number].bytes} "
                 "were indexed, or was written to: it changed after opening"
             )
 
@@ -223,7 +238,8 @@ class ShardDataset:
         kept = self._files.pop(number, None)
         if kept is None:
             shard = self._shards[number]
-            file = io.FileIO(self._cache.open(shard) if is_url(shard) else shard)
+            size = self.index.shards[number].bytes
+            file = io.FileIO(self._cache.open(shard, size) if is_url(shard) else shard)
             kept = file, os.fstat(file.fileno()).st_mtime_ns
         self._files[number] = kept
         if len(self._files) > MAX_OPEN_FILES:

@@ -1,39 +1,32 @@
-"""Where the samples of shards lie: found by reading tar headers, kept in files that open at once.
+"""Where the samples of shards lie, found by reading tar headers; `index_files.py` keeps it.
 
 A shard is a tar file; neighbouring members with the same key (the name up to the first dot of its base name)
 form a sample.  Nothing is extracted, members that are no image or label are never read, nothing is unpickled.
-
-A directory of shards can hold its index: ``index.json`` (the shards with their sizes and how latents were made),
-``index-samples.npy`` (a row per sample) and ``index-keys.npy`` (the keys, joined).  The arrays are mapped into
-memory, so opening millions of samples takes no time and all workers share them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass, replace
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from diffmoe_ds.data.images import PIL_FORMATS
 from diffmoe_ds.data.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
 from diffmoe_ds.errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
-IMAGE_SUFFIXES = (*PIL_FORMATS, "npy")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
+"""Indices count in this order, so new ones come last."""
+RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
+"""They are the image only where there is no other: a mask may lie beside a photograph."""
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
-INDEX = "index.json"
-SAMPLES = "index-samples.npy"
-KEYS = "index-keys.npy"
-VERSION = 1
+NOT_STORED = 0
+"""The offset of an image that is a link or another special member: its bytes are not there."""
 
 
 class Entry(NamedTuple):
@@ -41,7 +34,7 @@ class Entry(NamedTuple):
 
     shard: int
     suffix: int  # of the image, in IMAGE_SUFFIXES
-    offset: int  # of the image in its shard
+    offset: int  # of the image in its shard, or NOT_STORED
     size: int
     label: int  # NO_LABEL if the sample has none
     key_offset: int  # in the joined keys
@@ -122,6 +115,13 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
     return index
 
 
+def without_labels(index: Index) -> Index:
+    """The same samples, none of which has a label."""
+    samples = np.array(index.samples)
+    samples[:, Entry._fields.index("label")] = NO_LABEL
+    return replace(index, samples=samples)
+
+
 def check_latents(index: Index) -> None:
     """Raises ``DataError`` for a sample that cannot be a latent of the format that its shards state."""
     if index.latents is None:
@@ -137,70 +137,6 @@ def check_latents(index: Index) -> None:
         )
 
 
-def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write an index into ``folder``, complete or not at all; ``extra`` goes into ``index.json`` as it is."""
-    for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
-        aside = folder / f".{name}.{uuid.uuid4().hex}"
-        with open(aside, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-        aside.replace(folder / name)
-    tree = {
-        "version": VERSION,
-        "samples": len(index.samples),
-        "key_bytes": len(index.keys),
-        "latents": None if index.latents is None else index.latents.to_json(),
-        **(extra or {}),
-        "shards": [shard._asdict() for shard in index.shards],
-    }
-    aside = folder / f".{INDEX}.{uuid.uuid4().hex}"
-    aside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    aside.replace(folder / INDEX)
-
-
-def load_index(folder: Path) -> Index:
-    """The index in ``folder``; raises ``DataError`` if its files are damaged or do not belong together."""
-    try:
-        tree = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = tuple(ShardInfo(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in tree["shards"])
-        latents = tree["latents"]
-        if latents is not None:
-            latents = parse_format(json.dumps(latents).encode(), str(folder / INDEX))
-        samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))
-        fits = samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64
-        fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
-        fits = fits and tree["version"] == VERSION and sum(shard.samples for shard in shards) == len(samples)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"the index {folder / INDEX} cannot be read: {error!r}; delete it to have it made anew"
-        ) from None
-    if not fits:
-        raise DataError(f"the files of the index {folder / INDEX} do not fit together; delete it to have it made anew")
-    return Index(shards, samples, keys, latents)
-
-
-def subset(index: Index, names: Sequence[str]) -> Index | None:
-    """The index of the shards of these names, in their order; none if it does not have them all."""
-    numbers = {shard.name: number for number, shard in enumerate(index.shards)}
-    if not all(name in numbers for name in names):
-        return None
-    chosen = [numbers[name] for name in names]
-    if chosen == list(range(len(index.shards))):
-        return index
-    ends = np.cumsum([shard.samples for shard in index.shards])
-    blocks = []
-    for new, old in enumerate(chosen):
-        block = np.array(index.samples[ends[old] - index.shards[old].samples : ends[old]])
-        block[:, 0] = new
-        blocks.append(block)
-    return Index(tuple(index.shards[old] for old in chosen), np.concatenate(blocks), index.keys, index.latents)
-
-
-def _map(path: Path) -> np.ndarray:
-    """An array of a file without pickles, mapped read-only; an empty one cannot be mapped."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array if array.size else np.array(array)
-
-
 def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, dict]]:
     """Key and members ``{suffix: (offset, size)}`` of each sample, grouped as WebDataset groups them."""
     current, members = None, {}
@@ -211,9 +147,12 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
-            if not (member.isreg() and stem and dot) or member.issparse():
-                continue  # links, devices, directories, hidden files: never part of a sample
             key, suffix = folder + slash + stem, suffix.lower()
+            stored = member.isreg() and not member.issparse()
+            # Directories, hidden files, links and devices are no part of a sample, but a picture that is a link is a
+            # sample that cannot be read: it would be missed.
+            if not (stem and dot) or member.isdir() or not (stored or suffix in IMAGE_SUFFIXES):
+                continue
             if key != current:
                 if members:
                     yield current, members
@@ -222,7 +161,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 raise DataError(f"sample {key!r} of shard {shard} has two members .{suffix}; expected one")
             if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
                 _check_member(shard, member)
-            members[suffix] = (member.offset_data, member.size)
+            members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
         # tarfile takes a damaged or cut-off header for the end of the archive; the true end is a block of zeros.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -246,11 +185,12 @@ def _check_member(shard: str, member: tarfile.TarInfo) -> None:
 
 def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
     """Suffix and place of a sample's image."""
-    images = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
     if len(images) != 1:
-        found = ", ".join(f".{suffix}" for suffix in members)
+        names = ", ".join(f".{suffix}" for suffix in members)
         raise DataError(
-            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {found}; "
+            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {names}; "
             f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
         )
     return images[0], members[images[0]]

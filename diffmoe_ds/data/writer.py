@@ -30,7 +30,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}.") from None
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from None
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
