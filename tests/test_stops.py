@@ -11,7 +11,7 @@ import time
 import pytest
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
-from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from tests.conftest import REPOSITORY, TINY, WORKERS, clean_environment, read_metrics, run_ranks, write_json
 
 
@@ -67,6 +67,18 @@ def test_an_infinite_activation_is_traced_to_its_layer(tmp_path, zero):
     finished = poisoned(tmp_path, "forward", "2", zero, "model.activation_checkpointing=true")
     assert finished.code == 3
     assert "on rank 1, first in blocks.2.attn, at step 2 (16 images seen)" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("save_every", (48, pytest.param(0, marks=pytest.mark.slow)))
+def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
+    """Also when the save of the step before is still being written."""
+    length = ("run.total_images=64", "run.nonfinite_skips=2", f"run.save_every_images={save_every}")
+    finished = poisoned(tmp_path, "gradient", "4", 1, *length)
+    assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
+    assert "seen already" not in finished.output
+    every = [CheckpointReader(path).meta for path in candidates(tmp_path / "run")]
+    expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
+    assert [(meta["images"], meta["step"]) for meta in every] == expected
 
 
 @pytest.mark.slow
