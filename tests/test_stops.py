@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,29 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
 def test_two_skips_in_a_row_are_one_too_many(tmp_path):
     finished = poisoned(tmp_path, "forward", "2,3", 2, "run.nonfinite_skips=1", gradient_accumulation_steps=2)
     assert finished.code == 3 and "(1 of 1 in a row)" in finished.output, finished.output
+
+
+def test_a_full_disk_of_another_rank_is_named(tmp_path):
+    """By the one warning of a run that goes on, and by the error when its last save fails too."""
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
+    arguments = [
+        "train",
+        "--deepspeed_config",
+        str(config),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        *TINY,
+        *length,
+    ]
+    finished = run_ranks(2, [str(WORKERS / "full_disk.py"), "1", *arguments])
+    assert finished.code == 5, finished.output
+    file = tmp_path / "run" / "checkpoints" / ".writing-images_0000000000{}" / "rank_00001.safetensors"
+    why = f"rank 1 on {socket.gethostname()}: {file}: No space left on device."
+    warning = f"*** WARNING: the checkpoint images_000000000032 was not saved: {why.format(32)} Training goes on"
+    assert finished.output.count(warning) == 1, finished.output
+    assert f"error: the checkpoint images_000000000048 was not saved: {why.format(48)}" in finished.output
 
 
 @pytest.mark.parametrize("number", (signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)))
