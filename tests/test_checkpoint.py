@@ -232,8 +232,10 @@ def test_the_pointer_decides_among_whole_ones(run_copy):
     assert [p.name for p in candidates(run_copy)] == [checkpoint_name(n) for n in (64, 96, 32)]
 
 
-def reseal(path: Path) -> None:
+def reseal(path: Path, meta: dict | None = None) -> None:
     """Make a manifest for changed contents, as a person who edits a checkpoint could."""
+    if meta is not None:
+        (path / META).write_text(json.dumps(meta))
     digests = {name: (file.stat().st_size, sha256_of(file)) for name in read_manifest(path) for file in [path / name]}
     write_manifest(path, {name: Digest(*digest) for name, digest in digests.items()})
 
@@ -262,8 +264,7 @@ def test_a_foreign_description_is_refused(run_copy, content, message):
 def test_a_description_with_a_wrong_value_is_refused(run_copy, key, value):
     path = newest_valid(run_copy, full=True)
     meta = json.loads((path / META).read_text())
-    (path / META).write_text(json.dumps({**meta, key: value}))
-    reseal(path)
+    reseal(path, {**meta, key: value})
     with pytest.raises(CheckpointError, match=key):
         CheckpointReader(path)
 
@@ -387,3 +388,17 @@ def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_direct
     check_same_model(reader, other, except_for=("num_classes",))
     with pytest.raises(CheckpointError, match="num_classes is 10 there and 7 here"):
         check_same_model(reader, other)
+
+
+def test_a_model_without_label_dropout_may_begin_from_one_with(run_directory):
+    """Its embedding has one row less, so that it keeps its own, as with other classes."""
+    reader = CheckpointReader(newest_valid(run_directory, full=True))
+    other = replace(reader.config, model=replace(reader.config.model, label_dropout=0.0))
+    check_same_model(reader, other, except_for=("num_classes", "label_dropout"))
+    model = DiT(other)
+    before = model.y_embedder.embedding_table.weight.clone()
+    restore_weights(model, reader, Topology(0, 1, 1, other.num_experts), "ema")
+    assert torch.equal(model.y_embedder.embedding_table.weight, before)
+    weight = model.state_dict()["final_layer.linear.weight"]
+    expected = reader.read("ema", "final_layer.linear.weight", 0, weight.numel())
+    assert torch.equal(weight.flatten(), expected)

@@ -111,16 +111,22 @@ def test_a_full_disk_of_another_rank_is_named(tmp_path):
     assert f"error: the checkpoint images_000000000048 was not saved: {why.format(48)}" in finished.output
 
 
-@pytest.mark.parametrize("number", (signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)))
-def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number):
-    process, directory = _start(tmp_path, "run.total_images=100000")
+@pytest.mark.parametrize(
+    ("number", "resume", "again"),
+    (
+        (signal.SIGUSR1, "none", "the same command with --resume auto continues"),
+        pytest.param(signal.SIGTERM, "auto", "the same command continues", marks=pytest.mark.slow),
+    ),
+)
+def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, again):
+    process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
     _wait_for_rows(directory)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85, output
     rows = read_metrics(directory)
     assert CheckpointReader(newest_valid(directory, full=True)).meta["images"] == rows[-1]["images"]
-    assert f"asked to stop ({number.name})" in output and "the same command continues" in output
+    assert f"asked to stop ({number.name})" in output and again in output
 
 
 @pytest.mark.slow
@@ -167,11 +173,11 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
         process.stdout.close()
 
 
-def _start(tmp_path, *overrides):
+def _start(tmp_path, *overrides, options=()):
     config = write_json(tmp_path / "ds.json", ep=1, zero=1)
     directory = tmp_path / "run"
     command = [sys.executable, "-m", "diffmoe_ds.cli", "train", "--deepspeed_config", str(config)]
-    command += ["--run-dir", str(directory), "--set", *TINY, *overrides]
+    command += ["--run-dir", str(directory), *options, "--set", *TINY, *overrides]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
     )
