@@ -279,7 +279,8 @@ def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
     bf16 = ["checkpoint", "export", str(moved), "--dtype", "bf16", "--out", str(tmp_path / "bf16")]
     assert main(bf16) == 0
     source, resharded = CheckpointReader(newest_valid(run_directory, full=True)), CheckpointReader(moved)
-    assert len(list(moved.glob("rank_*"))) == 4 and resharded.meta["layout"]["world"] == 4
+    expected = {"world": 4, "ep_size": 2, "zero_stage": 1, "global_batch": 32}
+    assert len(list(moved.glob("rank_*"))) == 4 and resharded.meta["layout"] == expected
     files = {name: ModelFileReader(tmp_path / name) for name in ("ema", "raw", "bf16")}
     for name, shape in source.meta["shapes"].items():
         numel = torch.Size(shape).numel()

@@ -161,9 +161,9 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # what a launcher passes on is the same press
-        time.sleep(1.3)
+        time.sleep(0.4)  # a second press comes so soon
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
