@@ -180,6 +180,15 @@ def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, cap
     code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(other)))
     assert code == 0 and f"continues {other} at 48 images" in printed
 
+    # begun from another run, which may be gone by now; a third one is refused
+    meta = json.loads((newest / META).read_text())
+    reseal(newest, {**meta, "began_from": str(tmp_path / "gone")})
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", f"{tmp_path / 'gone'}/"))
+    assert code == 0 and f"continues {newest} at 32 images" in printed
+    third = shutil.copytree(run.directory, tmp_path / "third")
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(third)))
+    assert code == 5 and "holds the checkpoints of an earlier run" in printed
+
 
 WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))
 """(ranks, images until the next resume, loader workers)."""

@@ -42,8 +42,8 @@ from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.parallel.deepspeed_seam import Fragment
 
 POINTER_ASIDE = f"{WRITING}{LATEST}"
-MAX_REASON_BYTES = 1024
-"""Of what a rank that could not write tells the others; a path may be long."""
+MAX_REASON_BYTES = 8192
+"""Of what a rank that could not write tells the others; a path alone may have 4096."""
 
 
 class CheckpointSaver:
