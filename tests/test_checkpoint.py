@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import struct
 from dataclasses import replace
@@ -12,17 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffmoe_ds.checkpoint import model_file
-from diffmoe_ds.checkpoint.files import Digest, Entry, write_safetensors
+from diffmoe_ds.checkpoint import save as save_module
+from diffmoe_ds.checkpoint.files import Digest, Entry, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import META, checkpoint_images, checkpoint_name
 from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, restore_weights
 from diffmoe_ds.checkpoint.model_file import ModelFileReader, open_weights
 from diffmoe_ds.checkpoint.retention import surplus
-from diffmoe_ds.checkpoint.save import write_manifest
+from diffmoe_ds.checkpoint.save import CheckpointSaver, write_manifest
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid, read_manifest
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import CheckpointConfig
@@ -75,6 +79,64 @@ def test_retention_keeps_the_newest_whole_the_permanent_and_never_nothing(images
         assert {checkpoint_name(n) for n in firsts} <= set(kept)
     permanent = len({n // period for n in images}) if period else 0
     assert len(kept) <= keep_last + permanent + 1
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save a checkpoint of so many images and no weights, as the only rank of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def save(images: int, **keep: int) -> Path:
+        saver = CheckpointSaver(tmp_path, CheckpointConfig(**keep), torch.device("cpu"))
+        saver.start([], [], {"threshold": torch.zeros(1)}, {"images": images})
+        return saver.finish()
+
+    yield save
+    dist.destroy_process_group()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def test_checkpoints_of_a_branch_that_was_left_count_no_more(save, tmp_path, capsys):
+    """Back from 80 to 32 and on: 48 and 64 are kept, 80 is neither the newest nor one of the two newest; twice."""
+    for images in (16, 32, 64, 80):
+        save(images, keep_last=4)
+    assert not capsys.readouterr().out
+    save(48, keep_last=2)
+    assert capsys.readouterr().out.split()[:3] == ["left", "left-images_000000000064,", "left-images_000000000080:"]
+    assert [path.name for path in candidates(tmp_path)] == [checkpoint_name(n) for n in (48, 32)]
+    save(64, keep_last=2)
+    save(80, keep_last=2)
+    save(72, keep_last=0)
+    assert [path.name for path in candidates(tmp_path)] == [checkpoint_name(n) for n in (72, 64)]
+    left = [f"left-{checkpoint_name(n)}" for n in (64, 80, 80)]
+    left[2] += "-2"
+    assert names(tmp_path) == [*map(checkpoint_name, (64, 72)), "latest", *left]
+
+
+@pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", ".writing-latest"))
+def test_a_disk_that_is_full_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, file):
+    """The pointer's too: a checkpoint of which is said that it was not saved does not stand there."""
+    save(16)
+    before = names(tmp_path)
+
+    def full(write):
+        def writing(path, *arguments):
+            if path.name == file:
+                path.touch()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return write(path, *arguments)
+
+        return writing
+
+    monkeypatch.setattr(save_module, "write_safetensors", full(write_safetensors))
+    monkeypatch.setattr(save_module, "write_text", full(write_text))
+    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*{file}: No space left on device\.$"
+    with pytest.raises(CheckpointError, match=expected):
+        save(32)
+    assert names(tmp_path) == before and newest_valid(tmp_path, full=True).name == checkpoint_name(16)
 
 
 def _by_multiple(images: list[int], period: int) -> list[list[int]]:
@@ -170,8 +232,10 @@ def test_the_pointer_decides_among_whole_ones(run_copy):
     assert [p.name for p in candidates(run_copy)] == [checkpoint_name(n) for n in (64, 96, 32)]
 
 
-def reseal(path: Path) -> None:
+def reseal(path: Path, meta: dict | None = None) -> None:
     """Make a manifest for changed contents, as a person who edits a checkpoint could."""
+    if meta is not None:
+        (path / META).write_text(json.dumps(meta))
     digests = {name: (file.stat().st_size, sha256_of(file)) for name in read_manifest(path) for file in [path / name]}
     write_manifest(path, {name: Digest(*digest) for name, digest in digests.items()})
 
@@ -200,8 +264,7 @@ def test_a_foreign_description_is_refused(run_copy, content, message):
 def test_a_description_with_a_wrong_value_is_refused(run_copy, key, value):
     path = newest_valid(run_copy, full=True)
     meta = json.loads((path / META).read_text())
-    (path / META).write_text(json.dumps({**meta, key: value}))
-    reseal(path)
+    reseal(path, {**meta, key: value})
     with pytest.raises(CheckpointError, match=key):
         CheckpointReader(path)
 
@@ -216,7 +279,8 @@ def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
     bf16 = ["checkpoint", "export", str(moved), "--dtype", "bf16", "--out", str(tmp_path / "bf16")]
     assert main(bf16) == 0
     source, resharded = CheckpointReader(newest_valid(run_directory, full=True)), CheckpointReader(moved)
-    assert len(list(moved.glob("rank_*"))) == 4 and resharded.meta["layout"]["world"] == 4
+    expected = {"world": 4, "ep_size": 2, "zero_stage": 1, "global_batch": 32}
+    assert len(list(moved.glob("rank_*"))) == 4 and resharded.meta["layout"] == expected
     files = {name: ModelFileReader(tmp_path / name) for name in ("ema", "raw", "bf16")}
     for name, shape in source.meta["shapes"].items():
         numel = torch.Size(shape).numel()
@@ -325,3 +389,17 @@ def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_direct
     check_same_model(reader, other, except_for=("num_classes",))
     with pytest.raises(CheckpointError, match="num_classes is 10 there and 7 here"):
         check_same_model(reader, other)
+
+
+def test_a_model_without_label_dropout_may_begin_from_one_with(run_directory):
+    """Its embedding has one row less, so that it keeps its own, as with other classes."""
+    reader = CheckpointReader(newest_valid(run_directory, full=True))
+    other = replace(reader.config, model=replace(reader.config.model, label_dropout=0.0))
+    check_same_model(reader, other, except_for=("num_classes", "label_dropout"))
+    model = DiT(other)
+    before = model.y_embedder.embedding_table.weight.clone()
+    restore_weights(model, reader, Topology(0, 1, 1, other.num_experts), "ema")
+    assert torch.equal(model.y_embedder.embedding_table.weight, before)
+    weight = model.state_dict()["final_layer.linear.weight"]
+    expected = reader.read("ema", "final_layer.linear.weight", 0, weight.numel())
+    assert torch.equal(weight.flatten(), expected)

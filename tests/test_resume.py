@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from itertools import pairwise
@@ -11,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmoe_ds.checkpoint.layout import META
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.model_file import ModelFileReader
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from tests.conftest import TINY, WORKERS, read_metrics, run_ranks, write_json
+from tests.test_checkpoint import reseal
 from tests.test_layout import assert_same, tensors
 
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
 SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
 
 
@@ -27,8 +31,7 @@ SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, Tr
 )
 def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, bf16):
     """Train 5 steps with a save after 2; resume there; losses, weights, moments, EMA and thresholds are equal."""
-    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
-    changes = {"bf16": {"enabled": bf16}, "scheduler": scheduler}
+    changes = {"bf16": {"enabled": bf16}, "scheduler": SCHEDULER}
     straight = train_tiny(world, ep, zero, "run.save_every_images=32", **changes)
     interrupted = tmp_path / "interrupted"
     shutil.copytree(straight.directory, interrupted)
@@ -107,13 +110,84 @@ def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
     assert "model.init_from /nowhere: is no exported model, checkpoint or run" in wrong.output
 
 
-def test_foreign_checkpoints_are_refused(train_tiny):
+def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):
+    """(exit code, what was printed) of a dry run in this process."""
+    config = write_json(tmp_path / "dry.json", ep=1, zero=zero, **changes)
+    arguments = ["train", "--dry-run", "--deepspeed_config", str(config), "--run-dir", str(directory), *options]
+    capsys.readouterr()
+    code = main([*arguments, "--set", *TINY, *overrides])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
+    """By a dry run too, where one process can know; whatever refuses them, ``resolved.yaml`` stays as it was."""
     run = train_tiny(1, 1, 1, "run.total_images=16")
-    other = train_tiny(1, 1, 1, "model.depth=2", directory=run.directory, code=5)
-    assert "is of another model: model.depth is 4 there and 2 here" in other.output
-    assert "Traceback" not in other.output
-    anew = train_tiny(1, 1, 1, directory=run.directory, code=5, options=("--resume", "none"))
-    assert "--resume none would mix" in anew.output
+    resolved = (run.directory / "resolved.yaml").read_text()
+    assert "gradient_clipping: 0.5" in resolved
+    for override, message in (
+        ("model.depth=2", "is of another model: model.depth is 4 there and 2 here"),
+        ("model.label_dropout=0", "is of another model: model.label_dropout (0, or above 0) is 0.1 there and 0.0 here"),
+    ):
+        code, printed = dry_run(tmp_path, capsys, run.directory, override)
+        assert code == 5 and message in printed
+    assert dry_run(tmp_path, capsys, run.directory, "model.label_dropout=0.2")[0] == 0
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", "none"))
+    assert code == 5 and "--resume none would mix" in printed
+    code, printed = dry_run(tmp_path, capsys, run.directory, scheduler=SCHEDULER)
+    assert code == 5 and "was saved without a learning-rate scheduler, but this run's DeepSpeed JSON has one" in printed
+
+    path = newest_valid(run.directory, full=True)
+    meta = json.loads((path / META).read_text())
+    reseal(path, {**meta, "lr_scheduler": {"last_batch_iteration": 0}})
+    code, printed = dry_run(tmp_path, capsys, run.directory)
+    assert code == 5 and "was saved with a learning-rate scheduler, but this run's DeepSpeed JSON has none" in printed
+
+    meta["shapes"]["t_embedder.mlp.0.bias"] = [7]
+    reseal(path, meta)
+    other = train_tiny(1, 1, 1, "run.seed=5", directory=run.directory, code=5)
+    assert "'t_embedder.mlp.0.bias' has shape (7,)" in other.output and "Traceback" not in other.output
+    assert (run.directory / "resolved.yaml").read_text() == resolved
+
+
+def test_the_banner_says_what_became_of_the_deepspeed_json(train_tiny, tmp_path, capsys):
+    run = train_tiny(1, 1, 0, "run.total_images=16")
+    assert "changed since" not in dry_run(tmp_path, capsys, run.directory, "run.total_images=16", zero=0)[1]
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.1}}
+    changes = {"bf16": {"enabled": True}, "gradient_clipping": 1, "optimizer": optimizer}
+    code, printed = dry_run(tmp_path, capsys, run.directory, "run.total_images=16", zero=2, **changes)
+    expected = "resharding: zero_stage 0 -> 2; changed since it was saved: "
+    expected += "deepspeed.optimizer.params.weight_decay 0.0 -> 0.1, deepspeed.gradient_clipping 0.5 -> 1.0, "
+    expected += "deepspeed.bf16.enabled False -> True\n"
+    assert code == 0 and expected in printed
+
+
+def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, capsys):
+    """Back from 48 images to 16 with --resume PATH, and on to 32: the next start continues those 32, not the 16."""
+    run = train_tiny(1, 1, 1, "run.save_every_images=16", "run.total_images=48")
+    path = run.directory / "checkpoints" / "images_000000000016"
+    resume = ("--resume", str(path))
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
+    assert code == 0 and f"continues {path} at 16 images" in printed
+    again = train_tiny(1, 1, 1, "run.total_images=32", directory=run.directory, options=resume)
+    assert "left-images_000000000048: of a branch" in again.output and again.column("images") == [16, 32]
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
+    newest = run.directory / "checkpoints" / "images_000000000032"
+    assert code == 0 and f"continues {newest} at 32 images, begun with --resume {path}" in printed
+    code, printed = dry_run(tmp_path, capsys, tmp_path / "new", options=resume)
+    assert code == 0 and f"continues {path} at 16 images" in printed and "begun" not in printed
+    other = path.parent / "left-images_000000000048"
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(other)))
+    assert code == 0 and f"continues {other} at 48 images" in printed
+
+    # begun from another run, which may be gone by now; a third one is refused
+    meta = json.loads((newest / META).read_text())
+    reseal(newest, {**meta, "began_from": str(tmp_path / "gone")})
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", f"{tmp_path / 'gone'}/"))
+    assert code == 0 and f"continues {newest} at 32 images" in printed
+    third = shutil.copytree(run.directory, tmp_path / "third")
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(third)))
+    assert code == 5 and "holds the checkpoints of an earlier run" in printed
 
 
 WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
-from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from tests.conftest import REPOSITORY, TINY, WORKERS, clean_environment, read_metrics, run_ranks, write_json
 
 
@@ -69,22 +70,63 @@ def test_an_infinite_activation_is_traced_to_its_layer(tmp_path, zero):
     assert "on rank 1, first in blocks.2.attn, at step 2 (16 images seen)" in finished.output, finished.output
 
 
+@pytest.mark.parametrize("save_every", (48, pytest.param(0, marks=pytest.mark.slow)))
+def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
+    """Also when the save of the step before is still being written."""
+    length = ("run.total_images=64", "run.nonfinite_skips=2", f"run.save_every_images={save_every}")
+    finished = poisoned(tmp_path, "gradient", "4", 1, *length)
+    assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
+    assert "seen already" not in finished.output
+    every = [CheckpointReader(path).meta for path in candidates(tmp_path / "run")]
+    expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
+    assert [(meta["images"], meta["step"]) for meta in every] == expected
+
+
 @pytest.mark.slow
 def test_two_skips_in_a_row_are_one_too_many(tmp_path):
     finished = poisoned(tmp_path, "forward", "2,3", 2, "run.nonfinite_skips=1", gradient_accumulation_steps=2)
     assert finished.code == 3 and "(1 of 1 in a row)" in finished.output, finished.output
 
 
-@pytest.mark.parametrize("number", (signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)))
-def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number):
-    process, directory = _start(tmp_path, "run.total_images=100000")
+def test_a_full_disk_of_another_rank_is_named(tmp_path):
+    """By the one warning of a run that goes on, and by the error when its last save fails too."""
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
+    arguments = [
+        "train",
+        "--deepspeed_config",
+        str(config),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        *TINY,
+        *length,
+    ]
+    finished = run_ranks(2, [str(WORKERS / "full_disk.py"), "1", *arguments])
+    assert finished.code == 5, finished.output
+    file = tmp_path / "run" / "checkpoints" / ".writing-images_0000000000{}" / "rank_00001.safetensors"
+    why = f"rank 1 on {socket.gethostname()}: {file}: No space left on device."
+    warning = f"*** WARNING: the checkpoint images_000000000032 was not saved: {why.format(32)} Training goes on"
+    assert finished.output.count(warning) == 1, finished.output
+    assert f"error: the checkpoint images_000000000048 was not saved: {why.format(48)}" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("number", "resume", "again"),
+    (
+        (signal.SIGUSR1, "none", "the same command with --resume auto continues"),
+        pytest.param(signal.SIGTERM, "auto", "the same command continues", marks=pytest.mark.slow),
+    ),
+)
+def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, again):
+    process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
     _wait_for_rows(directory)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85, output
     rows = read_metrics(directory)
     assert CheckpointReader(newest_valid(directory, full=True)).meta["images"] == rows[-1]["images"]
-    assert f"asked to stop ({number.name})" in output and "the same command continues" in output
+    assert f"asked to stop ({number.name})" in output and again in output
 
 
 @pytest.mark.slow
@@ -119,9 +161,9 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        time.sleep(0.1)
         process.send_signal(signal.SIGINT)  # what a launcher passes on is the same press
-        time.sleep(1.3)
+        time.sleep(0.4)  # a second press comes so soon
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -131,11 +173,11 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
         process.stdout.close()
 
 
-def _start(tmp_path, *overrides):
+def _start(tmp_path, *overrides, options=()):
     config = write_json(tmp_path / "ds.json", ep=1, zero=1)
     directory = tmp_path / "run"
     command = [sys.executable, "-m", "diffmoe_ds.cli", "train", "--deepspeed_config", str(config)]
-    command += ["--run-dir", str(directory), "--set", *TINY, *overrides]
+    command += ["--run-dir", str(directory), *options, "--set", *TINY, *overrides]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
     )

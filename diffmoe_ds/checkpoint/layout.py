@@ -6,6 +6,7 @@
         meta.json                     format, configuration, images, step, shapes of all tensors
         rank_00000.safetensors ...    each rank's fragments
         manifest.json                 size and SHA-256 of every other file; written last
+      left-images_000060000/          a checkpoint of a branch that the run left, or a damaged one
 
 A fragment is a contiguous piece of a flattened logical tensor (all experts together), stored under
 ``<kind>/<name>@<first element>``.  Nothing in a file depends on how many ranks wrote it or on the ZeRO stage: a
@@ -30,6 +31,8 @@ WRITING = ".writing-"
 """Begins the name of what is not complete yet; a run that starts removes what an earlier one left."""
 REMOVING = ".removing-"
 """Begins the name of what is being removed."""
+LEFT = "left-"
+"""Begins the name of a checkpoint that its run passed over when it continued an older one; no run looks at it again."""
 
 
 def checkpoint_root(run_directory: Path) -> Path:

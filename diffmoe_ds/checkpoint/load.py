@@ -147,10 +147,17 @@ def _read_meta(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {key} is {value!r}, but it must be of type {kind.__name__}.")
     if not isinstance(meta.get("lr_scheduler"), (dict, type(None))):
         raise CheckpointError(f"{path}: lr_scheduler is {meta['lr_scheduler']!r}, but it must be an object or null.")
+    if not isinstance(meta.get("deepspeed", {}), dict):  # older versions did not write it
+        raise CheckpointError(f"{path}: deepspeed is {meta['deepspeed']!r}, but it must be an object.")
     for name, shape in meta["shapes"].items():
         if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, but it must be a list of numbers.")
     return meta
+
+
+def _has_null(config: Config) -> bool:
+    """Whether a model's class embedding has a row for "no label"."""
+    return config.model.label_dropout > 0
 
 
 def best_kind(reader: WeightsReader) -> str:
@@ -176,9 +183,22 @@ def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[st
         for key in keys
         if key not in vars(saved.size) and key not in except_for
     ]
+    if "label_dropout" not in except_for and _has_null(saved) != _has_null(wanted):
+        dropout = saved.model.label_dropout, wanted.model.label_dropout
+        pairs.append(("model.label_dropout (0, or above 0)", *dropout))
     for key, old, new in pairs:
         if old != new:
             raise CheckpointError(f"{reader.path}: is of another model: {key} is {old!r} there and {new!r} here.")
+
+
+def check_same_schedule(reader: CheckpointReader, has_scheduler: bool) -> None:
+    """CheckpointError if a learning-rate scheduler was added since the checkpoint was saved, or left out."""
+    had_scheduler = reader.meta.get("lr_scheduler") is not None
+    if had_scheduler != has_scheduler:
+        raise CheckpointError(
+            f"{reader.path}: was saved with{'' if had_scheduler else 'out'} a learning-rate scheduler, but this run's "
+            f"DeepSpeed JSON has {'one' if has_scheduler else 'none'}."
+        )
 
 
 @torch.no_grad()
@@ -187,11 +207,12 @@ def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind:
 
     Args:
         model: with the experts that ``topology`` says.
-        reader: the weights; where they know other classes, the model's class embedding stays as it is.
+        reader: the weights; where their class embedding has other rows, the model's stays as it is.
         topology: which experts this rank holds.
         kind: ``fp32`` or ``ema``.
     """
-    other_classes = reader.config.model.num_classes != model.config.model.num_classes
+    there, here = reader.config, model.config
+    other_classes = there.model.num_classes != here.model.num_classes or _has_null(there) != _has_null(here)
     for name, parameter in model.named_parameters():
         if other_classes and name == CLASS_EMBEDDING:
             continue
@@ -230,6 +251,4 @@ def restore_engine(
     engine.global_steps = reader.meta["step"]
     engine.global_samples = reader.meta["images"]
     if engine.lr_scheduler is not None:
-        if reader.meta.get("lr_scheduler") is None:
-            raise CheckpointError(f"{reader.path}: was saved without a learning-rate scheduler, but this run has one.")
         restore_schedule(engine, reader.meta["lr_scheduler"], reader.meta["lr_now"])

@@ -46,6 +46,8 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
         for topology in tqdm(ranks, unit="file", desc="reshard"):
             files[rank_file(topology.rank)] = _write(reader, topology, aside / rank_file(topology.rank))
         layout = {**reader.meta["layout"], "world": world, "ep_size": ep_size}
+        for of_the_run in ("micro_batch", "accumulation"):  # with these ranks they need not give its batch
+            layout.pop(of_the_run, None)
         meta = {**reader.meta, "files": world, "layout": layout}
         files[META] = write_text(aside / META, json.dumps(meta, indent=1))
         write_manifest(aside, files)

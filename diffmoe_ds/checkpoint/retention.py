@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.layout import REMOVING, checkpoint_images
+from diffmoe_ds.checkpoint.layout import LEFT, REMOVING, checkpoint_images
 from diffmoe_ds.checkpoint.verify import check_sizes
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
+
+
+def leave_newer(root: Path, images: int) -> list[str]:
+    """Set aside, under another name, the checkpoints that a run passed over when it continued an older one.
+
+    Otherwise the next resume or retention would take them for the newest of this run.
+
+    Args:
+        root: the run's checkpoints.
+        images: of the checkpoint just completed; those of more images were made before it.
+
+    Returns:
+        Their names now.
+    """
+    left = []
+    for path in sorted(root.iterdir()):
+        if (checkpoint_images(path.name) or 0) > images:
+            left.append(path.rename(_free(root / f"{LEFT}{path.name}")).name)
+    return left
 
 
 def remove_surplus(root: Path, newest: str, config: CheckpointConfig) -> list[str]:
@@ -56,6 +76,12 @@ def surplus(names: list[str], newest: str, config: CheckpointConfig, is_whole) -
         if period and images[index] // period > images[index + 1] // period:
             kept.add(name)
     return [name for name in names if name not in kept]
+
+
+def _free(path: Path) -> Path:
+    """The path, or if it is taken the first of ``path-2``, ``path-3``, ... that is not."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not name.exists())
 
 
 def _is_whole(path: Path) -> bool:

@@ -7,8 +7,11 @@ its name and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +35,15 @@ from diffmoe_ds.checkpoint.layout import (
     fragment_key,
     rank_file,
 )
-from diffmoe_ds.checkpoint.retention import remove_surplus
+from diffmoe_ds.checkpoint.retention import leave_newer, remove_surplus
 from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.parallel.deepspeed_seam import Fragment
+
+POINTER_ASIDE = f"{WRITING}{LATEST}"
+MAX_REASON_BYTES = 8192
+"""Of what a rank that could not write tells the others; a path alone may have 4096."""
 
 
 class CheckpointSaver:
@@ -151,18 +158,24 @@ class CheckpointSaver:
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
         files[META] = write_text(self._aside / META, json.dumps(self._meta, indent=1))
         write_manifest(self._aside, files)
+        pointer = self._root / POINTER_ASIDE
+        write_text(pointer, self._final.name + "\n")  # before the names change: all that takes space is on the disk
         if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
             old = self._root / f"{REMOVING}{self._final.name}"
             self._final.rename(old)
             self._aside.rename(self._final)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             self._aside.rename(self._final)
-        pointer = self._root / f"{WRITING}{LATEST}"
-        write_text(pointer, self._final.name + "\n")
         pointer.rename(self._root / LATEST)
         sync_directory(self._root)
-        remove_surplus(self._root, self._final.name, self._config)
+        try:
+            left = leave_newer(self._root, self.images)
+            if left:
+                print(f"{'left':>11}  {', '.join(left)}: of a branch that this run left, or damaged", flush=True)
+            remove_surplus(self._root, self._final.name, self._config)
+        except OSError as error:  # this checkpoint is saved whatever becomes of the others
+            print(f"*** WARNING: {self._root}: {error}; older checkpoints stay ***", file=sys.stderr, flush=True)
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -173,14 +186,21 @@ class CheckpointSaver:
             self._failure = f"{self._aside}: {type(error).__name__}: {error}"
 
     def _agree(self) -> None:
-        """If any rank failed, remove what was written aside and raise on all."""
-        failed = torch.tensor([bool(self._failure)], dtype=torch.int32, device=self._device)
-        dist.all_reduce(failed)
-        if failed.item():
-            if dist.get_rank() == 0:
-                shutil.rmtree(self._aside, ignore_errors=True)
-            why = self._failure or "another rank could not write its part"
-            raise CheckpointError(f"the checkpoint {self._final.name} was not saved: {why}.")
+        """If any rank failed, remove what was written aside and raise on all, with the words of the first that did."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        first = torch.tensor(rank if self._failure else world, dtype=torch.int32, device=self._device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN)
+        if first == world:
+            return
+        if rank == 0:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self._root / POINTER_ASIDE).unlink()
+        why = f"rank {rank} on {socket.gethostname()}: {self._failure}".encode()[:MAX_REASON_BYTES]
+        text = torch.tensor(list(why.ljust(MAX_REASON_BYTES)), dtype=torch.uint8, device=self._device)
+        dist.broadcast(text, src=int(first))
+        why = bytes(text.tolist()).decode(errors="replace").rstrip()
+        raise CheckpointError(f"the checkpoint {self._final.name} was not saved: {why}.")
 
 
 def write_manifest(path: Path, files: dict[str, Digest]) -> None:

@@ -22,6 +22,7 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.parallel.topology import Topology, largest_ep_size
 
 OPTIMIZERS = ("Adam", "AdamW")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 STEPS_PER_PRINT = 10**9
 """DeepSpeed's own line is silent, because ours says more."""
 
@@ -52,6 +53,12 @@ class DeepSpeedSettings:
     """Where, if the JSON says; otherwise inside the run directory."""
     notes: tuple[str, ...]
     """One sentence for each value that was resolved or changed."""
+
+    def beside_layout(self) -> dict[str, Any]:
+        """The JSON without layout and batch sizes: precision, optimizer, clipping, scheduler, ..."""
+        tree = {key: value for key, value in self.json.items() if key not in (*BATCH_KEYS, "expert_parallel")}
+        zero = {key: value for key, value in self.json["zero_optimization"].items() if key != "stage"}
+        return {**tree, "zero_optimization": zero, "gradient_clipping": self.gradient_clipping}
 
 
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def _leave_out_autos(section: dict[str, Any], where: str, notes: list[str]) -> N
 
 def _batch(tree: dict[str, Any], world: int, source: str, notes: list[str]) -> tuple[int, int, int]:
     """train_batch_size = micro * accumulation * world, with up to two of the three left open."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    names = BATCH_KEYS
     values: list[int | None] = []
     for name in names:
         value = tree.get(name, AUTO)

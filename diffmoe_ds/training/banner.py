@@ -6,6 +6,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,16 +37,23 @@ def resumed_from(
     changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if changed:
         text += f", resharding: {', '.join(changed)}"
-    before, after = _flat(reader.config), _flat(config)
-    other = [f"{key} {before[key]} -> {after[key]}" for key in after if before.get(key) != after[key]]
+    if meta.get("began_from"):
+        text += f", begun with --resume {meta['began_from']}"
+    # not the deepspeed sections of the recipes, which may say "auto", but what became of them
+    resolved = settings.beside_layout()
+    before = _flat({**config_to_dict(reader.config), "deepspeed": meta.get("deepspeed", resolved)})
+    after = _flat({**config_to_dict(config), "deepspeed": resolved})
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    other = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
     return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
 
 
-def _flat(config: Config) -> dict[str, object]:
-    """Every key of a recipe that is not DeepSpeed's, by its dotted name."""
-    sections = config_to_dict(config)
-    del sections["deepspeed"]
-    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested sections, by its dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def banner(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.layout import checkpoint_root
-from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model, check_same_schedule
 from diffmoe_ds.checkpoint.model_file import open_weights
 from diffmoe_ds.checkpoint.verify import candidates, check_sizes
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.load import DEFAULT_RECIPE, config_to_dict, dump_config, load_config
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.writer import whole_file
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError
@@ -60,7 +62,7 @@ def train_command(args: argparse.Namespace) -> None:
     config, settings = _configuration(args, launch)
     directory = args.run_dir or Path("runs") / Path(args.config).stem
     choices = _resume_choices(args.resume, directory)
-    reader = _first_look(choices, config)
+    reader = _first_look(choices, config, settings)
     source = _initial_weights(config) if reader is None else None
 
     # Only now: these import DeepSpeed, which takes seconds that a mistyped key should not cost.
@@ -86,9 +88,8 @@ def train_command(args: argparse.Namespace) -> None:
     meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
     with ExitStack() as held:
         lock = meeting.on_main("lock", lambda: held.enter_context(RunLock(directory)))
-        if args.resume == "auto":  # the job before may have saved until it left
-            choices = _resume_choices(args.resume, directory)
-            reader = _first_look(choices, config)
+        choices = _resume_choices(args.resume, directory)  # again: the job before may have saved until it left
+        reader = _first_look(choices, config, settings)
         if is_main:
             starts = resumed_from(reader, config, settings, launch, source)
             text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), starts)
@@ -99,12 +100,15 @@ def train_command(args: argparse.Namespace) -> None:
         try:
             chosen = agree_on_checkpoint(choices, directory, seam.device())
             if chosen is not None and (reader is None or chosen != reader.path):
-                reader = CheckpointReader(chosen)
-                check_same_model(reader, config)
+                reader = _open(chosen, config, settings)
                 if is_main:
                     print(f"{'instead':>11}  {resumed_from(reader, config, settings, launch, None)}", flush=True)
-            together(lambda: _write_resolved(directory, config) if is_main else None)
             run = setup_run(config, settings, launch, directory, reader, source)
+            run.began_from = _began_from(args.resume, reader)
+            if args.resume == "none":
+                run.again += " with --resume auto"
+            # not before: a run that is refused leaves the file as it was
+            together(lambda: _write_resolved(directory, config) if is_main else None)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
             metrics = together(
                 lambda: (
@@ -164,6 +168,9 @@ def _resume_choices(resume: str, directory: Path) -> list[Path]:
                 "with its own; give another --run-dir, or --resume auto."
             )
         return []
+    newest = _first_whole(own)
+    if newest is not None and CheckpointReader(newest).meta.get("began_from") == os.path.abspath(resume):
+        return own  # the same command again: it goes on where it has come to
     found = candidates(Path(resume))
     if not found:
         raise CheckpointError(f"--resume {resume}: is no checkpoint and no run directory with one.")
@@ -175,17 +182,34 @@ def _resume_choices(resume: str, directory: Path) -> list[Path]:
     return found
 
 
-def _first_look(choices: list[Path], config: Config) -> CheckpointReader | None:
+def _began_from(resume: str, reader: CheckpointReader | None) -> str | None:
+    """The PATH of ``--resume PATH`` with which a run began, now or before it was stopped."""
+    if resume not in ("auto", "none"):
+        return os.path.abspath(resume)
+    return None if reader is None else reader.meta.get("began_from")
+
+
+def _first_whole(choices: list[Path]) -> Path | None:
     """The first choice whose files have the right sizes; their bytes are checked by all ranks together, later."""
     for path in choices:
-        try:
+        with suppress(CheckpointError):
             check_sizes(path)
-        except CheckpointError:
-            continue
-        reader = CheckpointReader(path)
-        check_same_model(reader, config)
-        return reader
+            return path
     return None
+
+
+def _first_look(choices: list[Path], config: Config, settings: DeepSpeedSettings) -> CheckpointReader | None:
+    """The checkpoint to continue from, as far as one process can tell."""
+    path = _first_whole(choices)
+    return None if path is None else _open(path, config, settings)
+
+
+def _open(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
+    """A checkpoint that this run can continue."""
+    reader = CheckpointReader(path)
+    check_same_model(reader, config)
+    check_same_schedule(reader, settings.json.get("scheduler") is not None)
+    return reader
 
 
 def _initial_weights(config: Config) -> WeightsReader | None:
@@ -195,7 +219,7 @@ def _initial_weights(config: Config) -> WeightsReader | None:
     reader = open_weights(Path(config.model.init_from))
     if reader is None:
         raise CheckpointError(f"model.init_from {config.model.init_from}: is no exported model, checkpoint or run.")
-    check_same_model(reader, config, except_for=("num_classes",))
+    check_same_model(reader, config, except_for=("num_classes", "label_dropout"))
     return reader
 
 
@@ -203,6 +227,7 @@ def _write_resolved(directory: Path, config: Config) -> None:
     """The whole configuration, which ``--config`` takes again."""
     try:
         checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
-        (directory / "resolved.yaml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{error.filename or directory}: cannot be written: {error.strerror}.") from None
+    with whole_file(directory / "resolved.yaml") as file:
+        file.write(dump_config(config).encode())

@@ -117,6 +117,7 @@ def train(
             if metrics is not None:
                 _show(run, grid, metrics)
                 metrics.pause()
+    saves.save_rest()  # the last step may have been skipped
     return saves.last
 
 

@@ -74,13 +74,17 @@ class Saves:
         if self.is_open:
             self.finish()
 
-    def last_words(self) -> str:
-        """Save what is not saved yet, and say where the run can go on."""
+    def save_rest(self) -> None:
+        """Finish what was started, and save what is not saved yet."""
         self.complete()
         if self._run.images > self._saved_images:
             self.start(wait=True)
+
+    def last_words(self) -> str:
+        """Save what is not saved yet, and say where the run can go on."""
+        self.save_rest()
         where = f"saved {self.last}" if self.last else "nothing was left to save"
-        return f"{self._run.images:,} images seen, {where}; the same command continues."
+        return f"{self._run.images:,} images seen, {where}; {self._run.again} continues."
 
 
 class Every:
@@ -116,5 +120,7 @@ def _meta(run: Run) -> dict:
             "micro_batch": run.settings.micro_batch,
             "accumulation": run.settings.accumulation,
         },
+        "began_from": run.began_from,
+        "deepspeed": run.settings.beside_layout(),
         "config": config_to_dict(run.config),
     }

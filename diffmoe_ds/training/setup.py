@@ -56,6 +56,10 @@ class Run:
     """Images seen so far."""
     step: int = 0
     """Optimizer steps made so far."""
+    began_from: str | None = None
+    """The absolute PATH of ``--resume PATH``, if that is how it began; given again, it goes on from its own newest."""
+    again: str = "the same command"
+    """What a user starts to continue it."""
 
     @property
     def is_main(self) -> bool:

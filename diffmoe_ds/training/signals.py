@@ -12,8 +12,8 @@ import sys
 import time
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-SAME_PRESS_S = 1.0
-"""Launchers pass Ctrl-C on to processes that have it already; two within this time are one."""
+SAME_PRESS_S = 0.3
+"""Launchers pass Ctrl-C on, within some 10 ms, to processes that have it already; two within this time are one."""
 
 _received: list[signal.Signals] = []
 _interrupted_at = float("-inf")

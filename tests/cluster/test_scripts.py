@@ -69,7 +69,8 @@ STUBS = {
     ("silent", "state", "requeued"),
     (("1", "RUNNING", True), ("99", "", True), ("0", "COMPLETING", False), ("0", "", False)),
 )
-def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, state, requeued):
+@pytest.mark.parametrize("resume", ("--resume none", "--resume=none", "--resume none_1"))
+def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, state, requeued, resume):
     """After a crash of an array's task, on a cluster whose modules read variables that are not set."""
     for name, text in STUBS.items():
         path = tmp_path / "bin" / name
@@ -78,19 +79,18 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, stat
         path.chmod(0o755)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/env.sh").write_text("[[ $NOT_SET == x ]]\n")
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/latest").write_text("images_1\n")
     environment = clean_environment(
         PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", SLURM_JOB_ID="36", SLURM_ARRAY_JOB_ID="36", SLURM_ARRAY_TASK_ID="1",
         SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node1", SLURM_CPUS_ON_NODE="2", SLURM_RESTART_COUNT="1",
         SLURM_SUBMIT_DIR=str(tmp_path), SILENT=silent, STATE=state,
     )  # fmt: skip
-    script = [str(REPOSITORY / "slurm/train.sbatch"), "--resume", "none"]
+    script = [str(REPOSITORY / "slurm/train.sbatch"), *resume.split()]
     finished = subprocess.run(
         ["bash", *script], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert finished.returncode == 85 and finished.stderr == "", finished.stdout + finished.stderr
-    assert calls[0].endswith("train.py --resume none --resume auto"), "a restart continues what was saved"
+    again = "" if resume.endswith("1") else " --resume auto"
+    assert calls[0].endswith(f"train.py {resume}{again}"), "a restart continues what was saved"
     assert all("36_1" in call for call in calls[1:]) and any("squeue" in call for call in calls)
     assert (calls[-1] == "scontrol requeue 36_1") == requeued

@@ -88,7 +88,7 @@ class Campaign:
         settings = (
             "model.name=nano-E4", "model.patch_size=8", f"run.total_images={STEPS * BATCH}", "ema.decay=0.9",
             f"run.save_every_images={SAVE_STEPS * BATCH}", f"run.log_every_images={BATCH}",
-            f"run.rank_timeout_s={RANK_TIMEOUT_S}", *overrides,
+            f"run.rank_timeout_s={RANK_TIMEOUT_S}", "run.sample_every_images=0", *overrides,
         )  # fmt: skip
         command = [sys.executable, "diffmoe_ds/train.py", "--deepspeed_config", str(self.config)]
         command += ["--run-dir", str(directory), "--set", *settings]
