@@ -58,7 +58,12 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
         dataset=dataset, seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
         image_shape=image_shape(config), num_classes=model.num_classes, draws=draws,
     )  # fmt: skip
-    next(iter(loader))
+    try:
+        next(iter(loader))
+    except DataError as error:
+        if config.data.path is None:
+            raise DataError(f"data.path is not set, and the embedded images do not fit this model: {error}") from None
+        raise
 
 
 def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | None = None) -> ShardDataset | Source:
