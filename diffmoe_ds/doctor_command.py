@@ -16,7 +16,7 @@ from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.doctor.probes import clock_offsets, gather_facts, shared_directory, timed_collectives
 from diffmoe_ds.errors import ConfigError, LaunchError
-from diffmoe_ds.parallel.launch import resolve_launch
+from diffmoe_ds.parallel.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.parallel.rendezvous import Meeting, meet
 
 EXAMPLES = """examples:
@@ -81,7 +81,7 @@ def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | Non
     timed: dict[str, Any] = {}
     if launch.world > 1:
         try:
-            timed = _collectives(launch.local_rank, args.timeout)
+            timed = _collectives(launch, args.timeout)
         except RuntimeError as error:  # gloo's and NCCL's errors are of many kinds
             failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
     every = gather_facts(meeting, "timed", [failed, timed], args.timeout)
@@ -103,10 +103,9 @@ def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | Non
     }
 
 
-def _collectives(local_rank: int, timeout_s: float) -> dict[str, Any]:
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+def _collectives(launch: Launch, timeout_s: float) -> dict[str, Any]:
+    device = local_device(launch)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

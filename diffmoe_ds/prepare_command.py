@@ -25,7 +25,7 @@ from diffmoe_ds.data.prepare import (
     write_shard,
 )
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, SaidElsewhereError
-from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, local_device, resolve_launch
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""
@@ -165,9 +165,9 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     else:
         from diffmoe_ds.data.vae import VAE
 
-        gpus = torch.cuda.device_count()  # one where each task sees its own only
-        device = torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
-        encoder = LatentEncoder(VAE(args.vae, device), args.size, args.dtype, args.batch_size, args.threads)
+        encoder = LatentEncoder(
+            VAE(args.vae, local_device(launch)), args.size, args.dtype, args.batch_size, args.threads
+        )
     return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
 
 

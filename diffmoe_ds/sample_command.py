@@ -19,7 +19,7 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.diffusion.samplers import SAMPLERS, check_sampling
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.parallel.launch import Launch, resolve_launch
+from diffmoe_ds.parallel.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.parallel.rendezvous import meet
 from diffmoe_ds.parallel.topology import Topology
 from diffmoe_ds.sampling import PIXEL_CHANNELS, check_guidance, draw, grid_columns, make_grid, save_png, to_uint8
@@ -114,8 +114,7 @@ def sample_command(args: argparse.Namespace) -> None:
     kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
     restore_weights(model, reader, Topology(0, 1, 1, config.num_experts), kind)
     model.set_inference(args.routing or config.inference_choices[0])
-    gpus = torch.cuda.device_count()  # one where each task sees its own only
-    device = torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
+    device = local_device(launch)
     model.to(device).eval()
     decode = _decoder(args.vae, config.model.in_channels, device)
     meeting = meet(launch, f"{reader.path} {sampler}")  # a rank that fails alone would leave the others waiting here

@@ -1,8 +1,8 @@
-"""The index of a directory of shards, in files that open at once.
+"""The index of a directory of shards, in files that are shared.
 
 ``index.json`` holds the shards with their sizes and how latents were made, ``index-samples.npy`` a row per sample and
-``index-keys.npy`` the keys, joined.  The arrays are mapped into memory, so opening millions of samples takes no time
-and all workers share them.
+``index-keys.npy`` the keys, joined.  Opening it reads the arrays once, for their checksums; they are mapped into
+memory, so that all workers share them.
 """
 
 from __future__ import annotations

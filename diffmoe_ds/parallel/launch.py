@@ -14,8 +14,12 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from diffmoe_ds.errors import TopologyError
+
+if TYPE_CHECKING:
+    import torch
 
 SLURM_PORTS = range(20_000, 32_000)
 """A step's port is taken from its job's number, so that two jobs on one node do not meet; below the usual range of
@@ -101,6 +105,14 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
             f"{launch.world}."
         )
     return _with_master(env, launch)
+
+
+def local_device(launch: Launch) -> torch.device:
+    """This process's GPU, or the CPU where there is none; some launchers show each task only its own GPU."""
+    import torch  # not above: it takes seconds that a mistyped option should not cost
+
+    gpus = torch.cuda.device_count()
+    return torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
 
 
 def export_launch(launch: Launch) -> Launch:
