@@ -8,7 +8,7 @@ __all__ = ["load_official"]
 def __getattr__(name: str) -> Any:
     """Import torch and the model only when they are asked for: a mistyped option should be answered at once."""
     if name == "load_official":
-        from diffmoe_ds.checkpoint.official import load_official
+        from diffmoe_ds.checkpoint.reference import load_official
 
         return load_official
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WORKERS = Path(__file__).resolve().parent / "workers"
+WORKERS = Path(__file__).resolve().parent / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
 GRACE = 10

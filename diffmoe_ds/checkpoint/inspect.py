@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from diffmoe_ds.checkpoint.export import WEIGHTS_FILE, ModelFileReader
 from diffmoe_ds.checkpoint.load import CheckpointReader
-from diffmoe_ds.checkpoint.model_file import WEIGHTS_FILE, ModelFileReader
 from diffmoe_ds.checkpoint.verify import candidates, check_contents, check_sizes
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError

@@ -16,12 +16,12 @@ from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.parallel.topology import Topology
+from diffmoe_ds.topology import Topology
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from diffmoe_ds.parallel.deepspeed_seam import Fragment
+    from diffmoe_ds.distributed.deepspeed_seam import Fragment
 
 FIXED = {
     "model": (
@@ -241,7 +241,7 @@ def restore_engine(
         fragments: what this rank keeps.
         ema: the averaged weights of each fragment.
     """
-    from diffmoe_ds.parallel.deepspeed_seam import restore_schedule, set_adam_step
+    from diffmoe_ds.distributed.deepspeed_seam import restore_schedule, set_adam_step
 
     for fragment, averaged in zip(fragments, ema, strict=True):
         targets = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}

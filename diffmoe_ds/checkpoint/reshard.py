@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.files import Digest, Entry, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, WRITING, fragment_key, rank_file
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.save import write_manifest
+from diffmoe_ds.checkpoint.stream import Digest, Entry, write_safetensors, write_text
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.parallel.topology import Topology
+from diffmoe_ds.topology import Topology
 
 
 def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> None:

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_ds.checkpoint.files import Digest, Entry, sync_directory, write_safetensors, write_text
 from diffmoe_ds.checkpoint.layout import (
     BUFFER,
     FORMAT,
@@ -36,10 +35,11 @@ from diffmoe_ds.checkpoint.layout import (
     rank_file,
 )
 from diffmoe_ds.checkpoint.retention import leave_newer, remove_surplus
+from diffmoe_ds.checkpoint.stream import Digest, Entry, sync_directory, write_safetensors, write_text
 from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
+from diffmoe_ds.distributed.deepspeed_seam import Fragment
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.parallel.deepspeed_seam import Fragment
 
 POINTER_ASIDE = f"{WRITING}{LATEST}"
 MAX_REASON_BYTES = 8192

@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.files import Digest
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
-from diffmoe_ds.data.writer import sha256_of
+from diffmoe_ds.checkpoint.stream import Digest
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import sha256_of
 
 
 def listed_sha256(files: dict) -> str:

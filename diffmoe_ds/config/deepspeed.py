@@ -19,7 +19,7 @@ from diffmoe_ds.config.deepspeed_keys import AUTO, check_keys
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.parallel.topology import Topology, largest_ep_size
+from diffmoe_ds.topology import Topology, largest_ep_size
 
 OPTIMIZERS = ("Adam", "AdamW")
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

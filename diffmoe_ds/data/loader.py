@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from diffmoe_ds.data.draws import TrainingDraws
-from diffmoe_ds.data.order import Order, WholeOrder, WindowOrder
 from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.shuffle import Order, WholeOrder, WindowOrder
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.rng import TrainingDraws
 
 PREFETCHED_PER_WORKER = 2  # micro-batches each worker may be ahead
 SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those ahead, and the one that is being copied out

@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from diffmoe_ds.data.draws import TrainingDraws
-from diffmoe_ds.data.latents import LatentFormat
-from diffmoe_ds.data.order import Order
-from diffmoe_ds.data.shards import Sample
-from diffmoe_ds.data.tar_index import NO_LABEL
+from diffmoe_ds.data.shuffle import Order
+from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.shards import Sample
+from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.rng import TrainingDraws
 
 
 class Dataset(Protocol):

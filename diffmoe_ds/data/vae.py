@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe_ds.data.latents import LatentFormat
 from diffmoe_ds.data.loader import MicroBatch
+from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from .flow import at_least_float32, per_image
+from diffmoe_ds.diffusion.flow import at_least_float32, per_image
+from diffmoe_ds.errors import ConfigError
 
 TRAIN_STEPS = 1000
 

@@ -9,10 +9,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from .ddpm import TRAIN_STEPS, GaussianDiffusion, dit_diffusion
-from .flow import flow_interpolate, flow_loss
-from .samplers import SAMPLERS
+from diffmoe_ds.diffusion.ddpm import TRAIN_STEPS, GaussianDiffusion, dit_diffusion
+from diffmoe_ds.diffusion.flow import flow_interpolate, flow_loss
+from diffmoe_ds.errors import ConfigError
+
+#: Sampler -> the objective whose models it samples; the first of an objective is its default.
+SAMPLERS: dict[str, str] = {"euler": "flow", "heun": "flow", "ddpm": "ddpm", "ddim": "ddpm"}
 
 
 class Objective(Protocol):

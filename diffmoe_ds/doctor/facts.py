@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from diffmoe_ds.parallel.deepspeed_seam import operators
-from diffmoe_ds.parallel.launch import Launch
+from diffmoe_ds.distributed.deepspeed_seam import operators
+from diffmoe_ds.distributed.launch import Launch
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "mpi4py")
 ENVIRONMENT = ("NCCL_", "GLOO_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.rendezvous import Meeting
 from diffmoe_ds.doctor.facts import existing, interface_bytes
 from diffmoe_ds.errors import LaunchError, SaidElsewhereError
-from diffmoe_ds.parallel.rendezvous import Meeting
 
 SEEN_WITHIN_S = 5.0
 """Seconds within which a file written on one host must show on the others; NFS caches for a while."""

@@ -31,7 +31,7 @@ from diffmoe_ds.model.layers import (
     sincos_positions,
     unpatchify,
 )
-from diffmoe_ds.model.moe import MoELayer, Routing
+from diffmoe_ds.moe.layer import MoELayer, Routing
 
 
 class DiTOutput(NamedTuple):

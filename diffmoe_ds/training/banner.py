@@ -14,9 +14,9 @@ from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.parallel.launch import Launch
-from diffmoe_ds.parallel.traffic import crossing_warning
+from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.planning.parameters import count_parameters
+from diffmoe_ds.planning.traffic import crossing_warning
 from diffmoe_ds.training.setup import pool_rows
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_ds.distributed.deepspeed_seam import Fragment, Part
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.parallel.deepspeed_seam import Fragment, Part
 
 
 class EMA:

@@ -14,23 +14,23 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.data.dataset import image_shape
-from diffmoe_ds.data.draws import training_draws
 from diffmoe_ds.data.loader import MicroBatch, PositionLoader
 from diffmoe_ds.data.reader import Dataset
+from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed import signals
+from diffmoe_ds.distributed.collectives import WAITING
+from diffmoe_ds.distributed.stragglers import Stragglers
+from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, NonFiniteError, Requeue
-from diffmoe_ds.model.moe import Routing
-from diffmoe_ds.parallel import deepspeed_seam as seam
-from diffmoe_ds.parallel.waiting import WAITING
-from diffmoe_ds.sampling import save_png
-from diffmoe_ds.training import signals
-from diffmoe_ds.training.finite import GradientWatch, blame_forward
+from diffmoe_ds.moe.layer import Routing
+from diffmoe_ds.rng import training_draws
+from diffmoe_ds.sampling.generate import save_png
+from diffmoe_ds.training.checkpointer import Every, Saves
 from diffmoe_ds.training.loss import Losses, training_loss
 from diffmoe_ds.training.metrics import MetricsWriter, routing_report
+from diffmoe_ds.training.nonfinite import GradientWatch, blame_forward
 from diffmoe_ds.training.preview import Preview
-from diffmoe_ds.training.saves import Every, Saves
 from diffmoe_ds.training.setup import Run, mean_over_ranks
-from diffmoe_ds.training.stragglers import Stragglers
-from diffmoe_ds.training.watchdog import Watchdog
 
 
 class Step(NamedTuple):

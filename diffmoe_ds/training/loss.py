@@ -11,7 +11,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import Objective
 from diffmoe_ds.model.dit import DiTOutput
-from diffmoe_ds.routing.capacity import capacity_loss
+from diffmoe_ds.moe.capacity import capacity_loss
 
 
 class Losses(NamedTuple):

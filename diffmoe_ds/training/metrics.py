@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.model.moe import Routing
-from diffmoe_ds.training.records import Board, RowFile
-from diffmoe_ds.training.stragglers import Comparison
+from diffmoe_ds.moe.layer import Routing
+from diffmoe_ds.training.logs import Board, RowFile
 
 NOISE_BINS = 10
 """Bins of the noise level, from 0 (clean) to 1 (pure noise)."""

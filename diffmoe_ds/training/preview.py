@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.sampling import PIXEL_CHANNELS, draw, grid_columns, make_grid, to_uint8
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, draw, grid_columns, make_grid, to_uint8
 from diffmoe_ds.training.setup import Run, build_model
-from diffmoe_ds.training.watchdog import Watchdog
 
 
 class Preview:

@@ -16,16 +16,16 @@ from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, best_kin
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import Objective, make_objective
+from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
-from diffmoe_ds.parallel import deepspeed_seam as seam
-from diffmoe_ds.parallel.launch import Launch
-from diffmoe_ds.parallel.moe_layer import ExpertParallelMoE
-from diffmoe_ds.parallel.topology import Topology
-from diffmoe_ds.routing.capacity import rows_per_expert
+from diffmoe_ds.moe.capacity import rows_per_expert
+from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
+from diffmoe_ds.moe.thresholds import Thresholds
+from diffmoe_ds.topology import Topology
 from diffmoe_ds.training.ema import EMA
-from diffmoe_ds.training.thresholds import Thresholds
 
 T = TypeVar("T")
 

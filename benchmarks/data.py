@@ -1,0 +1,273 @@
+"""The loader beside its opponents on prepared latents: a WebDataset pipeline, and torch's loader over a file per image.
+
+All read the same latents (4x32x32 with mirror image, fp16), choose one of the two by chance, sample the posterior and
+give fp32 batches, with as many worker processes; they take turns in one process, and medians are compared.  Chance
+is a stream per image with us, torch's generator with the others.  Ours also draws the noise, time and label dropout
+of training; so there are two rows: "reading" leaves those out, to compare like with like, "training" is what a run
+uses.
+
+    python -m benchmarks.data --json --workers 2 --samples 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+
+from diffmoe_ds.cli import run_command
+from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.data.sources.index_files import save_index
+from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, LatentFormat
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.data.sources.tar_index import join, scan
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.files import write_tar
+from diffmoe_ds.rng import Purpose, TrainingDraws, philox, posterior_noise, training_draws
+
+SHARD_SAMPLES = 2048
+CLASSES = 1000
+FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
+WARM_UP_BATCHES = 20
+MEASURED_BATCHES = 20
+"""At least; fewer measure little but the batches that were read ahead."""
+MEMORY_LOOKS = 20
+OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
+WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
+
+
+def bench_data(
+    *, samples: int, workers: int, batch_size: int, rounds: int, memory_samples: int, folder: Path | None
+) -> dict[str, Any]:
+    """Samples and megabytes per second of each loader, the ratios, and the memory of ours over many samples.
+
+    A megabyte is 10^6 bytes of what is used of a stored latent: its half, mean and log-variance, 16 KiB.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        shards, files = Path(made) / "shards", Path(made) / "files"
+        _make_sets(shards, files, samples)
+        loaders: dict[str, Callable[[], Iterable]] = {
+            OURS: partial(_ours, shards, workers, batch_size, _reading_draws),
+            OURS_TRAINING: partial(
+                _ours, shards, workers, batch_size,
+                partial(training_draws, 0, shape=FORMAT.shape, label_dropout=0.1, posterior=True),
+            ),
+            WEBDATASET: partial(_webdataset, shards, workers, batch_size),
+            FILES: partial(_files, files, workers, batch_size),
+        }  # fmt: skip
+        speeds: dict[str, list[float]] = {name: [] for name in loaders}
+        for _ in range(rounds):
+            for name, make in loaders.items():
+                speeds[name].append(_speed(iter(make()), samples // batch_size - WARM_UP_BATCHES, batch_size))
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        memory = _memory(loaders[OURS_TRAINING], memory_samples, batch_size)
+    return {
+        "samples": samples,
+        "workers": workers,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "loaders": {
+            name: {"samples_per_s": speed, "mb_per_s": speed * FORMAT.half_bytes / 1e6, "rounds": speeds[name]}
+            for name, speed in medians.items()
+        },
+        "ratios": {
+            f"{ours} / {other}": medians[ours] / medians[other]
+            for ours in (OURS, OURS_TRAINING)
+            for other in (WEBDATASET, FILES)
+        },
+        "memory": memory,
+    }
+
+
+def _make_sets(shards: Path, files: Path, samples: int) -> None:
+    """The same latents as shards with an index and as a file per image."""
+    shards.mkdir()
+    files.mkdir()
+    generator = np.random.default_rng(0)
+    index = []
+    for shard in range(-(-samples // SHARD_SAMPLES)):
+        members = [(FORMAT_MEMBER, json.dumps(FORMAT.to_json()).encode())]
+        for number in range(shard * SHARD_SAMPLES, min((shard + 1) * SHARD_SAMPLES, samples)):
+            moments = generator.standard_normal((2, 2, *FORMAT.shape), np.float32)
+            moments[:, 1] -= 5
+            moments = moments.astype(np.float16)
+            label = number % CLASSES
+            members += [(f"{number:07d}.npy", FORMAT.encode(moments)), (f"{number:07d}.cls", b"%d" % label)]
+            np.savez(files / f"{number:07d}.npz", moments=moments, label=label)
+        path = shards / f"shards-{shard:05d}.tar"
+        write_tar(path, members)
+        with open(path, "rb") as file:
+            index.append(scan(path.name, file, path.stat().st_size))
+    save_index(join(index), shards)
+
+
+def _speed(batches: Iterator, count: int, batch_size: int) -> float:
+    """Samples per second over ``count`` batches, after the workers have started."""
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * batch_size / (time.perf_counter() - start)
+
+
+def _memory(make: Callable[[], Iterable], samples: int, batch_size: int) -> dict[str, Any]:
+    """Memory of this process and its workers while so many samples are read.
+
+    Counted are anonymous and shared memory, each shared page once; not the files that are mapped, such as torch's
+    libraries, whose pages the system takes back when it needs them.
+    """
+    batches, looks = iter(make()), []
+    for _ in range(MEMORY_LOOKS):
+        for _ in range(max(1, samples // batch_size // MEMORY_LOOKS)):
+            next(batches)
+        me = psutil.Process()
+        looks.append(sum(_own_mb(process.pid) for process in (me, *me.children(recursive=True))))
+    return {
+        "samples": samples,
+        "first_mb": looks[MEMORY_LOOKS // 10],
+        "last_mb": looks[-1],
+        "peak_mb": max(looks),
+        "looks_mb": [round(look, 1) for look in looks],
+    }
+
+
+def _own_mb(pid: int) -> float:
+    """Of a process, from Linux's summary of its mappings, which counts a page of n processes as an n-th."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
+    return (sizes["Pss_Anon"] + sizes["Pss_Shmem"]) * 1024 / 1e6
+
+
+def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], TrainingDraws]) -> PositionLoader:
+    return PositionLoader(
+        dataset=ShardDataset(expand(shards)), seed=0, global_batch=batch_size, micro_batch=batch_size, accumulation=1,
+        rank=0, world=1, image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers, draws=draws,
+    )  # fmt: skip
+
+
+def _reading_draws(position: int) -> TrainingDraws:
+    """Mirror and posterior alone, still from one stream per image."""
+    bits = philox(0, Purpose.TRAINING, position)
+    flip = bool(bits.random_raw() & 1)
+    return TrainingDraws(flip, False, 0.0, _NOTHING, posterior_noise(bits, FORMAT.shape))
+
+
+_NOTHING = np.empty(0, np.float32)
+
+
+def _decode(moments: np.ndarray) -> np.ndarray:
+    """fp32 ``[C, H, W]`` of fp16 ``[2, 2, C, H, W]``: the same work as ours, for one image."""
+    half = moments[int(torch.rand(()) < 0.5)].astype(np.float32)
+    noise = torch.randn(FORMAT.shape).numpy()
+    return (half[0] + np.exp(0.5 * half[1]) * noise) * np.float32(FORMAT.scaling_factor)
+
+
+def _webdataset(shards: Path, workers: int, batch_size: int) -> Iterable:
+    """Shards split over workers, shuffled in a buffer, decoded, batched in the workers."""
+
+    def sample(fields: tuple[bytes, bytes]) -> tuple[np.ndarray, int]:
+        data, label = fields
+        moments = np.frombuffer(data, np.float16, offset=len(FORMAT.header)).reshape(2, 2, *FORMAT.shape)
+        return _decode(moments), int(label)
+
+    dataset = (
+        webdataset.WebDataset(expand(shards), shardshuffle=100, nodesplitter=None, empty_check=False)
+        .repeat()
+        .shuffle(1000)
+        .to_tuple("npy", "cls")
+        .map(sample)
+        .batched(batch_size)
+    )
+    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+class _NpzFiles(torch.utils.data.Dataset):
+    def __init__(self, folder: Path):
+        self._paths = sorted(str(path) for path in folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        with np.load(self._paths[index]) as file:
+            return _decode(file["moments"]), int(file["label"])
+
+
+def _files(folder: Path, workers: int, batch_size: int) -> Iterable:
+    loader = torch.utils.data.DataLoader(
+        _NpzFiles(folder), batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True
+    )
+    while True:
+        yield from loader
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    parser = argparse.ArgumentParser(description="The loader beside WebDataset's and torch's.")
+    add = parser.add_argument
+    add("--samples", type=int, default=20_000, metavar="N", help="latents of the set (default: %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="loader processes of each opponent (default: %(default)s)")
+    add("--batch-size", type=int, default=32, metavar="B", help="default: %(default)s")
+    add(
+        "--rounds", type=int, default=5, metavar="R", help="alternating rounds, of which medians (default: %(default)s)"
+    )
+    add("--memory-samples", type=int, default=200_000, metavar="N", help="read for memory (default: %(default)s)")
+    add("--folder", type=Path, metavar="DIR", help="where the sets are made (default: a temporary directory)")
+    add("--json", action="store_true", help="print one object instead of lines")
+    parser.set_defaults(run=_run)
+    return run_command(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    for option in ("samples", "workers", "batch_size", "rounds"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+    if args.folder is not None and not args.folder.is_dir():
+        raise ConfigError(f"--folder is {args.folder}, which is no directory; make it first, or leave --folder out.")
+    needed = (WARM_UP_BATCHES + MEASURED_BATCHES) * args.batch_size
+    if args.samples < needed:
+        raise ConfigError(
+            f"--samples is {args.samples}, but with --batch-size {args.batch_size} it must be at least {needed}: "
+            f"{WARM_UP_BATCHES} batches to warm up and {MEASURED_BATCHES} to measure."
+        )
+    report = bench_data(
+        samples=args.samples,
+        workers=args.workers,
+        batch_size=args.batch_size,
+        rounds=args.rounds,
+        memory_samples=args.memory_samples,
+        folder=args.folder,
+    )
+    print(json.dumps(report) if args.json else _lines(report))
+
+
+def _lines(report: dict[str, Any]) -> str:
+    lines = [f"{report['samples']:,} latents 4x32x32 with mirror, batches of {report['batch_size']}, "
+             f"{report['workers']} worker(s), medians of {report['rounds']} rounds"]  # fmt: skip
+    for name, row in report["loaders"].items():
+        lines.append(f"  {name:<34} {row['samples_per_s']:>9,.0f} samples/s {row['mb_per_s']:>8.1f} MB/s")
+    lines += [f"  {name:<34} {value:.2f}x" for name, value in report["ratios"].items()]
+    memory = report["memory"]
+    lines.append(
+        f"  memory of the loader's processes over {memory['samples']:,} samples: {memory['first_mb']:.1f} MB after the "
+        f"first tenth, {memory['last_mb']:.1f} MB at the end, {memory['peak_mb']:.1f} MB at most"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""One model in one file: ``model.safetensors`` and the ``config.json`` beside it, for sampling and fine-tuning.
+
+The tensors have the names of our ``state_dict`` (experts stacked, [E, ...]) and the thresholds are among them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_ds.checkpoint.layout import BUFFER, WRITING
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, stored_config
+from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.config.load import config_to_dict
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.model.dit import empty_model
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+WEIGHTS = {"ema": "ema", "raw": "fp32"}
+"""What a user calls the averaged and the last weights, and their kind in a checkpoint."""
+PIECE_NUMEL = 4 << 20
+"""Elements in memory while a file is written."""
+
+
+class ModelFileReader:
+    """Random access to the tensors of an exported model."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the configuration and the header, no weights yet.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, not what `write_model` writes or of another model than the
+                other describes.
+        """
+        self.path = directory / WEIGHTS_FILE
+        config = directory / CONFIG_FILE
+        try:
+            tree = json.loads(config.read_text(encoding="utf-8"))
+            self.weights, images, tree = tree["weights"], tree["images"], tree["config"]
+        except OSError as error:
+            raise CheckpointError(f"{config}: cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f"{config}: is not the description of an exported model.") from None
+        if self.weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold what cannot be its key
+            raise CheckpointError(f"{config}: weights is {self.weights!r}; valid: {', '.join(WEIGHTS)}.")
+        if type(images) is not int or images < 0:
+            raise CheckpointError(
+                f"{config}: images is {images!r}, but it must be a whole number that is not negative."
+            )
+        self.images = images
+        self.config = stored_config(tree, config)
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error}.") from None
+        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        for name, part in slices.items():
+            if part.get_dtype() not in DTYPE_NAMES.values():
+                valid = ", ".join(DTYPE_NAMES.values())
+                raise CheckpointError(f"{self.path}: {name!r} is of type {part.get_dtype()}; valid: {valid}.")
+        self._check_tensors(config)
+
+    def _check_tensors(self, source: Path) -> None:
+        """CheckpointError unless the file holds just the tensors of the model that is described beside it."""
+        blocks = len({name.split(".")[1] for name in self._shapes if name.startswith("blocks.")})
+        if self.config.size.depth != blocks:  # also keeps a depth of billions from being built
+            depth = self.config.size.depth
+            raise CheckpointError(f"{source}: depth is {depth}, but {self.path} holds {blocks} block(s).")
+        try:
+            model = empty_model(self.config).state_dict()
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        for name in sorted(model.keys() | self._shapes.keys()):
+            if name not in model:
+                raise CheckpointError(f"{self.path}: holds {name!r}, which the model of {source} lacks.")
+            if self.shape(name) != model[name].shape:
+                wanted = tuple(model[name].shape)
+                raise CheckpointError(
+                    f"{self.path}: {name!r} has shape {self.shape(name)}, but {source} describes {wanted}."
+                )
+
+    def kinds(self) -> list[str]:
+        """What is stored of each parameter."""
+        return [WEIGHTS[self.weights], BUFFER]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter.  CheckpointError if the file has no such parameter."""
+        if name not in self._shapes:
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is a file of another model.")
+        return self._shapes[name]
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened tensor, fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the file holds other weights than ``kind``, or fewer elements.
+        """
+        if kind not in (BUFFER, WEIGHTS[self.weights]):
+            raise CheckpointError(f"{self.path}: holds {self.weights} weights only; ask for --weights {self.weights}.")
+        shape = self.shape(name)
+        rows = shape[0] if shape else 1
+        row = torch.Size(shape).numel() // max(rows, 1)
+        if start + numel > rows * row:
+            raise CheckpointError(f"{self.path}: {name!r} has {rows * row} elements, fewer than the model's.")
+        if not shape or not row:
+            return self._file.get_tensor(name).flatten().float()[start : start + numel]
+        first = start // row
+        part = self._file.get_slice(name)[first : -(-(start + numel) // row)].flatten().float()
+        return part[start - first * row : start - first * row + numel]
+
+
+def open_weights(path: Path) -> WeightsReader | None:
+    """A reader for whatever a user calls a model, chosen by what is there and fully checked.
+
+    Args:
+        path: an exported ``.safetensors`` file or its directory, a checkpoint, or a run directory.
+
+    Returns:
+        The reader; none if the path is none of these.
+
+    Raises:
+        CheckpointError: it is one of these and cannot be read.
+    """
+    if path.suffix == ".safetensors" and os.path.isfile(path):
+        if path.name != WEIGHTS_FILE:
+            raise CheckpointError(f"{path}: a model is a {WEIGHTS_FILE} with a {CONFIG_FILE} beside it.")
+        return ModelFileReader(path.parent)
+    if os.path.isfile(path / WEIGHTS_FILE):
+        return ModelFileReader(path)
+    found = newest_valid(path, full=True)
+    return None if found is None else CheckpointReader(found)
+
+
+def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a checkpoint's model into one file; needs no process group and holds one piece of one tensor at a time.
+
+    Args:
+        reader: the checkpoint.
+        weights: ``ema`` or ``raw``.
+        out: directory of the two files; made if it is not there.
+        dtype: of the weights in the file; thresholds stay fp32.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or the files cannot be written.
+    """
+
+    def pieces(kind: str, name: str, numel: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        for start in range(0, numel, PIECE_NUMEL):
+            count = min(PIECE_NUMEL, numel - start)
+            yield reader.read(kind, name, start, count).to(dtype)
+            bar.update(count)
+
+    entries = []
+    for name in reader.meta["shapes"]:
+        shape = reader.shape(name)
+        numel = torch.Size(shape).numel()
+        entries.append(Entry(name, shape, dtype, pieces(WEIGHTS[weights], name, numel, dtype)))
+    for name, numel in reader.buffers().items():
+        entries.append(Entry(name, (numel,), torch.float32, pieces(BUFFER, name, numel, torch.float32)))
+    total = sum(torch.Size(entry.shape).numel() for entry in entries)
+    with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
+        return write_model(out, entries, reader.config, weights, reader.meta["images"])
+
+
+def write_model(out: Path, entries: list[Entry], config: Config, weights: str, images: int) -> Path:
+    """Write ``model.safetensors`` and ``config.json``; both appear when they are complete.
+
+    Args:
+        out: their directory; made if it is not there.
+        entries: the tensors.
+        config: the run that made them.
+        weights: ``ema`` or ``raw``.
+        images: images that the model has seen.
+
+    Raises:
+        CheckpointError: they cannot be written; nothing is left of them.
+    """
+    description = {"weights": weights, "images": images, "config": config_to_dict(config)}
+    return replace_directory_files(
+        out,
+        {
+            CONFIG_FILE: lambda path: write_text(path, json.dumps(description, indent=1)),
+            WEIGHTS_FILE: lambda path: write_safetensors(path, entries, {"format": "pt"}),
+        },
+    )
+
+
+def replace_directory_files(out: Path, writers: dict[str, Callable[[Path], object]]) -> Path:
+    """Write files aside and move them into a directory when all are there.
+
+    Returns:
+        The last file.
+
+    Raises:
+        CheckpointError: one cannot be written; the directory is as it was.
+    """
+    aside = out / f"{WRITING}{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        for name, write in writers.items():
+            write(aside / name)
+        for name in writers:
+            (aside / name).rename(out / name)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or out}: cannot be written: {error.strerror}.") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out / list(writers)[-1]

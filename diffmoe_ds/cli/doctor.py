@@ -1,0 +1,147 @@
+"""``diffmoe doctor``: what is wrong with these hosts, before a run finds out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.rendezvous import Meeting, meet
+from diffmoe_ds.doctor.facts import OPS, rank_facts
+from diffmoe_ds.doctor.findings import to_fix
+from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
+from diffmoe_ds.doctor.probes import clock_offsets, gather_facts, shared_directory, timed_collectives
+from diffmoe_ds.errors import ConfigError, LaunchError
+
+EXAMPLES = """examples:
+  diffmoe doctor
+  diffmoe doctor --hostfile /job/hostfile
+  torchrun --nproc_per_node 8 -m diffmoe_ds.cli doctor --json
+  deepspeed --num_nodes 4 --module diffmoe_ds.cli doctor
+  srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 python -m diffmoe_ds.cli doctor --run-dir runs
+"""
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``diffmoe doctor``."""
+    add = parser.add_argument
+    add("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: %(default)s)")
+    add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for a rank (default: %(default)g)")
+    add("--json", action="store_true", help="print one object instead of text")
+    add("--hostfile", type=Path, metavar="FILE", help="ask the hosts of this file over ssh instead, without a launcher")
+    add("--nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
+    add("--quiet", action="store_true", help="print only what is wrong")
+
+
+def doctor_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe doctor``; LaunchError if something must be mended."""
+    if args.hostfile is not None:
+        _ask_hosts(args)
+        return
+    meeting = meet(resolve_launch(), timeout_s=args.timeout)
+    report = _examine(meeting, args)
+    if report is None:
+        return
+    report["to_fix"] = to_fix(report)
+    if args.json:
+        print(json.dumps(report), flush=True)
+    else:
+        print(_text(report, quiet=args.quiet), flush=True)
+    if report["to_fix"]:
+        raise LaunchError(f"{len(report['to_fix'])} thing(s) to fix, see above.")
+
+
+def _ask_hosts(args: argparse.Namespace) -> None:
+    if args.nodes is not None and args.nodes < 1:
+        raise ConfigError(f"--nodes is {args.nodes}, but it must be above 0.")
+    hosts = list(read_hostfile(args.hostfile))[: args.nodes]
+    found = check_hosts(hosts)
+    if args.json:
+        print(json.dumps({"hosts": hosts, "to_fix": found}))
+    if found:
+        raise LaunchError(" ".join(found))
+    if not args.quiet and not args.json:
+        print(f"{len(hosts)} host(s) are reachable and alike: {', '.join(hosts)}")
+
+
+def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The report on rank 0; none on the others."""
+    launch = meeting.launch
+    facts = rank_facts(launch, args.run_dir)
+    facts["shared"] = shared_directory(meeting, args.run_dir, args.timeout)
+    ranks = gather_facts(meeting, "facts", facts, args.timeout)
+    offsets = clock_offsets(meeting, args.timeout)
+    failed = ""
+    timed: dict[str, Any] = {}
+    if launch.world > 1:
+        try:
+            timed = _collectives(launch, args.timeout)
+        except RuntimeError as error:  # gloo's and NCCL's errors are of many kinds
+            failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
+    every = gather_facts(meeting, "timed", [failed, timed], args.timeout)
+    if launch.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+    if ranks is None or every is None:
+        return None
+    return {
+        "launch": launch.describe(),
+        "world": launch.world,
+        "meeting_point": launch.meeting_point,
+        "hosts": {host: [r for r, name in enumerate(meeting.hosts) if name == host] for host in meeting.hosts},
+        "clock_ahead_s": offsets,
+        "collectives_failed": next((text for text, _ in every if text), ""),
+        "all_reduce": timed.get("all_reduce"),
+        "all_to_all": timed.get("all_to_all"),
+        "sent_mb": {rank["host"]: found["sent_mb"] for rank, (_, found) in zip(ranks, every, strict=True) if found},
+        "ranks": ranks,
+    }
+
+
+def _collectives(launch: Launch, timeout_s: float) -> dict[str, Any]:
+    device = local_device(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return timed_collectives(device)
+
+
+def _text(report: dict[str, Any], quiet: bool) -> str:
+    """The report for people; it ends with what to fix."""
+    lines: list[tuple[str, str]] = []
+    if not quiet:
+        first = report["ranks"][0]
+        device, disk = first["device"], first["disk"]
+        memory = f", {device['memory_gb']} GB" if "memory_gb" in device else ""
+        lines += [
+            ("launch", report["launch"]),
+            ("versions", ", ".join(f"{name} {number}" for name, number in first["versions"].items())),
+            ("python", first["python"]),
+            ("device", f"{device['name']}{memory}; {first['cpus']} CPU core(s), {first['memory_free_gb']} GB free"),
+        ]
+        for host, members in report["hosts"].items():
+            rank = report["ranks"][members[0]]
+            sent = report["sent_mb"].get(host, {})
+            carried = ", ".join(f"{name} carried {mb} MB" for name, mb in sorted(sent.items(), key=lambda x: -x[1]))
+            ahead = f", clock {report['clock_ahead_s'][host] * 1000:+.1f} ms" if host in report["clock_ahead_s"] else ""
+            span = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]} to {members[-1]}"
+            lines.append(("host", f"{host}: {span}; {rank['address']} on {rank['interface']}; {carried}{ahead}"))
+        lines.append(
+            ("disk", f"{disk['path']} ({disk['file_system']}): {disk['free_gb']:,} of {disk['total_gb']:,} GB free"),
+        )
+        for name in ("all_reduce", "all_to_all"):
+            timed = report[name]
+            if timed:
+                text = f"{timed['mb']} MB a rank in {timed['ms']} ms, {timed['gb_per_s']} GB/s"
+                lines.append((name.replace("_", "-"), text))
+        lines += [("operator", f"{name}: {first['ops'][name]} (used {when})") for name, when in OPS.items()]
+    lines += [("to fix", sentence) for sentence in report["to_fix"]]
+    if not report["to_fix"]:
+        lines.append(("to fix", "nothing"))
+    return "\n".join(f"{name:>11}  {text}" for name, text in lines)

@@ -1,0 +1,225 @@
+"""Is a set whole?  Every byte of every shard is read, every sample decoded, keys and labels counted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmoe_ds.data.sources.index_files import INDEX, SAMPLES, load_index, refuse_unfinished, subset
+from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.data.sources.tar_index import NO_LABEL, Entry, Index
+from diffmoe_ds.errors import DataError
+from diffmoe_ds.files import sha256_of
+
+BATCH = 64
+USUAL_STD = (0.5, 2.0)
+"""Of scaled latents: outside, the scaling factor is not that of these images."""
+
+
+def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Look at everything below a directory of shards, or at one shard.
+
+    Args:
+        path: directory or shard.
+        progress: called with (shards done, shards).
+
+    Returns:
+        ``shards``, ``samples``, ``labelled``, ``per_class`` (label to count), ``classes`` (names), ``duplicate_keys``,
+        ``problems`` (sentences; empty if all is well), ``notes``, and for latents ``format`` and the mean and standard
+        deviation of scaled latents, ``latent_mean`` and ``latent_std``, as training would draw them.
+
+    Raises:
+        DataError: there are no shards.
+    """
+    shards = expand(path)
+    problems: list[str] = []
+    index, claims = _index(path, problems)
+    hashes = claims["sha256"]
+    sums = _Sums()
+    there = [shard for shard in shards if os.path.exists(shard)]
+    for done, shard in enumerate(there, 1):
+        found = _bytes_problems(Path(shard), hashes)
+        problems += found or _sample_problems(shard, index, sums)
+        progress(done, len(there))
+    for shard in sorted(set(shards).difference(there)):
+        problems.append(f"shard {Path(shard).name} is missing")
+    labels, classes = sums.labels, claims["classes"]
+    duplicates = sorted(key for key, count in sums.keys.items() if count > 1)
+    problems += _label_problems(labels, classes)
+    problems += [f"the key {key!r} stands {sums.keys[key]} times" for key in duplicates]
+    report: dict[str, Any] = {
+        "shards": len(there),
+        "samples": sum(labels.values()),
+        "classes": classes,
+        "notes": [],
+        "labelled": bool(labels) and NO_LABEL not in labels,
+        "per_class": {str(label): labels[label] for label in sorted(labels) if label != NO_LABEL},
+        "duplicate_keys": duplicates,
+    }
+    if sums.latents is not None and sums.statistics[0]:
+        report["format"] = sums.latents.to_json()
+        _add_statistics(report, sums.latents, sums.statistics)
+    return {**report, "problems": problems}
+
+
+def report_lines(report: dict[str, Any]) -> str:
+    """What `check_set` found, for people."""
+    lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
+    names = report["classes"] or []
+    for label, count in report["per_class"].items():
+        name = names[int(label)] if int(label) < len(names) else ""
+        lines.append(f"  class {label:>4}  {count:>9,}  {name}")
+    if not report["labelled"]:
+        lines.append("  no labels")
+    if "format" in report:
+        form = report["format"]
+        lines.append(
+            f"latents {form['channels']}x{form['size']}x{form['size']} in {form['dtype']}, scaled by "
+            f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
+            f"standard deviation {report['latent_std']:.4f}"
+        )
+    lines += [f"note: {note}" for note in report["notes"]]
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    return "\n".join(lines)
+
+
+@dataclass
+class _Sums:
+    """What is counted over all shards."""
+
+    labels: Counter = field(default_factory=Counter)
+    keys: Counter = field(default_factory=Counter)
+    latents: LatentFormat | None = None
+    statistics: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    """Number of values, sum of means, sum of second moments."""
+
+
+def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any]]:
+    """The index and what else ``index.json`` says: ``classes``, and ``sha256`` by shard; none where it says nothing."""
+    index, claims = None, {"classes": None, "sha256": None}
+    try:
+        refuse_unfinished(path)
+        if not (path / INDEX).exists():
+            return None, claims
+        index = load_index(path)
+    except DataError as error:
+        problems.append(str(error))
+    try:  # also of an index that is damaged elsewhere
+        tree = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        classes, hashes = tree.get("classes"), tree.get("sha256")
+    except (OSError, ValueError, AttributeError):
+        return index, claims
+    if not isinstance(classes, (list, type(None))) or not isinstance(hashes, dict):
+        problems.append(f"{path / INDEX} has no table sha256 of the shards, or classes that are no list of names")
+        return index, claims
+    return index, {"classes": classes, "sha256": hashes}
+
+
+def _bytes_problems(shard: Path, hashes: dict[str, str] | None) -> list[str]:
+    """What is wrong with a shard as a file; ``hashes`` are those of the index, if there is one."""
+    expected = None if hashes is None else hashes.get(shard.name)
+    if hashes is not None and expected is None:
+        return [f"shard {shard.name} is not in {INDEX}"]
+    try:
+        found = sha256_of(shard)
+    except OSError as error:
+        return [f"shard {shard.name} cannot be read: {error.strerror}"]
+    if expected not in (None, found):
+        return [
+            f"shard {shard.name} has the sha256 {found[:12]}..., but {INDEX} says {str(expected)[:12]}...: it was "
+            "changed"
+        ]
+    return []
+
+
+def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
+    """What is wrong with a shard's samples; adds them to the sums.
+
+    The shard is opened alone and without the index, which must not hide what it says, and closed again: a set may have
+    more shards than a process may have files.
+    """
+    try:
+        dataset = ShardDataset([shard], use_index=False)
+    except DataError as error:
+        return [] if "there is no sample" in str(error) else [str(error)]
+    keys = [dataset.key(i) for i in range(len(dataset))]
+    sums.latents = dataset.latents or sums.latents
+    sums.labels.update(dataset.labels.tolist())
+    sums.keys.update(keys)
+    problems = [] if index is None else _differences(Path(shard).name, dataset.index, keys, index)
+    for first in range(0, len(dataset), BATCH):
+        problems += _decode(dataset, range(first, min(first + BATCH, len(dataset))), sums.statistics)
+    return problems
+
+
+def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list[str]:
+    """Training reads by the index of the whole set: does it say of a shard what the shard itself says?"""
+    said = subset(whole, [name])
+    if said is None:
+        return [f"shard {name} is not in {SAMPLES}"]
+    if said.latents != found.latents or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
+        return [f"{INDEX} says of shard {name} other sizes, another number of samples or other latents than it has"]
+    content = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
+    other = (said.samples[:, content] != found.samples[:, content]).any(axis=1)
+    other |= np.array([said.key(i) != key for i, key in enumerate(keys)])
+    if not other.any():
+        return []
+    return [
+        f"the index says of {other.sum()} samples of shard {name} another place, label or key than the shard, first of "
+        f"{keys[int(np.argmax(other))]!r}"
+    ]
+
+
+def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> list[str]:
+    """What is wrong with these samples; adds to (number of values, sum of means, sum of second moments)."""
+    problems = []
+    if dataset.latents is None:
+        for index in indices:
+            try:
+                dataset[index]
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+    for mirror in (False, True):
+        try:
+            halves = dataset.read_halves(indices, [mirror] * len(indices))
+        except DataError as error:
+            return [str(error)]
+        moments = dataset.latents.decode(halves).astype(np.float64)
+        finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
+        problems += [f"{dataset.describe(indices[int(row)])} is not finite" for row in np.flatnonzero(~finite)]
+        mean, log_variance = moments[finite, 0], moments[finite, 1]
+        statistics += mean.size, mean.sum(), (mean**2 + np.exp(log_variance)).sum()
+    return problems
+
+
+def _label_problems(labels: Counter, classes: list[str] | None) -> list[str]:
+    problems = []
+    if NO_LABEL in labels and len(labels) > 1:
+        problems.append(f"{labels[NO_LABEL]} samples have no label, the others have")
+    highest = max(labels, default=NO_LABEL)
+    if classes is not None and highest >= len(classes):
+        problems.append(f"the label {highest} has no name: there are {len(classes)} classes")
+    return problems
+
+
+def _add_statistics(report: dict[str, Any], latents: LatentFormat, statistics: np.ndarray) -> None:
+    count, total, squares = statistics.tolist()
+    mean, std = total / count, max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+    report["latent_mean"] = (mean - latents.shift_factor) * latents.scaling_factor
+    report["latent_std"] = std * latents.scaling_factor
+    if not USUAL_STD[0] <= report["latent_std"] <= USUAL_STD[1]:
+        report["notes"].append(
+            f"scaled latents have a standard deviation of {report['latent_std']:.3g}, where about 1 is usual: a "
+            f"scaling factor of {1 / std if std else float('inf'):.4g} would give 1, the VAE's is "
+            f"{latents.scaling_factor:g}"
+        )

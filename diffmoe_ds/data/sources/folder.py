@@ -1,0 +1,168 @@
+"""A folder of image files as a source of samples: labels from the folders' names, keys from the files'.
+
+Either ``DIR/CLASS/image.jpg``, where the classes are numbered in the order of their names, or ``DIR/image.jpg`` without
+labels; ``unlabelled`` takes every image below ``DIR``, however deep.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from diffmoe_ds.data.sources.images import MAX_IMAGE_BYTES
+from diffmoe_ds.data.sources.tar_index import NO_LABEL
+from diffmoe_ds.errors import DataError
+
+RAW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Source(Protocol):
+    """Images that are not yet cropped: what preparation and raw training read.  Shards are one, folders another."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[n]``; all ``NO_LABEL`` in a source without labels."""
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The name of each label, if they have names."""
+
+    def __len__(self) -> int: ...
+    def key(self, index: int) -> str: ...
+    def describe(self, index: int) -> str: ...
+    def image_bytes(self, index: int) -> bytes: ...
+
+
+class ImageFolder:
+    """The image files of a folder, sorted by name.
+
+    Raises ``DataError`` if there is no image, a class has none or two classes differ in nothing but case, images lie
+    both beside and inside class folders, or deeper; ``image_bytes`` raises it for a file that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, unlabelled: bool = False):
+        self._folder = Path(folder).expanduser()
+        if not self._folder.is_dir():
+            raise DataError(f"{folder} is no directory of images")
+        if unlabelled:
+            self.classes, self._files, labels = None, sorted(images_below(self._folder)), None
+        else:
+            self.classes, self._files, labels = _labelled(self._folder)
+        if not self._files:
+            raise DataError(f"{folder} holds no image; expected files named *{', *'.join(RAW_SUFFIXES)}")
+        self.labels = np.full(len(self._files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
+        self._keys = _keys(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def key(self, index: int) -> str:
+        """The path below the folder, without the suffix and with no dot in the last part."""
+        return self._keys[index]
+
+    def describe(self, index: int) -> str:
+        """The file of a sample, for messages."""
+        return f"image {self._folder / self._files[index]}"
+
+    def image_bytes(self, index: int) -> bytes:
+        """The file's contents, cut off beyond what ``open_rgb`` takes."""
+        try:
+            # A named pipe would otherwise be waited for.
+            with open(self._folder / self._files[index], "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise DataError(f"{self.describe(index)} is no regular file")
+                return file.read(MAX_IMAGE_BYTES + 1)
+        except OSError as error:
+            raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | None]:
+    """Classes, files relative to the folder, and labels."""
+    flat, classes = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                classes.append(entry.name)
+            elif _is_image(entry.name):
+                flat.append(entry.name)
+    if not classes:
+        return None, sorted(flat), None
+    if flat:
+        raise DataError(
+            f"{folder} holds images, such as {min(flat)}, beside the folders {', '.join(sorted(classes)[:3])}; "
+            "expected either images or class folders, or --unlabelled to take all images without labels"
+        )
+    classes.sort()
+    seen: dict[str, str] = {}
+    for name in classes:
+        same = unicodedata.normalize("NFKC", name).casefold().strip()
+        if same in seen:
+            raise DataError(
+                f"{folder} holds two classes of one name, {seen[same]!r} and {name!r}; merge or rename them"
+            )
+        seen[same] = name
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = []
+        with os.scandir(folder / name) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() and any(images_below(folder / name / entry.name)):
+                    raise DataError(
+                        f"{folder / name} holds images inside a further folder, {entry.name}, so the class is not "
+                        f"clear; give {folder / name} itself, or --unlabelled"
+                    )
+                if not entry.is_dir() and _is_image(entry.name):
+                    found.append(f"{name}/{entry.name}")
+        if not found:
+            raise DataError(f"class folder {folder / name} holds no image; remove it, or every later label is shifted")
+        files += sorted(found)
+        labels += [label] * len(found)
+    return classes, files, labels
+
+
+def images_below(folder: Path) -> Iterator[str]:
+    """All images below a folder, relative to it.
+
+    Hidden folders hold thumbnails and the like and are left out; links to folders are not followed, so no loop can be
+    met.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = os.path.relpath(parent, folder)
+        yield from (name if relative == "." else f"{relative}/{name}" for name in names if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(RAW_SUFFIXES) and not name.startswith(".")
+
+
+def _keys(files: list[str]) -> list[str]:
+    """A unique key for each file: WebDataset ends a key at the first dot of the base name."""
+    keys = []
+    for file in files:
+        folder, slash, base = file.rpartition("/")
+        keys.append(folder + slash + base.rpartition(".")[0].replace(".", "_"))
+    common = {key for key, count in Counter(keys).items() if count > 1}
+    for number, (file, key) in enumerate(zip(files, keys, strict=True)):
+        if key in common:  # a.png beside a.jpg
+            folder, slash, base = file.rpartition("/")
+            keys[number] = folder + slash + base.replace(".", "_")
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise DataError(f"two images would both have the key {twice[0]!r}; rename one of them")
+    return keys

@@ -1,0 +1,126 @@
+"""Which shards a path names, and where their index is: beside them, kept from the last time, or still to be made."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import braceexpand
+
+from diffmoe_ds.data.sources.index_files import (
+    INDEX,
+    KEYS,
+    SAMPLES,
+    listed,
+    load_index,
+    refuse_unfinished,
+    save_index,
+    subset,
+)
+from diffmoe_ds.data.sources.remote import ShardCache, fetch, is_url, locked
+from diffmoe_ds.data.sources.tar_index import Index
+from diffmoe_ds.errors import CheckpointError, DataError
+
+
+def expand(path: str | Path) -> list[str]:
+    """The shards that ``path`` names: a file, a directory's ``*.tar`` and ``*.tar.gz``, a pattern, or URLs.
+
+    A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
+    braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
+    A directory's are also those that its index names: one that is lost is missed by whoever reads it.
+
+    Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
+    """
+    try:
+        if is_url(str(path)):
+            return list(braceexpand.braceexpand(str(path)))
+        whole = Path(path).expanduser()
+        if whole.is_dir():
+            names = {p.name for p in whole.iterdir() if is_shard(p.name)}
+            if not names:
+                raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
+            return sorted(str(whole / name) for name in names.union(listed(whole)))
+        if whole.exists():
+            return [str(whole)]
+        shards = []
+        for pattern in braceexpand.braceexpand(str(whole)):
+            matches = sorted(glob.glob(pattern))
+            if not matches:
+                raise DataError(f"no shard {pattern} exists; expected a file, a directory or a pattern of tar files")
+            shards += matches
+    except braceexpand.UnbalancedBracesError:
+        raise DataError(f"pattern {path} has unbalanced braces; write it like shards-{{000..127}}.tar") from None
+    return shards
+
+
+def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
+    """The index that lies beside the shards, if it has them all and they are in one place.
+
+    Raises ``DataError`` if it is damaged, or the shards are those of a preparation that has not come to its index.
+    """
+    for folder in {Path(shard).parent for shard in shards if not is_url(shard)}:
+        refuse_unfinished(folder)
+    if any(shard.startswith("pipe:") for shard in shards):
+        return None
+    places = {shard.rpartition("/")[0] for shard in shards}
+    place = places.pop()
+    if places:
+        return None
+    names = [shard.rpartition("/")[2] for shard in shards]
+    if not is_url(shards[0]):
+        folder = Path(shards[0]).parent
+        return subset(load_index(folder), names) if (folder / INDEX).is_file() else None
+    folder = cache.folder / f"index-{hashlib.sha256(place.encode()).hexdigest()[:32]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".lock"):
+            for name in (SAMPLES, KEYS, INDEX):
+                if not (folder / INDEX).exists():
+                    fetch(f"{place}/{name}", folder / f".{name}")
+                    (folder / f".{name}").replace(folder / name)
+    except (DataError, OSError):
+        return None  # most sets have none: their headers are read
+    return subset(load_index(folder), names)
+
+
+def kept_index(folder: Path | None, shards: Sequence[str], make: Callable[[], Index]) -> Index:
+    """What ``make`` gives, kept in ``folder`` under the shards' names, sizes and times of change."""
+    if folder is None:
+        return make()
+    facts = [(s, 0, 0) if is_url(s) else (Path(s).name, shard_size(s), os.stat(s).st_mtime_ns) for s in shards]
+    kept = folder / f".diffmoe-index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        with locked(kept / ".lock"):  # the ranks of a host read the headers once, not each for itself
+            if (kept / INDEX).exists():
+                return load_index(kept)
+            index = make()
+            with contextlib.suppress(CheckpointError):  # a full disk
+                save_index(index, kept)
+            return index
+    except OSError:  # a read-only place
+        return make()
+
+
+def shard_size(shard: str) -> int:
+    """Bytes of a local shard; raises ``DataError`` if it is not there."""
+    try:
+        return os.stat(shard).st_size
+    except OSError as error:
+        raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called as shards are."""
+    return name.endswith((".tar", ".tar.gz"))
+
+
+def is_gzip(shard: str) -> bool:
+    """Whether a local file begins as gzip does."""
+    with contextlib.suppress(OSError), open(shard, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+    return False

@@ -1,0 +1,215 @@
+"""Where the samples of shards lie, found by reading tar headers; `index_files.py` keeps it.
+
+A shard is a tar file; neighbouring members with the same key (the name up to the first dot of its base name)
+form a sample.  Nothing is extracted, members that are no image or label are never read, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
+from diffmoe_ds.errors import DataError
+
+MAX_MEMBER_BYTES = 64 << 20
+MAX_LABEL_BYTES = 64
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
+"""Indices count in this order, so new ones come last."""
+RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
+"""They are the image only where there is no other: a mask may lie beside a photograph."""
+LABEL_SUFFIX = "cls"
+NO_LABEL = -1
+NOT_STORED = 0
+"""The offset of an image that is a link or another special member: its bytes are not there."""
+
+
+class Entry(NamedTuple):
+    """A row of the index.  Offsets and sizes are in bytes."""
+
+    shard: int
+    suffix: int  # of the image, in IMAGE_SUFFIXES
+    offset: int  # of the image in its shard, or NOT_STORED
+    size: int
+    label: int  # NO_LABEL if the sample has none
+    key_offset: int  # in the joined keys
+    key_size: int
+
+
+class ShardInfo(NamedTuple):
+    """One shard of an index."""
+
+    name: str
+    bytes: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """All samples of some shards, in the order in which they are stored."""
+
+    shards: tuple[ShardInfo, ...]
+    samples: np.ndarray  # int64 [n, len(Entry._fields)]
+    keys: np.ndarray  # uint8, the UTF-8 of all keys
+    latents: LatentFormat | None = None
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        entry = Entry(*self.samples[index].tolist())
+        name = self.keys[entry.key_offset : entry.key_offset + entry.key_size].tobytes()
+        return name.decode("utf-8", "surrogateescape")
+
+
+def join(parts: Sequence[Index]) -> Index:
+    """One index of several, in their order; raises ``DataError`` if latents of different making meet."""
+    latents = parts[0].latents
+    first_shard, first_key, blocks = 0, 0, []
+    for part in parts:
+        if part.latents != latents:
+            raise DataError(
+                f"shards {parts[0].shards[0].name} and {part.shards[0].name} do not hold latents of the same making: "
+                f"{latents} and {part.latents}"
+            )
+        shift = Entry(first_shard, 0, 0, 0, 0, first_key, 0)
+        blocks.append(part.samples + np.array(shift, np.int64))
+        first_shard += len(part.shards)
+        first_key += len(part.keys)
+    return Index(
+        tuple(shard for part in parts for shard in part.shards),
+        np.concatenate(blocks),
+        np.concatenate([part.keys for part in parts]),
+        latents,
+    )
+
+
+def scan(shard: str, file: BinaryIO, size: int) -> Index:
+    """The index of one plain tar file of ``size`` bytes; ``shard`` is its name, for messages and for the index.
+
+    Raises ``DataError`` if the file is no complete tar, a sample lacks an image or has several, a label is no number,
+    a member is too big or has a name that leads out of the archive.
+    """
+    rows, keys, latents = [], bytearray(), []
+    try:
+        for key, members in _samples(shard, file, latents):
+            where = f"sample {key!r} of shard {shard}"
+            suffix, (offset, length) = _image(where, members)
+            label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
+            name = key.encode("utf-8", "surrogateescape")
+            rows.append(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
+            keys += name
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
+    samples = np.array(rows, np.int64).reshape(-1, len(Entry._fields))
+    index = Index(
+        (ShardInfo(shard, size, len(rows)),),
+        samples,
+        np.frombuffer(bytes(keys), np.uint8),
+        latents[0] if latents else None,
+    )
+    check_latents(index)
+    return index
+
+
+def without_labels(index: Index) -> Index:
+    """The same samples, none of which has a label."""
+    samples = np.array(index.samples)
+    samples[:, Entry._fields.index("label")] = NO_LABEL
+    return replace(index, samples=samples)
+
+
+def check_latents(index: Index) -> None:
+    """Raises ``DataError`` for a sample that cannot be a latent of the format that its shards state."""
+    if index.latents is None:
+        return
+    suffix, size = IMAGE_SUFFIXES.index("npy"), index.latents.member_bytes
+    wrong = (index.samples[:, 1] != suffix) | (index.samples[:, 3] != size)
+    if wrong.any():
+        number = int(np.argmax(wrong))
+        entry = Entry(*index.samples[number].tolist())
+        raise DataError(
+            f"sample {index.key(number)!r} of shard {index.shards[entry.shard].name} has a "
+            f".{IMAGE_SUFFIXES[entry.suffix]} of {entry.size} bytes; expected a .npy latent of {size} bytes"
+        )
+
+
+def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, dict]]:
+    """Key and members ``{suffix: (offset, size)}`` of each sample, grouped as WebDataset groups them."""
+    current, members = None, {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
+                latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
+                continue
+            folder, slash, base = member.name.rpartition("/")
+            stem, dot, suffix = base.partition(".")
+            key, suffix = folder + slash + stem, suffix.lower()
+            stored = member.isreg() and not member.issparse()
+            # Directories, hidden files, links and devices are no part of a sample, but a picture that is a link is a
+            # sample that cannot be read: it would be missed.
+            if not (stem and dot) or member.isdir() or not (stored or suffix in IMAGE_SUFFIXES):
+                continue
+            if key != current:
+                if members:
+                    yield current, members
+                current, members = key, {}
+            if suffix in members:
+                raise DataError(f"sample {key!r} of shard {shard} has two members .{suffix}; expected one")
+            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+                _check_member(shard, member)
+            members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
+        # tarfile takes a damaged or cut-off header for the end of the archive; the true end is a block of zeros.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
+    if members:
+        yield current, members
+
+
+def _check_member(shard: str, member: tarfile.TarInfo) -> None:
+    if not 0 <= member.size <= MAX_MEMBER_BYTES:
+        raise DataError(
+            f"member {member.name!r} of shard {shard} has {member.size} bytes; "
+            f"at most {MAX_MEMBER_BYTES >> 20} MiB are read"
+        )
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise DataError(
+            f"member {member.name!r} of shard {shard} has a name that leads out of the archive; "
+            "expected a relative name without '..'"
+        )
+
+
+def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
+    """Suffix and place of a sample's image."""
+    found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+    images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
+    if len(images) != 1:
+        names = ", ".join(f".{suffix}" for suffix in members)
+        raise DataError(
+            f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {names}; "
+            f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
+        )
+    return images[0], members[images[0]]
+
+
+def _label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
+    offset, size = place
+    text = _read(file, offset, min(size, MAX_LABEL_BYTES))
+    if size > MAX_LABEL_BYTES or not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
+        raise DataError(f"{where} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
+    return int(text)
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Bytes of the file, which is left where it was: tarfile goes on from there."""
+    here = file.tell()
+    file.seek(offset)
+    data = file.read(size)
+    file.seek(here)
+    if len(data) != size:
+        raise EOFError(f"it ends before byte {offset + size}")
+    return data

@@ -1,0 +1,219 @@
+"""A run that stops and starts again is the run that never stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from diffmoe_ds.checkpoint.export import ModelFileReader
+from diffmoe_ds.checkpoint.layout import META
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.cli import main
+from tests.conftest import TINY, WORKERS, read_metrics, run_ranks, write_json
+from tests.distributed.test_layout import assert_same, tensors
+from tests.unit.test_checkpoint import reseal
+
+SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
+SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "zero", "bf16"),
+    [(2, 2, 1, False), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)],
+)
+def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, bf16):
+    """Train 5 steps with a save after 2; resume there; losses, weights, moments, EMA and thresholds are equal."""
+    changes = {"bf16": {"enabled": bf16}, "scheduler": SCHEDULER}
+    straight = train_tiny(world, ep, zero, "run.save_every_images=32", **changes)
+    interrupted = tmp_path / "interrupted"
+    shutil.copytree(straight.directory, interrupted)
+    for folder in (interrupted / "checkpoints").iterdir():
+        if folder.name not in ("latest", "images_000000000032"):
+            shutil.rmtree(folder)
+    (interrupted / "checkpoints" / "latest").write_text("images_000000000032\n")
+    with (interrupted / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "ima')  # what a killed run leaves
+    resumed = train_tiny(world, ep, zero, "run.save_every_images=32", directory=interrupted, **changes)
+    assert "continues" in resumed.output and "at 32 images" in resumed.output
+    assert resumed.column("step") == [1, 2, 3, 4, 5], "no step twice, none lost"
+    for key in ("loss", "grad_norm", "lr"):
+        assert resumed.column(key) == straight.column(key)
+    ours, theirs = tensors(resumed), tensors(straight)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    if zero == 1:
+        again = train_tiny(world, ep, zero, directory=interrupted, **changes)
+        assert "were seen already" in again.output and again.metrics == read_metrics(interrupted)
+
+
+@pytest.mark.slow
+def test_ema_follows_the_weights_and_thresholds_are_copied(train_tiny):
+    """ema_k = d ema_(k-1) + (1 - d) w_k, from the checkpoints of every step."""
+    run = train_tiny(2, 2, 2, "run.save_every_images=16", "checkpoint.keep_last=0", "ema.decay=0.75")
+    every = [CheckpointReader(p) for p in sorted((run.directory / "checkpoints").glob("images_*"))]
+    assert len(every) == 5
+    for name, shape in every[0].meta["shapes"].items():
+        numel = torch.Size(shape).numel()
+        for before, after in pairwise(every):
+            expected = 0.75 * before.read("ema", name, 0, numel) + 0.25 * after.read("fp32", name, 0, numel)
+            torch.testing.assert_close(after.read("ema", name, 0, numel), expected, atol=1e-6, rtol=1e-5)
+
+
+LAYOUTS = ((1, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (4, 2, 2), (4, 4, 3))
+PAIRS = [(a, LAYOUTS[(i + step) % 6]) for i, a in enumerate(LAYOUTS) for step in (1, 2)]
+
+
+@pytest.mark.slow
+def test_every_layout_continues_every_other(train_tiny, tmp_path):
+    """3 steps in one layout, saved, 3 more in another: losses, weights, moments, EMA, thresholds of 6 straight ones."""
+    assert len(PAIRS) == 12 and {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(LAYOUTS)
+    length = "run.total_images=96"
+    straight = train_tiny(1, 1, 0, length)
+    halves = {layout: train_tiny(*layout, "run.total_images=48").directory for layout in LAYOUTS}
+    for number, (before, after) in enumerate(PAIRS):
+        directory = shutil.copytree(halves[before], tmp_path / f"moved_{number}")
+        moved = train_tiny(*after, length, directory=directory)
+        assert "at 48 images, resharding: " in moved.output, (before, after)
+        assert_same(moved, straight)
+
+
+@pytest.mark.slow
+def test_batch_arithmetic_and_ranks_may_change_and_the_images_stay(train_tiny, tmp_path):
+    """Resumed with 2 x 4 images a rank, then 1 x 16: another pool, so other losses, but the same length and images."""
+    directory = tmp_path / "run"
+    train_tiny(2, 2, 1, "run.total_images=32", directory=directory)
+    train_tiny(1, 1, 0, "run.total_images=64", directory=directory, gradient_accumulation_steps=4)
+    last = train_tiny(2, 1, 3, "run.total_images=128", directory=directory, train_batch_size=32)
+    assert last.column("images") == [16, 32, 48, 64, 96, 128]
+    assert "global_batch 16 -> 32" in last.output and "accumulation 4 -> 1" in last.output
+
+
+def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
+    """Fine-tuning: the first loss is the one that the exported weights give, also with other classes."""
+    source = train_tiny(1, 1, 1, "run.total_images=48")
+    assert main(["checkpoint", "export", str(source.directory), "--out", str(tmp_path / "model")]) == 0
+    tuned = train_tiny(2, 2, 2, f"model.init_from={tmp_path / 'model'}", "run.total_images=16", "optimizer.lr=1e-12")
+    assert "starts anew with the weights of" in tuned.output
+    exported, first = ModelFileReader(tmp_path / "model"), tensors(tuned)
+    for name in CheckpointReader(newest_valid(tuned.directory, full=True)).meta["shapes"]:
+        expected = exported.read("ema", name, 0, first[f"fp32/{name}"].numel())
+        assert torch.allclose(first[f"fp32/{name}"], expected, atol=1e-9)
+    wrong = train_tiny(1, 1, 1, "model.init_from=/nowhere", code=5)
+    assert "model.init_from /nowhere: is no exported model, checkpoint or run" in wrong.output
+
+
+def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):
+    """(exit code, what was printed) of a dry run in this process."""
+    config = write_json(tmp_path / "dry.json", ep=1, zero=zero, **changes)
+    arguments = ["train", "--dry-run", "--deepspeed_config", str(config), "--run-dir", str(directory), *options]
+    capsys.readouterr()
+    code = main([*arguments, "--set", *TINY, *overrides])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
+    """By a dry run too, where one process can know; whatever refuses them, ``resolved.yaml`` stays as it was."""
+    run = train_tiny(1, 1, 1, "run.total_images=16")
+    resolved = (run.directory / "resolved.yaml").read_text()
+    assert "gradient_clipping: 0.5" in resolved
+    for override, message in (
+        ("model.depth=2", "is of another model: model.depth is 4 there and 2 here"),
+        ("model.label_dropout=0", "is of another model: model.label_dropout (0, or above 0) is 0.1 there and 0.0 here"),
+    ):
+        code, printed = dry_run(tmp_path, capsys, run.directory, override)
+        assert code == 5 and message in printed
+    assert dry_run(tmp_path, capsys, run.directory, "model.label_dropout=0.2")[0] == 0
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", "none"))
+    assert code == 5 and "--resume none would mix" in printed
+    code, printed = dry_run(tmp_path, capsys, run.directory, scheduler=SCHEDULER)
+    assert code == 5 and "was saved without a learning-rate scheduler, but this run's DeepSpeed JSON has one" in printed
+
+    path = newest_valid(run.directory, full=True)
+    meta = json.loads((path / META).read_text())
+    reseal(path, {**meta, "lr_scheduler": {"last_batch_iteration": 0}})
+    code, printed = dry_run(tmp_path, capsys, run.directory)
+    assert code == 5 and "was saved with a learning-rate scheduler, but this run's DeepSpeed JSON has none" in printed
+
+    meta["shapes"]["t_embedder.mlp.0.bias"] = [7]
+    reseal(path, meta)
+    other = train_tiny(1, 1, 1, "run.seed=5", directory=run.directory, code=5)
+    assert "'t_embedder.mlp.0.bias' has shape (7,)" in other.output and "Traceback" not in other.output
+    assert (run.directory / "resolved.yaml").read_text() == resolved
+
+
+def test_the_banner_says_what_became_of_the_deepspeed_json(train_tiny, tmp_path, capsys):
+    run = train_tiny(1, 1, 0, "run.total_images=16")
+    assert "changed since" not in dry_run(tmp_path, capsys, run.directory, "run.total_images=16", zero=0)[1]
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.1}}
+    changes = {"bf16": {"enabled": True}, "gradient_clipping": 1, "optimizer": optimizer}
+    code, printed = dry_run(tmp_path, capsys, run.directory, "run.total_images=16", zero=2, **changes)
+    expected = "resharding: zero_stage 0 -> 2; changed since it was saved: "
+    expected += "deepspeed.optimizer.params.weight_decay 0.0 -> 0.1, deepspeed.gradient_clipping 0.5 -> 1.0, "
+    expected += "deepspeed.bf16.enabled False -> True\n"
+    assert code == 0 and expected in printed
+
+
+def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, capsys):
+    """Back from 48 images to 16 with --resume PATH, and on to 32: the next start continues those 32, not the 16."""
+    run = train_tiny(1, 1, 1, "run.save_every_images=16", "run.total_images=48")
+    path = run.directory / "checkpoints" / "images_000000000016"
+    resume = ("--resume", str(path))
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
+    assert code == 0 and f"continues {path} at 16 images" in printed
+    again = train_tiny(1, 1, 1, "run.total_images=32", directory=run.directory, options=resume)
+    assert "left-images_000000000048: of a branch" in again.output and again.column("images") == [16, 32]
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
+    newest = run.directory / "checkpoints" / "images_000000000032"
+    assert code == 0 and f"continues {newest} at 32 images, begun with --resume {path}" in printed
+    code, printed = dry_run(tmp_path, capsys, tmp_path / "new", options=resume)
+    assert code == 0 and f"continues {path} at 16 images" in printed and "begun" not in printed
+    other = path.parent / "left-images_000000000048"
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(other)))
+    assert code == 0 and f"continues {other} at 48 images" in printed
+
+    # begun from another run, which may be gone by now; a third one is refused
+    meta = json.loads((newest / META).read_text())
+    reseal(newest, {**meta, "began_from": str(tmp_path / "gone")})
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", f"{tmp_path / 'gone'}/"))
+    assert code == 0 and f"continues {newest} at 32 images" in printed
+    third = shutil.copytree(run.directory, tmp_path / "third")
+    code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(third)))
+    assert code == 5 and "holds the checkpoints of an earlier run" in printed
+
+
+WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))
+"""(ranks, images until the next resume, loader workers)."""
+
+
+@pytest.mark.slow
+def test_every_image_of_an_epoch_is_seen_exactly_once(tmp_path):
+    """240 images, three resumes, on 1, 2, 4 and 3 ranks; the keys are written down by those who train on them."""
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number in range(240):
+            picture = io.BytesIO()
+            Image.new("L", (28, 28), number).save(picture, "png")
+            for suffix, data in (("png", picture.getvalue()), ("cls", b"3")):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    total = 0
+    for ranks, images, workers in WHOLE_EPOCH:
+        total += images
+        config = write_json(tmp_path / "ds.json", ep=1, zero=1, train_batch_size=24)
+        overrides = [*TINY, f"data.path={shard}", f"data.num_workers={workers}", f"run.total_images={total}"]
+        arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *overrides]
+        worker = [str(WORKERS / "record_keys.py"), str(tmp_path / "keys"), "train", *arguments]
+        finished = run_ranks(ranks, worker)
+        assert finished.code == 0, finished.output
+    keys = [key for file in sorted((tmp_path / "keys").iterdir()) for key in file.read_text().split()]
+    assert sorted(keys) == [f"{number:04d}" for number in range(240)]

@@ -1,0 +1,194 @@
+"""Runs that must stop, or go on, for a reason: infinities, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.verify import candidates, newest_valid
+from tests.conftest import REPOSITORY, TINY, WORKERS, clean_environment, read_metrics, run_ranks, write_json
+
+
+def poisoned(tmp_path, where, steps, zero, *overrides, world=2, **changes):
+    config = write_json(tmp_path / "ds.json", ep=world, zero=zero, **changes)
+    arguments = ["train", "--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *TINY]
+    arguments = [str(WORKERS / "poison.py"), where, str(world - 1), steps, *arguments, *overrides]
+    finished = run_ranks(world, arguments)
+    assert "Traceback" not in finished.output, finished.output
+    return finished
+
+
+SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero, bf16 in ((0, False), (2, True))]
+
+
+@pytest.mark.parametrize(("zero", "bf16"), [(3, True), *SLOW])
+def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
+    """At step 3, in every way DeepSpeed keeps weights; the last checkpoint is that of step 2, with finite weights."""
+    changes = {"bf16": {"enabled": bf16}}
+    finished = poisoned(tmp_path, "gradient", "3", zero, "run.save_every_images=16", **changes)
+    assert finished.code == 3, finished.output
+    where = "on rank 1, first in the gradient of blocks.1.mlp.gate_weight, at step 3 (32 images seen)"
+    assert where in finished.output, finished.output
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
+    assert reader.meta["images"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "bf16"), [(0, False), (0, True), (1, False), (2, True), (3, False)])
+def test_allowed_skips_leave_no_trace(tmp_path, zero, bf16):
+    """Steps 2 and 4 of 5 are infinite and skipped: three updates, five batches of images, and finite weights."""
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
+    changes = {"bf16": {"enabled": bf16}, "scheduler": scheduler}
+    finished = poisoned(tmp_path, "gradient", "2,4", zero, "run.nonfinite_skips=1", **changes)
+    assert finished.code == 0, finished.output
+    assert finished.output.count("(1 of 1 in a row)") == 2
+    rows = read_metrics(tmp_path / "run")
+    assert [(row["step"], row["images"]) for row in rows] == [(1, 16), (2, 48), (3, 80)]
+    reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
+    assert reader.meta["adam_step"] == 3 and reader.meta["lr_scheduler"]["last_batch_iteration"] == 2
+    for name, shape in reader.meta["shapes"].items():
+        numel = 1
+        for n in shape:
+            numel *= n
+        for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):
+            assert reader.read(kind, name, 0, numel).isfinite().all(), (kind, name)
+
+
+@pytest.mark.parametrize("zero", (1, pytest.param(3, marks=pytest.mark.slow)))
+def test_an_infinite_activation_is_traced_to_its_layer(tmp_path, zero):
+    finished = poisoned(tmp_path, "forward", "2", zero, "model.activation_checkpointing=true")
+    assert finished.code == 3
+    assert "on rank 1, first in blocks.2.attn, at step 2 (16 images seen)" in finished.output, finished.output
+
+
+@pytest.mark.parametrize("save_every", (48, pytest.param(0, marks=pytest.mark.slow)))
+def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
+    """Also when the save of the step before is still being written."""
+    length = ("run.total_images=64", "run.nonfinite_skips=2", f"run.save_every_images={save_every}")
+    finished = poisoned(tmp_path, "gradient", "4", 1, *length)
+    assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
+    assert "seen already" not in finished.output
+    every = [CheckpointReader(path).meta for path in candidates(tmp_path / "run")]
+    expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
+    assert [(meta["images"], meta["step"]) for meta in every] == expected
+
+
+@pytest.mark.slow
+def test_two_skips_in_a_row_are_one_too_many(tmp_path):
+    finished = poisoned(tmp_path, "forward", "2,3", 2, "run.nonfinite_skips=1", gradient_accumulation_steps=2)
+    assert finished.code == 3 and "(1 of 1 in a row)" in finished.output, finished.output
+
+
+def test_a_full_disk_of_another_rank_is_named(tmp_path):
+    """By the one warning of a run that goes on, and by the error when its last save fails too."""
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
+    arguments = [
+        "train",
+        "--deepspeed_config",
+        str(config),
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        *TINY,
+        *length,
+    ]
+    finished = run_ranks(2, [str(WORKERS / "full_disk.py"), "1", *arguments])
+    assert finished.code == 5, finished.output
+    file = tmp_path / "run" / "checkpoints" / ".writing-images_0000000000{}" / "rank_00001.safetensors"
+    why = f"rank 1 on {socket.gethostname()}: {file}: No space left on device."
+    warning = f"*** WARNING: the checkpoint images_000000000032 was not saved: {why.format(32)} Training goes on"
+    assert finished.output.count(warning) == 1, finished.output
+    assert f"error: the checkpoint images_000000000048 was not saved: {why.format(48)}" in finished.output
+
+
+@pytest.mark.parametrize(
+    ("number", "resume", "again"),
+    (
+        (signal.SIGUSR1, "none", "the same command with --resume auto continues"),
+        pytest.param(signal.SIGTERM, "auto", "the same command continues", marks=pytest.mark.slow),
+    ),
+)
+def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, again):
+    process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
+    _wait_for_rows(directory)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 85, output
+    rows = read_metrics(directory)
+    assert CheckpointReader(newest_valid(directory, full=True)).meta["images"] == rows[-1]["images"]
+    assert f"asked to stop ({number.name})" in output and again in output
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_end_changes_nothing(tmp_path):
+    """Signals all the way from the last step until the process has gone."""
+    process, directory = _start(tmp_path, "run.total_images=160")
+    deadline = time.monotonic() + 90
+    while not (directory / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.002)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
+    process, directory = _start(tmp_path, "run.total_images=100000")
+    _wait_for_rows(directory)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 85 and "Ctrl-C again leaves at once" in output
+    assert newest_valid(directory, full=True) is not None
+
+    # The second time: a run whose step takes for ever.
+    stuck = "import time\nfrom diffmoe_ds.distributed.signals import listen\nlisten()\n"
+    stuck += "print('ready', flush=True)\ntime.sleep(100)\ntime.sleep(100)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", stuck], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=clean_environment()
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)  # what a launcher passes on is the same press
+        time.sleep(0.4)  # a second press comes so soon
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _start(tmp_path, *overrides, options=()):
+    config = write_json(tmp_path / "ds.json", ep=1, zero=1)
+    directory = tmp_path / "run"
+    command = [sys.executable, "-m", "diffmoe_ds.cli", "train", "--deepspeed_config", str(config)]
+    command += ["--run-dir", str(directory), *options, "--set", *TINY, *overrides]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
+    )
+    return process, directory
+
+
+def _wait_for_rows(directory, seconds=90):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        path = directory / "metrics.jsonl"
+        if path.exists() and os.path.getsize(path) > 500:
+            return
+        time.sleep(0.02)
+    pytest.fail("no step was made")

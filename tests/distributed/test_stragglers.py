@@ -1,0 +1,42 @@
+"""The rank that others wait for is named, and so are the bytes that cross between hosts."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffmoe_ds.distributed.stragglers import slowest
+from tests.conftest import TINY, WORKERS, run_ranks, write_json
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rank", "is_straggler"),
+    (([1.0, 1.0, 1.0, 1.6], 3, True), ([2.0, 1.9, 1.8, 1.7], 0, False), ([0.1, 0.3], 1, True), ([0.0, 0.0], 0, False)),
+)
+def test_slowest_against_the_median_of_the_others(seconds, rank, is_straggler):
+    found = slowest(seconds, ("a", "b", "c", "d"), ratio=1.5)
+    assert (found.rank, found.host, found.is_straggler) == (rank, "abcd"[rank], is_straggler)
+
+
+def test_slow_rank_and_traffic_between_hosts(tmp_path):
+    """Two ranks on hosts of their own, EP 2; rank 1 is slow in its forward pass."""
+    steps, images = 14, 16
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1, tensorboard={"enabled": True})
+    overrides = [*TINY, f"run.total_images={steps * images}", "run.straggler_steps=7", "run.straggler_ratio=2"]
+    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *overrides]
+    finished = run_ranks(2, [str(WORKERS / "slow_rank.py"), *arguments])
+    assert finished.code == 0, finished.output
+    said = re.findall(r"straggler  rank 1 on host1 needs 0\.0\d+ s a step for loading and forward", finished.output)
+    assert len(said) == 2, finished.output
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("ranks/slowest_rank")] == [1, 1]
+    assert all(event.value > 2 for event in events.Scalars("ranks/slowest_over_others"))
+    assert "ranks/straggler/text_summary" in events.Tags()["tensors"]
+
+    warned = re.search(r"EP groups of 2 span nodes: about ([\d.]+) (kB|MB)", finished.output)
+    estimate = float(warned[1]) * {"kB": 1e3, "MB": 1e6}[warned[2]]
+    counted = sum(map(int, re.findall(r"rank \d sent (\d+) bytes", finished.output))) / steps
+    assert counted == pytest.approx(estimate, rel=0.2)

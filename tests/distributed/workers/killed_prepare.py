@@ -1,0 +1,124 @@
+"""Prepare a set at one rank, at four, and at four that are killed again and again; are the bytes the same?
+
+    python -m tests.distributed.workers.killed_prepare --images 10000 --kills 5
+
+Prints one JSON object.  Processes are killed (SIGKILL) by their own ids at random times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, clean_environment
+from tests.helpers.data import photographs, tiny_vae, tree
+
+WORLD = 4
+TIMEOUT = 3000
+MOMENT = 2.0
+"""Shards' time at the machine's own pace within which a kill falls, after the number of shards drawn for it."""
+
+
+def start(arguments: list[str], world: int, output: Path) -> list[subprocess.Popen]:
+    """The ranks of one launch, as a launcher would start them."""
+    processes = []
+    for rank in range(world):
+        environment = clean_environment(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        with open(output, "ab") as file:
+            command = [sys.executable, "-m", "diffmoe_ds.cli", "prepare", *arguments]
+            processes.append(
+                subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+            )
+    return processes
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+    """End what still runs, at once."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()
+
+
+def finish(arguments: list[str], world: int, output: Path) -> float:
+    """Run a launch to its end; returns the seconds it took."""
+    began = time.monotonic()
+    processes = start(arguments, world, output)
+    try:
+        codes = [process.wait(max(0.0, began + TIMEOUT - time.monotonic())) for process in processes]
+    finally:
+        kill(processes)
+    assert not any(codes), output.read_text()[-3000:]
+    return time.monotonic() - began
+
+
+def interrupt(arguments: list[str], output: Path, parts: Path, shards: int, delay: float) -> int:
+    """Start, wait until so many shards are done and a moment longer, kill; returns how many were done then."""
+    began = time.monotonic()
+    processes = start(arguments, WORLD, output)
+    try:
+        while len(list(parts.glob("0*.json"))) < shards:
+            assert time.monotonic() < began + TIMEOUT and any(p.poll() is None for p in processes), output.read_text()
+            time.sleep(0.02)
+        time.sleep(delay)
+    finally:
+        kill(processes)
+    return len(list(parts.glob("0*.json")))
+
+
+def seconds_per_shard(prepared: Path) -> float:
+    """How fast a finished launch wrote its shards, without the time it took to start."""
+    times = sorted(path.stat().st_mtime for path in prepared.glob("*.tar"))
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def main() -> None:
+    """Run the three preparations and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--shard-images", type=int, default=250)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    times = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        images = photographs(folder / "photographs", options.images, size=options.size + 8, classes=10)
+        vae = tiny_vae(folder / "vae")
+        common = ["latents", "--images", str(images), "--vae", str(vae), "--size", str(options.size)]
+        common += ["--shard-images", str(options.shard_images), "--out"]
+        log = folder / "log"
+        seconds = {name: finish([*common, str(folder / name)], world, log) for name, world in (("one", 1), ("four", 4))}
+        arguments, parts, done = [*common, str(folder / "killed")], folder / "killed" / "parts", [0]
+        shards = -(-options.images // options.shard_images)
+        moment = MOMENT * seconds_per_shard(folder / "four")
+        for number in range(options.kills):
+            # So that work is left for the later kills and for the end.
+            target = done[-1] + times.randint(1, max(1, (shards - done[-1]) // (options.kills - number + 2)))
+            done.append(interrupt(arguments, log, parts, target, times.uniform(0, moment)))
+            assert done[-1] < shards, "nothing was left to be killed; take more images"
+        finish(arguments, WORLD, log)
+        one, four, killed = (tree(folder / name) for name in ("one", "four", "killed"))
+        report = {
+            "images": options.images,
+            "shards": sum(name.endswith(".tar") for name in one),
+            "bytes": sum(map(len, one.values())),
+            "seconds_1_rank": round(seconds["one"], 1),
+            "seconds_4_ranks": round(seconds["four"], 1),
+            "shards_done_at_each_kill": done[1:],
+            "same_at_4_ranks": four == one,
+            "same_after_kills": killed == one,
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

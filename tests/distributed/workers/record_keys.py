@@ -1,0 +1,35 @@
+"""``diffmoe train`` that writes down the key of every image it trains on.
+
+    python record_keys.py FOLDER train ...
+
+What a loader process read ahead and nobody trained on does not count, so the positions are noted where the loop
+takes a micro-batch, and are written when the run has ended well.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.data.shuffle import sample_index
+from diffmoe_ds.training import loop
+
+taken: list[str] = []
+make_loader = loop.make_loader
+
+
+def recording(run, dataset):
+    for batch in make_loader(run, dataset):
+        for position in batch.position.tolist():
+            index = sample_index(run.config.run.seed, position, len(dataset))
+            taken.append(dataset[index].key)
+        yield batch
+
+
+loop.make_loader = recording
+folder = Path(sys.argv[1])
+code = main(sys.argv[2:])
+if code == 0:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{len(list(folder.iterdir())):03d}-{os.environ['RANK']}-{os.getpid()}").write_text(" ".join(taken))
+sys.exit(code)

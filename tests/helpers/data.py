@@ -1,0 +1,115 @@
+"""What the tests of data share: small images, tar files, loaders, and a VAE in diffusers' format."""
+
+import functools
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.rng import training_draws
+
+SHAPE = (1, 8, 8)
+IMAGES = 21  # fewer than two steps read, so that steps straddle epochs
+
+
+def image_file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=array.dtype == object)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+GREY = np.arange(30, dtype=np.uint8).reshape(5, 6)
+PNG = image_file(GREY)
+LABELLED = [("a.cls", b"3"), ("a.png", PNG)]
+
+
+def loader(dataset, **changes) -> PositionLoader:
+    settings = {
+        "dataset": dataset,
+        "seed": 5,
+        "global_batch": 16,
+        "micro_batch": 16,
+        "accumulation": 1,
+        "rank": 0,
+        "world": 1,
+        "image_shape": SHAPE,
+        "num_classes": 4,
+        "draws": functools.partial(training_draws, 5, shape=SHAPE, label_dropout=0.3),
+    }
+    return PositionLoader(**{**settings, **changes})
+
+
+def take(count: int, iterable) -> list:
+    return [item for _, item in zip(range(count), iterable, strict=False)]
+
+
+def by_position(batches) -> dict[int, list[torch.Tensor]]:
+    """Every image's fields under its position; a position read twice is an error."""
+    images = {}
+    for batch in batches:
+        for row, position in enumerate(batch.position.tolist()):
+            assert position not in images
+            images[position] = [field[row] for field in batch if field is not None]
+    return images
+
+
+def assert_same(one: dict[int, list[torch.Tensor]], other: dict[int, list[torch.Tensor]]) -> None:
+    assert one.keys() == other.keys()
+    for position, fields in one.items():
+        assert all(torch.equal(a, b) for a, b in zip(fields, other[position], strict=True)), position
+
+
+def tiny_vae(folder: Path, scaling_factor: float = 0.5) -> Path:
+    """A small AutoencoderKL with random weights, f4 with 4 latent channels, saved as diffusers saves a real one."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def photographs(folder: Path, count: int, size: int = 40, classes: int = 3) -> Path:
+    """JPEG crops of the photographs that scikit-image ships, in class folders; the same for the same numbers."""
+    from skimage import data
+
+    pictures = [data.astronaut(), data.cat(), data.coffee()]
+    places = np.random.default_rng(0)
+    for number in range(count):
+        picture = pictures[number % len(pictures)]
+        top, left = (int(places.integers(0, side - size)) for side in picture.shape[:2])
+        path = folder / f"class-{number % classes}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture[top : top + size, left : left + size]).save(path, quality=90)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its contents."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,263 @@
+"""The command line in one process: mistakes are one sentence and an exit code, runs leave what they promise."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.config.deepspeed import read_deepspeed_json
+from tests.conftest import REPOSITORY, TINY, clean_environment, read_metrics, run_processes, run_ranks, write_json
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("diffmoe: error: ") and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    (
+        (["--config", "fashon"], 2, "did you mean 'fashion'?"),
+        (["--set", "model.nme=x"], 2, "did you mean 'name'?"),
+        (["--deepspeed_config", "nowhere.json"], 2, "nowhere.json: cannot be read"),
+        (["--set", "expert_parallel.autoep_size=2"], 2, "autoep_size is 2 in the recipe or --set, but 1 in"),
+        (["--set", "sample.sampler=ddpm"], 2, "ddpm"),
+        (["--set", "routing.capacity=0.0001"], 2, "gives each of 8 experts less than one"),
+        (["--set", "data.path=/nowhere/x.tar"], 4, "/nowhere/x.tar"),
+        (["--config", "imagenet-256", "--dry-run"], 4, "latents exists; expected"),
+        (["--set", "model.in_channels=3", "--dry-run"], 4, "data.path is not set, and the embedded images do not fit"),
+        (["--resume", "/nowhere"], 5, "--resume /nowhere: is no checkpoint"),
+    ),
+)
+def test_train_mistakes(capsys, tmp_path, arguments, code, message):
+    directory = tmp_path / "run"
+    wrong(capsys, ["train", "--run-dir", str(directory), *arguments], code, message)
+    assert not directory.exists(), "nothing half-written"
+
+
+def test_unreadable_shard_is_named(capsys, tmp_path):
+    shard = tmp_path / "cut.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(__file__, "a.png")
+    shard.write_bytes(shard.read_bytes()[:700])
+    wrong(capsys, ["train", "--run-dir", str(tmp_path / "run"), "--set", f"data.path={shard}"], 4, "cut.tar")
+
+
+def test_all_ranks_leave_when_one_cannot_read_its_images(tmp_path):
+    """One broken image among good ones: an exit code, its name, no traceback and nobody left waiting."""
+    shard = tmp_path / "broken.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number in range(40):
+            picture = io.BytesIO()
+            Image.new("L", (28, 28), number).save(picture, "png")
+            content = b"no picture" if number == 7 else picture.getvalue()
+            for suffix, data in (("png", content), ("cls", b"3")):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *TINY]
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, f"data.path={shard}"])
+    assert finished.code == 4 and "Traceback" not in finished.output, finished.output
+    assert "sample '0007'" in finished.output and "another rank could not read" in finished.output
+
+
+def test_ranks_that_do_not_fit_are_refused_before_they_meet(tmp_path):
+    config = write_json(tmp_path / "ds.json", ep=3, zero=1)
+    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "r")]
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
+    assert finished.code == 2 and "Traceback" not in finished.output
+    assert finished.output.count("autoep_size is 3, but it must divide both the 2 rank(s) and the 8 expert(s)") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_dry_run_prints_the_banner_and_writes_nothing(capsys, tmp_path):
+    assert main(["train", "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    for part in ("M activated", "world  1 = EP 1 x EDP 1, ZeRO 1, fp32", "takes K = ", "versions", "embedded"):
+        assert part in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A tiny run with everything that it may write."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_json(folder / "ds.json", ep=2, zero=2, tensorboard={"enabled": True})
+    overrides = [*TINY, "run.sample_every_images=48", "sample.num_images=10", "sample.steps=2"]
+    arguments = ["--deepspeed_config", str(config), "--run-dir", str(folder / "run")]
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, "--set", *overrides])
+    assert finished.code == 0, finished.output
+    (folder / "output").write_text(finished.output)
+    return folder / "run"
+
+
+def test_a_run_directory_holds_what_scripts_rely_on(trained):
+    assert {p.name for p in trained.iterdir()} == {
+        "resolved.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "samples",
+    }  # fmt: skip
+    keys = {
+        "step", "images", "loss", "diffusion_loss", "capacity_loss", "grad_norm", "lr", "images_per_s",
+        "peak_memory_mb", "data_s",
+    }  # fmt: skip
+    rows = read_metrics(trained)
+    assert [row["images"] for row in rows] == [16, 32, 48, 64, 80] and all(set(row) == keys for row in rows)
+    output = (trained.parent / "output").read_text()
+    assert output.count("parameters  ") == 1, "one banner, from rank 0"
+    assert "ETA" in output and "world  2 = EP 2 x EDP 1, ZeRO 2" in output
+    with Image.open(trained / "samples" / "images_000000000080.png") as picture:
+        assert picture.width >= 600
+
+
+def test_tensorboard_shows_losses_experts_thresholds_and_samples(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = set(tags["scalars"])
+    for tag in (
+        "loss/loss", "loss/diffusion_loss", "loss/capacity_loss", "train/grad_norm", "train/lr", "train/images_per_s",
+        "train/peak_memory_mb", "load_per_expert/block_01/expert_03", "tokens_by_experts_taken/block_03/experts_00",
+        "threshold/block_03/expert_00",
+    ):  # fmt: skip
+        assert tag in scalars, tag
+    assert any(tag.startswith("capacity_by_noise_level/block_01/noise_") for tag in scalars)
+    assert tags["images"] == ["samples"] and len(events.Images("samples")) == 2
+    loads = [events.Scalars(f"load_per_expert/block_01/expert_{e:02d}")[-1].value for e in range(4)]
+    assert loads == pytest.approx([1.0] * 4), "a world pool is perfectly balanced"
+    shares = [events.Scalars(f"tokens_by_experts_taken/block_01/experts_{n:02d}")[-1].value for n in range(5)]
+    assert sum(shares) == pytest.approx(1)
+    assert sum(n * share for n, share in enumerate(shares)) == pytest.approx(1), "C = 1 expert per token on average"
+
+
+def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
+    arguments = ["sample", "--checkpoint", str(trained), "--steps", "3", "--out", str(out), *options]
+    assert main(arguments) == 0
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.dtype == np.uint8 and images.shape[1:] == (32, 32, 1) and labels.dtype == np.int64
+    assert (out / "grid.png").is_file() and {p.name for p in out.iterdir()} == {"samples.npz", "grid.png"}
+    return images
+
+
+def test_image_depends_on_its_seed_alone(trained, tmp_path):
+    """The batch, the ranks and the first seed do not matter with per_token routing."""
+    whole = sample(trained, tmp_path / "a", "--num-images", "10", "--routing", "per_token", "--cfg-scale", "1.5")
+    batched = ["--num-images", "10", "--routing", "per_token", "--cfg-scale", "1.5", "--batch-size", "3"]
+    assert np.abs(sample(trained, tmp_path / "b", *batched).astype(int) - whole).max() <= 1
+    later = sample(trained, tmp_path / "c", "--num-images", "4", "--seed", "6", "--cfg-scale", "1.5")
+    assert np.abs(later.astype(int) - whole[6:]).max() <= 1
+    arguments = ["-m", "diffmoe_ds.cli", "sample", "--checkpoint", str(trained), "--steps", "3", *batched]
+    finished = run_ranks(2, [*arguments, "--out", str(tmp_path / "d")])
+    assert finished.code == 0, finished.output
+    with np.load(tmp_path / "d" / "samples.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - whole).max() <= 1
+        assert file["arr_1"].tolist() == list(range(10))
+
+
+def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
+    for routing in ("static", "dynamic", "per_token"):
+        for sampler in ("euler", "heun"):
+            options = ("--num-images", "2", "--routing", routing, "--sampler", sampler)
+            sample(trained, tmp_path / f"{routing}-{sampler}", *options)
+    raw = sample(trained, tmp_path / "raw", "--num-images", "2", "--weights", "raw")
+    assert not np.array_equal(raw, sample(trained, tmp_path / "ema", "--num-images", "2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    (
+        (["--sampler", "ddim"], 2, "ddim"),
+        (["--sampler", "oiler"], 2, "did you mean 'euler'?"),
+        (["--routing", "dynamo"], 2, "did you mean 'dynamic'?"),
+        (["--num-images", "0"], 2, "--num-images is 0"),
+        (["--steps", "0"], 2, "--steps is 0"),
+        (["--seed", "-1"], 2, "--seed is -1"),
+        (["--checkpoint", "/nowhere"], 5, "--checkpoint /nowhere: is no checkpoint"),
+    ),
+)
+def test_sample_mistakes(capsys, trained, tmp_path, options, code, message):
+    out = tmp_path / "out"
+    wrong(capsys, ["sample", "--checkpoint", str(trained), "--out", str(out), *options], code, message)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_ddpm_trains_and_samples(train_tiny, tmp_path):
+    run = train_tiny(2, 2, 1, "objective.kind=ddpm")
+    for sampler in ("ddpm", "ddim"):
+        options = ("--num-images", "2", "--sampler", sampler, "--cfg-scale", "2")
+        sample(run.directory, tmp_path / sampler, *options)
+        sample(run.directory, tmp_path / sampler, *options, "--guide-channels", "1")
+
+
+@pytest.mark.slow
+def test_deepspeed_torchrun_and_python_agree(tmp_path):
+    """The three ways to start; nothing but the command line and two CPU ranks."""
+    config = write_json(tmp_path / "ds.json", ep="auto", zero=2)
+    binaries = Path(sys.executable).parent
+    rows = {}
+    for name, start in {
+        "deepspeed": [str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", "29617"],
+        "torchrun": [str(binaries / "torchrun"), "--nproc_per_node", "2", "--master_port", "29618"],
+        "python": [sys.executable],
+    }.items():
+        directory = tmp_path / name
+        command = [*start, "diffmoe_ds/train.py", "--deepspeed_config", str(config), "--run-dir", str(directory)]
+        environment = clean_environment(PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}")
+        finished = run_processes([([*command, "--set", *TINY], environment)])
+        assert finished.code == 0, finished.output
+        rows[name] = read_metrics(directory)
+    for key in ("loss", "grad_norm", "capacity_loss"):
+        expected = [row[key] for row in rows["python"]]
+        for name in ("deepspeed", "torchrun"):
+            assert [row[key] for row in rows[name]] == pytest.approx(expected, abs=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_with_code_3(train_tiny):
+    run = train_tiny(1, 1, 1, "optimizer.lr=1e30", code=3, gradient_clipping=0.0)
+    assert "the loss is" in run.output and "Traceback" not in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_json_trains_a_step(path, tmp_path):
+    """As the README types it, on two CPU ranks, one step of the embedded recipe with a tiny model."""
+    overrides = ["model.name=nano-E4", "model.patch_size=8", "run.total_images=1"]
+    arguments = ["--deepspeed_config", str(path), "--run-dir", str(tmp_path), "--set", *overrides]
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
+    assert finished.code == 0, finished.output
+    assert np.isfinite(read_metrics(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize("command", ("train", "sample", "prepare", "checkpoint", "doctor"))
+def test_help_ends_in_commands_to_paste(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert f"diffmoe {command}" in text.split("examples:")[1]
+    if command == "sample":
+        assert "per_token" in text and "compete" in " ".join(text.split())
+
+
+def test_repository_json_is_strict():
+    for path in REPOSITORY.glob("ds_configs/*.json"):
+        read_deepspeed_json(path)

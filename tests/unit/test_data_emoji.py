@@ -1,0 +1,99 @@
+"""The emoji recipe: a package made here of the form of emoji-datasource-google, unpacked and packed."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.data.sources.shards import ShardDataset
+from examples.emoji.prepare_emoji import main
+from tests.helpers.data import image_file, tree
+
+CATEGORIES = ("Symbols", "Flags", "Activities", "Component")
+
+
+def package(folder: Path, change=lambda entries: entries) -> Path:
+    pictures = folder / "img" / "google" / "64"
+    pictures.mkdir(parents=True)
+    entries = []
+    for number in range(8):
+        names = [f"1f60{number}.png", f"1f60{number}-1f3fb.png"]
+        for shade, name in enumerate(names):
+            pixels = np.zeros((64, 64, 4), np.uint8)
+            pixels[16:48, 16:48] = (number * 30, shade * 255, 200, 255)
+            (pictures / name).write_bytes(image_file(pixels))
+        entry = {
+            "name": f"FACE {number}", "image": names[0], "category": CATEGORIES[number % 4],
+            "has_img_google": number != 4,
+        }  # fmt: skip
+        if number == 1:
+            entry["skin_variations"] = {"1F3FB": {"image": names[1], "has_img_google": True}}
+        entries.append(entry)
+    (folder / "emoji.json").write_text(json.dumps(change(entries)))
+    return folder
+
+
+def test_pictures_labels_and_captions(tmp_path):
+    made = package(tmp_path / "package")
+    with tarfile.open(tmp_path / "emoji.tgz", "w:gz") as tar:
+        tar.add(made, "package")
+    for number, path in enumerate((made, tmp_path, tmp_path / "emoji.tgz")):
+        assert main([str(path), "--out", str(tmp_path / f"out-{number}")]) == 0
+    assert tree(tmp_path / "out-0") == tree(tmp_path / "out-1") == tree(tmp_path / "out-2")
+    dataset = ShardDataset(expand(tmp_path / "out-0"))
+    labels = {dataset.key(i): dataset[i].label for i in range(len(dataset))}
+    assert labels == {"1f600": 2, "1f601": 1, "1f602": 0, "1f605": 1, "1f606": 0}
+    image = next(dataset[i].image for i in range(5) if dataset.key(i) == "1f602")
+    assert image.shape == (3, 64, 64) and (image[:, 0, 0] == 255).all() and image[:, 32, 32].tolist() == [60, 0, 200]
+    with tarfile.open(expand(tmp_path / "out-0")[0]) as tar:
+        assert tar.extractfile("1f602.txt").read() == b"face 2"
+    index = json.loads((tmp_path / "out-0" / "index.json").read_text())
+    assert index["classes"] == ["Activities", "Flags", "Symbols"]
+
+
+def test_skin_tones_are_asked_for(tmp_path):
+    made = package(tmp_path / "package")
+    assert main([str(made), "--skin-tones", "--out", str(tmp_path / "out")]) == 0
+    dataset = ShardDataset(expand(tmp_path / "out"))
+    assert "1f601-1f3fb" in {dataset.key(i) for i in range(len(dataset))} and len(dataset) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries: {}, "emoji.json names no picture"),
+        (lambda entries: [{"name": "X"}], "emoji.json is not that of emoji-datasource-google"),
+        (
+            lambda entries: [{**entries[0], "image": "../../../etc/passwd.png"}],
+            "is not that of emoji-datasource-google",
+        ),
+        (lambda entries: [{**entries[0], "image": "1f999.png"}], "1 of 1 images could not be read"),
+    ],
+)
+def test_other_packages_are_refused(tmp_path, change, message, capsys):
+    made = package(tmp_path / "package", change)
+    assert main([str(made), "--out", str(tmp_path / "out")]) == 4
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", [None, b"no archive", b""])
+def test_no_package(tmp_path, content, capsys):
+    path = tmp_path / "emoji.tgz"
+    if content is not None:
+        path.write_bytes(content)
+    assert main([str(path), "--out", str(tmp_path / "out")]) == 4
+    assert "emoji-datasource-google" in capsys.readouterr().err
+
+
+def test_the_recipe_is_for_these_pictures():
+    config = load_config("emoji")
+    model = config.model
+    assert (model.in_channels, model.input_size, model.num_classes) == (3, 64, 9) and config.data.path == "emoji"
+    assert not config.data.horizontal_flip, "a mirrored flag or letter is another"

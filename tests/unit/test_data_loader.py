@@ -1,0 +1,163 @@
+"""The loader: the same stream on every layout, from every start, with any workers."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from diffmoe_ds.data.shuffle import sample_index
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.errors import DataError
+from diffmoe_ds.rng import TrainingDraws, training_draws
+from tests.conftest import clean_environment, run_processes
+from tests.helpers.data import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> ShardDataset:
+    """21 images of 5x6 with their number in the pixels, in a plain and a gzipped shard."""
+    folder = tmp_path_factory.mktemp("small")
+    for shard, name in enumerate(("s-0.tar", "s-1.tar.gz")):
+        numbers = range(shard * 10, 10 if shard == 0 else IMAGES)
+        files = [{"png": image_file(GREY + i), "cls": b"%d\n" % (i % 4)} for i in numbers]
+        members = [(f"{i:03d}.{k}", data) for i, file in zip(numbers, files, strict=True) for k, data in file.items()]
+        write_tar(folder / name, members)
+    return ShardDataset(expand(folder))
+
+
+@pytest.mark.parametrize(("world", "micro", "accumulation"), [(1, 16, 1), (2, 8, 1), (4, 2, 2), (1, 4, 4)])
+def test_the_stream_does_not_depend_on_the_layout(small, world, micro, accumulation):
+    whole = by_position(take(3, loader(small)))
+    assert sorted(whole) == list(range(48))
+    split = []
+    for rank in range(world):
+        layout = {"rank": rank, "world": world, "micro_batch": micro, "accumulation": accumulation}
+        batches = take(3 * accumulation, loader(small, **layout))
+        assert batches[1].position[0] == world * micro + rank * micro
+        split += batches
+    assert_same(by_position(split), whole)
+
+
+@pytest.mark.parametrize("start", [16, 20, 45])
+def test_a_later_start_continues_exactly(small, start):
+    whole = by_position(take(5, loader(small)))
+    tail = by_position(take(2, loader(small, start_position=start)))
+    assert_same(tail, {position: whole[position] for position in range(start, start + 32)})
+
+
+def test_workers_change_nothing(small):
+    alone = take(12, loader(small, micro_batch=4, accumulation=4))
+    with_workers = take(12, loader(small, micro_batch=4, accumulation=4, num_workers=2))
+    assert_same(by_position(alone), by_position(with_workers))
+
+
+def test_micro_batch_contents(small):
+    batch = take(1, loader(small))[0]
+    assert batch.posterior is None
+    assert [field.dtype for field in batch[:6]] == [
+        torch.float32,
+        torch.int64,
+        torch.float32,
+        torch.float32,
+        torch.bool,
+        torch.int64,
+    ]
+    assert batch.x.shape == batch.noise.shape == (16, *SHAPE)
+    for row in range(16):
+        number = sample_index(5, row, IMAGES)
+        draws = training_draws(5, row, SHAPE, 0.3)
+        pixels = GREY + number
+        expected = np.full(SHAPE, -1.0, np.float32)
+        expected[0, 1:6, 1:7] = (pixels[:, ::-1] if draws.flip else pixels) / 127.5 - 1
+        np.testing.assert_allclose(batch.x[row], expected, atol=1e-6)
+        assert (batch.noise[row].numpy() == draws.noise).all()
+        assert (batch.label[row], batch.time[row], batch.drop[row]) == (number % 4, draws.time, draws.drop)
+    assert {training_draws(5, row, SHAPE, 0.3).flip for row in range(16)} == {True, False}
+
+
+def test_white_is_one_and_latents_are_kept(tmp_path):
+    latent = np.random.default_rng(0).standard_normal((4, 2, 2)).astype(np.float32)
+    still = TrainingDraws(False, False, 0.5, np.zeros((4, 2, 2), np.float32))
+    one = {"global_batch": 1, "micro_batch": 1}
+    dataset = ShardDataset([write_tar(tmp_path / "a.tar", [("a.npy", npy(latent)), ("a.cls", b"0")])])
+    assert (
+        take(1, loader(dataset, image_shape=(4, 2, 2), draws=lambda _: still, **one))[0].x[0].numpy() == latent
+    ).all()
+    white = image_file(np.full((8, 8), 255, np.uint8))
+    dataset = ShardDataset([write_tar(tmp_path / "b.tar", [("b.png", white), ("b.cls", b"0")])])
+    assert (take(1, loader(dataset, **one))[0].x == 1).all()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (image_file(GREY), 4, "the label 4; the model has 4 classes, 0 to 3"),
+        (
+            image_file(np.zeros((9, 8), np.uint8)),
+            0,
+            "an image of shape (1, 9, 8); the model takes 1 channels of at most 8x8",
+        ),
+        (
+            image_file(np.zeros((8, 8, 3), np.uint8)),
+            0,
+            "an image of shape (3, 8, 8); the model takes 1 channels of at most 8x8",
+        ),
+        (
+            npy(np.zeros((1, 8, 7), np.float32)),
+            0,
+            "an image of shape (1, 8, 7); the model takes 1 channels of exactly 8x8",
+        ),
+    ],
+    ids=["label", "size", "channels", "latent"],
+)
+def test_images_that_do_not_fit_the_model(tmp_path, image, label, message, num_workers):
+    name = "a.npy" if image.startswith(b"\x93NUMPY") else "a.png"
+    dataset = ShardDataset([write_tar(tmp_path / "a.tar", [(name, image), ("a.cls", b"%d" % label)])])
+    pattern = f"^sample 'a' of shard .*a.tar has {re.escape(message)}$"
+    with pytest.raises(DataError, match=pattern) as caught:
+        take(1, loader(dataset, num_workers=num_workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_layouts_that_do_not_add_up_are_bugs(small):
+    with pytest.raises(AssertionError):
+        loader(small, micro_batch=8)
+    with pytest.raises(AssertionError):
+        loader(small, rank=1)
+
+
+def test_global_random_state_is_left_alone(small):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(2, loader(small))
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+SIGNALLED = """
+import multiprocessing, os, signal, sys
+from tests.helpers.data import loader
+from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
+from functools import partial
+from diffmoe_ds.rng import training_draws
+draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
+batches = iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=2))
+next(batches), next(batches)  # one of each worker: both have begun
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    for _ in range(10):
+        next(batches)
+assert len(multiprocessing.active_children()) == 2
+print("went on")
+sys.exit(7)
+"""
+
+
+def test_workers_outlive_what_stops_a_run_gently_and_end_with_it():
+    finished = run_processes([([sys.executable, "-c", SIGNALLED], clean_environment())], timeout=60)
+    assert "went on" in finished.output and finished.code == 7 and "Traceback" not in finished.output

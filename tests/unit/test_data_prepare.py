@@ -1,0 +1,278 @@
+"""Preparation: the same bytes from any number of ranks, finished work kept, what was asked written down and checked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.cli import prepare as prepare_cli
+from diffmoe_ds.data.sources.images import centre_crop, open_rgb
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.data.vae import VAE
+from tests.conftest import clean_environment, run_processes
+from tests.helpers.data import PNG, image_file, photographs, tiny_vae, tree, write_tar
+
+COUNT, SIZE = 23, 16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Photographs in three class folders, a VAE, and the latents that one rank makes of them."""
+    folder = tmp_path_factory.mktemp("made")
+    photographs(folder / "photographs", COUNT, size=24)
+    tiny_vae(folder / "vae")
+    prepare(folder / "one", folder)
+    return folder
+
+
+def prepare(out: Path, made: Path, *options: str, code: int = 0) -> None:
+    """Latents of the fixture's photographs, in shards of five."""
+    arguments = ["prepare", "latents", "--images", str(made / "photographs"), "--vae", str(made / "vae")]
+    arguments += ["--size", str(SIZE), "--shard-images", "5", "--batch-size", "2", "--out", str(out)]
+    assert main([*arguments, *options]) == code
+
+
+def as_rank(monkeypatch, rank: int, world: int) -> None:
+    """Ranks need not run at the same time: they meet in the directory alone."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_latents_are_the_vaes(made):
+    dataset, vae = ShardDataset(expand(made / "one")), VAE(str(made / "vae"))
+    assert len(dataset) == COUNT and dataset.latents.shape == (4, 4, 4)
+    keys = [dataset.key(i) for i in range(COUNT)]
+    names = {p.relative_to(made / "photographs").with_suffix("").as_posix() for p in made.rglob("*.jpg")}
+    assert set(keys) == names and keys != sorted(keys), "classes are mixed over the shards"
+    for index in (0, 7, COUNT - 1):
+        assert dataset.labels[index] == int(keys[index][6])
+        crop = centre_crop(open_rgb((made / "photographs" / f"{keys[index]}.jpg").read_bytes()), SIZE)
+        for mirror in (False, True):
+            expected = vae.moments(np.ascontiguousarray(crop[None, :, :, ::-1] if mirror else crop[None]))
+            found = dataset.latents.decode(dataset.read_halves([index], [mirror]))
+            np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)  # stored in fp16
+    index = json.loads((made / "one" / "index.json").read_text())
+    assert index["classes"] == ["class-0", "class-1", "class-2"] and index["latents"]["scaling_factor"] == 0.5
+
+
+def test_webdataset_reads_them_too(made):
+    pattern = str(made / "one" / "shards-{00000..00004}.tar")
+    samples = list(webdataset.WebDataset(pattern, shardshuffle=False).decode())
+    assert len(samples) == COUNT
+    assert {sample["npy"].shape for sample in samples} == {(2, 2, 4, 4, 4)}
+    assert sorted(sample["cls"] for sample in samples) == sorted(number % 3 for number in range(COUNT))
+
+
+def test_four_ranks_give_the_same_bytes(made, monkeypatch, tmp_path):
+    for rank in (3, 1, 2, 0):
+        as_rank(monkeypatch, rank, 4)
+        prepare(tmp_path / "four", made)
+    assert tree(tmp_path / "four") == tree(made / "one")
+
+
+def test_what_is_finished_is_kept(made, monkeypatch, tmp_path, capsys):
+    """Two ranks of three ran, and a third was killed while it wrote: one rank does the rest, and only the rest."""
+    out = tmp_path / "out"
+    for rank in (1, 2):
+        as_rank(monkeypatch, rank, 3)
+        prepare(out, made)
+    as_rank(monkeypatch, 0, 1)
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert sorted(kept) == ["shards-00001.tar", "shards-00002.tar", "shards-00004.tar"]
+    (out / ".writing-shards-00000.tar-0123").write_bytes(b"half a shard")
+    (out / "parts" / "00004.json").unlink()  # killed between the shard and its record
+    prepare(out, made)
+    assert tree(out) == tree(made / "one")
+    again = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert [name for name in kept if again[name] != kept[name]] == ["shards-00004.tar"]
+    prepare(out, made)
+    assert "is complete already" in capsys.readouterr().out and tree(out) == tree(made / "one")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "20"], "was begun with size 16, which is now 20; give the same, or a new directory"),
+        (["--dtype", "float32"], "was begun with dtype float16, which is now float32"),
+        (["--shard-images", "6"], "was begun with shard_images 5, which is now 6"),
+        (["--unlabelled"], "was begun with keys_and_labels "),
+        (["--size", "18"], "--size is 18, but the VAE takes multiples of 4."),
+        (["--vae", "/nowhere"], "the VAE /nowhere is no folder with a VAE of diffusers"),
+        (["--batch-size", "0"], "--batch-size is 0, but it must be above 0"),
+        (["--max-unreadable", "2"], "--max-unreadable is 2.0, but it is a share"),
+    ],
+)
+def test_other_settings_are_refused(made, tmp_path, options, message, capsys):
+    shutil.copytree(made / "one", tmp_path / "out")
+    prepare(tmp_path / "out", made, *options, code=2)
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path / "out") == tree(made / "one")
+
+
+def test_another_vae_or_directory_is_refused(made, tmp_path, capsys):
+    other = tiny_vae(tmp_path / "vae", scaling_factor=0.7)
+    prepare(made / "one", made, "--vae", str(other), code=2)
+    assert "was begun with vae " in capsys.readouterr().err
+    prepare(made / "photographs" / "out", made, code=2)
+    assert "lies inside --images" in capsys.readouterr().err and not (made / "photographs" / "out").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    prepare(tmp_path / "notes", made, code=2)
+    assert "holds other files, such as a.txt" in capsys.readouterr().err
+
+
+def test_a_vae_that_needs_unpickling_is_refused(made, tmp_path, capsys):
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    prepare(tmp_path / "out", made, "--vae", str(tmp_path / "vae"), code=2)
+    error = capsys.readouterr().err
+    assert "cannot be loaded by diffusers' AutoencoderKL" in error and "Traceback" not in error
+
+
+def test_a_pipelines_vae_is_found(made, tmp_path):
+    shutil.copytree(made / "vae", tmp_path / "pipeline" / "vae")
+    prepare(tmp_path / "out", made, "--vae", str(tmp_path / "pipeline"))
+    assert tree(tmp_path / "out") == tree(made / "one")
+
+
+def test_unreadable_images_are_listed_and_too_many_are_an_error(tmp_path, capsys):
+    images = photographs(tmp_path / "photographs", 9, size=24)
+    (images / "class-1" / "bad.jpg").write_bytes(b"")
+    common = ["prepare", "images", "--images", str(images), "--size", "16", "--shard-images", "4"]
+    assert main([*common, "--out", str(tmp_path / "strict")]) == 4
+    assert "1 of 10 images could not be read, more than --max-unreadable 0.01 allows" in capsys.readouterr().err
+    assert not (tmp_path / "strict" / "index.json").exists()
+    assert main([*common, "--out", str(tmp_path / "strict"), "--max-unreadable", "0.1"]) == 0
+    report = json.loads((tmp_path / "strict" / "report.json").read_text())
+    assert (report["images"], report["stored"]) == (10, 9)
+    assert report["skipped"] == [{"key": "class-1/bad", "reason": "ValueError: the file is empty"}]
+    dataset = ShardDataset(expand(tmp_path / "strict"))
+    assert len(dataset) == 9 and dataset[0].image.shape == (3, 16, 16)
+
+
+def test_from_shards_without_labels(tmp_path):
+    grey = np.arange(600, dtype=np.uint8).reshape(20, 30)
+    members = [(f"{number}.png", image_file(grey + number)) for number in range(6)]
+    write_tar(tmp_path / "raw-0.tar", members[:3])
+    write_tar(tmp_path / "raw-1.tar.gz", members[3:])
+    pattern = str(tmp_path / "raw-{0.tar,1.tar.gz}")
+    assert main(["prepare", "images", "--images", pattern, "--size", "8", "--out", str(tmp_path / "out")]) == 0
+    dataset = ShardDataset(expand(tmp_path / "out"))
+    assert sorted(dataset.key(i) for i in range(6)) == list("012345") and set(dataset.labels.tolist()) == {-1}
+
+
+def test_check_tells_a_whole_set_from_a_damaged_one(made, tmp_path, capsys):
+    assert main(["prepare", "check", str(made / "one"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == COUNT and report["per_class"] == {"0": 8, "1": 8, "2": 7} and not report["problems"]
+    index = json.loads((made / "one" / "index.json").read_text())
+    assert report["latent_std"] == pytest.approx(index["latent_std"], rel=1e-3)
+    assert report["latent_mean"] == pytest.approx(index["latent_mean"], abs=1e-3)
+    assert report["notes"] == [] or "standard deviation" in report["notes"][0]
+
+    shutil.copytree(made / "one", tmp_path / "bad")
+    shard = tmp_path / "bad" / "shards-00002.tar"
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+    (tmp_path / "bad" / "shards-00001.tar").unlink()
+    assert main(["prepare", "check", str(tmp_path / "bad")]) == 4
+    printed = capsys.readouterr()
+    assert "shard shards-00002.tar has the sha256" in printed.out and "shard shards-00001.tar is missing" in printed.out
+    assert "is not whole: shard shards-00002.tar" in printed.err
+
+
+def test_check_finds_duplicate_keys_and_bad_samples_in_any_shards(tmp_path, capsys):
+    good = image_file(np.zeros((4, 4), np.uint8))
+    write_tar(tmp_path / "a.tar", [("k.png", good), ("k.cls", b"0"), ("m.png", PNG[:-30]), ("m.cls", b"1")])
+    write_tar(tmp_path / "b.tar", [("k.png", good), ("k.cls", b"5")])
+    assert main(["prepare", "check", str(tmp_path), "--json"]) == 4
+    report = json.loads(capsys.readouterr().out)
+    assert report["duplicate_keys"] == ["k"] and report["per_class"] == {"0": 1, "1": 1, "5": 1}
+    assert len(report["problems"]) == 2 and "sample 'm' of shard" in report["problems"][0]
+
+
+def test_rank_0_notices_ranks_that_failed_or_are_gone(made, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    as_rank(monkeypatch, 0, 2)
+    prepare(out, made, "--timeout", "1", code=4)  # rank 1 was never started
+    assert "rank(s) 1 finished nothing for 1 s, and 2 of 5 shards are missing" in capsys.readouterr().err
+    bad = photographs(tmp_path / "photographs", 8, size=24)
+    for path in (bad / "class-0").iterdir():
+        path.write_bytes(b"")
+    arguments = ["prepare", "images", "--images", str(bad), "--size", "16", "--shard-images", "4", "--out"]
+    commands = []
+    for rank in range(2):
+        environment = clean_environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        commands.append(([sys.executable, "-m", "diffmoe_ds.cli", *arguments, str(tmp_path / "failed")], environment))
+    finished = run_processes(commands, timeout=60)
+    assert finished.code == 4 and "images could not be read" in finished.output
+    assert "Traceback" not in finished.output and not (tmp_path / "failed" / "index.json").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_and_finished(tmp_path):
+    """Real processes at 1 and 4 ranks, killed three times: see the worker."""
+    arguments = ["--images", "600", "--size", "32", "--shard-images", "12", "--kills", "3"]
+    command = [sys.executable, "-m", "tests.distributed.workers.killed_prepare", *arguments]
+    finished = run_processes([(command, clean_environment())], timeout=1200)
+    assert finished.code == 0, finished.output
+    report = json.loads(finished.output.splitlines()[-1])
+    assert report["same_at_4_ranks"] and report["same_after_kills"]
+    assert report["shards_done_at_each_kill"] == sorted(report["shards_done_at_each_kill"])
+
+
+@pytest.mark.parametrize("moment", ["_Overview.advance", "write_shard", "finish"])
+def test_another_launch_into_the_same_directory_may_finish_first(made, monkeypatch, tmp_path, moment, capsys):
+    owner = prepare_cli._Overview if moment == "_Overview.advance" else prepare_cli
+    name = moment.rpartition(".")[2]
+    original = getattr(owner, name)
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(owner, name, original)
+        prepare(tmp_path / "out", made)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, overtaken)
+    prepare(tmp_path / "out", made)
+    assert "is complete already" in capsys.readouterr().out
+    as_rank(monkeypatch, 1, 2)  # comes when all is done
+    prepare(tmp_path / "out", made)
+    assert tree(tmp_path / "out") == tree(made / "one") and not (tmp_path / "out" / "parts").exists()
+
+
+def test_a_full_disk_is_a_sentence(made, monkeypatch, tmp_path, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        prepare(tmp_path / "out", made, code=5)
+    assert "index-samples.npy: cannot be written: No space left on device" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile.TarFile, "addfile", full)
+        patched.setattr(Path, "write_text", full)  # nor can the other ranks be told
+        prepare(tmp_path / "out", made, code=5)
+    error = capsys.readouterr().err
+    assert "shards-00000.tar: cannot be written: No space left" in error and "Traceback" not in error
+    prepare(tmp_path / "out", made)
+    assert tree(tmp_path / "out") == tree(made / "one")
+
+
+def test_one_rank_of_a_host_says_what_all_find(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_cli, "SAYING_TIME", 0)
+    for rank, said in ((0, 1), (1, 0)):
+        as_rank(monkeypatch, rank, 2)
+        assert main(["prepare", "images", "--images", "/nowhere", "--out", "/nowhere/out"]) == 4
+        assert capsys.readouterr().err.count("no shard /nowhere exists") == said

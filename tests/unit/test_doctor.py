@@ -1,0 +1,171 @@
+"""``diffmoe doctor``: every fault that it knows is injected into a healthy report; two ranks run it for real."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.doctor.findings import to_fix
+from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
+from diffmoe_ds.errors import ConfigError
+from tests.conftest import clean_environment, free_port, run_processes, run_ranks
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    """What two ranks of this machine report."""
+    folder = tmp_path_factory.mktemp("doctor")
+    arguments = ["-m", "diffmoe_ds.cli", "doctor", "--json", "--run-dir", str(folder / "runs"), "--timeout", "60"]
+    finished = run_ranks(2, arguments)
+    line = next(line for line in finished.output.splitlines() if line.startswith("{"))
+    found = json.loads(line)
+    assert finished.code == (1 if found["to_fix"] else 0), finished.output
+    assert list(folder.iterdir()) == [], "nothing is left behind"
+    return found
+
+
+def healthy(report: dict) -> dict:
+    """The report as if the two ranks were on two hosts without any fault."""
+    made = copy.deepcopy(report)
+    for number, rank in enumerate(made["ranks"]):
+        rank["host"], rank["local_rank"] = f"node{number + 1}", 0
+        rank |= {"own_name_is": f"10.0.0.{number + 1}", "interface": "eth0", "shm_free_gb": 8.0}
+        rank["disk"] |= {"free_gb": 500.0, "free_files": 1000}
+    made["clock_ahead_s"] = {"node2": 0.01}
+    assert to_fix(made) == []
+    return made
+
+
+def test_report_of_two_ranks(report):
+    assert report["world"] == 2 and [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    for rank in report["ranks"]:
+        assert rank["versions"]["deepspeed"] != "missing" and rank["shared"] == {"reads": True, "writes": True}
+        assert set(rank["ops"]) == {"fused_adam", "cpu_adam"} and rank["interface"] != "none"
+    for name in ("all_reduce", "all_to_all"):
+        assert report[name]["ms"] > 0 and report[name]["gb_per_s"] > 0
+    assert report["sent_mb"] and all(sum(sent.values()) > 1 for sent in report["sent_mb"].values())
+    healthy(report)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    (
+        (("ranks", 1, "versions", "torch"), "2.9", "node2: torch is 2.9"),
+        (("ranks", 1, "python"), "3.9 /usr/bin/python", "node2: Python is 3.9"),
+        (("ranks", 1, "device"), {"kind": "cuda", "name": "H100", "count": 1}, "node1: no GPU is seen there"),
+        (("ranks", 1, "shared", "reads"), False, "node2: does not see"),
+        (("ranks", 1, "shared", "writes"), False, "node2: cannot write to"),
+        (("ranks", 1, "disk", "free_gb"), 0.5, "node2: 0.5 GB free in"),
+        (("ranks", 1, "disk", "free_files"), 0, "node2: no free file entry in"),
+        (("ranks", 1, "own_name_is"), "127.0.1.1", "set GLOO_SOCKET_IFNAME=eth0"),
+        (("ranks", 1, "interface"), "none", "node2: no route to"),
+        (("ranks", 1, "shm_free_gb"), 0.06, "node2: only 0.06 GB free in /dev/shm"),
+        (("clock_ahead_s", "node2"), -3.25, "node2 by -3.2 s"),
+        (("collectives_failed",), "rank 1 on node2: timed out", "collectives fail: rank 1 on node2"),
+    ),
+)
+def test_each_fault_is_one_sentence_with_its_host(report, where, value, message):
+    broken = healthy(report)
+    *path, last = where
+    node = broken
+    for key in path:
+        node = node[key]
+    node[last] = value
+    found = to_fix(broken)
+    assert len(found) == 1 and message in found[0] and found[0].endswith("."), found
+
+
+def test_one_process_and_its_text(capsys, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    code = main(["doctor", "--run-dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split()[:2] == ["to", "fix"] and (code == 0) == lines[-1].endswith("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ("node1 slots=x", "line 1 is 'node1 slots=x', but it must be HOST slots=NUMBER"),
+        ("node1 slots=1\nnode1 slots=2", "line 2 names 'node1' a second time"),
+        ("# nobody\n", "names no host"),
+    ),
+)
+def test_hostfile_mistakes(tmp_path, text, message):
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_hostfile(path)
+
+
+SSH = """#!/bin/sh
+while [ "$1" = -o ]; do shift 2; done
+host=$1; shift
+case $host in
+  good) exec sh -c "$*" ;;
+  down) echo "ssh: connect to host down port 22: No route to host" >&2; exit 255 ;;
+  key) echo "root@key: Permission denied (publickey)." >&2; exit 255 ;;
+  stranger) echo "Host key verification failed." >&2; exit 255 ;;
+  bare) echo "sh: 1: python: not found" >&2; exit 127 ;;
+  apart) echo "sh: 1: cd: can't cd to /x" >&2; exit 2 ;;
+  old) echo 'probe ["0.0.1", "1.0", "0.1", true]' ;;
+  other) echo 'probe ["0.0.1", "1.0", "0.1", false]' ;;
+esac
+"""
+
+
+def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(SSH)
+    ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{ssh.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    expected = {
+        "down": "cannot be reached over ssh (ssh: connect to host down port 22: No route to host)",
+        "key": "refuses our ssh key", "stranger": "its host key is not the known one",
+        "bare": "install Python at the same path", "apart": "has no directory", "old": "has diffmoe_ds 0.0.1",
+        "other": "is another directory than here",
+    }  # fmt: skip
+    assert check_hosts(["good"]) == []
+    found = check_hosts(["good", *expected])
+    assert len(found) == len(expected)
+    for sentence, (host, message) in zip(found, expected.items(), strict=True):
+        assert sentence.startswith(f"{host}: ") and message in sentence
+    assert {path.name for path in Path.cwd().iterdir()} == {"bin"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", (0, 1))
+def test_rank_that_stops_answering_is_named(tmp_path, stuck):
+    """As one whose file system hangs."""
+    sleeper = (
+        "import time; from diffmoe_ds.distributed.launch import resolve_launch; "
+        "from diffmoe_ds.distributed.rendezvous import meet; meeting = meet(resolve_launch()); time.sleep(20)"
+    )
+    port, commands = str(free_port()), []
+    for rank in range(2):
+        doctor = ["-m", "diffmoe_ds.cli", "doctor", "--run-dir", str(tmp_path), "--timeout", "4"]
+        environment = clean_environment(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        commands.append(([sys.executable, *(["-c", sleeper] if rank == stuck else doctor)], environment))
+    finished = run_processes(commands, timeout=60)
+    assert finished.code == 1 and "Traceback" not in finished.output, finished.output
+    assert f"rank {stuck} on {socket.gethostname()}: no answer for {4 if stuck else 8} s" in finished.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("nodes", ("0", "-1"))
+def test_number_of_hosts_to_ask(tmp_path, capsys, nodes):
+    (tmp_path / "hostfile").write_text("node1 slots=1\n")
+    assert main(["doctor", "--hostfile", str(tmp_path / "hostfile"), "--nodes", nodes]) == 2
+    assert f"--nodes is {nodes}, but it must be above 0" in capsys.readouterr().err

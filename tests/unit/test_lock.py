@@ -1,0 +1,127 @@
+"""One job at a time in a run directory: who holds it, who waits, who takes over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from diffmoe_ds.distributed import run_lock as lock_module
+from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
+from tests.conftest import clean_environment
+
+HOLD = "import sys,time; from pathlib import Path; from diffmoe_ds.distributed.run_lock import RunLock\n" \
+       "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    for name, seconds in (("BEAT_S", 0.05), ("STALE_S", 0.6), ("SETTLE_S", 0.1)):
+        monkeypatch.setattr(lock_module, name, seconds)
+
+
+def elsewhere(directory: Path, **changes: object) -> Path:
+    """The lock as a process of another host has left it."""
+    holder = {
+        "token": "theirs", "host": "node9", "pid": 7, "process": {"started": "1", "boot": "b", "namespace": "n"},
+        "since": "then", "job": None, "restarts": 0, "beat": 3, **changes,
+    }  # fmt: skip
+    path = directory / "lock.json"
+    path.write_text(json.dumps(holder))
+    return path
+
+
+def test_second_process_is_refused_by_name_until_the_first_leaves(tmp_path):
+    with RunLock(tmp_path, {"SLURM_JOB_ID": "12"}):
+        with pytest.raises(RunDirectoryBusyError, match=rf"is in use by job 12, process {os.getpid()} on "):
+            RunLock(tmp_path, {"SLURM_JOB_ID": "13"}).__enter__()
+        assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+    assert list(tmp_path.iterdir()) == []
+    with RunLock(tmp_path):
+        pass
+
+
+def test_killed_process_of_this_host_blocks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_S", 1000.0)
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGKILL)
+    assert (tmp_path / "lock.json").exists()
+    with RunLock(tmp_path) as taken:
+        taken.check()
+
+
+def test_host_without_power_is_waited_for_and_then_replaced(tmp_path, capsys):
+    elsewhere(tmp_path, job="12")
+    begun = time.monotonic()
+    with RunLock(tmp_path, {"SLURM_JOB_ID": "13"}):
+        assert 0.6 <= time.monotonic() - begun < 5
+    assert "to see whether job 12, process 7 on node9" in capsys.readouterr().err
+
+
+def test_requeued_job_does_not_wait_for_its_earlier_self(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "STALE_S", 1000.0)
+    elsewhere(tmp_path, job="12", restarts=1)
+    with RunLock(tmp_path, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}):
+        pass
+
+
+def test_another_hosts_sign_of_life_refuses(tmp_path):
+    """A holder whose disk is full can still touch its file."""
+    path = elsewhere(tmp_path)
+    beat = threading.Timer(0.2, lambda: os.utime(path))
+    beat.start()
+    with pytest.raises(RunDirectoryBusyError, match="process 7 on node9"):
+        RunLock(tmp_path).__enter__()
+    beat.join()
+    assert json.loads(path.read_text())["token"] == "theirs", "left as it was"
+
+
+def test_of_many_that_take_over_one_wins(tmp_path):
+    elsewhere(tmp_path)
+    locks, won, lost = [RunLock(tmp_path) for _ in range(6)], [], []
+
+    def take(lock: RunLock) -> None:
+        try:
+            won.append(lock.__enter__())
+        except RunDirectoryBusyError as error:
+            lost.append(error)
+
+    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1 and len(lost) == 5
+    won[0].__exit__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frozen_holder_finds_out_and_leaves_the_other_alone(tmp_path):
+    with RunLock(tmp_path) as frozen:
+        elsewhere(tmp_path, job="13")
+        time.sleep(0.3)
+        with pytest.raises(RunDirectoryBusyError, match="was taken over by job 13"):
+            frozen.check()
+    assert json.loads((tmp_path / "lock.json").read_text())["job"] == "13"
+
+
+def test_damaged_lock_is_replaced(tmp_path):
+    (tmp_path / "lock.json").write_text("{")
+    with RunLock(tmp_path):
+        pass
+
+
+def test_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written on"):
+        RunLock(tmp_path / "file" / "run").__enter__()

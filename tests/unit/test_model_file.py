@@ -1,0 +1,123 @@
+"""An exported model whose ``config.json`` was damaged or edited: refused before any of it is allocated or drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffmoe_ds.checkpoint.export import ModelFileReader, write_model
+from diffmoe_ds.checkpoint.stream import Entry
+from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.init import init_weights
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    """A small model, never trained."""
+    torch.manual_seed(0)
+    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
+    init_weights(model, 0, 0)
+    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
+    write_model(tmp_path / "model", entries, model.config, "ema", images=16)
+    return tmp_path / "model"
+
+
+def refused(folder: Path, capsys, *messages: str) -> None:
+    """Both commands that read an export say the same, in one sentence."""
+    drawn = ["sample", "--checkpoint", str(folder), "--num-images", "2", "--steps", "1", "--out", str(folder / "out")]
+    for command in (["checkpoint", "inspect", str(folder)], drawn):
+        assert main(command) == 5
+        error = capsys.readouterr().err
+        assert error.startswith("diffmoe: error: ") and error.count("\n") == 1
+        assert all(message in error for message in messages), error
+    assert not (folder / "out").exists()
+
+
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "config.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+def test_a_whole_export_is_read(exported, capsys):
+    assert main(["checkpoint", "inspect", str(exported)]) == 0
+    assert ModelFileReader(exported).images == 16
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    (
+        ("weights", [], "weights is []; valid: ema, raw"),
+        ("weights", {}, "weights is {}; valid: ema, raw"),
+        ("weights", None, "weights is None"),
+        ("images", "many", "images is 'many', but it must be a whole number"),
+        ("images", -1, "images is -1"),
+        ("images", True, "images is True"),
+        ("config", [], "must be a section with keys"),
+    ),
+)
+def test_a_description_of_wrong_types_is_refused(exported, capsys, key, value, message):
+    edit(exported, lambda description: description.update({key: value}))
+    refused(exported, capsys, "config.json: ", message)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    (
+        ("model", "num_classes", 10**15, "'y_embedder.embedding_table.weight' has shape (11, 32), but"),
+        ("model", "hidden_size", 4 * 10**9, "make tensors that no machine can hold"),
+        ("model", "mlp_ratio", 1e308, "mlp_ratio is 1e+308: it gives an FFN of width 32 a hidden width of inf"),
+        ("model", "mlp_ratio", 1e16, "make tensors that no machine can hold"),
+        ("model", "input_size", 4 * 10**9, "model.input_size is 4000000000: 250000000000000000 tokens"),
+        ("model", "depth", 3, "depth is 3, but"),
+        ("model", "depth", 10**15, "depth is 1000000000000000, but"),
+        ("model", "label_dropout", 0.0, "'y_embedder.embedding_table.weight' has shape"),
+        ("model", "mlp_ratio", 4.0, "has shape"),
+        ("model", "mlp", "swiglu", "holds no tensor"),
+        ("routing", "num_experts", 8, "has shape"),
+        ("routing", "capacity_predictor", False, "which the model of"),
+        ("routing", "interleave", False, "blocks.0"),
+        ("routing", "shared_experts", 1, "holds no tensor"),
+        ("objective", "kind", "ddpm", "'final_layer.linear.bias' has shape"),
+    ),
+)  # fmt: skip
+def test_a_description_of_another_model_is_refused(exported, capsys, section, key, value, message):
+    edit(exported, lambda description: description["config"][section].update({key: value}))
+    refused(exported, capsys, message)
+
+
+THRESHOLD = "blocks.1.mlp.expert_threshold"
+TENSORS = {
+    "long threshold": (lambda t: t.update({THRESHOLD: torch.zeros(5)}), "has shape (5,), but"),
+    "no threshold": (lambda t: t.pop(THRESHOLD), "holds no tensor"),
+    "left over": (lambda t: t.update(extra=torch.zeros(1)), "holds 'extra', which the model of"),
+    "whole numbers": (lambda t: t.update({THRESHOLD: torch.zeros(4, dtype=torch.int8)}), "is of type I8; valid: F32"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_weights_of_another_model_are_refused(exported, capsys, case):
+    change, message = TENSORS[case]
+    tensors = load_file(exported / "model.safetensors")
+    change(tensors)
+    save_file(tensors, exported / "model.safetensors")
+    refused(exported, capsys, message)
+
+
+def test_other_classes_may_be_trained_on_from_an_export(exported, tmp_path, capsys):
+    """`model.init_from` compares the file with its own description, not with the new run's classes."""
+    overrides = ["model.name=nano-E4", "model.patch_size=8", f"model.init_from={exported}", "data.horizontal_flip=true"]
+    arguments = ["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", *overrides, "model.num_classes=12"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="depth is 2"):
+        edit(exported, lambda description: description["config"]["model"].update(depth=2))
+        ModelFileReader(exported)

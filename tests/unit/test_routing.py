@@ -1,0 +1,204 @@
+"""Routing as pure functions: the exact selection against gather-and-sort, each router's rule, its losses."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmoe_ds.moe.capacity import capacity_loss, pool_quantile, predicted, rows_per_expert
+from diffmoe_ds.moe.plan import make_plan
+from diffmoe_ds.moe.routers.batch_pool import batch_pool, batch_pool_dynamic
+from diffmoe_ds.moe.routers.expert_choice import expert_choice
+from diffmoe_ds.moe.routers.token_choice import balance_loss, token_choice
+from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k, sort_keys
+
+
+class ThreadPool:
+    """A pool whose ranks are threads, so that hypothesis can try many pools in no time."""
+
+    def __init__(self, shared: list, barrier: threading.Barrier, rank: int) -> None:
+        self._shared, self._barrier, self._rank = shared, barrier, rank
+        self.size = len(shared)
+
+    def _exchange(self, value: torch.Tensor) -> torch.Tensor:
+        self._shared[self._rank] = value
+        self._barrier.wait(timeout=30)
+        every = torch.stack(list(self._shared))
+        self._barrier.wait(timeout=30)
+        return every
+
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        return self._exchange(counts).sum(0)
+
+    def sum_before(self, counts: torch.Tensor) -> torch.Tensor:
+        return self._exchange(counts)[: self._rank].sum(0)
+
+
+def on_ranks(function, parts: list[torch.Tensor]) -> list:
+    """function(part, pool) on as many threads as there are parts."""
+    shared, barrier = [None] * len(parts), threading.Barrier(len(parts))
+    results: list = [None] * len(parts)
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = function(parts[rank], ThreadPool(shared, barrier, rank))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(result is not None for result in results)
+    return results
+
+
+def gather_and_sort(scores_TE: torch.Tensor, k_E: torch.Tensor) -> torch.Tensor:
+    """What the selection must equal: all scores in one place, sorted stably (numpy, on keys of its own)."""
+    mask = np.zeros(scores_TE.shape, dtype=bool)
+    for expert, k in enumerate(k_E.tolist()):
+        order = np.argsort(-scores_TE[:, expert].double().numpy(), kind="stable")
+        mask[order[:k], expert] = True
+    return torch.from_numpy(mask)
+
+
+DENORMAL = 1e-45
+PALETTES = {
+    "random": None,
+    "constant": [0.25],
+    "tied": [0.1, 0.2, 0.3],
+    "zeros": [0.0, -0.0],
+    "denormal": [0.0, -0.0, DENORMAL, -DENORMAL, 3 * DENORMAL, 1.2e-38],
+    "extreme": [float("inf"), -float("inf"), 3.4e38, -3.4e38, 1.0, -1.0],
+    "neighbours": [1.0, 1 + 2**-23, 1 - 2**-24],
+}  # fmt: skip
+
+
+@st.composite
+def pools(draw):
+    """(scores of each rank, K of each expert): every palette, skewed ranks, empty ranks, K = 0 and K = T."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    experts = draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(sum))
+    palette = PALETTES[draw(st.sampled_from(sorted(PALETTES)))]
+    parts = []
+    for rank, size in enumerate(sizes):
+        if palette is None:
+            values = generator.standard_normal((size, experts))
+            values = values * 10.0 ** generator.integers(-30, 30, (size, experts))
+            values += 1e30 * (rank == 0) * draw(st.booleans())  # all of the best on one rank
+        else:
+            values = generator.choice(np.array(palette, dtype=np.float32), (size, experts))
+        parts.append(torch.from_numpy(values.astype(np.float32)))
+    total = sum(sizes)
+    k = draw(st.lists(st.sampled_from([0, 1, total // 2, total - 1, total]), min_size=experts, max_size=experts))
+    return parts, torch.tensor(k)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pools())
+def test_selection_equals_gather_and_sort(case):
+    parts, k_E = case
+    masks = on_ranks(lambda part, pool: select_top_k(part, k_E, pool), parts)
+    expected = gather_and_sort(torch.cat(parts), k_E)
+    assert torch.equal(torch.cat(masks), expected)
+    assert torch.equal(torch.cat(masks).sum(0), k_E)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pools())
+def test_kth_value_equals_sorted(case):
+    parts, k_E = case
+    values = on_ranks(lambda part, pool: kth_value(part, k_E, pool), parts)
+    ordered = torch.cat(parts).sort(dim=0, descending=True).values
+    for expert, k in enumerate(k_E.tolist()):
+        for value in values:
+            assert value[expert].isnan() if k == 0 else value[expert] == ordered[k - 1, expert]
+
+
+def test_keys_sort_like_floats_and_come_back():
+    values = torch.tensor([-float("inf"), -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3.4e38, float("inf")])
+    keys = sort_keys(values)
+    assert torch.equal(keys, keys.sort().values) and len(keys.unique()) == len(values)
+    assert torch.equal(key_values(keys), values)
+    assert sort_keys(torch.tensor([-0.0])) == sort_keys(torch.tensor([0.0]))
+    nan = torch.tensor([float("nan"), -float("nan")])
+    assert (sort_keys(nan) > keys.max()).all() and key_values(sort_keys(nan)).isnan().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
+def test_batch_pool_does_not_depend_on_the_ranks(ranks, seed, capacity):
+    scores = torch.randn(48, 4, generator=torch.Generator().manual_seed(seed)).softmax(1)
+    one = batch_pool(scores, capacity, LocalPool())
+    many = on_ranks(lambda part, pool: batch_pool(part, capacity, pool), list(scores.view(ranks, -1, 4))) \
+        if 48 % ranks == 0 else [one]  # fmt: skip
+    assert torch.equal(torch.cat(many), one)
+    assert (one.sum(0) == rows_per_expert(capacity, 48, 4)).all()
+
+
+def test_dynamic_takes_as_many_as_predicted_and_the_best_of_them():
+    generator = torch.Generator().manual_seed(0)
+    scores, logits = torch.rand(64, 4, generator=generator), torch.randn(64, 4, generator=generator)
+    threshold = torch.tensor([0.0, 0.3, 0.7, 1.0])
+    parts = on_ranks(
+        lambda part, pool: batch_pool_dynamic(part[:, :4], part[:, 4:], threshold, pool),
+        list(torch.cat([scores, logits], 1).view(2, 32, 8)),
+    )
+    counts = predicted(logits, threshold).sum(0)
+    assert counts[0] == 64 and counts[3] == 0
+    assert torch.equal(torch.cat(parts), gather_and_sort(scores, counts))
+
+
+def test_expert_choice_is_per_image_and_stable():
+    scores = torch.tensor([[0.1, 0.9], [0.3, 0.9], [0.3, 0.2], [0.2, 0.1]] * 2)
+    mask = expert_choice(scores, 4, torch.tensor([[2, 1], [0, 4]]))
+    assert mask[:4, 0].tolist() == [False, True, True, False]
+    assert mask[:4, 1].tolist() == [True, False, False, False]  # of equal scores the earlier token
+    assert mask[4:, 0].sum() == 0 and mask[4:, 1].all()
+
+
+def test_token_choice_takes_k_and_breaks_ties_by_number():
+    scores = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
+    assert token_choice(scores, 2).tolist() == [[True, True, False, False], [False, False, True, True]]
+
+
+def test_balance_loss_of_ranks_averages_to_that_of_one():
+    scores = torch.randn(40, 4, generator=torch.Generator().manual_seed(3)).softmax(1)
+    mask = token_choice(scores, 1)
+    whole = balance_loss(scores, mask, LocalPool())
+    halves = on_ranks(
+        lambda part, pool: balance_loss(part[:, :4], part[:, 4:].bool(), pool),
+        list(torch.cat([scores, mask.float()], 1).view(2, 20, 8)),
+    )
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+    balanced = torch.eye(4).repeat(10, 1)
+    assert balance_loss(balanced, balanced.bool(), LocalPool()) == pytest.approx(1.0)
+
+
+def test_plan_is_sorted_by_expert_then_token_and_carries_the_gradient():
+    scores = torch.rand(5, 3, requires_grad=True)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.bool)
+    plan = make_plan(mask, scores)
+    assert plan.token_R.tolist() == [0, 2, 4, 2, 0, 3]
+    assert plan.rows_E.tolist() == [3, 1, 2]
+    plan.weight_R.sum().backward()
+    assert torch.equal(scores.grad, mask.float())
+
+
+def test_quantile_keeps_the_share_that_training_takes():
+    logits = torch.randn(1000, 3, generator=torch.Generator().manual_seed(1))
+    threshold = pool_quantile(logits, 250, LocalPool())
+    assert (logits.sigmoid() >= threshold).sum(0).tolist() == [250] * 3
+
+
+def test_capacity_loss_is_mean_binary_cross_entropy():
+    logits, mask = torch.zeros(7, 2), torch.ones(7, 2, dtype=torch.bool)
+    assert capacity_loss(logits, mask) == pytest.approx(np.log(2))
