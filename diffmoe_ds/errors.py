@@ -48,11 +48,11 @@ class RunDirectoryBusyError(ConfigError):
     """Another job is writing into the run directory."""
 
 
-class SaidElsewhereError(DiffMoEError):
-    """Another rank has told the user what is wrong; this one leaves silently with the same exit code."""
+class AlreadyReportedError(DiffMoEError):
+    """Another rank has reported the error; this one exits silently with the same code."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("another rank has said what is wrong")
+        super().__init__("error already reported by another rank")
         self.exit_code = exit_code
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
-from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, SaidElsewhereError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, AlreadyReportedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _should_say(error: DiffMoEError) -> bool:
     """Rank 0 says what all ranks find alike; where ranks cannot be told apart, all do."""
-    if isinstance(error, SaidElsewhereError):
+    if isinstance(error, AlreadyReportedError):
         return False
     try:
         return not isinstance(error, (ConfigError, NonFiniteError)) or resolve_launch().rank == 0

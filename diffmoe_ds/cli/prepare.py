@@ -25,7 +25,7 @@ from diffmoe_ds.data.prepare.preparation import (
 )
 from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, SaidElsewhereError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, AlreadyReportedError
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""
@@ -88,7 +88,7 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
         if launch.local_rank == 0:
             raise
         time.sleep(SAYING_TIME)
-        raise SaidElsewhereError(error.exit_code) from None
+        raise AlreadyReportedError(error.exit_code) from None
     _run(preparation, launch, args.timeout)
 
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from diffmoe_ds.distributed.launch import Launch, export_launch
-from diffmoe_ds.errors import DiffMoEError, LaunchError, SaidElsewhereError
+from diffmoe_ds.errors import DiffMoEError, LaunchError, AlreadyReportedError
 
 START_TIMEOUT_S = 300.0
 """Seconds that ranks wait for each other: Python and torch from a slow shared disk take their time."""
@@ -63,7 +63,7 @@ class Meeting:
             What the action returns, on rank 0.
 
         Raises:
-            DiffMoEError: the action's on rank 0, a `SaidElsewhereError` on the others.
+            DiffMoEError: the action's on rank 0, a `AlreadyReportedError` on the others.
         """
         if self.store is None:
             return action()
@@ -79,7 +79,7 @@ class Meeting:
         code = int(_read(self.store, name, self._timeout))
         if code:
             self.store.add("left", 1)
-            raise SaidElsewhereError(code)
+            raise AlreadyReportedError(code)
         return None
 
 
@@ -111,7 +111,7 @@ def meet(launch: Launch, same: str = "", timeout_s: float = START_TIMEOUT_S) -> 
     met = json.loads(_read(store, "met", timedelta(seconds=timeout_s + LINGER_S)))
     if met["code"]:
         store.add("left", 1)
-        raise SaidElsewhereError(met["code"])
+        raise AlreadyReportedError(met["code"])
     return Meeting(launch, tuple(met["hosts"]), store, timeout_s)
 
 
@@ -209,4 +209,4 @@ def _read(store: dist.Store, key: str, timeout: timedelta) -> bytes:
         store.wait([key], timeout)
         return store.get(key)
     except RuntimeError:
-        raise SaidElsewhereError(LaunchError.exit_code) from None
+        raise AlreadyReportedError(LaunchError.exit_code) from None

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from diffmoe_ds.distributed.rendezvous import Meeting
 from diffmoe_ds.doctor.facts import existing, interface_bytes
-from diffmoe_ds.errors import LaunchError, SaidElsewhereError
+from diffmoe_ds.errors import LaunchError, AlreadyReportedError
 
 SEEN_WITHIN_S = 5.0
 """Seconds within which a file written on one host must show on the others; NFS caches for a while."""
@@ -49,7 +49,7 @@ def _hear(meeting: Meeting, keys: dict[str, int], timeout_s: float) -> list[str]
 
     Raises:
         LaunchError: a rank has said nothing for so long.
-        SaidElsewhereError: rank 0 is gone, and has said why.
+        AlreadyReportedError: rank 0 is gone, and has said why.
     """
     store = meeting.store
     patience = timeout_s if meeting.launch.rank == 0 else 2 * timeout_s  # rank 0 is the one to find out who is silent
@@ -60,7 +60,7 @@ def _hear(meeting: Meeting, keys: dict[str, int], timeout_s: float) -> list[str]
         try:
             silent = [rank for key, rank in keys.items() if not store.check([key])]
         except RuntimeError:
-            raise SaidElsewhereError(LaunchError.exit_code) from None
+            raise AlreadyReportedError(LaunchError.exit_code) from None
     names = ", ".join(f"rank {rank} on {meeting.hosts[rank]}" for rank in silent)
     raise LaunchError(
         f"{names}: no answer for {patience:g} s after the ranks had met; a file system that hangs there, or a process "
