@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
-from diffmoe_ds.errors import ConfigError, DiffMoEError, NonFiniteError, Requeue, AlreadyReportedError
+from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DiffMoEError, NonFiniteError, Requeue
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from diffmoe_ds.data.prepare.preparation import (
 )
 from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.errors import CheckpointError, ConfigError, DataError, DiffMoEError, AlreadyReportedError
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, ConfigError, DataError, DiffMoEError
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from diffmoe_ds.distributed.launch import Launch, export_launch
-from diffmoe_ds.errors import DiffMoEError, LaunchError, AlreadyReportedError
+from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, LaunchError
 
 START_TIMEOUT_S = 300.0
 """Seconds that ranks wait for each other: Python and torch from a slow shared disk take their time."""

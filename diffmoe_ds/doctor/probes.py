@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from diffmoe_ds.distributed.rendezvous import Meeting
 from diffmoe_ds.doctor.facts import existing, interface_bytes
-from diffmoe_ds.errors import LaunchError, AlreadyReportedError
+from diffmoe_ds.errors import AlreadyReportedError, LaunchError
 
 SEEN_WITHIN_S = 5.0
 """Seconds within which a file written on one host must show on the others; NFS caches for a while."""
