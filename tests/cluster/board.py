@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.conftest import skip_or_fail
-from tests.conftest import clean_environment, free_port
+from tests.helpers.processes import clean_environment, free_port
 
 RUN = "test/tensorboard"
 LIMIT_MS = 60_000

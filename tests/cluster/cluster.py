@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, Finished, clean_environment
+from tests.helpers.processes import REPOSITORY, Finished, clean_environment
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "mpirun", "ip", "unshare", "nsenter")
 NODES = tuple(f"node{i}" for i in range(1, 5))
@@ -102,6 +102,7 @@ class Job:
     reason: str
     restarts: int
     exit_code: str
+    """``CODE``, or ``CODE:SIGNAL`` after a death by a signal."""
     num_nodes: int
     nodes: str
 
@@ -201,7 +202,7 @@ class Cluster:
         """How a job is, or a task ``JOB_TASK`` of an array."""
         fields = dict(re.findall(r"(\w+)=(\S*)", self.output(f"scontrol show job {number}")))
         return Job(
-            fields["JobState"], fields["Reason"], int(fields["Restarts"]), fields["ExitCode"].split(":")[0],
+            fields["JobState"], fields["Reason"], int(fields["Restarts"]), fields["ExitCode"].removesuffix(":0"),
             int(fields["NumNodes"].split("-")[0]), fields["NodeList"],
         )  # fmt: skip
 

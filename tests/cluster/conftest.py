@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import NODES, Cluster, unusable
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 def skip_or_fail(reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.conftest import TINY, write_json
+from tests.helpers.training import training_arguments, write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -53,7 +54,7 @@ FAULTS = {
 
 def options(project: Path, run_dir: str = "runs/test") -> str:
     config = write_json(project / "ds.json", ep=1, zero=2)
-    return f"--deepspeed_config {config} --run-dir {run_dir} --set {' '.join(TINY)} run.start_timeout_s=12"
+    return shlex.join(training_arguments(config, run_dir, "run.start_timeout_s=12"))
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.conftest import REPOSITORY, read_metrics, run_ranks
+from tests.helpers.processes import REPOSITORY, run_ranks
+from tests.helpers.training import read_metrics, training_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 STEPS = 3
 BATCH = 16
 KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
-OPTIONS = f"--deepspeed_config ds.json --set run.total_images={STEPS * BATCH}"
+LENGTH = f"run.total_images={STEPS * BATCH}"
+OPTIONS = shlex.join(training_arguments("ds.json", None, LENGTH, base=()))
 TRAIN = f"diffmoe_ds/train.py {OPTIONS}"
 LIMIT = 150
 
@@ -34,7 +37,7 @@ def one_process(tmp_path_factory) -> list[dict]:
     """The embedded recipe for a few steps without any launcher."""
     folder = tmp_path_factory.mktemp("one")
     few_steps(folder, 1)
-    finished = run_ranks(1, [*TRAIN.replace("ds.json", str(folder / "ds.json")).split(), "--run-dir", str(folder)])
+    finished = run_ranks(1, ["diffmoe_ds/train.py", *training_arguments(folder / "ds.json", folder, LENGTH, base=())])
     assert finished.code == 0, finished.output
     return read_metrics(folder)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import skip_or_fail
-from tests.conftest import REPOSITORY, clean_environment
+from tests.helpers.processes import REPOSITORY, clean_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

@@ -15,7 +15,8 @@ from PIL import Image
 from tests.cluster.board import open_tensorboard
 from tests.cluster.cluster import Cluster, Job
 from tests.cluster.conftest import checkout
-from tests.conftest import REPOSITORY, TINY, read_metrics, run_ranks, write_json
+from tests.helpers.processes import REPOSITORY, run_ranks
+from tests.helpers.training import read_metrics, training_arguments, write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -29,8 +30,10 @@ LIMIT = 240
 
 
 def overrides(steps: int, save_every: int) -> list[str]:
-    return [*TINY, f"run.total_images={steps * STEP}", f"run.save_every_images={save_every * STEP}",
-            f"run.log_every_images={20 * STEP}"]  # fmt: skip
+    return [
+        f"run.total_images={steps * STEP}", f"run.save_every_images={save_every * STEP}",
+        f"run.log_every_images={20 * STEP}",
+    ]  # fmt: skip
 
 
 class Sbatch:
@@ -40,8 +43,7 @@ class Sbatch:
         self.cluster, self.project = cluster, project
         self.log, self.run = project / "log", project / "runs/test"
         config = write_json(project / "ds.json", ep="auto", zero=2, tensorboard={"enabled": True})
-        words = ["--deepspeed_config", config.name, "--run-dir", "runs/test", "--set", *overrides(steps, save_every)]
-        self.options = shlex.join(words)
+        self.options = shlex.join(training_arguments(config.name, "runs/test", *overrides(steps, save_every)))
 
     def submit(self, nodes: str, before: str = "", after: str = "") -> int:
         arguments = f"--nodes={nodes} {SMALL} {before} slurm/train.sbatch {self.options} {after}"
@@ -70,8 +72,7 @@ def undisturbed(tmp_path_factory) -> list[dict]:
     """The same run on two ranks that nobody disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_json(folder / "ds.json", ep=1, zero=2)
-    arguments = ["--deepspeed_config", str(config), "--run-dir", str(folder / "run"), "--set"]
-    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, *overrides(STEPS, 0)])
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, folder / "run", *overrides(STEPS, 0))])
     assert finished.code == 0, finished.output
     return read_metrics(folder / "run")
 

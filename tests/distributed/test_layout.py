@@ -7,7 +7,7 @@ import torch
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
-from tests.conftest import Trained
+from tests.helpers.training import Trained
 
 TOLERANCE = 1e-5
 LAYOUTS = ((2, 1, 1), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 2), (4, 4, 1), (4, 4, 3))

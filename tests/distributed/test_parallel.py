@@ -13,7 +13,7 @@ from diffmoe_ds.errors import TopologyError
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.planning.traffic import crossing_share
 from diffmoe_ds.topology import Topology, largest_ep_size
-from tests.conftest import WORKERS, run_ranks
+from tests.helpers.processes import WORKERS, run_ranks
 
 
 @pytest.mark.parametrize("world", (2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)))

@@ -17,8 +17,9 @@ from diffmoe_ds.checkpoint.layout import META
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
-from tests.conftest import TINY, WORKERS, read_metrics, run_ranks, write_json
 from tests.distributed.test_layout import assert_same, tensors
+from tests.helpers.processes import WORKERS, run_ranks
+from tests.helpers.training import read_metrics, training_arguments, write_json
 from tests.unit.test_checkpoint import reseal
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
@@ -113,9 +114,8 @@ def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
 def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):
     """(exit code, what was printed) of a dry run in this process."""
     config = write_json(tmp_path / "dry.json", ep=1, zero=zero, **changes)
-    arguments = ["train", "--dry-run", "--deepspeed_config", str(config), "--run-dir", str(directory), *options]
     capsys.readouterr()
-    code = main([*arguments, "--set", *TINY, *overrides])
+    code = main(["train", *training_arguments(config, directory, *overrides, options=("--dry-run", *options))])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
 
@@ -210,8 +210,8 @@ def test_every_image_of_an_epoch_is_seen_exactly_once(tmp_path):
     for ranks, images, workers in WHOLE_EPOCH:
         total += images
         config = write_json(tmp_path / "ds.json", ep=1, zero=1, train_batch_size=24)
-        overrides = [*TINY, f"data.path={shard}", f"data.num_workers={workers}", f"run.total_images={total}"]
-        arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *overrides]
+        overrides = [f"data.path={shard}", f"data.num_workers={workers}", f"run.total_images={total}"]
+        arguments = training_arguments(config, tmp_path / "run", *overrides)
         worker = [str(WORKERS / "record_keys.py"), str(tmp_path / "keys"), "train", *arguments]
         finished = run_ranks(ranks, worker)
         assert finished.code == 0, finished.output

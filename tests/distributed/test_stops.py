@@ -13,14 +13,14 @@ import pytest
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
-from tests.conftest import REPOSITORY, TINY, WORKERS, clean_environment, read_metrics, run_ranks, write_json
+from tests.helpers.processes import REPOSITORY, WORKERS, clean_environment, run_ranks
+from tests.helpers.training import read_metrics, training_arguments, write_json
 
 
 def poisoned(tmp_path, where, steps, zero, *overrides, world=2, **changes):
     config = write_json(tmp_path / "ds.json", ep=world, zero=zero, **changes)
-    arguments = ["train", "--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *TINY]
-    arguments = [str(WORKERS / "poison.py"), where, str(world - 1), steps, *arguments, *overrides]
-    finished = run_ranks(world, arguments)
+    arguments = ["train", *training_arguments(config, tmp_path / "run", *overrides)]
+    finished = run_ranks(world, [str(WORKERS / "poison.py"), where, str(world - 1), steps, *arguments])
     assert "Traceback" not in finished.output, finished.output
     return finished
 
@@ -92,17 +92,8 @@ def test_a_full_disk_of_another_rank_is_named(tmp_path):
     """By the one warning of a run that goes on, and by the error when its last save fails too."""
     config = write_json(tmp_path / "ds.json", ep=2, zero=1)
     length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
-    arguments = [
-        "train",
-        "--deepspeed_config",
-        str(config),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--set",
-        *TINY,
-        *length,
-    ]
-    finished = run_ranks(2, [str(WORKERS / "full_disk.py"), "1", *arguments])
+    arguments = training_arguments(config, tmp_path / "run", *length)
+    finished = run_ranks(2, [str(WORKERS / "full_disk.py"), "1", "train", *arguments])
     assert finished.code == 5, finished.output
     file = tmp_path / "run" / "checkpoints" / ".writing-images_0000000000{}" / "rank_00001.safetensors"
     why = f"rank 1 on {socket.gethostname()}: {file}: No space left on device."
@@ -176,8 +167,8 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
 def _start(tmp_path, *overrides, options=()):
     config = write_json(tmp_path / "ds.json", ep=1, zero=1)
     directory = tmp_path / "run"
-    command = [sys.executable, "-m", "diffmoe_ds.cli", "train", "--deepspeed_config", str(config)]
-    command += ["--run-dir", str(directory), *options, "--set", *TINY, *overrides]
+    arguments = training_arguments(config, directory, *overrides, options=options)
+    command = [sys.executable, "-m", "diffmoe_ds.cli", "train", *arguments]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
     )

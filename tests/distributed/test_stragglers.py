@@ -8,7 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe_ds.distributed.stragglers import slowest
-from tests.conftest import TINY, WORKERS, run_ranks, write_json
+from tests.helpers.processes import WORKERS, run_ranks
+from tests.helpers.training import training_arguments, write_json
 
 
 @pytest.mark.parametrize(
@@ -24,8 +25,8 @@ def test_slow_rank_and_traffic_between_hosts(tmp_path):
     """Two ranks on hosts of their own, EP 2; rank 1 is slow in its forward pass."""
     steps, images = 14, 16
     config = write_json(tmp_path / "ds.json", ep=2, zero=1, tensorboard={"enabled": True})
-    overrides = [*TINY, f"run.total_images={steps * images}", "run.straggler_steps=7", "run.straggler_ratio=2"]
-    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *overrides]
+    overrides = [f"run.total_images={steps * images}", "run.straggler_steps=7", "run.straggler_ratio=2"]
+    arguments = training_arguments(config, tmp_path / "run", *overrides)
     finished = run_ranks(2, [str(WORKERS / "slow_rank.py"), *arguments])
     assert finished.code == 0, finished.output
     said = re.findall(r"straggler  rank 1 on host1 needs 0\.0\d+ s a step for loading and forward", finished.output)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 STEPS = 400
@@ -23,19 +24,31 @@ class Ranks:
 
     processes: list[subprocess.Popen]
     log: Path
+    killed: set[int] = field(default_factory=set)
+    """Process ids of those that the campaign killed while they ran."""
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """Send SIGKILL to a rank and wait for its end; one that has ended by itself keeps its exit code."""
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
+            self.killed.add(process.pid)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
     def wait(self, limit_s: float) -> list[int]:
-        """Exit codes; none may take longer.  A frozen process counts as gone: nobody waits for it."""
+        """Return the exit codes of the ranks that the campaign did not kill; a death by a signal is negative.
+
+        Raises:
+            Failed: a rank still runs after ``limit_s`` seconds.
+        """
         deadline = time.monotonic() + limit_s
         for process in self.processes:
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 raise Failed(f"a rank still runs after {limit_s} s:\n{self.text()[-3000:]}") from None
-        return [process.returncode for process in self.processes]
+        return [process.returncode for process in self.processes if process.pid not in self.killed]
 
     def end(self) -> None:
         for process in self.processes:

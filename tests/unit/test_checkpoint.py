@@ -34,7 +34,8 @@ from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import sha256_of
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.topology import Topology
-from tests.conftest import REPOSITORY, run_ranks
+from tests.helpers.processes import REPOSITORY, run_ranks
+from tests.helpers.training import SMALLEST_MODEL, training_arguments
 
 
 @given(
@@ -150,9 +151,9 @@ def _by_multiple(images: list[int], period: int) -> list[list[int]]:
 def run_directory(tmp_path_factory) -> Path:
     """A run of one process with three checkpoints."""
     directory = tmp_path_factory.mktemp("run") / "r"
-    overrides = ["model.name=nano-E4", "model.patch_size=8", "run.total_images=96", "run.save_every_images=32"]
-    arguments = ["train", "--run-dir", str(directory), "--set", *overrides]
-    finished = run_ranks(1, ["-m", "diffmoe_ds.cli", *arguments])
+    overrides = ("run.total_images=96", "run.save_every_images=32")
+    arguments = training_arguments(None, directory, *overrides, base=SMALLEST_MODEL)
+    finished = run_ranks(1, ["-m", "diffmoe_ds.cli", "train", *arguments])
     assert finished.code == 0, finished.output
     return directory
 

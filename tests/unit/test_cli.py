@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
-from tests.conftest import REPOSITORY, TINY, clean_environment, read_metrics, run_processes, run_ranks, write_json
+from tests.helpers.processes import REPOSITORY, clean_environment, run_processes, run_ranks
+from tests.helpers.training import SMALLEST_MODEL, read_metrics, training_arguments, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -72,16 +73,15 @@ def test_all_ranks_leave_when_one_cannot_read_its_images(tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     config = write_json(tmp_path / "ds.json", ep=2, zero=1)
-    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "run"), "--set", *TINY]
-    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, f"data.path={shard}"])
+    arguments = training_arguments(config, tmp_path / "run", f"data.path={shard}")
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 4 and "Traceback" not in finished.output, finished.output
     assert "sample '0007'" in finished.output and "another rank could not read" in finished.output
 
 
 def test_ranks_that_do_not_fit_are_refused_before_they_meet(tmp_path):
     config = write_json(tmp_path / "ds.json", ep=3, zero=1)
-    arguments = ["--deepspeed_config", str(config), "--run-dir", str(tmp_path / "r")]
-    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, tmp_path / "r")])
     assert finished.code == 2 and "Traceback" not in finished.output
     assert finished.output.count("autoep_size is 3, but it must divide both the 2 rank(s) and the 8 expert(s)") == 1
     assert not (tmp_path / "r").exists()
@@ -100,9 +100,8 @@ def trained(tmp_path_factory) -> Path:
     """A tiny run with everything that it may write."""
     folder = tmp_path_factory.mktemp("trained")
     config = write_json(folder / "ds.json", ep=2, zero=2, tensorboard={"enabled": True})
-    overrides = [*TINY, "run.sample_every_images=48", "sample.num_images=10", "sample.steps=2"]
-    arguments = ["--deepspeed_config", str(config), "--run-dir", str(folder / "run")]
-    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments, "--set", *overrides])
+    overrides = ("run.sample_every_images=48", "sample.num_images=10", "sample.steps=2")
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, folder / "run", *overrides)])
     assert finished.code == 0, finished.output
     (folder / "output").write_text(finished.output)
     return folder / "run"
@@ -220,9 +219,9 @@ def test_deepspeed_torchrun_and_python_agree(tmp_path):
         "python": [sys.executable],
     }.items():
         directory = tmp_path / name
-        command = [*start, "diffmoe_ds/train.py", "--deepspeed_config", str(config), "--run-dir", str(directory)]
+        command = [*start, "diffmoe_ds/train.py", *training_arguments(config, directory)]
         environment = clean_environment(PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}")
-        finished = run_processes([([*command, "--set", *TINY], environment)])
+        finished = run_processes([(command, environment)])
         assert finished.code == 0, finished.output
         rows[name] = read_metrics(directory)
     for key in ("loss", "grad_norm", "capacity_loss"):
@@ -241,8 +240,7 @@ def test_a_loss_that_is_no_number_stops_with_code_3(train_tiny):
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_json_trains_a_step(path, tmp_path):
     """As the README types it, on two CPU ranks, one step of the embedded recipe with a tiny model."""
-    overrides = ["model.name=nano-E4", "model.patch_size=8", "run.total_images=1"]
-    arguments = ["--deepspeed_config", str(path), "--run-dir", str(tmp_path), "--set", *overrides]
+    arguments = training_arguments(path, tmp_path, "run.total_images=1", base=SMALLEST_MODEL)
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 0, finished.output
     assert np.isfinite(read_metrics(tmp_path)[0]["loss"])

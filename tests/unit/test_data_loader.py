@@ -12,8 +12,8 @@ from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws, training_draws
-from tests.conftest import clean_environment, run_processes
 from tests.helpers.data import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
+from tests.helpers.processes import clean_environment, run_processes
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from diffmoe_ds.data.sources.images import centre_crop, open_rgb
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.vae import VAE
-from tests.conftest import clean_environment, run_processes
 from tests.helpers.data import PNG, image_file, photographs, tiny_vae, tree, write_tar
+from tests.helpers.processes import clean_environment, run_processes
 
 COUNT, SIZE = 23, 16
 

@@ -16,7 +16,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.errors import ConfigError
-from tests.conftest import clean_environment, free_port, run_processes, run_ranks
+from tests.helpers.processes import free_port, rank_environment, run_processes, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +151,11 @@ def test_rank_that_stops_answering_is_named(tmp_path, stuck):
         "import time; from diffmoe_ds.distributed.launch import resolve_launch; "
         "from diffmoe_ds.distributed.rendezvous import meet; meeting = meet(resolve_launch()); time.sleep(20)"
     )
-    port, commands = str(free_port()), []
+    port, commands = free_port(), []
     for rank in range(2):
         doctor = ["-m", "diffmoe_ds.cli", "doctor", "--run-dir", str(tmp_path), "--timeout", "4"]
-        environment = clean_environment(
-            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        commands.append(([sys.executable, *(["-c", sleeper] if rank == stuck else doctor)], environment))
+        arguments = ["-c", sleeper] if rank == stuck else doctor
+        commands.append(([sys.executable, *arguments], rank_environment(rank, 2, port)))
     finished = run_processes(commands, timeout=60)
     assert finished.code == 1 and "Traceback" not in finished.output, finished.output
     assert f"rank {stuck} on {socket.gethostname()}: no answer for {4 if stuck else 8} s" in finished.output

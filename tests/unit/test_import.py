@@ -14,7 +14,7 @@ import torch
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.model.dit import empty_model
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 @pytest.fixture

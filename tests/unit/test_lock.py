@@ -16,7 +16,7 @@ import pytest
 from diffmoe_ds.distributed import run_lock as lock_module
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
-from tests.conftest import clean_environment
+from tests.helpers.processes import clean_environment
 
 HOLD = "import sys,time; from pathlib import Path; from diffmoe_ds.distributed.run_lock import RunLock\n" \
        "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 class Hostile:

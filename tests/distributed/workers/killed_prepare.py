@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import REPOSITORY, clean_environment
 from tests.helpers.data import photographs, tiny_vae, tree
+from tests.helpers.processes import REPOSITORY, clean_environment
 
 WORLD = 4
 TIMEOUT = 3000
