@@ -1,35 +1,38 @@
-"""Errors a user can cause or meet, each with the exit code that scripts rely on.
+"""Errors that users can cause or meet, each with the exit code that scripts rely on.
 
-A message is one sentence: the key or file, the value found, and what would be valid.  The command line
-prints it without a traceback and leaves with ``exit_code``; `slurm/train.sbatch` decides from the code
-whether starting again can help.
+A message is one sentence: the key or file, the value found, and what is valid. The command line prints it without a
+traceback and exits with ``exit_code``; `slurm/train.sbatch` decides from the code whether a restart can help.
 """
 
 
 class DiffMoEError(Exception):
-    """Base of every error that is reported to the user as a sentence instead of a traceback."""
+    """Base class of errors that are reported as a sentence instead of a traceback."""
 
     exit_code = 1
+    same_on_all_ranks = False
+    """Whether every rank raises the same error, so that only rank 0 prints it."""
 
 
 class ConfigError(DiffMoEError, ValueError):
-    """A recipe, a ``--set`` or the DeepSpeed JSON asks for something that does not exist or does not fit."""
+    """A recipe, ``--set`` or the DeepSpeed JSON has an unknown key, an invalid value or values that contradict."""
 
     exit_code = 2
+    same_on_all_ranks = True
 
 
 class TopologyError(ConfigError):
-    """Ranks, expert-parallel size and experts do not divide each other."""
+    """The numbers of ranks and experts and the expert-parallel size do not divide each other."""
 
 
 class NonFiniteError(DiffMoEError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss or gradient is NaN or infinite."""
 
     exit_code = 3
+    same_on_all_ranks = True
 
 
 class DataError(DiffMoEError):
-    """A shard is missing, unreadable, or holds something that is not a training sample."""
+    """A shard is missing, unreadable, or contains something that is not a training sample."""
 
     exit_code = 4
 
@@ -41,7 +44,7 @@ class CheckpointError(DiffMoEError):
 
 
 class LaunchError(DiffMoEError):
-    """The ranks did not find each other: a host is down, a port is taken, a rank never came."""
+    """The ranks could not find each other: a host is down, a port is in use, a rank did not join."""
 
 
 class RunDirectoryBusyError(ConfigError):
@@ -57,12 +60,12 @@ class AlreadyReportedError(DiffMoEError):
 
 
 class RankLostError(DiffMoEError):
-    """Another rank died or stopped answering; the same command continues from the last checkpoint."""
+    """Another rank died or stopped responding; the same command resumes from the last checkpoint."""
 
     exit_code = 85
 
 
 class Requeue(DiffMoEError):
-    """The run was asked to stop, has saved, and wants to be started again: not an error of anybody's."""
+    """The run was asked to stop, has saved, and should be started again; not a failure."""
 
     exit_code = 85

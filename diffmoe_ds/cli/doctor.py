@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.distributed.rendezvous import Meeting, meet
+from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.doctor.facts import OPS, rank_facts
 from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
@@ -44,8 +44,8 @@ def doctor_command(args: argparse.Namespace) -> None:
     if args.hostfile is not None:
         _ask_hosts(args)
         return
-    meeting = meet(resolve_launch(), timeout_s=args.timeout)
-    report = _examine(meeting, args)
+    rendezvous = join_ranks(resolve_launch(), timeout_s=args.timeout)
+    report = _examine(rendezvous, args)
     if report is None:
         return
     report["to_fix"] = to_fix(report)
@@ -70,13 +70,13 @@ def _ask_hosts(args: argparse.Namespace) -> None:
         print(f"{len(hosts)} host(s) are reachable and alike: {', '.join(hosts)}")
 
 
-def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | None:
+def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any] | None:
     """The report on rank 0; none on the others."""
-    launch = meeting.launch
+    launch = rendezvous.launch
     facts = rank_facts(launch, args.run_dir)
-    facts["shared"] = shared_directory(meeting, args.run_dir, args.timeout)
-    ranks = gather_facts(meeting, "facts", facts, args.timeout)
-    offsets = clock_offsets(meeting, args.timeout)
+    facts["shared"] = shared_directory(rendezvous, args.run_dir, args.timeout)
+    ranks = gather_facts(rendezvous, "facts", facts, args.timeout)
+    offsets = clock_offsets(rendezvous, args.timeout)
     failed = ""
     timed: dict[str, Any] = {}
     if launch.world > 1:
@@ -84,7 +84,7 @@ def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | Non
             timed = _collectives(launch, args.timeout)
         except RuntimeError as error:  # gloo's and NCCL's errors are of many kinds
             failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
-    every = gather_facts(meeting, "timed", [failed, timed], args.timeout)
+    every = gather_facts(rendezvous, "timed", [failed, timed], args.timeout)
     if launch.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
     if ranks is None or every is None:
@@ -92,8 +92,8 @@ def _examine(meeting: Meeting, args: argparse.Namespace) -> dict[str, Any] | Non
     return {
         "launch": launch.describe(),
         "world": launch.world,
-        "meeting_point": launch.meeting_point,
-        "hosts": {host: [r for r, name in enumerate(meeting.hosts) if name == host] for host in meeting.hosts},
+        "meeting_point": launch.address,
+        "hosts": {host: [r for r, name in enumerate(rendezvous.hosts) if name == host] for host in rendezvous.hosts},
         "clock_ahead_s": offsets,
         "collectives_failed": next((text for text, _ in every if text), ""),
         "all_reduce": timed.get("all_reduce"),

@@ -17,7 +17,7 @@ from diffmoe_ds.checkpoint.load import best_kind, restore_weights
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.distributed.rendezvous import meet
+from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import (
@@ -125,11 +125,11 @@ def sample_command(args: argparse.Namespace) -> None:
     device = local_device(launch)
     model.to(device).eval()
     decode = _decoder(args.vae, config.model.in_channels, device)
-    meeting = meet(launch, f"{reader.path} {sampler}")  # a rank that fails alone would leave the others waiting here
-    meeting.on_main("out", lambda: _make_folder(args.out))
+    rendezvous = join_ranks(launch, f"{reader.path} {sampler}")
+    rendezvous.on_main("out", lambda: _make_folder(args.out))
     if launch.world > 1:
         if launch.rank == 0:
-            print(f"{'launch':>11}  {meeting.launch.describe()}", flush=True)
+            print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
         dist.init_process_group("gloo")
     pixels = _draw_share(model, args, launch, device, sampler, decode)
     pixels = _gather(pixels, args.num_images, launch)

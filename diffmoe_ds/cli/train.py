@@ -23,7 +23,7 @@ from diffmoe_ds.config.load import DEFAULT_RECIPE, config_to_dict, dump_config, 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed.launch import Launch, resolve_launch
-from diffmoe_ds.distributed.rendezvous import meet
+from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import whole_file
@@ -85,14 +85,14 @@ def train_command(args: argparse.Namespace) -> None:
             starts = resumed_from(reader, config, settings, launch, source)
             print(banner(config, settings, launch, hosts, directory, len(dataset), starts), flush=True)
         return
-    meeting = meet(launch, _fingerprint(config, settings), config.run.start_timeout_s)
+    rendezvous = join_ranks(launch, _fingerprint(config, settings), config.run.start_timeout_s)
     with ExitStack() as held:
-        lock = meeting.on_main("lock", lambda: held.enter_context(RunLock(directory)))
+        lock = rendezvous.on_main("lock", lambda: held.enter_context(RunLock(directory)))
         choices = _resume_choices(args.resume, directory)  # again: the job before may have saved until it left
         reader = _first_look(choices, config, settings)
         if is_main:
             starts = resumed_from(reader, config, settings, launch, source)
-            text = banner(config, settings, meeting.launch, meeting.hosts, directory, len(dataset), starts)
+            text = banner(config, settings, rendezvous.launch, rendezvous.hosts, directory, len(dataset), starts)
             print(text, flush=True)
         seam.quiet_deepspeed()
         seam.init_process_group()
@@ -119,7 +119,7 @@ def train_command(args: argparse.Namespace) -> None:
             )
             if metrics is not None:
                 held.callback(metrics.close)
-            saved = train(run, dataset, metrics, watchdog, meeting.hosts)
+            saved = train(run, dataset, metrics, watchdog, rendezvous.hosts)
         except RuntimeError as error:  # what a collective raises when a peer is gone, among other things
             lost = watchdog.find_lost()
             if lost is None:

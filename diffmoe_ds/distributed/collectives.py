@@ -1,14 +1,21 @@
-"""The time a rank waits for others, taken out of what it needs for its own work.
+"""Collectives of `torch.distributed`, timed: how long a rank waits for the others.
 
-All ranks finish a step together, so a step's length says nothing about who is slow; the time between the collectives
-does.  The collectives of a forward pass are wrapped in ``with WAITING:``, which costs nothing until it is switched on.
+All ranks finish a step together, so the length of a step does not show which rank is slow; the time a rank spends
+outside collectives does (`diffmoe_ds.distributed.stragglers`). Timing is off by default and then costs nothing.
 """
 
 from __future__ import annotations
 
 import time
+from datetime import timedelta
+from typing import Literal
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 class Waiting:
@@ -16,26 +23,127 @@ class Waiting:
 
     def __init__(self) -> None:
         self.on = False
-        """Whether to measure; on a GPU that waits for the device at every collective, so for a few steps only."""
+        """Whether to measure. On a GPU this synchronizes at every collective, so turn it on for a few steps only."""
         self.seconds = 0.0
-        """Time spent in collectives while it was on."""
-        self._begun = 0.0
+        """Time spent in collectives while measuring."""
+        self._start = 0.0
 
     def __enter__(self) -> None:
         if self.on:
-            self._begun = now()
+            self._start = now()
 
     def __exit__(self, *_: object) -> None:
         if self.on:
-            self.seconds += now() - self._begun
+            self.seconds += now() - self._start
 
 
 def now() -> float:
-    """Seconds, after everything that was given to the GPU is done."""
+    """Return a time in seconds, after all work submitted to the GPU has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 WAITING = Waiting()
-"""The one of this process."""
+"""The stopwatch of this process."""
+
+
+def init_process_group(backend: str, timeout_s: float | None = None) -> None:
+    """Create the default process group from the ``env://`` variables that `rendezvous.join_ranks` sets.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        timeout_s: seconds after which a collective fails; torch's default if None.
+    """
+    dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+
+
+def is_initialized() -> bool:
+    """Return whether the default process group exists."""
+    return dist.is_initialized()
+
+
+def get_rank(group: Group | None = None) -> int:
+    """Return this process's rank in a group (default: the world)."""
+    return dist.get_rank(group)
+
+
+def get_world_size(group: Group | None = None) -> int:
+    """Return the number of ranks in a group (default: the world)."""
+    return dist.get_world_size(group)
+
+
+def all_reduce(tensor: Tensor, op: Literal["sum", "max", "min"] = "sum", group: Group | None = None) -> Tensor:
+    """Reduce a tensor over the ranks, in place.
+
+    Args:
+        tensor: contiguous; same shape and dtype on every rank.
+        op: the reduction.
+        group: the ranks; the world if None.
+
+    Returns:
+        The same tensor.
+    """
+    with WAITING:
+        dist.all_reduce(tensor, op=_OPS[op], group=group)
+    return tensor
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Return the mean of each element over all ranks; overwrites ``values``."""
+    return all_reduce(values) / dist.get_world_size()
+
+
+def all_gather(tensor: Tensor, group: Group | None = None) -> list[Tensor]:
+    """Return the tensor of every rank, by rank.
+
+    Args:
+        tensor: same shape and dtype on every rank.
+        group: the ranks; the world if None.
+    """
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    with WAITING:
+        dist.all_gather(every, tensor.contiguous(), group=group)
+    return every
+
+
+def gather_to_main(tensor: Tensor) -> list[Tensor] | None:
+    """Return the tensor of every rank on rank 0, None elsewhere; same shape and dtype on every rank."""
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    with WAITING:
+        dist.gather(tensor, every)
+    return every
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite a tensor with the one of rank ``source``, and return it."""
+    with WAITING:
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def all_to_all(
+    tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None, group: Group | None = None
+) -> Tensor:
+    """Exchange slices of the first dimension between all pairs of ranks.
+
+    Args:
+        tensor: slices to send, ordered by destination rank.
+        received: rows received from each rank; equal slices if None.
+        sent: rows sent to each rank; equal slices if None.
+        group: the ranks; the world if None.
+
+    Returns:
+        The received slices, ordered by source rank.
+    """
+    rows = len(tensor) if received is None else sum(received)
+    out = tensor.new_empty((rows, *tensor.shape[1:]))
+    with WAITING:
+        dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
+    return out
+
+
+def barrier() -> None:
+    """Wait until every rank calls this."""
+    with WAITING:
+        dist.barrier()

@@ -1,9 +1,13 @@
-"""Ranks that fail together: one vote, one message, one exit code.
+"""Agreement between ranks: one vote, one error message, one exit code.
 
-A rank that raises alone leaves the others waiting in their next collective.  So whatever one rank can fail at alone
-(read its images, write its part of a checkpoint, hold the run lock) ends in a vote: a single all-reduce that carries
-the most severe error of any rank.  The rank that met the error raises it; all others raise `AlreadyReportedError`
-with the same exit code and stay silent, so the user reads one sentence, once.
+A rank that raises alone leaves the others waiting in their next collective. So anything that a single rank can fail at
+(read its images, write its part of a checkpoint, take the run lock) ends in a vote that carries the most severe error
+of any rank. The rank that met that error raises it; all others raise `AlreadyReportedError` with the same exit code and
+print nothing, so the user reads one message, once.
+
+Two transports carry the same encoding: `vote` uses one all-reduce and needs the process group;
+`diffmoe_ds.distributed.rendezvous.Rendezvous.raise_on_all_ranks` uses the rendezvous store and works before the group
+exists.
 """
 
 from __future__ import annotations
@@ -12,9 +16,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
-from diffmoe_ds.distributed.collectives import WAITING
+from diffmoe_ds.distributed.collectives import all_reduce, get_rank
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError
 
 T = TypeVar("T")
@@ -41,18 +44,19 @@ def raise_agreed(winner: int, mine: DiffMoEError | None, rank: int) -> None:
         rank: this rank.
 
     Raises:
-        DiffMoEError: this rank's error, if it is the one that is reported.
-        AlreadyReportedError: the error of another rank is the one that is reported.
+        DiffMoEError: this rank's error, if it is the one to report.
+        AlreadyReportedError: the error to report is another rank's.
     """
     if winner == 0:
         return
     if mine is not None and winner == encode_error(mine, rank):
+        mine.same_on_all_ranks = False  # reported here, whatever this rank is
         raise mine
     raise AlreadyReportedError(winner // _RANKS)
 
 
 def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) -> tuple[bool, ...]:
-    """Agree on errors and flags, in one all-reduce.  Every rank must call.
+    """Agree on errors and flags, in one all-reduce. Every rank must call.
 
     Args:
         device: where the process group's tensors live.
@@ -65,17 +69,15 @@ def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) 
     Raises:
         DiffMoEError: on all ranks, if any rank has an error; see `raise_agreed`.
     """
-    rank = dist.get_rank()
+    rank = get_rank()
     ballot = torch.tensor([encode_error(error, rank), *flags], dtype=torch.int32, device=device)
-    with WAITING:
-        dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
-    winner, *answers = ballot.tolist()
+    winner, *answers = all_reduce(ballot, "max").tolist()
     raise_agreed(winner, error, rank)
     return tuple(map(bool, answers))
 
 
 def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:
-    """Do something that a single rank may fail at; if any fails, all raise.  Every rank must call.
+    """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call.
 
     Args:
         device: where the process group's tensors live.

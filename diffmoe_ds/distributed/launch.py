@@ -57,7 +57,7 @@ class Launch:
     """Where address and port were taken from."""
 
     @property
-    def meeting_point(self) -> str:
+    def address(self) -> str:
         """``host:port``, for people."""
         return f"{self.master_addr}:{self.master_port}"
 
@@ -67,7 +67,7 @@ class Launch:
             return f"rank 0 of 1 ({self.source})"
         return (
             f"{self.world} ranks, {self.local_world} on this host ({self.source}); "
-            f"they meet at {self.meeting_point} ({self.master_source})"
+            f"they meet at {self.address} ({self.master_source})"
         )
 
 

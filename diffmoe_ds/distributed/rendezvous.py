@@ -1,8 +1,8 @@
-"""The ranks find each other before any process group exists, so that what is missing has a name.
+"""Rendezvous: the ranks find each other before any process group exists, so that a missing rank is named.
 
-torch's own rendezvous waits silently for half an hour for a host that is down.  Here every rank says on which host it
-runs, rank 0 waits for all of them and tells who has not come; and whatever only rank 0 can find out afterwards (the
-run directory is in use, its disk is full) reaches the others at once, which then leave instead of waiting.
+torch's own rendezvous waits silently for half an hour for a host that is down. Here every rank reports its host, rank 0
+waits for all of them and names those that did not join. Afterwards the ranks share a key-value store, through which any
+error of one rank reaches the others at once (`Rendezvous.raise_on_all_ranks`), which then exit instead of waiting.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
 from diffmoe_ds.distributed.launch import Launch, export_launch
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, LaunchError
 
 START_TIMEOUT_S = 300.0
-"""Seconds that ranks wait for each other: Python and torch from a slow shared disk take their time."""
+"""Seconds that ranks wait for each other: importing Python and torch from a slow shared disk takes long."""
 TELL_AFTER_S = 15.0
-"""Seconds after which rank 0 says whom it is waiting for."""
+"""Seconds after which rank 0 prints which ranks it is waiting for."""
 LINGER_S = 5.0
-"""Seconds that rank 0 keeps the meeting point open after an error, for the others to read it."""
+"""Seconds that rank 0 keeps serving the store after an error, for the others to read it."""
 
 T = TypeVar("T")
 
 
-class Meeting:
-    """All ranks have come."""
+class Rendezvous:
+    """All ranks, after they joined: who they are, and a store for messages between them."""
 
     def __init__(self, launch: Launch, hosts: tuple[str, ...], store: dist.Store | None, timeout_s: float) -> None:
-        """Bind what `meet` found.
+        """Bind what `join_ranks` found.
 
         Args:
-            launch: this process's place, with the meeting point.
+            launch: this process's place among the ranks, with the address of the rendezvous.
             hosts: the host of every rank, by rank.
-            store: where ranks leave messages for each other; none in a world of one.  It must live as long as the
-                process group, which shares its port.
+            store: the shared key-value store; None in a world of one. It must live as long as the process group, which
+                shares its port.
             timeout_s: seconds to wait for a message.
         """
         self.launch = launch
@@ -52,71 +53,163 @@ class Meeting:
         self.store = store
         self._timeout = timedelta(seconds=timeout_s)
 
-    def on_main(self, name: str, action: Callable[[], T]) -> T | None:
-        """Do something on rank 0; if it fails there, all ranks leave.  Every rank must call.
+    def raise_on_all_ranks(self, name: str, action: Callable[[], T]) -> T:
+        """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call.
+
+        Use it for everything between `join_ranks` and the process group, e.g.
+        ``model = rendezvous.raise_on_all_ranks("model", lambda: load_model(path))``; with a process group,
+        `diffmoe_ds.distributed.consensus.raise_on_all_ranks` does the same. To run something on rank 0 only, pass an
+        action that does nothing elsewhere, or use `on_main`.
 
         Args:
-            name: a different one for each call.
-            action: raises a DiffMoEError if this run cannot go on.
+            name: a key of the store, different for each call.
+            action: may raise a `DiffMoEError`.
 
         Returns:
-            What the action returns, on rank 0.
+            What the action returns on this rank.
 
         Raises:
-            DiffMoEError: the action's on rank 0, a `AlreadyReportedError` on the others.
+            DiffMoEError: on all ranks, if the action of any failed; see `consensus.raise_agreed`.
+            LaunchError: a rank did not report within the timeout.
         """
+        failure = None
+        try:
+            result = action()
+        except DiffMoEError as error:
+            failure = error
         if self.store is None:
-            return action()
+            if failure is not None:
+                raise failure
+            return result
+        rank = self.launch.rank
+        self.store.set(f"{name}/{rank}", str(encode_error(failure, rank)))
+        if rank == 0:
+            try:
+                failure_codes = self._read_all(name)
+            except LaunchError as error:
+                failure, failure_codes = error, [encode_error(error, rank)]
+            self.store.set(name, str(max(failure_codes)))
+        self._raise_agreed(name, failure)
+        return result
+
+    def on_main(self, name: str, action: Callable[[], T]) -> T | None:
+        """Run an action on rank 0; if it fails there, all ranks raise. Every rank must call.
+
+        Args:
+            name: a key of the store, different for each call.
+            action: may raise a `DiffMoEError`.
+
+        Returns:
+            What the action returns on rank 0; None elsewhere.
+
+        Raises:
+            DiffMoEError: on all ranks, if the action failed; see `consensus.raise_agreed`.
+        """
+        failure, result = None, None
         if self.launch.rank == 0:
             try:
                 result = action()
             except DiffMoEError as error:
-                self.store.set(name, str(error.exit_code))
-                _linger(self.store, self.launch.world - 1)
-                raise
-            self.store.set(name, "0")
-            return result
-        code = int(_read(self.store, name, self._timeout))
-        if code:
+                failure = error
+            if self.store is not None:
+                self.store.set(name, str(encode_error(failure, 0)))
+        if self.store is not None:
+            self._raise_agreed(name, failure)
+        elif failure is not None:
+            raise failure
+        return result
+
+    def check_same(self, name: str, text: str, message: str) -> None:
+        """Verify that a text is equal on all ranks. Every rank must call.
+
+        Args:
+            name: a key of the store, different for each call.
+            text: for example the path of a checkpoint.
+            message: the error, after "rank N on HOST ".
+
+        Raises:
+            LaunchError: on all ranks, if a rank's text differs from rank 0's.
+        """
+        if self.store is None:
+            return
+        self.store.set(f"{name}/text/{self.launch.rank}", text)
+
+        def compare() -> None:
+            assert self.store is not None
+            keys = [f"{name}/text/{rank}" for rank in range(self.launch.world)]
+            self._wait(keys)
+            texts = [self.store.get(key) for key in keys]
+            for rank, found in enumerate(texts):
+                if found != texts[0]:
+                    raise LaunchError(f"rank {rank} on {self.hosts[rank]} {message}")
+
+        self.on_main(name, compare)
+
+    def _read_all(self, name: str) -> list[int]:
+        """Return the encoded errors of all ranks, on rank 0."""
+        assert self.store is not None
+        keys = [f"{name}/{rank}" for rank in range(self.launch.world)]
+        self._wait(keys)
+        return [int(self.store.get(key)) for key in keys]
+
+    def _wait(self, keys: list[str]) -> None:
+        """Wait for one key of every rank, by rank; LaunchError names the ranks that do not set theirs."""
+        assert self.store is not None
+        try:
+            self.store.wait(keys, self._timeout)
+        except RuntimeError:
+            silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in silent)
+            raise LaunchError(
+                f"{names}: no answer for {self._timeout.total_seconds():g} s after the ranks joined."
+            ) from None
+
+    def _raise_agreed(self, name: str, mine: DiffMoEError | None) -> None:
+        assert self.store is not None
+        winner = int(_read(self.store, name, 2 * self._timeout))
+        if winner and self.launch.rank == 0:
+            _linger(self.store, self.launch.world - 1)
+        elif winner:
             self.store.add("left", 1)
-            raise AlreadyReportedError(code)
-        return None
+        raise_agreed(winner, mine, self.launch.rank)
 
 
-def meet(launch: Launch, same: str = "", timeout_s: float = START_TIMEOUT_S) -> Meeting:
-    """Wait until every rank has come; sets the variables of torch.distributed's ``env://``.
+def join_ranks(launch: Launch, fingerprint: str = "", timeout_s: float = START_TIMEOUT_S) -> Rendezvous:
+    """Wait until every rank has joined; sets the ``env://`` variables of torch.distributed.
 
     Args:
         launch: from `resolve_launch`.
-        same: what must be equal on all ranks, such as the resolved configuration.
+        fingerprint: what must be equal on all ranks, such as a hash of the resolved configuration.
         timeout_s: seconds to wait.
 
     Raises:
-        LaunchError: a rank has not come, the meeting point cannot be reached, or a rank's ``same`` differs.
+        LaunchError: a rank did not join, rank 0 cannot be reached, or a rank's fingerprint differs.
     """
     launch = export_launch(launch)
     if launch.world == 1:
-        return Meeting(launch, (socket.gethostname(),), None, timeout_s)
+        return Rendezvous(launch, (socket.gethostname(),), None, timeout_s)
     store = _open(launch, timeout_s)
-    mine = {"host": socket.gethostname(), "same": same}
-    store.set(f"rank/{launch.rank}", json.dumps(mine))
+    store.set(f"rank/{launch.rank}", json.dumps({"host": socket.gethostname(), "fingerprint": fingerprint}))
+    failure = None
     if launch.rank == 0:
+        ranks: list[dict[str, str]] = []
         try:
             ranks = _gather(store, launch, timeout_s)
         except LaunchError as error:
-            store.set("met", json.dumps({"code": error.exit_code}))
-            _linger(store, launch.world - 1)
-            raise
-        store.set("met", json.dumps({"code": 0, "hosts": [rank["host"] for rank in ranks]}))
-    met = json.loads(_read(store, "met", timedelta(seconds=timeout_s + LINGER_S)))
-    if met["code"]:
+            failure = error
+        hosts = [rank["host"] for rank in ranks]
+        store.set("joined", json.dumps({"error": encode_error(failure, 0), "hosts": hosts}))
+    joined = json.loads(_read(store, "joined", timedelta(seconds=timeout_s + LINGER_S)))
+    if joined["error"] and launch.rank == 0:
+        _linger(store, launch.world - 1)
+    elif joined["error"]:
         store.add("left", 1)
-        raise AlreadyReportedError(met["code"])
-    return Meeting(launch, tuple(met["hosts"]), store, timeout_s)
+    raise_agreed(joined["error"], failure, launch.rank)
+    return Rendezvous(launch, tuple(joined["hosts"]), store, timeout_s)
 
 
 def _open(launch: Launch, timeout_s: float) -> dist.Store:
-    """Rank 0 serves the store, except under torchrun, whose agent does."""
+    """Connect to the store. Rank 0 serves it, except under torchrun, whose agent does."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = launch.rank == 0 and not by_agent
     try:
@@ -126,7 +219,7 @@ def _open(launch: Launch, timeout_s: float) -> dist.Store:
             is_master=serves,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
-            multi_tenant=True,  # torch's env:// opens the same port again and shares this server
+            multi_tenant=True,  # torch's env:// connects to the same port and shares this server
         )
     except RuntimeError as error:
         host = socket.gethostname()
@@ -136,57 +229,59 @@ def _open(launch: Launch, timeout_s: float) -> dist.Store:
                 "a free one."
             ) from None
         raise LaunchError(
-            f"rank {launch.rank} on {host} cannot reach rank 0 at {launch.meeting_point} within {timeout_s:g} s: is "
-            "that its address, was it started, and is the port open?"
+            f"rank {launch.rank} on {host} cannot reach rank 0 at {launch.address} within {timeout_s:g} s; check that "
+            "the address is right, that rank 0 was started and that the port is open."
         ) from None
-    # an agent's store outlives a restart of its ranks
+    # the store of torchrun's agent outlives a restart of its ranks
     return dist.PrefixStore(f"diffmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[str, str]]:
-    """What every rank said of itself."""
-    begun = time.monotonic()
+    """Return what every rank reported: ``host`` and ``fingerprint``."""
+    start = time.monotonic()
     missing, told = set(range(launch.world)), False
     while missing:
         missing = {rank for rank in missing if not store.check([f"rank/{rank}"])}
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - start
         if waited > timeout_s or (missing and waited > TELL_AFTER_S and not told):
-            came = {rank: json.loads(store.get(f"rank/{rank}"))["host"] for rank in range(launch.world)
+            joined = {rank: json.loads(store.get(f"rank/{rank}"))["host"] for rank in range(launch.world)
                     if rank not in missing}  # fmt: skip
             if waited > timeout_s:
-                raise LaunchError(f"{_absent(missing, came)} within {timeout_s:g} s; `diffmoe doctor` tells more.")
-            print(f"{'waiting':>11}  {_absent(missing, came)} yet", file=sys.stderr, flush=True)
+                raise LaunchError(
+                    f"{_absent(missing, joined)} did not join within {timeout_s:g} s; run `diffmoe doctor`."
+                )
+            print(f"{'waiting':>11}  {_absent(missing, joined)} did not join yet", file=sys.stderr, flush=True)
             told = True
         if missing:
             time.sleep(0.05)
     ranks = [json.loads(store.get(f"rank/{rank}")) for rank in range(launch.world)]
-    for rank, said in enumerate(ranks):
-        if said["same"] != ranks[0]["same"]:
+    for rank, report in enumerate(ranks):
+        if report["fingerprint"] != ranks[0]["fingerprint"]:
             raise LaunchError(
-                f"rank {rank} on {said['host']} resolved another configuration than rank 0 on {ranks[0]['host']}: "
-                "the files, the package or the number of ranks per host differ there."
+                f"rank {rank} on {report['host']} resolved a different configuration than rank 0 on "
+                f"{ranks[0]['host']}; compare the files, the package versions and the number of ranks per host."
             )
     return ranks
 
 
-def _absent(missing: set[int], came: Mapping[int, str]) -> str:
-    """Who has not come, with the hosts' names as far as the launcher's list gives them."""
-    short = {host.partition(".")[0] for host in came.values()}
+def _absent(missing: set[int], joined: Mapping[int, str]) -> str:
+    """Name the missing ranks, and the silent hosts as far as the launcher lists its hosts."""
+    short = {host.partition(".")[0] for host in joined.values()}
     silent = [host for host in expected_hosts() if host.partition(".")[0] not in short]
     where = f" (nothing from {', '.join(silent)})" if silent else ""
     ranks = ", ".join(map(str, sorted(missing)[:8])) + (", ..." if len(missing) > 8 else "")
-    return f"rank(s) {ranks}{where} of {len(missing) + len(came)} have not come"
+    return f"rank(s) {ranks}{where} of {len(missing) + len(joined)}"
 
 
 def expected_hosts() -> list[str]:
-    """The hosts that the launcher was told to use; empty where it does not say."""
+    """Return the hosts that the launcher was told to use; empty if unknown."""
     if "SLURM_STEP_NODELIST" in os.environ:
         command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
         except (OSError, subprocess.SubprocessError):
             return []
-    if "CROSS_SIZE" in os.environ:  # deepspeed's launcher is the parent and has the list among its arguments
+    if "CROSS_SIZE" in os.environ:  # deepspeed's launcher is the parent process and has the list in its arguments
         try:
             arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
             encoded = next(text for text in arguments if text.startswith("--world_info="))
@@ -197,14 +292,14 @@ def expected_hosts() -> list[str]:
 
 
 def _linger(store: dist.Store, others: int) -> None:
-    """Rank 0 serves the store: wait a little until the others have read why it leaves."""
+    """Wait on rank 0, which serves the store, until the others have read its error."""
     deadline = time.monotonic() + LINGER_S
     while time.monotonic() < deadline and store.add("left", 0) < others:
         time.sleep(0.05)
 
 
 def _read(store: dist.Store, key: str, timeout: timedelta) -> bytes:
-    """What rank 0 says; a rank 0 that is gone has said why."""
+    """Return what rank 0 wrote. If rank 0 is gone it has already reported the reason."""
     try:
         store.wait([key], timeout)
         return store.get(key)

@@ -1,7 +1,7 @@
-"""Which rank makes the others wait?  Every N steps the ranks compare what they need for their own work.
+"""Straggler detection: every N steps the ranks compare how long their own work takes.
 
-Own work is loading and the forward pass without its collectives (`distributed/collectives.py`): a slow disk, a busy
-host, a throttled GPU show there.  A few steps of every N are measured and one number per rank is gathered.
+Own work is data loading and the forward pass without its collectives: that is where a slow disk, a busy host or a
+throttled GPU shows. A few steps out of every N are measured, and one number per rank is gathered.
 """
 
 from __future__ import annotations
@@ -12,55 +12,54 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from diffmoe_ds.config.schema import RunConfig
-from diffmoe_ds.distributed.collectives import WAITING, now
+from diffmoe_ds.distributed.collectives import WAITING, all_gather, now
 
 MEASURED_STEPS = 5
-"""Steps measured before each comparison; their median is compared, so that one hiccup is not a straggler."""
+"""Steps measured before each comparison; their median is compared, so that one slow step does not count."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The slowest rank against the others."""
+    """The slowest rank compared with the others."""
 
     rank: int
     """The slowest rank."""
     host: str
     """Its host."""
     seconds: float
-    """Its own work per step."""
+    """Seconds of its own work per step."""
     others: float
-    """The median of the other ranks'."""
+    """The median of the same over the other ranks."""
     is_straggler: bool
-    """Whether the ratio of the two is beyond the set one."""
+    """Whether the ratio exceeds the configured one."""
 
     @property
     def ratio(self) -> float:
-        """Slowest over the others."""
+        """The slowest rank's time over the others'."""
         return self.seconds / max(self.others, 1e-9)
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} on {self.host} needs {self.seconds:.3f} s a step for loading and forward, "
-            f"{self.ratio:.1f} x the others' {self.others:.3f} s"
+            f"rank {self.rank} on {self.host} takes {self.seconds:.3f} s per step for data loading and forward, "
+            f"{self.ratio:.1f}x the other ranks' {self.others:.3f} s"
         )
 
 
 class Stragglers:
-    """Measures this rank; every rank has one."""
+    """Measures this rank's own work and compares it with the other ranks'; every rank has one."""
 
-    def __init__(self, config: RunConfig, hosts: tuple[str, ...], device: torch.device) -> None:
-        """Bind what `train` knows.
+    def __init__(self, every_steps: int, ratio: float, hosts: tuple[str, ...], device: torch.device) -> None:
+        """Configure the measurement.
 
         Args:
-            config: how often and how slow is too slow.
+            every_steps: optimizer steps between two comparisons; 0 turns them off.
+            ratio: a rank this many times slower than the others is a straggler.
             hosts: the host of every rank.
-            device: where collectives take their tensors.
+            device: where the process group's tensors live.
         """
-        self._every = config.straggler_steps if len(hosts) > 1 else 0
-        self._ratio = config.straggler_ratio
+        self._every = every_steps if len(hosts) > 1 else 0
+        self._ratio = ratio
         self._hosts = hosts
         self._device = device
         self._steps: list[float] = []
@@ -68,20 +67,31 @@ class Stragglers:
 
     @contextmanager
     def own_work(self, step: int) -> Iterator[None]:
-        """Around loading and forward of a micro-step of the step after ``step`` finished ones."""
+        """Measure the data loading and forward pass of one micro-step.
+
+        Args:
+            step: optimizer steps finished before.
+        """
         if not self._every or step % self._every < self._every - MEASURED_STEPS:
             yield
             return
         WAITING.on, WAITING.seconds = True, 0.0
-        begun = now()
+        start = now()
         try:
             yield
         finally:
-            self._step += now() - begun - WAITING.seconds
+            self._step += now() - start - WAITING.seconds
             WAITING.on = False
 
     def compare(self, step: int) -> Comparison | None:
-        """After each step: every N steps the comparison, on all ranks; a collective."""
+        """Compare the ranks, every N steps. Every rank must call after each step.
+
+        Args:
+            step: optimizer steps finished.
+
+        Returns:
+            The comparison, on all ranks; None if this step has none.
+        """
         if self._step:
             self._steps.append(self._step)
             self._step = 0.0
@@ -89,18 +99,16 @@ class Stragglers:
             return None
         mine = torch.tensor([statistics.median(self._steps)], dtype=torch.float64, device=self._device)
         self._steps.clear()
-        every = torch.empty(len(self._hosts), dtype=torch.float64, device=self._device)
-        dist.all_gather_into_tensor(every, mine)
-        return slowest(every.tolist(), self._hosts, self._ratio)
+        return slowest(torch.cat(all_gather(mine)).tolist(), self._hosts, self._ratio)
 
 
 def slowest(seconds: list[float], hosts: tuple[str, ...], ratio: float) -> Comparison:
     """Compare the slowest rank with the median of the others.
 
     Args:
-        seconds: own work per step of each rank, at least two.
+        seconds: own work per step, by rank; at least two ranks.
         hosts: the host of each rank.
-        ratio: beyond which a rank is a straggler.
+        ratio: a rank this many times slower than the others is a straggler.
     """
     rank = max(range(len(seconds)), key=seconds.__getitem__)
     others = statistics.median(seconds[:rank] + seconds[rank + 1 :])

@@ -1,6 +1,6 @@
 """What only all ranks together can find out: is the disk shared, do clocks agree, how fast is the network.
 
-Messages go through the meeting's store, so that facts arrive even where the collectives do not work.
+Messages go through the rendezvous's store, so that facts arrive even where the collectives do not work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from diffmoe_ds.distributed.rendezvous import Meeting
+from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.doctor.facts import existing, interface_bytes
 from diffmoe_ds.errors import AlreadyReportedError, LaunchError
 
@@ -33,26 +33,26 @@ BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Size of the timed tensors on a rank."""
 
 
-def gather_facts(meeting: Meeting, name: str, mine: Any, timeout_s: float) -> list[Any] | None:
+def gather_facts(rendezvous: Rendezvous, name: str, mine: Any, timeout_s: float) -> list[Any] | None:
     """Plain data of all ranks, on rank 0; none on the others."""
-    if meeting.store is None:
+    if rendezvous.store is None:
         return [mine]
-    meeting.store.set(f"{name}/{meeting.launch.rank}", json.dumps(mine))
-    if meeting.launch.rank:
+    rendezvous.store.set(f"{name}/{rendezvous.launch.rank}", json.dumps(mine))
+    if rendezvous.launch.rank:
         return None
-    keys = {f"{name}/{rank}": rank for rank in range(meeting.launch.world)}
-    return [json.loads(text) for text in _hear(meeting, keys, timeout_s)]
+    keys = {f"{name}/{rank}": rank for rank in range(rendezvous.launch.world)}
+    return [json.loads(text) for text in _hear(rendezvous, keys, timeout_s)]
 
 
-def _hear(meeting: Meeting, keys: dict[str, int], timeout_s: float) -> list[str]:
+def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> list[str]:
     """What ranks say under these keys.
 
     Raises:
         LaunchError: a rank has said nothing for so long.
         AlreadyReportedError: rank 0 is gone, and has said why.
     """
-    store = meeting.store
-    patience = timeout_s if meeting.launch.rank == 0 else 2 * timeout_s  # rank 0 is the one to find out who is silent
+    store = rendezvous.store
+    patience = timeout_s if rendezvous.launch.rank == 0 else 2 * timeout_s  # rank 0 names who is silent
     try:
         store.wait(list(keys), timedelta(seconds=patience))
         return [store.get(key).decode() for key in keys]
@@ -61,40 +61,40 @@ def _hear(meeting: Meeting, keys: dict[str, int], timeout_s: float) -> list[str]
             silent = [rank for key, rank in keys.items() if not store.check([key])]
         except RuntimeError:
             raise AlreadyReportedError(LaunchError.exit_code) from None
-    names = ", ".join(f"rank {rank} on {meeting.hosts[rank]}" for rank in silent)
+    names = ", ".join(f"rank {rank} on {rendezvous.hosts[rank]}" for rank in silent)
     raise LaunchError(
         f"{names}: no answer for {patience:g} s after the ranks had met; a file system that hangs there, or a process "
         "that died?"
     )
 
 
-def shared_directory(meeting: Meeting, directory: Path, timeout_s: float) -> dict[str, Any]:
+def shared_directory(rendezvous: Rendezvous, directory: Path, timeout_s: float) -> dict[str, Any]:
     """Whether this rank sees what rank 0 writes, and rank 0 what this rank writes."""
-    path, store, rank = existing(directory), meeting.store, meeting.launch.rank
+    path, store, rank = existing(directory), rendezvous.store, rendezvous.launch.rank
     if store is None:
         return {"reads": True, "writes": os.access(path, os.W_OK)}
     if rank == 0:
         folder = path / f".diffmoe-doctor-{secrets.token_hex(4)}"
         _try(folder.mkdir)
         store.set("folder", str(folder))
-    folder = Path(_hear(meeting, {"folder": 0}, timeout_s)[0])
+    folder = Path(_hear(rendezvous, {"folder": 0}, timeout_s)[0])
     reads = _soon(folder.is_dir)
-    writes = reads and _try(lambda: (folder / str(rank)).write_text(meeting.hosts[rank]))
+    writes = reads and _try(lambda: (folder / str(rank)).write_text(rendezvous.hosts[rank]))
     try:
-        gather_facts(meeting, "written", writes, timeout_s)
+        gather_facts(rendezvous, "written", writes, timeout_s)
         if rank == 0:
-            others = range(1, meeting.launch.world)
+            others = range(1, rendezvous.launch.world)
             store.set("seen", json.dumps({r: _soon((folder / str(r)).is_file) for r in others} | {0: writes}))
     finally:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    return {"reads": reads, "writes": json.loads(_hear(meeting, {"seen": 0}, timeout_s)[0])[str(rank)]}
+    return {"reads": reads, "writes": json.loads(_hear(rendezvous, {"seen": 0}, timeout_s)[0])[str(rank)]}
 
 
-def clock_offsets(meeting: Meeting, timeout_s: float) -> dict[str, float]:
+def clock_offsets(rendezvous: Rendezvous, timeout_s: float) -> dict[str, float]:
     """Seconds by which each host's clock is ahead of rank 0's; on rank 0, empty on the others."""
-    store, rank = meeting.store, meeting.launch.rank
-    first = {host: meeting.hosts.index(host) for host in dict.fromkeys(meeting.hosts)}
+    store, rank = rendezvous.store, rendezvous.launch.rank
+    first = {host: rendezvous.hosts.index(host) for host in dict.fromkeys(rendezvous.hosts)}
     offsets = {}
     for host, leader in first.items():
         if leader == 0 or rank not in (0, leader):
@@ -103,12 +103,12 @@ def clock_offsets(meeting: Meeting, timeout_s: float) -> dict[str, float]:
         for ping in range(PINGS):
             asked, answered = f"asked/{leader}/{ping}", f"answered/{leader}/{ping}"
             if rank == leader:
-                _hear(meeting, {asked: 0}, timeout_s)
+                _hear(rendezvous, {asked: 0}, timeout_s)
                 store.set(answered, str(time.time()))
             else:
                 begun, wall = time.perf_counter(), time.time()
                 store.set(asked, "")
-                theirs = float(_hear(meeting, {answered: leader}, timeout_s)[0])
+                theirs = float(_hear(rendezvous, {answered: leader}, timeout_s)[0])
                 took = time.perf_counter() - begun
                 if took < best:
                     best, offsets[host] = took, round(theirs - wall - took / 2, 6)

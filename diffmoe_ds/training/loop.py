@@ -69,7 +69,7 @@ def train(
     config, global_batch = run.config, run.settings.global_batch
     batches = Timed(iter(make_loader(run, dataset)))
     saves = Saves(run, watchdog)
-    stragglers = Stragglers(config.run, hosts, run.device)
+    stragglers = Stragglers(config.run.straggler_steps, config.run.straggler_ratio, hosts, run.device)
     watch, preview, skipped = GradientWatch(run.model), Preview(), 0
     due = {
         "line": Every(config.run.log_every_images, run.images),

@@ -80,7 +80,7 @@ def test_plain_deepspeed_does_not_wait_for_a_host_that_cannot_come(cluster: Clus
         command = f"deepspeed --num_nodes 4 diffmoe_ds/train.py {options(project)}"
         finished = cluster.run(command, cwd=project, timeout=100)
     assert finished.code != 0
-    message = "diffmoe: error: rank(s) 2 (nothing from node3) of 4 have not come within 12 s"
+    message = "diffmoe: error: rank(s) 2 (nothing from node3) of 4 did not join within 12 s"
     assert finished.output.count("diffmoe: error: ") == 1 and message in finished.output, finished.output
     assert "Traceback" not in finished.output
     assert not (project / "runs").exists()

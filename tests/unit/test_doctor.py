@@ -149,7 +149,7 @@ def test_rank_that_stops_answering_is_named(tmp_path, stuck):
     """As one whose file system hangs."""
     sleeper = (
         "import time; from diffmoe_ds.distributed.launch import resolve_launch; "
-        "from diffmoe_ds.distributed.rendezvous import meet; meeting = meet(resolve_launch()); time.sleep(20)"
+        "from diffmoe_ds.distributed.rendezvous import join_ranks; _ = join_ranks(resolve_launch()); time.sleep(20)"
     )
     port, commands = free_port(), []
     for rank in range(2):
