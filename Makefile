@@ -1,18 +1,19 @@
-# make demo   install into .venv, train on two ranks, draw a grid
-# make test   install what the tests need and run them all
-# make lint   style and formatting
-# make test-cluster   four hosts on this machine: ssh, Slurm, Open MPI; installs their packages when root
+# `make help` lists the targets.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
-# A machine with an NVIDIA GPU keeps the torch that $(PYTHON) has; any other gets the CPU build.
+# On a machine with an NVIDIA GPU the environment uses the torch of $(PYTHON); elsewhere it gets the CPU build.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast test-cluster lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-cluster test-long lint docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/torch: constraints.txt constraints-cpu.txt
 	$(PYTHON) -m venv $(if $(GPU),--system-site-packages) $(VENV)
@@ -27,30 +28,37 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, generate a grid of images
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 diffmoe_ds/train.py --run-dir $(DEMO)
-	$(BIN)/diffmoe sample --checkpoint $(DEMO) --num-images 60 --steps 25 --cfg-scale 2 --out $(DEMO)/drawn
-	@echo; echo "The picture: $(abspath $(DEMO))/drawn/grid.png"
-	@echo "The curves:  $(BIN)/tensorboard --logdir runs"
+	$(BIN)/diffmoe sample --checkpoint $(DEMO) --num-images 60 --steps 25 --cfg-scale 2 --out $(DEMO)/generated
+	@echo; echo "Images: $(abspath $(DEMO))/generated/grid.png"
+	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m "slow and not cluster"
+test: test-fast  ## all tests that need one host
+	$(BIN)/python -m pytest -m "slow and not cluster and not long"
 
-test-fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: $(VENV)/installed-dev  ## the tests without several processes or training
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 $(VENV)/installed-cluster: $(VENV)/installed-dev
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
 	touch $@
 
-test-cluster: $(VENV)/installed-cluster
+test-cluster: $(VENV)/installed-cluster  ## four simulated hosts: ssh, Slurm, Open MPI; as root installs their packages
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -rs -m cluster
+	$(BIN)/python -m pytest -rs -m "cluster and not long"
 
-lint: $(VENV)/installed-dev
+test-long: $(VENV)/installed-dev  ## campaigns that take hours: faults, resume matrix, process ends
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/installed-dev  ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info
+docs: $(VENV)/installed  ## regenerate docs/configuration.md
+	$(BIN)/diffmoe config --markdown >docs/configuration.md.tmp
+	mv docs/configuration.md.tmp docs/configuration.md
+
+clean:  ## remove the environment, build products and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
