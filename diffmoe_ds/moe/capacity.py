@@ -1,6 +1,6 @@
-"""The capacity predictor: it learns whether an expert would take a token, so that sampling need not rank.
+"""The capacity predictor learns whether an expert would take a token, so that sampling need not compare tokens.
 
-Legend: T tokens of this rank, E experts, K rows of an expert over the pool.
+Legend: T tokens of this rank, E experts, K tokens of an expert over the pool.
 Source: DiffMoE (arXiv 2503.14487), section 3.3.
 """
 
@@ -13,28 +13,39 @@ from torch import Tensor
 from diffmoe_ds.moe.top_k import Pool, kth_value
 
 
-def rows_per_expert(capacity: float, tokens: int, num_experts: int) -> int:
-    """K = floor(C * T / E), the rows of an expert in a pool of ``tokens`` tokens."""
+def tokens_per_expert(capacity: float, tokens: int, num_experts: int) -> int:
+    """Return K = floor(C * T / E), the number of tokens that each expert takes from ``tokens`` tokens."""
     return int(capacity * tokens / num_experts + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def capacity_loss(logits_TE: Tensor, mask_TE: Tensor) -> Tensor:
-    """Binary cross-entropy of the predictor's logits against what the experts took, mean over T and E (fp32)."""
+    """Return the binary cross-entropy of the predictor against the training selection.
+
+    Args:
+        logits_TE: the predictor's logits, any float dtype.
+        mask_TE: bool, the tokens that each expert took.
+
+    Returns:
+        Scalar, fp32: the mean over T and E.
+    """
     return F.binary_cross_entropy_with_logits(logits_TE.float(), mask_TE.float())
 
 
-def pool_quantile(logits_TE: Tensor, rows: int, pool: Pool) -> Tensor:
-    """fp32 [E]: the K-th largest predicted probability in the pool, which the thresholds follow.
+def predicted_mask(logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
+    """Return bool mask_TE: where the predicted probability exceeds the expert's threshold."""
+    return logits_TE.float().sigmoid() > threshold_E
+
+
+def pool_quantile(logits_TE: Tensor, k: int, pool: Pool) -> Tensor:
+    """Return the K-th largest predicted probability in the pool, which the thresholds track.
 
     Args:
         logits_TE: the predictor's logits.
-        rows: K, at least 1.
+        k: K, at least 1.
         pool: the ranks that compete.
+
+    Returns:
+        fp32 [E], the same on every rank.
     """
-    k_E = torch.full((logits_TE.shape[1],), rows, dtype=torch.int64, device=logits_TE.device)
+    k_E = torch.full((logits_TE.shape[1],), k, dtype=torch.int64, device=logits_TE.device)
     return kth_value(logits_TE, k_E, pool).sigmoid()
-
-
-def predicted(logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
-    """bool mask_TE: the predicted probability is above the expert's threshold."""
-    return logits_TE.float().sigmoid() > threshold_E

@@ -1,9 +1,9 @@
 """The experts of one layer that this process holds, as stacked weights.
 
-Legend: E experts held here, R rows sorted by expert, K rows of each expert if all have as many, D width,
-H hidden width.  The names and shapes of the weights are DeepSpeed's for grouped experts: ``w1 [E, H, D]``,
-``w2 [E, D, H]`` and ``w3``, which is SwiGLU's second input matrix ``[E, H, D]`` or, for GELU experts, both
-biases side by side ``[E, 1, H + D]``.
+Legend: E experts held here, R rows sorted by expert, K rows of each expert if all have the same number, D width,
+H hidden width. Names and shapes of the weights are DeepSpeed's for grouped experts: ``w1 [E, H, D]``, ``w2 [E, D, H]``
+and ``w3``, which is SwiGLU's second input matrix ``[E, H, D]`` or, for GELU experts, both biases side by side
+``[E, 1, H + D]``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from torch import Tensor, nn
 
 
 class Experts(nn.Module):
-    """FFNs of the same shape; every row goes through the one of its expert."""
+    """FFNs of the same shape; every row goes through the FFN of its expert."""
 
     def __init__(self, kind: str, num_experts: int, width: int, hidden: int) -> None:
+        """Allocate the weights.
+
+        Args:
+            kind: ``gelu`` or ``swiglu``.
+            num_experts: experts held here.
+            width: D.
+            hidden: H.
+        """
         super().__init__()
         self.kind = kind
         self.hidden = hidden
@@ -25,30 +33,30 @@ class Experts(nn.Module):
         third = (num_experts, hidden, width) if kind == "swiglu" else (num_experts, 1, hidden + width)
         self.w3 = nn.Parameter(torch.empty(third))
 
-    def forward(self, rows_RD: Tensor, rows_E: list[int], even: bool) -> Tensor:
-        """Each row through its expert.
+    def forward(self, rows_RD: Tensor, tokens_per_expert: list[int], equal_counts: bool) -> Tensor:
+        """Compute each row with its expert.
 
         Args:
-            rows_RD: rows sorted by expert, in the type of the weights.
-            rows_E: how many rows each expert has; zeros are fine.
-            even: all have as many.  In training this must be known from the routing rule, not from ``rows_E``: the two
-                ways of computing finish their gradients in different orders, and DeepSpeed's buckets hold gradients in
-                the order in which they come, which must be the same on all ranks.
+            rows_RD: rows sorted by expert, in the dtype of the weights.
+            tokens_per_expert: rows of each expert; zeros are fine.
+            equal_counts: all experts have the same number of rows. In training this must follow from the routing rule,
+                not from the counts: the two code paths finish their gradients in different orders, and DeepSpeed fills
+                its buckets in the order in which gradients are ready, which must be the same on all ranks.
 
         Returns:
             [R, D].
         """
-        assert not even or len(set(rows_E)) == 1, rows_E
-        if even:  # a dense batch: nothing to pad, nothing to loop over
-            x = rows_RD.unflatten(0, (len(rows_E), rows_E[0]))
-            return self._ffn(x, self.w1, self.w2, self.w3).flatten(0, 1)
-        # unbind, not w[e]: the gradient of a slice would be as large as all experts
+        assert not equal_counts or len(set(tokens_per_expert)) == 1, tokens_per_expert
+        if equal_counts:  # a dense batch without padding or a loop
+            x_EKD = rows_RD.view(len(tokens_per_expert), tokens_per_expert[0], rows_RD.shape[1])
+            return self._ffn(x_EKD, self.w1, self.w2, self.w3).flatten(0, 1)
+        # unbind, not w[e]: autograd makes the gradient of each slice as large as all experts together
         weights = zip(self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True)
-        parts = [self._ffn(x, *w) for x, w in zip(rows_RD.split(rows_E), weights, strict=True)]
+        parts = [self._ffn(x, *w) for x, w in zip(rows_RD.split(tokens_per_expert), weights, strict=True)]
         return torch.cat(parts)
 
     def _ffn(self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        """x [..., K, D] through weights with or without a leading expert dimension."""
+        """Apply an FFN to x [..., K, D]; the weights may have a leading expert dimension."""
         if self.kind == "swiglu":
             return (F.silu(x @ w1.mT) * (x @ w3.mT)) @ w2.mT
         bias1, bias2 = w3.split([self.hidden, w2.shape[-2]], dim=-1)

@@ -1,49 +1,57 @@
-"""The thresholds tau that turn the capacity predictor's probability into "take" or "leave".
+"""The thresholds tau above which the capacity predictor's probability assigns a token to an expert.
 
-tau <- decay * tau + (1 - decay) * (K-th largest probability in the pool), once per optimizer step and outside
-the forward pass, so that recomputed activations count nothing twice.
-Legend: L MoE layers, E experts, T tokens of this rank, K rows of an expert over the pool.
+tau <- decay * tau + (1 - decay) * (K-th largest probability in the pool), once per optimizer step and outside the
+forward pass, so that recomputed activations are not counted twice.
+
+Legend: L MoE layers, E experts, N = L * E, T tokens of this rank, K tokens of an expert over the pool.
 Source: DiffMoE (arXiv 2503.14487), section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.moe.capacity import pool_quantile, rows_per_expert
-from diffmoe_ds.moe.layer import Routing
+from diffmoe_ds.config.schema import RoutingConfig
+from diffmoe_ds.moe.capacity import pool_quantile, tokens_per_expert
+from diffmoe_ds.moe.layer import MoELayer, Routing
 
 
 class Thresholds:
-    """Moves the thresholds of all layers of a model."""
+    """Updates the thresholds of all layers of a model."""
 
-    def __init__(self, model: DiT) -> None:
-        self._layers = [layer for layer in model.moe_layers().values() if layer.capacity_predictor is not None]
-        self._decay = model.config.routing.threshold_decay
-        self._capacity = model.config.routing.capacity
+    def __init__(self, layers: Iterable[MoELayer], routing: RoutingConfig) -> None:
+        """Bind the layers.
+
+        Args:
+            layers: all MoE layers of a model, in the order of its blocks (``model.moe_layers().values()``).
+            routing: for the capacity and the decay.
+        """
+        self._layers = [layer for layer in layers if layer.capacity_predictor is not None]
+        self._decay = routing.threshold_decay
+        self._capacity = routing.capacity
         self._quantiles: list[Tensor] = []
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Note the pool's quantile of one micro-batch; all layers in one search."""
+        """Record the pool's quantiles of one micro-batch; a single search serves all layers."""
         if not self._layers:
             return
-        logits_TN = torch.cat([r.capacity_logits_TE.detach().float() for r in routings], dim=1)  # N = L * E
+        logits = [r.capacity_logits_TE.float() for r in routings if r.capacity_logits_TE is not None]
+        logits_TN = torch.cat(logits, dim=1)
         pool, num_experts = self._layers[0].pool, self._layers[0].num_experts
-        rows = rows_per_expert(self._capacity, logits_TN.shape[0] * pool.size, num_experts)
-        self._quantiles.append(pool_quantile(logits_TN, rows, pool).view(-1, num_experts))
+        k = tokens_per_expert(self._capacity, len(logits_TN) * pool.size, num_experts)
+        self._quantiles.append(pool_quantile(logits_TN, k, pool).view(-1, num_experts))
 
-    def forget(self) -> None:
-        """Drop what was noted since the last update: the step is skipped."""
+    def discard(self) -> None:
+        """Drop what was recorded since the last update, because the step is skipped."""
         self._quantiles.clear()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the thresholds by the mean quantile of the micro-batches since the last update."""
+        """Move the thresholds towards the mean quantile of the micro-batches since the last update."""
         if not self._layers:
             return
         quantile_LE = torch.stack(self._quantiles).mean(0)

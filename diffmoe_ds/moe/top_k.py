@@ -1,13 +1,12 @@
-"""The exact K largest scores of a pool that may be spread over many ranks, without gathering a score.
+"""The exact K largest scores of a pool of tokens, which may be spread over many ranks, without gathering scores.
 
-Legend: T tokens of this rank, E experts, K how many tokens an expert takes from the whole pool.
+The bits of a float, read as an integer, sort like the float. So the K-th largest score of each expert is found digit by
+digit, most significant first (a radix search): count how many keys have each value of the digit, sum the counts over
+the ranks, and keep the digit that contains the K-th key. Only a table of counts travels, [E, 2048], three times,
+regardless of the number of tokens. Ties are broken by rank and, within a rank, by token index, so exactly K tokens are
+selected: the result equals gathering all scores and sorting them with a stable sort.
 
-A float's bits, read as an integer, sort like the float.  So the K-th largest score of each expert is found
-digit by digit, from the highest: count how many keys have each value of the digit, add the counts over the
-ranks, and keep the digit in which the K-th key lies (a radix search).  What travels is a table of counts,
-[E, 2048], three times, whatever the number of tokens.  Equal scores are taken in the order of the ranks and,
-on a rank, of the tokens, so exactly K tokens are taken: the result is that of gathering all scores and
-sorting them stably.
+Legend: T tokens of this rank, E experts, N values of a digit, K how many tokens an expert takes from the whole pool.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of a 32-bit key, highest first
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""(shift, bits) of the digits of a 32-bit key, most significant first."""
 
 
 class Pool(Protocol):
@@ -27,30 +27,30 @@ class Pool(Protocol):
     """Number of ranks."""
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Element-wise sum over the ranks; the same on every rank."""
+        """Return the element-wise sum over the ranks; the same on every rank."""
         ...
 
     def sum_before(self, counts: Tensor) -> Tensor:
-        """Element-wise sum over the ranks that come before this one; zeros on the first."""
+        """Return the element-wise sum over the ranks before this one; zeros on the first."""
         ...
 
 
 class LocalPool:
-    """The pool of a single rank: nothing travels."""
+    """The pool of a single rank, without communication."""
 
     size = 1
 
     def sum(self, counts: Tensor) -> Tensor:
-        """``counts`` itself."""
+        """Return ``counts`` itself."""
         return counts
 
     def sum_before(self, counts: Tensor) -> Tensor:
-        """Zeros."""
+        """Return zeros."""
         return torch.zeros_like(counts)
 
 
 def sort_keys(scores: Tensor) -> Tensor:
-    """int64 keys in [0, 2^32) that sort like the fp32 ``scores``: -0.0 equals 0.0, NaN is above infinity."""
+    """Return int64 keys in [0, 2^32) that sort like the fp32 ``scores``; -0.0 equals 0.0, NaN is above infinity."""
     bits = scores.detach().float().contiguous().view(torch.int32).to(torch.int64)
     magnitude = bits & 0x7FFFFFFF
     key = torch.where(bits >= 0, magnitude, -magnitude)  # both zeros become 0
@@ -59,23 +59,23 @@ def sort_keys(scores: Tensor) -> Tensor:
 
 
 def key_values(keys: Tensor) -> Tensor:
-    """The fp32 scores that `sort_keys` made ``keys`` from."""
+    """Return the fp32 scores of keys, the inverse of `sort_keys`."""
     key = keys - (1 << 31)
     bits = torch.where(key >= 0, key, -key - (1 << 31))  # the sign bit as an int32
     return bits.to(torch.int32).view(torch.float32)
 
 
 def kth_largest(keys_TE: Tensor, k_E: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """The K-th largest key of each expert in the pool.
+    """Find the K-th largest key of each expert in the pool.
 
     Args:
-        keys_TE: int64 keys of this rank's tokens; ranks may hold different numbers of tokens, also none.
-        k_E: int64, K of each expert, the same on every rank, from 0 to the tokens of the pool.
+        keys_TE: int64 keys of this rank's tokens; ranks may hold different numbers of tokens, zero included.
+        k_E: int64, K of each expert, the same on every rank, from 0 to the number of tokens in the pool.
         pool: the ranks that compete.
 
     Returns:
-        int64 ``kth_E``, above every key where K is 0, and int64 ``ties_E``: how many keys equal to it belong
-        to the K largest.
+        int64 ``kth_E``, above every key where K is 0, and int64 ``ties_E``: how many keys equal to it belong to the K
+        largest.
     """
     num_experts = keys_TE.shape[1]
     columns_E = torch.arange(num_experts, device=keys_TE.device)
@@ -98,7 +98,7 @@ def kth_largest(keys_TE: Tensor, k_E: Tensor, pool: Pool) -> tuple[Tensor, Tenso
 
 
 def select_top_k(scores_TE: Tensor, k_E: Tensor, pool: Pool) -> Tensor:
-    """Which of this rank's tokens are among the K best of the pool, for each expert.
+    """Select for each expert its K best tokens of the pool.
 
     Args:
         scores_TE: fp32 scores of this rank's tokens.
@@ -106,16 +106,25 @@ def select_top_k(scores_TE: Tensor, k_E: Tensor, pool: Pool) -> Tensor:
         pool: the ranks that compete.
 
     Returns:
-        bool ``mask_TE``; over the ranks of the pool exactly K tokens of column e are set.
+        bool mask_TE of this rank's tokens; over the ranks of the pool, column e has exactly K tokens set.
     """
     keys_TE = sort_keys(scores_TE)
     kth_E, ties_E = kth_largest(keys_TE, k_E, pool)
     tie_TE = keys_TE == kth_E
-    place_TE = tie_TE.cumsum(0) + pool.sum_before(tie_TE.sum(0))  # from 1, in the order of the ranks
-    return (keys_TE > kth_E) | (tie_TE & (place_TE <= ties_E))
+    tie_number_TE = tie_TE.cumsum(0) + pool.sum_before(tie_TE.sum(0))  # from 1, by rank, then by token
+    return (keys_TE > kth_E) | (tie_TE & (tie_number_TE <= ties_E))
 
 
 def kth_value(scores_TE: Tensor, k_E: Tensor, pool: Pool) -> Tensor:
-    """fp32 [E]: the K-th largest score of each expert in the pool; NaN where K is 0."""
+    """Return the K-th largest score of each expert in the pool.
+
+    Args:
+        scores_TE: fp32 scores of this rank's tokens.
+        k_E: int64, K of each expert, the same on every rank.
+        pool: the ranks that compete.
+
+    Returns:
+        fp32 [E], the same on every rank; NaN where K is 0.
+    """
     kth_E, _ = kth_largest(sort_keys(scores_TE), k_E, pool)
     return key_values(kth_E)

@@ -196,7 +196,7 @@ def _step(
     lr = run.engine.get_lr()[0]
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if not math.isfinite(grad_norm):
-        run.thresholds.forget()
+        run.thresholds.discard()
         problem = problem or "a gradient is not finite " + watch.blame(run.topology.rank, run.device)
         raise NonFiniteError(
             f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "

@@ -21,7 +21,7 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
-from diffmoe_ds.moe.capacity import rows_per_expert
+from diffmoe_ds.moe.capacity import tokens_per_expert
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.moe.thresholds import Thresholds
 from diffmoe_ds.topology import Topology
@@ -80,7 +80,7 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
     """
     ranks = {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
     tokens = settings.micro_batch * ranks * config.tokens_per_image
-    rows = rows_per_expert(config.routing.capacity, tokens, config.num_experts)
+    rows = tokens_per_expert(config.routing.capacity, tokens, config.num_experts)
     if rows < 1:
         raise ConfigError(
             f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives each of "
@@ -130,7 +130,7 @@ def setup_run(
         model=model,
         objective=make_objective(config.objective.kind),
         ema=EMA(fragments, seam.parts(engine), config.ema.decay),
-        thresholds=Thresholds(model),
+        thresholds=Thresholds(model.moe_layers().values(), config.routing),
     )
     if reader is not None:
         together(lambda: restore_engine(engine, reader, fragments, run.ema.values))

@@ -140,6 +140,6 @@ def test_contradictions_are_found_before_ranks_meet(cluster: Cluster, project: P
     assert finished.output.count("diffmoe: error: RANK is 0, but SLURM_PROCID is '1'") == 1
     finished = cluster.run(f"srun -N2 -n2 python -u {TRAIN}", cwd=project, timeout=60)
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output
-    wide = "autoep_size is 4, but it must divide both the 2 rank(s) and the 8 expert(s); valid: 1, 2."
+    wide = "autoep_size must divide both the 2 rank(s) and the 8 expert(s), got 4; valid: 1, 2."
     assert finished.output.count(wide) == 1
     assert not (project / "runs").exists()

@@ -43,7 +43,9 @@ def test_topology_numbers():
 
 @pytest.mark.parametrize("ep", (0, 3, 8))
 def test_ep_must_divide(ep):
-    with pytest.raises(TopologyError, match=rf"autoep_size is {ep}, .* 4 rank\(s\) .* 8 expert\(s\); valid: 1, 2, 4"):
+    with pytest.raises(
+        TopologyError, match=rf"autoep_size must divide .* 4 rank\(s\) .* 8 expert\(s\), got {ep}; valid: 1, 2, 4"
+    ):
         Topology(rank=0, world=4, ep_size=ep, num_experts=8)
 
 

@@ -85,7 +85,7 @@ def test_train_step(name):
             compared.add(f"grad/{theirs}")
     assert compared == {key for key in file if key.startswith("grad/")}
 
-    thresholds = Thresholds(model)
+    thresholds = Thresholds(model.moe_layers().values(), model.config.routing)
     thresholds.observe(output.routing)
     thresholds.update()
     for block, layer in model.moe_layers().items():

@@ -83,7 +83,7 @@ def test_ranks_that_do_not_fit_are_refused_before_they_meet(tmp_path):
     config = write_json(tmp_path / "ds.json", ep=3, zero=1)
     finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, tmp_path / "r")])
     assert finished.code == 2 and "Traceback" not in finished.output
-    assert finished.output.count("autoep_size is 3, but it must divide both the 2 rank(s) and the 8 expert(s)") == 1
+    assert finished.output.count("autoep_size must divide both the 2 rank(s) and the 8 expert(s), got 3") == 1
     assert not (tmp_path / "r").exists()
 
 

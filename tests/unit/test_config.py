@@ -212,7 +212,9 @@ def test_wrong_json_is_named(raw, message):
 
 
 def test_ep_must_divide_experts_and_world():
-    with pytest.raises(TopologyError, match=r"autoep_size is 3, .* 4 rank\(s\) and the 8 expert\(s\); valid: 1, 2, 4"):
+    with pytest.raises(
+        TopologyError, match=r"autoep_size must divide .* 4 rank\(s\) and the 8 expert\(s\), got 3; valid: 1, 2, 4"
+    ):
         resolve({"train_batch_size": 16, "expert_parallel": {"autoep_size": 3}}, world=4)
 
 

@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ds.moe.capacity import capacity_loss, pool_quantile, predicted, rows_per_expert
+from diffmoe_ds.moe.capacity import capacity_loss, pool_quantile, predicted_mask, tokens_per_expert
 from diffmoe_ds.moe.plan import make_plan
-from diffmoe_ds.moe.routers.batch_pool import batch_pool, batch_pool_dynamic
-from diffmoe_ds.moe.routers.expert_choice import expert_choice
-from diffmoe_ds.moe.routers.token_choice import balance_loss, token_choice
+from diffmoe_ds.moe.routers import (
+    balance_loss,
+    batch_pool_dynamic,
+    batch_pool_static,
+    expert_choice,
+    expert_choice_dynamic,
+    expert_choice_static,
+    token_choice,
+)
 from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k, sort_keys
 
 
@@ -137,32 +143,43 @@ def test_keys_sort_like_floats_and_come_back():
 @given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
 def test_batch_pool_does_not_depend_on_the_ranks(ranks, seed, capacity):
     scores = torch.randn(48, 4, generator=torch.Generator().manual_seed(seed)).softmax(1)
-    one = batch_pool(scores, capacity, LocalPool())
-    many = on_ranks(lambda part, pool: batch_pool(part, capacity, pool), list(scores.view(ranks, -1, 4))) \
-        if 48 % ranks == 0 else [one]  # fmt: skip
+
+    def select(part, pool):
+        return select_top_k(part, batch_pool_static(part, capacity, pool), pool)
+
+    one = select(scores, LocalPool())
+    many = on_ranks(select, list(scores.view(ranks, -1, 4)))
     assert torch.equal(torch.cat(many), one)
-    assert (one.sum(0) == rows_per_expert(capacity, 48, 4)).all()
+    assert (one.sum(0) == tokens_per_expert(capacity, 48, 4)).all()
 
 
 def test_dynamic_takes_as_many_as_predicted_and_the_best_of_them():
     generator = torch.Generator().manual_seed(0)
     scores, logits = torch.rand(64, 4, generator=generator), torch.randn(64, 4, generator=generator)
     threshold = torch.tensor([0.0, 0.3, 0.7, 1.0])
-    parts = on_ranks(
-        lambda part, pool: batch_pool_dynamic(part[:, :4], part[:, 4:], threshold, pool),
-        list(torch.cat([scores, logits], 1).view(2, 32, 8)),
-    )
-    counts = predicted(logits, threshold).sum(0)
+
+    def select(part, pool):
+        return select_top_k(part[:, :4], batch_pool_dynamic(part[:, 4:], threshold, pool), pool)
+
+    parts = on_ranks(select, list(torch.cat([scores, logits], 1).view(2, 32, 8)))
+    counts = predicted_mask(logits, threshold).sum(0)
     assert counts[0] == 64 and counts[3] == 0
     assert torch.equal(torch.cat(parts), gather_and_sort(scores, counts))
 
 
 def test_expert_choice_is_per_image_and_stable():
     scores = torch.tensor([[0.1, 0.9], [0.3, 0.9], [0.3, 0.2], [0.2, 0.1]] * 2)
-    mask = expert_choice(scores, 4, torch.tensor([[2, 1], [0, 4]]))
+    mask = expert_choice(scores, torch.tensor([[2, 1], [0, 4]]))
     assert mask[:4, 0].tolist() == [False, True, True, False]
     assert mask[:4, 1].tolist() == [True, False, False, False]  # of equal scores the earlier token
     assert mask[4:, 0].sum() == 0 and mask[4:, 1].all()
+
+
+def test_expert_choice_counts_per_image():
+    scores = torch.rand(8, 2)  # two images of four tokens
+    assert expert_choice_static(scores, 2, capacity=1.0).tolist() == [[2, 2], [2, 2]]
+    logits = torch.tensor([[9.0, -9.0], [9.0, -9.0], [-9.0, -9.0], [9.0, -9.0], *[[-9.0, 9.0]] * 4])
+    assert expert_choice_dynamic(logits, torch.tensor([0.5, 0.5]), 2).tolist() == [[3, 0], [0, 4]]
 
 
 def test_token_choice_takes_k_and_breaks_ties_by_number():
@@ -188,7 +205,7 @@ def test_plan_is_sorted_by_expert_then_token_and_carries_the_gradient():
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.bool)
     plan = make_plan(mask, scores)
     assert plan.token_R.tolist() == [0, 2, 4, 2, 0, 3]
-    assert plan.rows_E.tolist() == [3, 1, 2]
+    assert plan.tokens_per_expert_E.tolist() == [3, 1, 2]
     plan.weight_R.sum().backward()
     assert torch.equal(scores.grad, mask.float())
 

@@ -71,7 +71,7 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
     mine = slice(RANK * IMAGES * TOKENS, (RANK + 1) * IMAGES * TOKENS)
     outputs = []
     for layer, part in ((whole, slice(None)), (sharded, mine)):
-        layer.even_in_training = False  # these masks follow no router's rule
+        layer.equal_counts_in_training = False  # these masks follow no router's rule
         x = x_all[part].clone().requires_grad_()
         scores = torch.nn.functional.linear(x, layer.gate_weight).softmax(-1)
         out = layer._compute(x, make_plan(mask[part], scores))

@@ -1,0 +1,135 @@
+"""Routing rules as pure functions of the router's scores: which expert takes which token.
+
+`token_choice` and `expert_choice` decide from the tokens of one rank. Under `batch_pool` all tokens of a pool of ranks
+compete: the two rules here give the number of tokens K of each expert, and `moe/top_k.py` finds the K best exactly.
+`MoELayer` chooses between the rules.
+
+Legend: B images, S tokens per image, T = B * S tokens of this rank, E experts, k experts of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.moe.capacity import predicted_mask, tokens_per_expert
+from diffmoe_ds.moe.top_k import Pool
+
+# ---------------------------------------------------------------------------------------------- token_choice (TC-DiT)
+
+
+def token_choice(scores_TE: Tensor, k: int) -> Tensor:
+    """Select the k best experts of each token; no token is dropped.
+
+    Args:
+        scores_TE: router scores.
+        k: experts per token.
+
+    Returns:
+        bool mask_TE; of equal scores the lower expert index wins.
+    """
+    best_Tk = scores_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
+
+
+def balance_loss(scores_TE: Tensor, mask_TE: Tensor, pool: Pool) -> Tensor:
+    """Return the load-balance loss of the Switch Transformer (arXiv 2101.03961, eq. 4).
+
+    E * sum_e f_e * P_e, where f_e is the fraction of the pool's routed tokens that went to expert e and P_e the mean
+    score of this rank's tokens. f is counted over the whole pool, so the mean of the loss over the ranks, and its
+    gradient, equal those of a single rank that holds all tokens.
+
+    Args:
+        scores_TE: fp32 router scores, with gradient.
+        mask_TE: bool, the tokens that each expert takes.
+        pool: the ranks to count over.
+
+    Returns:
+        Scalar, fp32.
+    """
+    tokens_per_expert_E = pool.sum(mask_TE.sum(0))
+    fraction_E = tokens_per_expert_E.float() / tokens_per_expert_E.sum().clamp(min=1)
+    return scores_TE.shape[1] * (fraction_E * scores_TE.mean(0)).sum()
+
+
+# --------------------------------------------------------------------------------------------- expert_choice (EC-DiT)
+
+
+def expert_choice(scores_TE: Tensor, tokens_per_expert_BE: Tensor) -> Tensor:
+    """Select for each expert its best tokens of each image.
+
+    Args:
+        scores_TE: fp32 router scores, one image after the other.
+        tokens_per_expert_BE: int64, how many tokens of each image an expert takes.
+
+    Returns:
+        bool mask_TE; of equal scores the earlier token wins.
+    """
+    scores_BSE = scores_TE.detach().view(len(tokens_per_expert_BE), -1, scores_TE.shape[1])
+    order_BSE = scores_BSE.sort(dim=1, descending=True, stable=True).indices
+    rank_S = torch.arange(scores_BSE.shape[1], device=scores_TE.device)[None, :, None].expand_as(order_BSE)
+    rank_BSE = torch.empty_like(order_BSE).scatter_(1, order_BSE, rank_S)
+    return (rank_BSE < tokens_per_expert_BE[:, None, :]).flatten(0, 1)
+
+
+def expert_choice_static(scores_TE: Tensor, images: int, capacity: float) -> Tensor:
+    """Return the training rule's count: K = floor(C * S / E) tokens of each image.
+
+    Args:
+        scores_TE: router scores of B images.
+        images: B.
+        capacity: C, the average number of experts per token.
+
+    Returns:
+        int64 tokens_per_expert_BE.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    k = tokens_per_expert(capacity, num_tokens // images, num_experts)
+    return torch.full((images, num_experts), k, dtype=torch.int64, device=scores_TE.device)
+
+
+def expert_choice_dynamic(logits_TE: Tensor, threshold_E: Tensor, images: int) -> Tensor:
+    """Count for each image the tokens that the capacity predictor assigns to each expert.
+
+    Args:
+        logits_TE: the capacity predictor's logits.
+        threshold_E: fp32 thresholds.
+        images: B.
+
+    Returns:
+        int64 tokens_per_expert_BE.
+    """
+    return predicted_mask(logits_TE, threshold_E).view(images, -1, len(threshold_E)).sum(1)
+
+
+# ----------------------------------------------------------------------------------------------- batch_pool (DiffMoE)
+
+
+def batch_pool_static(scores_TE: Tensor, capacity: float, pool: Pool) -> Tensor:
+    """Return the training rule's count: K = floor(C * T_pool / E) tokens for each expert (arXiv 2503.14487, sec. 3.2).
+
+    Args:
+        scores_TE: router scores; every rank of the pool holds the same number of tokens.
+        capacity: C, the average number of experts per token.
+        pool: the ranks that compete.
+
+    Returns:
+        int64 K_E, the same on every rank.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    k = tokens_per_expert(capacity, num_tokens * pool.size, num_experts)
+    return torch.full((num_experts,), k, dtype=torch.int64, device=scores_TE.device)
+
+
+def batch_pool_dynamic(logits_TE: Tensor, threshold_E: Tensor, pool: Pool) -> Tensor:
+    """Count the tokens of the pool that the capacity predictor assigns to each expert, the paper's inference rule.
+
+    Args:
+        logits_TE: the capacity predictor's logits.
+        threshold_E: fp32 thresholds.
+        pool: the ranks that compete.
+
+    Returns:
+        int64 K_E, the same on every rank.
+    """
+    return pool.sum(predicted_mask(logits_TE, threshold_E).sum(0))
