@@ -71,8 +71,8 @@ def train_command(args: argparse.Namespace) -> None:
     from diffmoe_ds.distributed.watchdog import Watchdog
     from diffmoe_ds.training.banner import banner, resumed_from
     from diffmoe_ds.training.loop import train
-    from diffmoe_ds.training.metrics import MetricsWriter
     from diffmoe_ds.training.resume import agree_on_checkpoint
+    from diffmoe_ds.training.run_log import open_log
     from diffmoe_ds.training.setup import pool_rows, setup_run, together
 
     pool_rows(config, settings, launch.world)
@@ -110,16 +110,10 @@ def train_command(args: argparse.Namespace) -> None:
             # not before: a run that is refused leaves the file as it was
             together(lambda: _write_resolved(directory, config) if is_main else None)
             board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
-            metrics = together(
-                lambda: (
-                    MetricsWriter(directory, board, run.images, run.step, config.run.total_images, lock.check)
-                    if is_main
-                    else None
-                )
-            )
-            if metrics is not None:
-                held.callback(metrics.close)
-            saved = train(run, dataset, metrics, watchdog, rendezvous.hosts)
+            total = config.run.total_images
+            log = together(lambda: open_log(directory, board, run.images, run.step, total, is_main=is_main))
+            held.callback(log.close)
+            saved = train(run, dataset, log, watchdog, lock, rendezvous.hosts)
         except RuntimeError as error:  # what a collective raises when a peer is gone, among other things
             lost = watchdog.find_lost()
             if lost is None:

@@ -1,57 +1,92 @@
-"""When a run saves, and what it says and does about it."""
+"""When a run saves a checkpoint, and what it says about it."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.consensus import raise_on_all_ranks
+from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, Requeue
 from diffmoe_ds.training.setup import Run
 
 
-class Saves:
-    """The checkpoints of a run; every rank calls the same methods at the same step."""
+class Checkpointer:
+    """The checkpoints of a run.  Every rank calls the same methods at the same step."""
 
-    def __init__(self, run: Run, watchdog: Watchdog) -> None:
+    def __init__(self, run: Run, watchdog: Watchdog, lock: RunLock | None) -> None:
+        """Remove what an earlier run left half-written.
+
+        Args:
+            run: what is saved.
+            watchdog: told about progress while a checkpoint is written.
+            lock: the run lock, on the rank that holds it; nothing is written once another job has taken it.
+        """
         self._run = run
         self._watchdog = watchdog
+        self._lock = lock
         self._saver = CheckpointSaver(run.directory, run.config.checkpoint, run.device)
         self._saved_images = run.images
         self._pause_s = 0.0
         self.last: Path | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a checkpoint was started and not finished."""
-        return self._saver.is_open
+        """The last complete checkpoint of this run."""
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank still writes one."""
+        """Whether this rank is still writing a checkpoint."""
         return self._saver.is_writing
 
-    def start(self, wait: bool) -> None:
-        """Save the run as it is now.
+    def start(self, wait: bool = False) -> None:
+        """Start saving the run as it is now; training goes on meanwhile unless ``checkpoint.async_save`` is off.
 
         Args:
-            wait: until it is on the disk, and raise if that fails whatever the configuration says.
+            wait: return only when the checkpoint is on disk, and raise if that fails whatever ``checkpoint.on_error``.
         """
-        if self.is_open:
-            self.finish()
-        run, began = self._run, time.perf_counter()
-        self._saver.start(run.ema.fragments, run.ema.values, _buffers(run), _meta(run))
-        self._pause_s = time.perf_counter() - began
+        self.complete()
+        raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check())
+        run, start = self._run, time.perf_counter()
+        self._saver.start(run.ema.fragments, run.ema.values, _buffers(run), _metadata(run))
+        self._pause_s = time.perf_counter() - start
         if wait or not run.config.checkpoint.async_save:
-            self.finish(must=wait)
+            self._finish(must_succeed=wait)
 
-    def finish(self, must: bool = False) -> None:
-        """Complete the checkpoint that was started, waiting for it if needed."""
-        began = time.perf_counter()
+    def complete(self) -> None:
+        """Finish the checkpoint that was started, if any, waiting for it if needed."""
+        if self._saver.is_open:
+            self._finish()
+
+    def save_rest(self) -> None:
+        """Finish what was started, and save what is not saved yet."""
+        self.complete()
+        if self._run.images > self._saved_images:
+            self.start(wait=True)
+
+    def save_and_requeue(self, signal: str) -> NoReturn:
+        """Save what is not saved yet and ask to be started again.
+
+        Args:
+            signal: the name of the signal that this rank received; empty if another rank did.
+
+        Raises:
+            Requeue: always.
+        """
+        self.save_rest()
+        where = f"saved {self.last}" if self.last else "nothing left to save"
+        raise Requeue(
+            f"asked to stop ({signal or 'another rank was'}); {self._run.images:,} images seen, {where}; "
+            f"{self._run.again} continues."
+        )
+
+    def _finish(self, must_succeed: bool = False) -> None:
+        start = time.perf_counter()
         while self.is_writing:
             time.sleep(0.01)
             self._watchdog.tick()
@@ -60,50 +95,21 @@ class Saves:
             self.last = self._saver.finish()
             self._saved_images = images
         except CheckpointError as error:
-            if must or self._run.config.checkpoint.on_error == "stop":
+            if must_succeed or self._run.config.checkpoint.on_error == "stop":
                 raise
             if self._run.is_main:
                 print(f"\n*** WARNING: {error} Training goes on without it. ***\n", file=sys.stderr, flush=True)
             return
-        self._pause_s += time.perf_counter() - began
+        self._pause_s += time.perf_counter() - start
         if self._run.is_main:
             print(f"{'saved':>11}  {self.last} (training waited {self._pause_s:.3f} s)", flush=True)
 
-    def complete(self) -> None:
-        """Finish what was started, if anything was."""
-        if self.is_open:
-            self.finish()
 
-    def save_rest(self) -> None:
-        """Finish what was started, and save what is not saved yet."""
-        self.complete()
-        if self._run.images > self._saved_images:
-            self.start(wait=True)
-
-    def last_words(self) -> str:
-        """Save what is not saved yet, and say where the run can go on."""
-        self.save_rest()
-        where = f"saved {self.last}" if self.last else "nothing was left to save"
-        return f"{self._run.images:,} images seen, {where}; {self._run.again} continues."
-
-
-class Every:
-    """True when a multiple of ``period`` images was passed since the last call; a period of 0 never is."""
-
-    def __init__(self, period: int, images: int) -> None:
-        self._period = period
-        self._images = images
-
-    def __call__(self, images: int) -> bool:
-        before, self._images = self._images, images
-        return self._period > 0 and images // self._period > before // self._period
-
-
-def _buffers(run: Run) -> dict:
+def _buffers(run: Run) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in run.model.named_buffers() if name != "pos_embed"}
 
 
-def _meta(run: Run) -> dict:
+def _metadata(run: Run) -> dict[str, Any]:
     scheduler = run.engine.lr_scheduler
     return {
         "images": run.images,

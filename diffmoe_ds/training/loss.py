@@ -1,17 +1,21 @@
-"""One scalar from a forward pass.  Legend: B images of a micro-batch, T its tokens."""
+"""From a micro-batch to one scalar: noise the images, run the model, weigh the losses.
+
+Legend: B images of a micro-batch, T its tokens, E experts.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import Objective
 from diffmoe_ds.model.dit import DiTOutput
 from diffmoe_ds.moe.capacity import capacity_loss
+from diffmoe_ds.training.setup import Run
 
 
 class Losses(NamedTuple):
@@ -27,8 +31,30 @@ class Losses(NamedTuple):
     """The load-balance loss of ``token_choice``, summed over layers."""
 
 
+def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
+    """Return what the model takes for a micro-batch: noisy images, times, labels and dropped labels."""
+    t_B = run.objective.model_time(batch.time)
+    return run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop
+
+
+def forward(run: Run, model: nn.Module, batch: MicroBatch) -> tuple[DiTOutput, Losses, Tensor]:
+    """Run a micro-batch through a model.
+
+    Args:
+        run: for the objective and the weights of the losses.
+        model: the run's engine, or the model inside it.
+        batch: clean images, their noise, times and labels.
+
+    Returns:
+        The model's output, its losses, and the model's time of each image, [B].
+    """
+    inputs = model_inputs(run, batch)
+    output = model(*inputs)
+    return output, training_loss(output, batch, inputs[1], run.objective, run.config), inputs[1]
+
+
 def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: Objective, config: Config) -> Losses:
-    """The training loss of a micro-batch.
+    """Return the training losses of a micro-batch.
 
     Args:
         output: what the model predicted and routed.

@@ -1,92 +1,80 @@
-"""Where a NaN or an infinity came from: which rank, which layer."""
+"""Where a NaN or an infinity came from: which rank, which layer.
+
+Nothing watches a healthy step.  When a step fails, its micro-batches run once more, with unchanged weights, and every
+layer's output or every parameter's gradient is checked.  All ranks take part, because the passes hold collectives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.data.loader import MicroBatch
+from diffmoe_ds.distributed.collectives import all_reduce
+from diffmoe_ds.training.loss import forward, model_inputs
+from diffmoe_ds.training.setup import Run
 
-NOTHING = torch.iinfo(torch.int64).max
-
-
-class GradientWatch:
-    """Notes for every parameter whether its gradient on this rank was finite; costs one reduction each, no wait."""
-
-    def __init__(self, model: DiT) -> None:
-        """To be made after DeepSpeed's engine, which replaces the storage of parameters."""
-        self._names: list[str] = []
-        self._largest: list[Tensor | None] = []
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            self._names.append(name)
-            self._largest.append(None)
-            parameter.register_hook(partial(self._note, index))
-
-    @torch.no_grad()
-    def _note(self, index: int, gradient: Tensor) -> None:
-        largest, before = torch.linalg.vector_norm(gradient, ord=float("inf")), self._largest[index]
-        self._largest[index] = largest if before is None else torch.maximum(before, largest)
-
-    def forget(self) -> None:
-        """A step is over."""
-        self._largest = [None] * len(self._names)
-
-    def blame(self, rank: int, device: torch.device) -> str:
-        """Rank and parameter of the first non-finite gradient, in words; every rank must call."""
-        behind = NOTHING
-        for number, largest in enumerate(reversed(self._largest)):  # backward order: nearest to the loss first
-            if largest is not None and not largest.isfinite():
-                behind = number
-                break
-        first = _first(behind, rank, device)
-        if first is None:
-            return "in the sum over the ranks"
-        behind, rank = first
-        return f"on rank {rank}, first in the gradient of {self._names[-1 - behind]}"
+NOWHERE = torch.iinfo(torch.int64).max
 
 
 @torch.no_grad()
-def blame_forward(engine: DeepSpeedEngine, inputs: tuple[Tensor, ...], rank: int) -> str | None:
-    """Rank and layer whose output is the first non-finite one, in words; none if all are finite.
+def locate_in_forward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
+    """Return the rank and layer whose output is the first non-finite one, in words.  Every rank must call."""
+    for batch in micro_batches:
+        layers: list[str] = []  # in the order of computing, which is the same on all ranks
+        inputs = model_inputs(run, batch)
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in inputs)
+        places = [] if is_finite else [0]
 
-    Every rank must call.
+        def check(name: str, module: nn.Module, _: object, output: object, layers=layers, places=places) -> None:
+            layers.append(name)
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                places.append(len(layers))
 
-    Args:
-        engine: in training mode; it runs once more.
-        inputs: of the forward pass on this rank.
-        rank: this one.
+        handles = [m.register_forward_hook(partial(check, name)) for name, m in run.model.named_modules()]
+        run.engine(*inputs)
+        for handle in handles:
+            handle.remove()
+        first = _first(places[0] if places else NOWHERE, run)
+        if first is not None:
+            place, rank = first
+            what = "the images it read" if place == 0 else layers[place - 1] or "the prediction"
+            return f"on rank {rank}, first in {what}"
+    return "in the loss itself, not in any layer"
+
+
+def locate_in_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
+    """Return the rank and parameter of the first non-finite gradient, in words.  Every rank must call.
+
+    The gradients are asked for by `torch.autograd.grad`, which neither accumulates nor reduces them, so the engine's
+    state stays as it is.
     """
-    fired: list[str] = []  # layers in the order of computing, which is the same on all ranks
-    place = NOTHING if all(tensor.isfinite().all() for tensor in inputs) else 0
-
-    def look(name: str, module: nn.Module, _: object, output: object) -> None:
-        nonlocal place
-        fired.append(name)
-        tensor = output[0] if isinstance(output, tuple) else output
-        if place == NOTHING and isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            place = len(fired)
-
-    handles = [m.register_forward_hook(partial(look, name)) for name, m in engine.module.named_modules()]
-    engine(*inputs)
-    for handle in handles:
-        handle.remove()
-    first = _first(place, rank, inputs[0].device)
-    if first is None:
-        return None
-    place, rank = first
-    return f"on rank {rank}, first in {'the images it read' if place == 0 else fired[place - 1] or 'the prediction'}"
+    named = [(name, parameter) for name, parameter in run.model.named_parameters() if parameter.requires_grad]
+    for batch in micro_batches:
+        _, losses, _ = forward(run, run.model, batch)
+        gradients = torch.autograd.grad(losses.total, [parameter for _, parameter in named], allow_unused=True)
+        place = NOWHERE
+        for behind, gradient in enumerate(reversed(gradients)):  # backward order: nearest to the loss first
+            if gradient is not None and not gradient.isfinite().all():
+                place = behind
+                break
+        first = _first(place, run)
+        if first is not None:
+            place, rank = first
+            return f"on rank {rank}, first in the gradient of {named[-1 - place][0]}"
+    return "in the sum over the ranks"
 
 
-def _first(place: int, rank: int, device: torch.device) -> tuple[int, int] | None:
-    """(place, rank) of the lowest place over all ranks, of the lowest rank if several share it; none if all have none.
+def _first(place: int, run: Run) -> tuple[int, int] | None:
+    """Return the (place, rank) of the lowest place over all ranks, or None if no rank found one.
 
     Experts carry what one rank computed to the others, so the place counts before the rank.
     """
-    world = dist.get_world_size()
-    lowest = torch.tensor(place if place == NOTHING else place * world + rank, dtype=torch.int64, device=device)
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    return None if int(lowest) == NOTHING else divmod(int(lowest), world)
+    world = run.topology.world
+    mine = place if place == NOWHERE else place * world + run.topology.rank
+    lowest = int(all_reduce(torch.tensor(mine, dtype=torch.int64, device=run.device), "min"))
+    return None if lowest == NOWHERE else divmod(lowest, world)

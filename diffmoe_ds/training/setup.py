@@ -67,6 +67,16 @@ class Run:
         return self.topology.rank == 0
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the run has seen all of its images."""
+        return self.images >= self.config.run.total_images
+
+    def advance(self) -> None:
+        """Count a finished optimizer step."""
+        self.images += self.settings.global_batch
+        self.step += 1
+
+    @property
     def device(self) -> torch.device:
         """The device of this rank."""
         return self.engine.device

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.shuffle import sample_index
-from diffmoe_ds.training import loop
+from diffmoe_ds.training import batches
 
 taken: list[str] = []
-make_loader = loop.make_loader
+make_loader = batches.make_loader
 
 
 def recording(run, dataset):
@@ -26,7 +26,7 @@ def recording(run, dataset):
         yield batch
 
 
-loop.make_loader = recording
+batches.make_loader = recording
 folder = Path(sys.argv[1])
 code = main(sys.argv[2:])
 if code == 0:

@@ -1,4 +1,4 @@
-"""The files that a run appends to, in a world where disks fill: nothing here ends a run."""
+"""The files that a run appends to.  A full disk does not end the run: rows wait in memory, TensorBoard gets a gap."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torch.utils.tensorboard import SummaryWriter
 from diffmoe_ds.errors import CheckpointError
 
 
-class RowFile:
-    """``metrics.jsonl``: one strict JSON object a line.  Rows that a full disk refuses wait until it takes them."""
+class JsonlLog:
+    """``metrics.jsonl``: one strict JSON object per line.  Rows that a full disk refuses are retried later."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open it; rows of an earlier attempt after ``step`` are dropped, so that no step stands there twice.
+        """Open the file, dropping rows of an earlier attempt after ``step``, so that no step appears twice.
+
+        Args:
+            path: the file; created if it does not exist.
+            step: the last step that counts.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -27,9 +31,9 @@ class RowFile:
         self._warned = False
         try:
             if path.exists():
-                aside = path.with_suffix(".tmp")
-                aside.write_text("".join(f"{line}\n" for line in _lines_until(path, step)), encoding="utf-8")
-                aside.replace(path)
+                tmp = path.with_suffix(".tmp")
+                tmp.write_text("".join(f"{line}\n" for line in _lines_until(path, step)), encoding="utf-8")
+                tmp.replace(path)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: cannot be written: {error.strerror}.") from None
@@ -43,7 +47,7 @@ class RowFile:
             if self._file.write(data) < len(data):
                 raise OSError("the disk is full")
         except OSError as error:
-            self._file.truncate(end)  # half a line would hide the one after it
+            self._file.truncate(end)  # a partial line would corrupt the next one
             self._file.seek(end)
             if not self._warned:
                 print(f"*** WARNING: {self._path}: {error}; rows wait in memory ***", file=sys.stderr, flush=True)
@@ -57,8 +61,8 @@ class RowFile:
         self._file.close()
 
 
-class Board:
-    """TensorBoard's writer, begun anew after it failed: what it is told in between is lost, the run is not."""
+class TensorBoardLog:
+    """TensorBoard's writer, reopened after a failure; what is written in between is lost, the run goes on."""
 
     def __init__(self, directory: Path, images: int) -> None:
         """Open an event file; events of an earlier attempt after ``images`` are hidden by TensorBoard."""
@@ -80,11 +84,11 @@ class Board:
         self._tell("add_text", tag, text, images)
 
     def add_image(self, tag: str, grid_HWC: Any, images: int) -> None:
-        """A picture, uint8, at an image count."""
+        """A uint8 picture at an image count."""
         self._tell("add_image", tag, grid_HWC, images, dataformats="HWC")
 
     def flush(self) -> None:
-        """Bring everything to the disk; after a failure, try again with a new file."""
+        """Write everything to disk; after a failure, try again with a new file."""
         if self._writer is None:
             self._open()
         else:
@@ -121,5 +125,5 @@ def _lines_until(path: Path, step: int) -> list[str]:
             if json.loads(text)["step"] <= step:
                 kept.append(text)
         except (ValueError, KeyError, TypeError):
-            continue  # the line that a killed run did not finish
+            continue  # a line that a killed run left incomplete
     return kept

@@ -1,0 +1,144 @@
+"""What happens after an optimizer step.
+
+Hooks hold collectives, so every rank runs the same hooks in the same order; what only rank 0 writes goes to a `RunLog`,
+which does nothing on the other ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from diffmoe_ds.distributed.stragglers import Stragglers
+from diffmoe_ds.distributed.watchdog import Watchdog
+from diffmoe_ds.sampling.generate import save_png
+from diffmoe_ds.training.batches import BatchSource
+from diffmoe_ds.training.checkpointer import Checkpointer
+from diffmoe_ds.training.preview import Preview
+from diffmoe_ds.training.routing_report import routing_report
+from diffmoe_ds.training.run_log import RunLog
+from diffmoe_ds.training.setup import Run
+from diffmoe_ds.training.step import StepResult
+
+Hook = Callable[[StepResult], None]
+"""Called on every rank after every optimizer step."""
+
+
+def make_hooks(
+    run: Run, log: RunLog, batches: BatchSource, checkpointer: Checkpointer, stragglers: Stragglers, watchdog: Watchdog
+) -> tuple[Hook, ...]:
+    """Return the hooks of a run, in the order in which they are called."""
+    return (
+        LogStep(run, log, batches),
+        CompareRanks(run, log, stragglers),
+        LogLine(run, log),
+        Save(run, checkpointer),
+        SampleGrid(run, log, watchdog),
+    )
+
+
+class Interval:
+    """True once for every multiple of ``period`` images that a run passes; never for a period of 0."""
+
+    def __init__(self, period: int, images: int) -> None:
+        self._period = period
+        self._images = images
+
+    def __call__(self, images: int) -> bool:
+        before, self._images = self._images, images
+        return self._period > 0 and images // self._period > before // self._period
+
+
+class LogStep:
+    """Add the step's row to ``metrics.jsonl``."""
+
+    def __init__(self, run: Run, log: RunLog, batches: BatchSource) -> None:
+        self._run, self._log, self._batches = run, log, batches
+
+    def __call__(self, step: StepResult) -> None:
+        losses = step.losses
+        row: dict[str, Any] = {
+            "step": self._run.step,
+            "images": self._run.images,
+            "loss": losses.total.item(),
+            "diffusion_loss": losses.diffusion.item(),
+            "capacity_loss": losses.capacity.item(),
+            "grad_norm": step.grad_norm,
+            "lr": step.lr,
+        }
+        if self._run.config.routing.kind == "token_choice":
+            row["balance_loss"] = losses.balance.item()
+        row["data_s"] = self._batches.waited_s()
+        self._log.step(row)
+
+
+class CompareRanks:
+    """Now and then, compare the ranks' own work and log the slowest."""
+
+    def __init__(self, run: Run, log: RunLog, stragglers: Stragglers) -> None:
+        self._run, self._log, self._stragglers = run, log, stragglers
+
+    def __call__(self, step: StepResult) -> None:
+        comparison = self._stragglers.compare(self._run.step)
+        if comparison is not None:
+            self._log.ranks(comparison, self._run.images)
+
+
+class LogLine:
+    """Print a line and write TensorBoard's scalars and routing figures."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self._run, self._log = run, log
+        self._due = Interval(run.config.run.log_every_images, run.images)
+
+    def __call__(self, step: StepResult) -> None:
+        if not (self._due(self._run.images) or self._run.is_complete):
+            return
+        if step.routing:
+            report = routing_report(step.routing, step.noise_level_B)
+            self._log.routing(report, self._run.model.moe_layers(), self._run.images)
+        self._log.line()
+
+
+class Save:
+    """Save a checkpoint."""
+
+    def __init__(self, run: Run, checkpointer: Checkpointer) -> None:
+        self._run, self._checkpointer = run, checkpointer
+        self._due = Interval(run.config.run.save_every_images, run.images)
+
+    def __call__(self, step: StepResult) -> None:
+        if self._due(self._run.images) or self._run.is_complete:
+            self._checkpointer.start(wait=self._run.is_complete)
+
+
+class SampleGrid:
+    """Generate a grid of samples from the averaged weights, for TensorBoard and ``samples/``."""
+
+    def __init__(self, run: Run, log: RunLog, watchdog: Watchdog) -> None:
+        self._run, self._log = run, log
+        self._preview = Preview(run, watchdog)
+        self._period = run.config.run.sample_every_images
+        self._due = Interval(self._period, run.images)
+
+    def __call__(self, step: StepResult) -> None:
+        if not (self._due(self._run.images) or (self._period and self._run.is_complete)):
+            return
+        grid = self._preview.generate()
+        if grid is not None:
+            self._log.image("samples", grid, self._run.images)
+            self._write_png(grid)
+        self._log.pause()
+
+    def _write_png(self, grid_HWC: np.ndarray) -> None:
+        folder = self._run.directory / "samples"
+        path = folder / f"images_{self._run.images:012d}.png"
+        try:
+            folder.mkdir(exist_ok=True)
+            save_png(grid_HWC, str(path), scale=max(1, math.ceil(600 / grid_HWC.shape[1])))
+        except OSError as error:  # a picture is not worth a run
+            print(f"*** WARNING: {path} was not written: {error} ***", file=sys.stderr, flush=True)

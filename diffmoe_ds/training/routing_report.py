@@ -1,0 +1,58 @@
+"""How the tokens of one micro-batch were routed, counted over all ranks.
+
+Legend: L MoE layers, E experts, T tokens, B images of this rank, N noise-level bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.distributed.collectives import all_reduce
+from diffmoe_ds.moe.layer import Routing
+
+NOISE_BINS = 10
+"""Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """How one micro-batch over all ranks was routed."""
+
+    load_LE: Tensor
+    """Tokens of each expert over the mean of its layer; 1 is balanced."""
+    taken_LT: Tensor
+    """Share of tokens that were taken by 0, 1, ... E experts, [L, E + 1]."""
+    capacity_LN: Tensor
+    """Mean number of experts per token, by the noise level of the image; NaN for a bin without images."""
+
+
+@torch.no_grad()
+def routing_report(routings: tuple[Routing, ...], noise_level_B: Tensor) -> RoutingReport:
+    """Count over all ranks what they routed.  A collective: every rank must call.
+
+    Args:
+        routings: the routing of each MoE layer on this rank.
+        noise_level_B: the noise level of each image, in [0, 1].
+    """
+    images, experts = len(noise_level_B), routings[0].mask_TE.shape[1]
+    bin_B = (noise_level_B * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+    layers = []
+    for routing in routings:
+        taken_T = routing.mask_TE.sum(1)
+        rows_E = routing.mask_TE.sum(0).double()
+        taken = torch.bincount(taken_T, minlength=experts + 1).double()
+        per_image_B = taken_T.view(images, -1).double().mean(1)
+        sums_N = torch.zeros(NOISE_BINS, dtype=torch.float64, device=rows_E.device).index_add_(0, bin_B, per_image_B)
+        counts_N = torch.bincount(bin_B, minlength=NOISE_BINS).double()
+        layers.append(torch.cat([rows_E, taken, sums_N, counts_N]))
+    counts = torch.stack(layers)
+    all_reduce(counts)
+    rows_LE, taken_LT, sums_LN, counts_LN = counts.cpu().split([experts, experts + 1, NOISE_BINS, NOISE_BINS], dim=1)
+    return RoutingReport(
+        load_LE=rows_LE / rows_LE.mean(1, keepdim=True),
+        taken_LT=taken_LT / taken_LT.sum(1, keepdim=True),
+        capacity_LN=sums_LN / counts_LN,
+    )

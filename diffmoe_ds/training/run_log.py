@@ -1,0 +1,185 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard, and a line now and then."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffmoe_ds.distributed.stragglers import Comparison
+from diffmoe_ds.moe.layer import MoELayer
+from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
+from diffmoe_ds.training.routing_report import NOISE_BINS, RoutingReport
+
+SPEED_STEPS = 50
+"""Steps over which the speed of the log line and its ETA are averaged."""
+
+
+class RunLog:
+    """Reports nothing: the log of every rank but rank 0, whose `MainLog` overrides all methods."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Record an optimizer step.
+
+        Args:
+            row: its figures; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added.
+        """
+
+    def skipped(self, text: str) -> None:
+        """Report a step that was skipped because it was not finite."""
+
+    def line(self) -> None:
+        """Print a line about the steps since the last line, and write their means to TensorBoard."""
+
+    def routing(self, report: RoutingReport, layers: Mapping[int, MoELayer], images: int) -> None:
+        """Write, for every MoE layer, the load per expert, experts per token, capacity by noise level, thresholds.
+
+        Args:
+            report: of the step that just ended.
+            layers: the MoE layers by block number.
+            images: images seen so far.
+        """
+
+    def ranks(self, comparison: Comparison, images: int) -> None:
+        """Write the slowest rank against the others, and print it if it is a straggler."""
+
+    def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
+        """Write a uint8 picture to TensorBoard."""
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the speed: it was not spent training."""
+
+    def close(self) -> None:
+        """Flush and close the files."""
+
+
+def open_log(
+    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool
+) -> RunLog:
+    """Return the log of this rank.
+
+    Args:
+        directory: the run's directory.
+        tensorboard_dir: where TensorBoard's files go; None writes none.
+        images: images seen so far.
+        step: optimizer steps made so far; what an earlier attempt wrote after it is dropped.
+        total_images: images of the whole run, for the ETA.
+        is_main: whether this is rank 0.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    if not is_main:
+        return RunLog()
+    rows = JsonlLog(directory / "metrics.jsonl", step)
+    return MainLog(
+        rows, None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images), images, total_images
+    )
+
+
+class MainLog(RunLog):
+    """The log of rank 0."""
+
+    def __init__(self, rows: JsonlLog, board: TensorBoardLog | None, images: int, total_images: int) -> None:
+        self._rows = rows
+        self._board = board
+        self._total = total_images
+        self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
+        self._since_line: list[dict[str, Any]] = []
+
+    def step(self, row: dict[str, Any]) -> None:
+        last_time, last_images = self._recent[-1]
+        now = time.perf_counter()
+        self._recent.append((now, row["images"]))
+        row["images_per_s"] = round((row["images"] - last_images) / max(now - last_time, 1e-9), 2)
+        row["peak_memory_mb"] = round(peak_memory_mb(), 1)
+        self._rows.add(row)
+        self._since_line.append(row)
+
+    def skipped(self, text: str) -> None:
+        print(f"{'skipped':>11}  {text}", flush=True)
+
+    def pause(self) -> None:
+        images = self._recent[-1][1]
+        self._recent.clear()
+        self._recent.append((time.perf_counter(), images))
+
+    def line(self) -> None:
+        rows = self._since_line
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key not in ("step", "images")}
+        last = rows[-1]
+        self._since_line = []
+        (first_time, first_images), (last_time, last_images) = self._recent[0], self._recent[-1]
+        speed = (last_images - first_images) / max(last_time - first_time, 1e-9)
+        if last_images == first_images:
+            speed = means["images_per_s"]
+        if self._board is not None:
+            for key, value in {**means, "images_per_s": speed}.items():
+                group = "loss" if key.endswith("loss") else "train"
+                self._board.add_scalar(f"{group}/{key}", value, last["images"])
+            self._board.flush()
+        left = max(self._total - last["images"], 0) / speed
+        parts = " ".join(f"{key.removesuffix('_loss')} {means[key]:.4f}" for key in means if key.endswith("_loss"))
+        print(
+            f"{last['images']:>11,} of {self._total:,} images | loss {means['loss']:.4f} ({parts}) | "
+            f"grad {means['grad_norm']:.3f} | lr {last['lr']:.2e} | {speed:,.0f} images/s | "
+            f"{last['peak_memory_mb']:,.0f} MB | ETA {_clock(left)}",
+            flush=True,
+        )
+
+    def routing(self, report: RoutingReport, layers: Mapping[int, MoELayer], images: int) -> None:
+        if self._board is None:
+            return
+        for number, (index, layer) in enumerate(layers.items()):
+            block = f"block_{index:02d}"
+            self._board.add_histogram(f"load/{block}", report.load_LE[number], images)
+            for expert, load in enumerate(report.load_LE[number].tolist()):
+                self._board.add_scalar(f"load_per_expert/{block}/expert_{expert:02d}", load, images)
+            for taken, share in enumerate(report.taken_LT[number].tolist()):
+                self._board.add_scalar(f"tokens_by_experts_taken/{block}/experts_{taken:02d}", share, images)
+            for level, capacity in enumerate(report.capacity_LN[number].tolist()):
+                if capacity == capacity:  # a bin without images is NaN
+                    middle = (level + 0.5) / NOISE_BINS
+                    self._board.add_scalar(f"capacity_by_noise_level/{block}/noise_{middle:.2f}", capacity, images)
+            if layer.capacity_predictor is not None:
+                self._board.add_histogram(f"thresholds/{block}", layer.expert_threshold, images)
+                for expert, threshold in enumerate(layer.expert_threshold.tolist()):
+                    self._board.add_scalar(f"threshold/{block}/expert_{expert:02d}", threshold, images)
+
+    def ranks(self, comparison: Comparison, images: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar("ranks/slowest_over_others", comparison.ratio, images)
+            self._board.add_scalar("ranks/slowest_rank", comparison.rank, images)
+        if comparison.is_straggler:
+            print(f"{'straggler':>11}  {comparison}", flush=True)
+            if self._board is not None:
+                self._board.add_text("ranks/straggler", str(comparison), images)
+
+    def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
+        if self._board is not None:
+            self._board.add_image(tag, grid_HWC, images)
+
+    def close(self) -> None:
+        self._rows.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process so far in MiB: of the GPU if there is one, otherwise resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,117 @@
+"""One optimizer step: noise, forward, backward, update, EMA.  The loop around it is `training/loop.py`."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.data.loader import MicroBatch
+from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.stragglers import Stragglers
+from diffmoe_ds.distributed.watchdog import Watchdog
+from diffmoe_ds.errors import NonFiniteError
+from diffmoe_ds.moe.layer import Routing
+from diffmoe_ds.training.batches import BatchSource
+from diffmoe_ds.training.checkpointer import Checkpointer
+from diffmoe_ds.training.loss import Losses, forward
+from diffmoe_ds.training.nonfinite import locate_in_backward, locate_in_forward
+from diffmoe_ds.training.run_log import RunLog
+from diffmoe_ds.training.setup import Run, mean_over_ranks
+
+
+class StepResult(NamedTuple):
+    """Results of one optimizer step."""
+
+    losses: Losses
+    """Means over micro-steps and ranks."""
+    grad_norm: float
+    """The 2-norm of the whole gradient, before clipping."""
+    lr: float
+    """The learning rate that was used."""
+    routing: tuple[Routing, ...]
+    """What the last micro-step routed on this rank, one entry per MoE layer."""
+    noise_level_B: Tensor
+    """The noise levels of the last micro-step's images, in [0, 1]."""
+
+
+def train_step(
+    run: Run, batch: MicroBatch, batches: BatchSource, watchdog: Watchdog, stragglers: Stragglers
+) -> StepResult:
+    """Run all micro-steps of an optimizer step, the update, and what follows once per step.
+
+    Args:
+        run: the run.
+        batch: the first micro-batch.
+        batches: where the other micro-batches come from.
+        watchdog: told about progress.
+        stragglers: measures this rank's own work.
+
+    Raises:
+        NonFiniteError: on all ranks; the weights are those before the step.
+    """
+    accumulation = run.settings.accumulation
+    totals = torch.zeros(len(Losses._fields), device=run.device)
+    micro_batches: list[MicroBatch] = []
+    problem = ""
+    while len(micro_batches) < accumulation:
+        with stragglers.own_work(run.step):
+            if micro_batches:
+                batch, *_ = batches.fetch()
+            micro_batches.append(batch)
+            output, losses, t_B = forward(run, run.engine, batch)
+        is_last = len(micro_batches) == accumulation
+        totals += torch.stack([loss.detach().float() for loss in losses]) / accumulation
+        loss = losses.total
+        if is_last:
+            totals = mean_over_ranks(totals)
+            if not totals.isfinite().all():
+                problem = f"the loss is {totals[0].item()} {locate_in_forward(run, micro_batches)}"
+                loss = loss * float("nan")  # so that DeepSpeed discards the gradient, whatever the loss gave
+        run.engine.backward(loss)
+        if not is_last:
+            run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
+        run.thresholds.observe(output.routing)
+        watchdog.tick()
+    lr = run.engine.get_lr()[0]
+    grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
+    if not math.isfinite(grad_norm):
+        _discard(run, problem or f"a gradient is not finite {locate_in_backward(run, micro_batches)}")
+    run.thresholds.update()
+    run.ema.update()
+    watchdog.tick()
+    return StepResult(Losses(*totals), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
+
+
+def _discard(run: Run, problem: str) -> None:
+    """Forget a step whose gradient was not finite, and raise."""
+    run.thresholds.forget()
+    raise NonFiniteError(
+        f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "
+        "learning rate, set gradient_clipping in the DeepSpeed JSON, or allow run.nonfinite_skips."
+    )
+
+
+class SkippedSteps:
+    """Counts steps in a row that were skipped because they were not finite."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self._run = run
+        self._log = log
+        self._in_a_row = 0
+
+    def count(self, error: NonFiniteError, checkpointer: Checkpointer) -> None:
+        """Skip the images of a non-finite step; raise the error if there were too many such steps in a row."""
+        self._in_a_row += 1
+        allowed = self._run.config.run.nonfinite_skips
+        if self._in_a_row > allowed:
+            checkpointer.complete()
+            raise error
+        self._run.images += self._run.settings.global_batch
+        self._log.skipped(f"{error} ({self._in_a_row} of {allowed} in a row)")
+
+    def reset(self) -> None:
+        """A step was finite."""
+        self._in_a_row = 0
