@@ -51,6 +51,7 @@ def test_allowed_skips_leave_no_trace(tmp_path, zero, bf16):
     finished = poisoned(tmp_path, "gradient", "2,4", zero, "run.nonfinite_skips=1", **changes)
     assert finished.code == 0, finished.output
     assert finished.output.count("(1 of 1 in a row)") == 2
+    assert finished.output.count("on rank 1, first in the gradient of blocks.1.mlp.gate_weight") == 2, finished.output
     rows = read_metrics(tmp_path / "run")
     assert [(row["step"], row["images"]) for row in rows] == [(1, 16), (2, 48), (3, 80)]
     reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
