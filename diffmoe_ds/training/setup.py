@@ -170,9 +170,3 @@ def together(action: Callable[[], T]) -> T:
     if failed.item():
         raise CheckpointError("another rank could not read or write its part.")
     return result
-
-
-def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Mean of each element over all ranks."""
-    dist.all_reduce(values)
-    return values / dist.get_world_size()

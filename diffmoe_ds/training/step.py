@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.collectives import mean_over_ranks
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import NonFiniteError
@@ -19,7 +20,7 @@ from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.loss import Losses, forward
 from diffmoe_ds.training.nonfinite import locate_in_backward, locate_in_forward
 from diffmoe_ds.training.run_log import RunLog
-from diffmoe_ds.training.setup import Run, mean_over_ranks
+from diffmoe_ds.training.setup import Run
 
 
 class StepResult(NamedTuple):

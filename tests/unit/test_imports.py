@@ -90,8 +90,6 @@ EXCEPTIONS = {
     "diffmoe_ds/config/schema.py:Config.__post_init__": "to be converted",
     "diffmoe_ds/data/loader.py:PositionLoader.__init__": "to be converted",
     "diffmoe_ds/training/banner.py:banner": "to be converted",
-    "diffmoe_ds/training/loop.py:train": "to be converted",
-    "diffmoe_ds/training/loop.py:_step": "to be converted",
     "benchmarks/checkpoint.py:bench_checkpoint": "to be converted",
     "diffmoe_ds/diffusion/objective.py:16": "to be converted",
     "diffmoe_ds/config/schema.py": "to be converted",
