@@ -6,7 +6,7 @@ __all__ = ["load_official"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and the model only when they are asked for: a mistyped option should be answered at once."""
+    """Import torch and the model lazily so that ``diffmoe`` rejects a typo at once."""
     if name == "load_official":
         from diffmoe_ds.checkpoint.reference import load_official
 

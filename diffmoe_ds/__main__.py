@@ -1,4 +1,4 @@
-"""``python -m diffmoe_ds``."""
+"""Run ``diffmoe`` as ``python -m diffmoe_ds``."""
 
 import sys
 

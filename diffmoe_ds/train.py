@@ -1,10 +1,10 @@
-"""The script that launchers start: ``deepspeed diffmoe_ds/train.py ...``.  The same as ``diffmoe train``."""
+"""Entry script for launchers: ``deepspeed diffmoe_ds/train.py ...`` is the same as ``diffmoe train ...``."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script's own folder comes first on the path, and ours holds modules with common names.
+    # Python puts the script's folder first on the path, where our modules would hide others of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from diffmoe_ds.cli import main
 

@@ -1,18 +1,18 @@
 #!/bin/bash
-# Train on the hosts of a hostfile with DeepSpeed's launcher, from one of them or from a login node.
+# Train on the hosts of a hostfile with the DeepSpeed launcher, started on one of them or on a login node.
 #
 #   launchers/deepspeed.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
-#   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile, where DeepSpeed looks by itself; see hostfile.example)
-#   NODES         use only the first so many hosts (all; not with openmpi)
+#   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile, DeepSpeed's default; see hostfile.example)
+#   NODES         use only the first NODES hosts (all; not with openmpi)
 #   LAUNCHER      pdsh, openmpi or slurm (pdsh)
-#   LAUNCHER_ARGS options for it, such as "--partition=gpu --ntasks-per-node=8" (none)
-#   MASTER_PORT   the port on the first host where ranks meet (29500)
-#   CHECK         0 leaves out the check of every host over ssh before the start (1, with pdsh)
-#   PYTHON        the interpreter, the same path on all hosts (python)
-# What the ranks' environment needs (PATH, NCCL_SOCKET_IFNAME, ...) goes into .deepspeed_env in this directory or in the
-# home directory: pdsh carries no variables.  See deepspeed_env.example.
+#   LAUNCHER_ARGS options of that launcher, such as "--partition=gpu --ntasks-per-node=8" (none)
+#   MASTER_PORT   rendezvous port on the first host (29500)
+#   CHECK         0 skips checking every host over ssh before the start (1; pdsh only)
+#   PYTHON        the interpreter, at the same path on all hosts (python)
+# Put variables that ranks need (PATH, NCCL_SOCKET_IFNAME, ...) into .deepspeed_env in the current directory or your
+# home directory, because pdsh does not forward the environment.  See deepspeed_env.example.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile} launcher=${LAUNCHER:-pdsh}

@@ -4,7 +4,7 @@
 #   launchers/local.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
-#   PROCESSES   ranks to start (the number of GPUs, or 1)
+#   PROCESSES   number of ranks (the number of GPUs, or 1)
 #   PYTHON      the interpreter (python)
 set -euo pipefail
 cd "$(dirname "$0")/.."

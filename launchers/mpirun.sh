@@ -1,14 +1,14 @@
 #!/bin/bash
-# Train on the hosts of a hostfile with Open MPI's mpirun; the ranks find each other through mpi4py.
+# Train on the hosts of a hostfile with Open MPI's mpirun; ranks rendezvous through mpi4py.
 #
 #   launchers/mpirun.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
 #   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile; see hostfile.example)
-#   RANKS         ranks to start (all slots)
-#   MPI_OPTIONS   more options of mpirun, such as "--mca btl_tcp_if_include eth0" (none)
-#   CHECK         0 leaves out the check of every host over ssh before the start (1)
-#   PYTHON        the interpreter, the same path on all hosts (python)
+#   RANKS         number of ranks (all slots)
+#   MPI_OPTIONS   additional options of mpirun, such as "--mca btl_tcp_if_include eth0" (none)
+#   CHECK         0 skips checking every host over ssh before the start (1)
+#   PYTHON        the interpreter, at the same path on all hosts (python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile}

@@ -1,19 +1,19 @@
 #!/bin/bash
-# Train with torchrun: start this on every node, with the same variables but NODE_RANK.
+# Train with torchrun.  Run this on every node with the same variables except NODE_RANK.
 #
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node1 launchers/torchrun.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
 #   NODES         number of nodes (1)
-#   NODE_RANK     this node, from 0 (0)
-#   MASTER_ADDR   the node of NODE_RANK 0; needed with several nodes (localhost)
-#   MASTER_PORT   a free port on it (29500)
+#   NODE_RANK     index of this node, from 0 (0)
+#   MASTER_ADDR   host name of the node with NODE_RANK 0; required with several nodes (localhost)
+#   MASTER_PORT   rendezvous port on that node (29500)
 #   PROCESSES     ranks per node (the number of GPUs, or 1)
 #   PYTHON        the interpreter (python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-[[ ${NODES:-1} == 1 ]] || : "${MASTER_ADDR:?set it to the node of NODE_RANK 0}"
+[[ ${NODES:-1} == 1 ]] || : "${MASTER_ADDR:?set it to the host name of the node with NODE_RANK 0}"
 command=("${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:-1}" --node_rank "${NODE_RANK:-0}"
   --nproc_per_node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
   --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}" diffmoe_ds/train.py)

@@ -106,7 +106,7 @@ def test_a_loss_that_is_no_number_is_not_requeued(cluster: Cluster, project: Pat
     sbatch = Sbatch(cluster, project)
     ended = sbatch.until_ended(sbatch.submit("2", after="optimizer.lr=1e30"))
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "3", 0), sbatch.text()
-    assert "exit code 3: starting again would not help" in sbatch.text()
+    assert "exit code 3: not requeued, a restart would fail in the same way" in sbatch.text()
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost
     finally:
         cluster.power(lost, "on")
     assert (ended.state, ended.exit_code) == ("COMPLETED", "0"), sbatch.text()
-    assert "training does not fit on 3 nodes, so it takes 2" in sbatch.text()
+    assert "cannot train on 3 nodes, using 2" in sbatch.text()
     assert "world  4 =" in sbatch.text() and "world  2 =" in sbatch.text()
     resumed = int(re.findall(r"continues .* at ([\d,]+) images", sbatch.text())[0].replace(",", ""))
     assert 20 * STEP <= resumed <= before * STEP, "goes on from the last checkpoint, or from the one before"
