@@ -1,50 +1,131 @@
-"""Files that are whole or not there, and tar files whose bytes depend on their contents alone."""
+"""Atomic writes, checksums and removal of files.
+
+A file is written under a temporary name beside its own, flushed to the disk and renamed, so a reader sees the old
+contents or the new ones and never a part.  A name that begins with `TMP_PREFIX` or `REMOVING_PREFIX` is garbage that a
+killed process left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from diffmoe_ds.errors import CheckpointError
 
-ASIDE = ".writing-"
-"""What the name of an unfinished file begins with."""
+TMP_PREFIX = ".writing-"
+"""Start of the name of a file or directory that is not complete yet."""
+REMOVING_PREFIX = ".removing-"
+"""Start of the name of a directory that is being removed."""
+
+
+class Digest(NamedTuple):
+    """Size and checksum of a file, as a manifest lists them."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal SHA-256 of the contents."""
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """Return the error that tells a user why a file could not be written.
+
+    Args:
+        path: the file, for errors that name none or the temporary one.
+        error: what the system reported.
+    """
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
+    if named.name.startswith(TMP_PREFIX):
+        named = path
+    return CheckpointError(f"{named}: cannot be written: {error.strerror or error}.")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is complete and on the disk; raises ``CheckpointError`` if it cannot be."""
-    aside = path.with_name(f"{ASIDE}{path.name}-{uuid.uuid4().hex[:12]}")
+def replacing(path: Path) -> Iterator[Path]:
+    """Provide a temporary path that replaces another one at the end of the block.
+
+    Args:
+        path: the file to replace or create.
+
+    Yields:
+        A path in the same directory.  If the block raises, whatever it wrote there is removed.
+
+    Raises:
+        OSError: the file could not be written or renamed; `path` is as it was.
+    """
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
-        with open(aside, "w+b") as file:
+        yield tmp
+        tmp.replace(path)
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name, complete and on the disk, at the end of the block.
+
+    Args:
+        path: the file to replace or create.
+
+    Yields:
+        The open file.  If the block raises, `path` keeps its old contents.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as tmp, open(tmp, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        raise write_error(path, error) from None
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Plain data as a whole file."""
-    with whole_file(path) as file:
-        file.write((json.dumps(tree, indent=1) + "\n").encode())
+def write_text(path: Path, text: str) -> Digest:
+    """Write a UTF-8 file atomically and return its digest.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    data = text.encode()
+    with atomic_write(path) as file:
+        file.write(data)
+    return Digest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_json(path: Path, tree: Any) -> Digest:
+    """Write plain data as a JSON file, atomically, and return the file's digest.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    return write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A tar file of (name, contents): no time, user or mode of this machine goes into it."""
-    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    """Write a tar file atomically; its bytes depend on its members alone.
+
+    Args:
+        path: the tar file.
+        members: (name, contents) of each member; time, user and mode are constants.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -52,10 +133,138 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
+    """Write several files, then move all of them into a directory.
+
+    Args:
+        directory: created if it does not exist.
+        writers: for each file name, a function that writes the path it is given.
+
+    Returns:
+        The files, in the order of `writers`.
+
+    Raises:
+        CheckpointError: a file cannot be written; the directory's files are as they were.
+    """
+    tmp = directory / f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}"
+    try:
+        tmp.mkdir(parents=True)
+        for name, write in writers.items():
+            write(tmp / name)
+        for name in writers:
+            (tmp / name).replace(directory / name)
+        sync_directory(directory)
+    except OSError as error:
+        raise write_error(directory, error) from None
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+    return [directory / name for name in writers]
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Create a file with its contents in one atomic step, unless it exists.
+
+    Returns:
+        Whether this call created the file; of several processes that try, one succeeds.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        write_synced(tmp, data)
+        os.link(tmp, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and flush it to the disk.
+
+    Raises:
+        OSError: the file exists or cannot be written.
+    """
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory to the disk, which makes renames in it durable.
+
+    Raises:
+        OSError: the directory cannot be opened or flushed.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a directory
+            raise
+    finally:
+        os.close(handle)
+
+
 def sha256_of(path: Path) -> str:
-    """Of a file's contents."""
+    """Return the hexadecimal SHA-256 of a file's contents.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file, a link or a directory with its contents, if it exists.
+
+    A link is removed itself: neither `path` nor a link below it is followed, even if another process replaces a
+    directory with a link meanwhile (`shutil.rmtree` opens every directory without following links).
+
+    Args:
+        path: what to remove.
+        ignore_errors: remove as much as possible and raise nothing.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=ignore_errors)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError:
+        if not ignore_errors:
+            raise
+
+
+def rename_for_removal(path: Path) -> Path:
+    """Rename a directory to a name that marks it as garbage, so that a half-removed one is not used.
+
+    Returns:
+        The new path, for `remove_tree`.
+
+    Raises:
+        OSError: the directory cannot be renamed.
+    """
+    garbage = path.with_name(f"{REMOVING_PREFIX}{path.name}")
+    remove_tree(garbage)
+    return path.rename(garbage)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed processes left in a directory: incomplete files and half-removed directories.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    for path in directory.iterdir():
+        if path.name.startswith((TMP_PREFIX, REMOVING_PREFIX)):
+            remove_tree(path)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.layout import BUFFER, WRITING
+from diffmoe_ds.checkpoint.layout import BUFFER
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, stored_config
-from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.files import write_json, write_together
 from diffmoe_ds.model.dit import empty_model
 
 WEIGHTS_FILE = "model.safetensors"
@@ -188,33 +188,8 @@ def write_model(out: Path, entries: list[Entry], config: Config, weights: str, i
         CheckpointError: they cannot be written; nothing is left of them.
     """
     description = {"weights": weights, "images": images, "config": config_to_dict(config)}
-    return replace_directory_files(
-        out,
-        {
-            CONFIG_FILE: lambda path: write_text(path, json.dumps(description, indent=1)),
-            WEIGHTS_FILE: lambda path: write_safetensors(path, entries, {"format": "pt"}),
-        },
-    )
-
-
-def replace_directory_files(out: Path, writers: dict[str, Callable[[Path], object]]) -> Path:
-    """Write files aside and move them into a directory when all are there.
-
-    Returns:
-        The last file.
-
-    Raises:
-        CheckpointError: one cannot be written; the directory is as it was.
-    """
-    aside = out / f"{WRITING}{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
-        for name, write in writers.items():
-            write(aside / name)
-        for name in writers:
-            (aside / name).rename(out / name)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or out}: cannot be written: {error.strerror}.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return out / list(writers)[-1]
+    writers = {
+        CONFIG_FILE: lambda path: write_json(path, description),
+        WEIGHTS_FILE: lambda path: write_safetensors(path, entries, {"format": "pt"}),
+    }
+    return write_together(out, writers)[-1]

@@ -5,8 +5,6 @@ What it gains is reading: each rank of the new layout finds its part in one file
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, WRITING, fragment_key, rank_file
+from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, fragment_key, rank_file
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.save import write_manifest
-from diffmoe_ds.checkpoint.stream import Digest, Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import TMP_PREFIX, Digest, remove_tree, sync_directory, write_error, write_json
 from diffmoe_ds.topology import Topology
 
 
@@ -38,24 +37,25 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
     ranks = [Topology(rank, world, ep_size, reader.config.num_experts) for rank in range(world)]
     if out.exists():
         raise CheckpointError(f"--out {out}: exists already; a checkpoint is never overwritten.")
-    aside = out.parent / f"{WRITING}{out.name}"
+    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        remove_tree(tmp)  # of a process that was killed
+        tmp.mkdir(parents=True)
         files = {}
         for topology in tqdm(ranks, unit="file", desc="reshard"):
-            files[rank_file(topology.rank)] = _write(reader, topology, aside / rank_file(topology.rank))
+            files[rank_file(topology.rank)] = _write(reader, topology, tmp / rank_file(topology.rank))
         layout = {**reader.meta["layout"], "world": world, "ep_size": ep_size}
         for of_the_run in ("micro_batch", "accumulation"):  # with these ranks they need not give its batch
             layout.pop(of_the_run, None)
         meta = {**reader.meta, "files": world, "layout": layout}
-        files[META] = write_text(aside / META, json.dumps(meta, indent=1))
-        write_manifest(aside, files)
-        aside.rename(out)
+        files[META] = write_json(tmp / META, meta)
+        write_manifest(tmp, files)
+        tmp.rename(out)
+        sync_directory(out.parent)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or out}: cannot be written: {error.strerror}.") from None
+        raise write_error(out, error) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(tmp, ignore_errors=True)
 
 
 def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.layout import LEFT, REMOVING, checkpoint_images
+from diffmoe_ds.checkpoint.layout import LEFT, checkpoint_images
 from diffmoe_ds.checkpoint.verify import check_sizes
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import remove_tree, rename_for_removal
 
 
 def leave_newer(root: Path, images: int) -> list[str]:
@@ -45,9 +45,7 @@ def remove_surplus(root: Path, newest: str, config: CheckpointConfig) -> list[st
     names = sorted((p.name for p in root.iterdir() if checkpoint_images(p.name) is not None), reverse=True)
     removed = []
     for name in surplus(names, newest, config, lambda name: _is_whole(root / name)):
-        aside = root / f"{REMOVING}{name}"
-        (root / name).rename(aside)  # so that a checkpoint half removed does not look like one
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(rename_for_removal(root / name), ignore_errors=True)
         removed.append(name)
     return removed
 

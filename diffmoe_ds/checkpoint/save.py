@@ -7,9 +7,7 @@ its name and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls n
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
+import os
 import socket
 import sys
 import threading
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import (
@@ -27,23 +24,29 @@ from diffmoe_ds.checkpoint.layout import (
     LATEST,
     MANIFEST,
     META,
-    REMOVING,
-    WRITING,
     checkpoint_name,
     checkpoint_root,
     fragment_key,
     rank_file,
 )
 from diffmoe_ds.checkpoint.retention import leave_newer, remove_surplus
-from diffmoe_ds.checkpoint.stream import Digest, Entry, sync_directory, write_safetensors, write_text
+from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
+from diffmoe_ds.distributed.collectives import all_gather, get_rank, get_world_size
+from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.distributed.deepspeed_seam import Fragment
-from diffmoe_ds.errors import CheckpointError
-
-POINTER_ASIDE = f"{WRITING}{LATEST}"
-MAX_REASON_BYTES = 8192
-"""Of what a rank that could not write tells the others; a path alone may have 4096."""
+from diffmoe_ds.errors import CheckpointError, DiffMoEError
+from diffmoe_ds.files import (
+    TMP_PREFIX,
+    Digest,
+    atomic_write,
+    remove_leftovers,
+    remove_tree,
+    rename_for_removal,
+    write_error,
+    write_json,
+)
 
 
 class CheckpointSaver:
@@ -62,14 +65,11 @@ class CheckpointSaver:
         self._device = device
         self._host: dict[str, Tensor] = {}  # the copies, made at the first save and used again
         self._thread: threading.Thread | None = None
-        self._aside = self._final = self._root
+        self._tmp = self._final = self._root
         self._meta: dict[str, Any] = {}
         self._digest = Digest(0, "")
-        self._failure = ""
-        if dist.get_rank() == 0 and self._root.is_dir():
-            for left in self._root.iterdir():
-                if left.name.startswith((WRITING, REMOVING)):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self._failure: CheckpointError | None = None
+        raise_on_all_ranks(device, self._remove_leftovers)
 
     @property
     def is_open(self) -> bool:
@@ -98,10 +98,10 @@ class CheckpointSaver:
             meta: what `CheckpointReader.meta` shall hold; ``images`` names the checkpoint.
         """
         assert not self.is_open, "finish() the last checkpoint first"
-        rank = dist.get_rank()
+        rank = get_rank()
         self._final = self._root / checkpoint_name(meta["images"])
-        self._aside = self._root / f"{WRITING}{self._final.name}"
-        self._meta = {"format": FORMAT, "files": dist.get_world_size(), **meta}
+        self._tmp = self._root / f"{TMP_PREFIX}{self._final.name}"
+        self._meta = {"format": FORMAT, "files": get_world_size(), **meta}
         tensors = {}
         for fragment, averaged in zip(fragments, ema, strict=True):
             if fragment.is_owner:
@@ -110,7 +110,7 @@ class CheckpointSaver:
         if rank == 0:
             tensors.update({fragment_key(BUFFER, name, 0): value for name, value in buffers.items()})
         self._copy(tensors)
-        self._failure, self._digest = "", Digest(0, "")
+        self._failure, self._digest = None, Digest(0, "")
         self._thread = threading.Thread(target=self._write, args=(rank,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -128,12 +128,18 @@ class CheckpointSaver:
         self._thread = None
         self._agree()
         mine = torch.tensor([self._digest.size, *_words(self._digest.sha256)], dtype=torch.int64, device=self._device)
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, mine)
-        if dist.get_rank() == 0:
-            self._attempt(lambda: self._complete([Digest(row[0], _hex(row[1:])) for row in map(Tensor.tolist, every)]))
+        digests = [Digest(size, _hex(words)) for size, *words in (row.tolist() for row in all_gather(mine))]
+        if get_rank() == 0:
+            self._attempt(lambda: self._complete(digests))
         self._agree()
         return self._final
+
+    def _remove_leftovers(self) -> None:
+        if get_rank() == 0 and self._root.is_dir():
+            try:
+                remove_leftovers(self._root)
+            except OSError as error:
+                raise write_error(self._root, error) from None
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -147,28 +153,32 @@ class CheckpointSaver:
         """The thread: this rank's file."""
         entries = [Entry(key, (len(value),), value.dtype, [value]) for key, value in self._host.items()]
 
+        path = self._tmp / rank_file(rank)
+
         def write() -> None:
-            self._aside.mkdir(parents=True, exist_ok=True)
-            self._digest = write_safetensors(self._aside / rank_file(rank), entries, {})
+            try:
+                self._tmp.mkdir(parents=True, exist_ok=True)
+                self._digest = write_safetensors(path, entries, {})
+            except OSError as error:
+                raise write_error(path, error) from None
 
         self._attempt(write)
 
     def _complete(self, digests: list[Digest]) -> None:
         """Rank 0: everything else of the checkpoint, its name, the switch, and what is now one too many."""
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
-        files[META] = write_text(self._aside / META, json.dumps(self._meta, indent=1))
-        write_manifest(self._aside, files)
-        pointer = self._root / POINTER_ASIDE
-        write_text(pointer, self._final.name + "\n")  # before the names change: all that takes space is on the disk
-        if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
-            old = self._root / f"{REMOVING}{self._final.name}"
-            self._final.rename(old)
-            self._aside.rename(self._final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self._aside.rename(self._final)
-        pointer.rename(self._root / LATEST)
-        sync_directory(self._root)
+        files[META] = write_json(self._tmp / META, self._meta)
+        write_manifest(self._tmp, files)
+        with atomic_write(self._root / LATEST) as pointer:
+            pointer.write(f"{self._final.name}\n".encode())
+            pointer.flush()
+            os.fsync(pointer.fileno())  # everything that needs space is on the disk before the first rename
+            replaced = None
+            if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
+                replaced = rename_for_removal(self._final)
+            self._tmp.rename(self._final)
+        if replaced is not None:
+            remove_tree(replaced, ignore_errors=True)
         try:
             left = leave_newer(self._root, self.images)
             if left:
@@ -178,36 +188,34 @@ class CheckpointSaver:
             print(f"*** WARNING: {self._root}: {error}; older checkpoints stay ***", file=sys.stderr, flush=True)
 
     def _attempt(self, action: Callable[[], None]) -> None:
+        """Keep an error for the next vote instead of raising it."""
         try:
             action()
         except OSError as error:
-            self._failure = f"{error.filename or self._aside}: {error.strerror}"
-        except Exception as error:  # in a thread it would be printed and lost
-            self._failure = f"{self._aside}: {type(error).__name__}: {error}"
+            self._fail(str(write_error(self._tmp, error)))
+        except CheckpointError as error:
+            self._fail(str(error))
+        except Exception as error:  # a thread would print it, and the run would go on
+            self._fail(f"{self._tmp}: {type(error).__name__}: {error}.")
+
+    def _fail(self, reason: str) -> None:
+        where = f"rank {get_rank()} on {socket.gethostname()}"
+        self._failure = CheckpointError(f"the checkpoint {self._final.name} was not saved: {where}: {reason}")
 
     def _agree(self) -> None:
-        """If any rank failed, remove what was written aside and raise on all, with the words of the first that did."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        first = torch.tensor(rank if self._failure else world, dtype=torch.int32, device=self._device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        if first == world:
-            return
-        if rank == 0:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                (self._root / POINTER_ASIDE).unlink()
-        why = f"rank {rank} on {socket.gethostname()}: {self._failure}".encode()[:MAX_REASON_BYTES]
-        text = torch.tensor(list(why.ljust(MAX_REASON_BYTES)), dtype=torch.uint8, device=self._device)
-        dist.broadcast(text, src=int(first))
-        why = bytes(text.tolist()).decode(errors="replace").rstrip()
-        raise CheckpointError(f"the checkpoint {self._final.name} was not saved: {why}.")
+        """If any rank failed, remove the incomplete checkpoint and raise on all ranks."""
+        try:
+            vote(self._device, self._failure)
+        except DiffMoEError:
+            if get_rank() == 0:
+                remove_tree(self._tmp, ignore_errors=True)
+            raise
 
 
 def write_manifest(path: Path, files: dict[str, Digest]) -> None:
     """The last file of a checkpoint: what all others must be."""
     listed = {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}
-    write_text(path / MANIFEST, json.dumps({"files": listed, "sha256": listed_sha256(listed)}, indent=1))
-    sync_directory(path)
+    write_json(path / MANIFEST, {"files": listed, "sha256": listed_sha256(listed)})
 
 
 def _words(sha256: str) -> list[int]:

@@ -16,18 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmoe_ds.files import Digest
+
 CHUNK_BYTES = 16 << 20
 """Bytes written at once."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-class Digest(NamedTuple):
-    """What a manifest says of a file."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Checksum, hexadecimal."""
 
 
 class Entry(NamedTuple):
@@ -84,22 +77,3 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
         assert written == 8 + len(text) + offset, "the pieces must be as many elements as the shape"
         os.fsync(file.fileno())
     return Digest(written, hasher.hexdigest())
-
-
-def write_text(path: Path, text: str) -> Digest:
-    """Write a small file to the disk and return what a manifest says of it."""
-    data = text.encode()
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return Digest(len(data), hashlib.sha256(data).hexdigest())
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames and new names in a directory last."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
-from diffmoe_ds.checkpoint.stream import Digest
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import sha256_of
+from diffmoe_ds.files import Digest, sha256_of
 
 
 def listed_sha256(files: dict) -> str:

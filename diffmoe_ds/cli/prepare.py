@@ -26,6 +26,7 @@ from diffmoe_ds.data.prepare.preparation import (
 from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, ConfigError, DataError, DiffMoEError
+from diffmoe_ds.files import write_text
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at what the other ranks have done."""
@@ -203,8 +204,8 @@ def _work(preparation: Preparation, launch: Launch, timeout: float) -> dict[str,
                 unreadable += write_shard(preparation, shard, overview.advance)
                 check_unreadable(preparation, unreadable)
         except DiffMoEError as error:
-            with contextlib.suppress(OSError):  # on a full disk it is this error that has to be said
-                note.write_text(str(error), encoding="utf-8")
+            with contextlib.suppress(CheckpointError):  # on a full disk, report the first error
+                write_text(note, str(error))
             raise
         if not is_main:
             return None

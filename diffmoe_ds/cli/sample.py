@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights, replace_directory_files
+from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
 from diffmoe_ds.checkpoint.load import best_kind, restore_weights
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
+from diffmoe_ds.files import write_together
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import (
     PIXEL_CHANNELS,
@@ -138,7 +139,7 @@ def sample_command(args: argparse.Namespace) -> None:
     labels = np.array([_label(args.seed + i, model) for i in range(args.num_images)], dtype=np.int64)
     shown = pixels[:GRID_IMAGES]
     grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
-    replace_directory_files(
+    write_together(
         args.out,
         {
             "samples.npz": lambda path: np.savez(path, arr_0=pixels, arr_1=labels),

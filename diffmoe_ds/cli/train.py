@@ -26,7 +26,7 @@ from diffmoe_ds.distributed.launch import Launch, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import whole_file
+from diffmoe_ds.files import write_error, write_text
 from diffmoe_ds.planning.traffic import assumed_hosts
 from diffmoe_ds.sampling.generate import check_guidance
 from diffmoe_ds.sampling.samplers import check_sampling
@@ -222,6 +222,5 @@ def _write_resolved(directory: Path, config: Config) -> None:
     try:
         checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory}: cannot be written: {error.strerror}.") from None
-    with whole_file(directory / "resolved.yaml") as file:
-        file.write(dump_config(config).encode())
+        raise write_error(directory, error) from None
+    write_text(directory / "resolved.yaml", dump_config(config))

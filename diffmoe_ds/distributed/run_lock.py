@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
+from diffmoe_ds.files import create_exclusively, replacing, write_synced
 
 LOCK_FILE = "lock.json"
 BEAT_S = 4.0
@@ -54,7 +55,6 @@ class RunLock:
             "restarts": int(env.get("SLURM_RESTART_COUNT", 0)),
             "beat": 0,
         }
-        self._aside = directory / f".{LOCK_FILE}.{self._me['token']}"
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="run-lock")
         self._lost_to: dict[str, Any] | None = None
@@ -68,11 +68,9 @@ class RunLock:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._create():
+            if not create_exclusively(self._path, self._contents()):
                 self._take_over()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._aside.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{error.filename or self._path}: cannot be written on {self._me['host']}: {error.strerror}."
             ) from None
@@ -85,7 +83,6 @@ class RunLock:
         self._beating.join(timeout=BEAT_S)
         if (_read(self._path) or {}).get("token") == self._me["token"]:
             self._path.unlink(missing_ok=True)
-        self._aside.unlink(missing_ok=True)
 
     def check(self) -> None:
         """RunDirectoryBusyError if another job has taken the lock while this process was frozen."""
@@ -94,17 +91,6 @@ class RunLock:
                 f"{self._path.parent}: was taken over by {_who(self._lost_to)} while this process stood still; it "
                 "stops without writing more."
             )
-
-    def _create(self) -> bool:
-        """Link a complete file to the lock's name: fails if the name exists, and nobody reads half a file."""
-        self._write_aside()
-        try:
-            os.link(self._aside, self._path)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            self._aside.unlink(missing_ok=True)
 
     def _take_over(self) -> None:
         holder = _read(self._path)
@@ -125,8 +111,7 @@ class RunLock:
                         f"{self._path.parent}: is in use by {_who(now)}; wait for it, end it, or give another "
                         "--run-dir."
                     )
-        self._write_aside()
-        self._aside.replace(self._path)
+        self._write()
         time.sleep(SETTLE_S)
         holder = _read(self._path)
         if holder is None or holder["token"] != self._me["token"]:
@@ -151,17 +136,18 @@ class RunLock:
                     self._lost_to = holder
                     return
                 self._me["beat"] += 1
-                self._write_aside()
-                self._aside.replace(self._path)
+                self._write()
             except OSError:  # a full disk: a new time needs no space
                 with contextlib.suppress(OSError):
                     os.utime(self._path)
 
-    def _write_aside(self) -> None:
-        with self._aside.open("w", encoding="utf-8") as file:
-            json.dump(self._me, file)
-            file.flush()
-            os.fsync(file.fileno())
+    def _write(self) -> None:
+        """Replace the lock's file."""
+        with replacing(self._path) as tmp:
+            write_synced(tmp, self._contents())
+
+    def _contents(self) -> bytes:
+        return json.dumps(self._me).encode()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

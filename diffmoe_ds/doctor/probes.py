@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.doctor.facts import existing, interface_bytes
 from diffmoe_ds.errors import AlreadyReportedError, LaunchError
+from diffmoe_ds.files import remove_tree
 
 SEEN_WITHIN_S = 5.0
 """Seconds within which a file written on one host must show on the others; NFS caches for a while."""
@@ -87,7 +87,7 @@ def shared_directory(rendezvous: Rendezvous, directory: Path, timeout_s: float) 
             store.set("seen", json.dumps({r: _soon((folder / str(r)).is_file) for r in others} | {0: writes}))
     finally:
         if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder, ignore_errors=True)
     return {"reads": reads, "writes": json.loads(_hear(rendezvous, {"seen": 0}, timeout_s)[0])[str(rank)]}
 
 

@@ -15,7 +15,7 @@ from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import CheckpointError, Requeue
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, Requeue
 from diffmoe_ds.training.setup import Run
 
 
@@ -94,10 +94,10 @@ class Checkpointer:
         try:
             self.last = self._saver.finish()
             self._saved_images = images
-        except CheckpointError as error:
+        except (CheckpointError, AlreadyReportedError) as error:
             if must_succeed or self._run.config.checkpoint.on_error == "stop":
                 raise
-            if self._run.is_main:
+            if isinstance(error, CheckpointError):  # the rank that failed says so
                 print(f"\n*** WARNING: {error} Training goes on without it. ***\n", file=sys.stderr, flush=True)
             return
         self._pause_s += time.perf_counter() - start

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import write_error, write_text
 
 
 class JsonlLog:
@@ -31,12 +31,10 @@ class JsonlLog:
         self._warned = False
         try:
             if path.exists():
-                tmp = path.with_suffix(".tmp")
-                tmp.write_text("".join(f"{line}\n" for line in _lines_until(path, step)), encoding="utf-8")
-                tmp.replace(path)
+                write_text(path, "".join(f"{line}\n" for line in _lines_until(path, step)))
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise CheckpointError(f"{error.filename or path}: cannot be written: {error.strerror}.") from None
+            raise write_error(path, error) from None
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""

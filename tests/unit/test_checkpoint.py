@@ -20,18 +20,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from diffmoe_ds.checkpoint import export as model_file
-from diffmoe_ds.checkpoint import save as save_module
 from diffmoe_ds.checkpoint.export import ModelFileReader, open_weights
 from diffmoe_ds.checkpoint.layout import META, checkpoint_images, checkpoint_name
 from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, restore_weights
 from diffmoe_ds.checkpoint.retention import surplus
 from diffmoe_ds.checkpoint.save import CheckpointSaver, write_manifest
-from diffmoe_ds.checkpoint.stream import Digest, Entry, write_safetensors, write_text
+from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid, read_manifest
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import sha256_of
+from diffmoe_ds.files import TMP_PREFIX, Digest, sha256_of
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.topology import Topology
 from tests.helpers.processes import REPOSITORY, run_ranks
@@ -117,24 +116,23 @@ def test_checkpoints_of_a_branch_that_was_left_count_no_more(save, tmp_path, cap
     assert names(tmp_path) == [*map(checkpoint_name, (64, 72)), "latest", *left]
 
 
-@pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", ".writing-latest"))
+@pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", "latest"))
 def test_a_disk_that_is_full_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, file):
     """The pointer's too: a checkpoint of which is said that it was not saved does not stand there."""
     save(16)
     before = names(tmp_path)
 
-    def full(write):
-        def writing(path, *arguments):
-            if path.name == file:
-                path.touch()
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            return write(path, *arguments)
+    fsync = os.fsync
 
-        return writing
+    def full(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.name.removeprefix(TMP_PREFIX).startswith(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
 
-    monkeypatch.setattr(save_module, "write_safetensors", full(write_safetensors))
-    monkeypatch.setattr(save_module, "write_text", full(write_text))
-    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*{file}: No space left on device\.$"
+    monkeypatch.setattr(os, "fsync", full)
+    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*/{file}: cannot be written: No space"
+    expected += r" left on device\.$"
     with pytest.raises(CheckpointError, match=expected):
         save(32)
     assert names(tmp_path) == before and newest_valid(tmp_path, full=True).name == checkpoint_name(16)

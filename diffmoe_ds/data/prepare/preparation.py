@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_ind
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
 from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
-from diffmoe_ds.files import ASIDE, sha256_of, whole_file, write_json, write_tar
+from diffmoe_ds.files import TMP_PREFIX, remove_leftovers, remove_tree, sha256_of, write_json, write_tar, write_text
 
 REPORT = "report.json"
 MIXING_SEED = 0
@@ -101,7 +100,7 @@ def begin(preparation: Preparation) -> None:
     path = preparation.out / SETTINGS
     try:
         preparation.out.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in preparation.out.iterdir() if not p.name.startswith(ASIDE)]
+        others = [p.name for p in preparation.out.iterdir() if not p.name.startswith(TMP_PREFIX)]
         if others and SETTINGS not in others and not path.exists():
             raise ConfigError(
                 f"--out {preparation.out}: holds other files, such as {min(others)}; give a new directory."
@@ -148,8 +147,7 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
         "rows": index.samples[:, 1:5].tolist(),
         "keys": [index.key(i) for i in range(len(index.samples))],
     }
-    with whole_file(preparation.part(shard)) as file:
-        file.write(json.dumps(record).encode())
+    write_text(preparation.part(shard), json.dumps(record))
     return len(skipped)
 
 
@@ -186,9 +184,8 @@ def finish(preparation: Preparation) -> dict[str, Any]:
 
 def clean(preparation: Preparation) -> None:
     """Remove what only an unfinished set needs."""
-    shutil.rmtree(preparation.out / PARTS, ignore_errors=True)
-    for path in preparation.out.glob(f"{ASIDE}*"):
-        path.unlink(missing_ok=True)
+    remove_tree(preparation.out / PARTS, ignore_errors=True)
+    remove_leftovers(preparation.out)
 
 
 def _record(path: Path) -> dict[str, Any]:

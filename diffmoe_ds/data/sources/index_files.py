@@ -18,7 +18,7 @@ import numpy as np
 from diffmoe_ds.data.sources.latents import parse_format
 from diffmoe_ds.data.sources.tar_index import Entry, Index, ShardInfo
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.files import sha256_of, whole_file, write_json
+from diffmoe_ds.files import atomic_write, sha256_of, write_json
 
 INDEX = "index.json"
 SAMPLES = "index-samples.npy"
@@ -36,7 +36,7 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
     Raises ``CheckpointError`` if the files cannot be written.
     """
     for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
-        with whole_file(folder / name) as file:
+        with atomic_write(folder / name) as file:
             np.save(file, array, allow_pickle=False)
     tree = {
         "version": VERSION,

@@ -17,13 +17,13 @@ import re
 import shutil
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.files import replacing
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffmoe-ds"
 CHUNK = 1 << 20
@@ -91,32 +91,24 @@ class ShardCache:
         return descriptor
 
     def _fetch(self, url: str, target: Path) -> int:
-        aside = target.with_name(f".{uuid.uuid4().hex}")
-        try:
-            fetch(url, aside)
-            with open(aside, "rb") as file:
+        with replacing(target) as tmp:
+            fetch(url, tmp)
+            with open(tmp, "rb") as file:
                 packed = file.read(2) == b"\x1f\x8b"
             if packed:
-                self._unpack(url, aside)
-            descriptor = self._open(aside)  # under its own name another process may make room of it at once
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+                self._unpack(url, tmp)
+            descriptor = self._open(tmp)  # once renamed, another process may remove it at any time
         return descriptor
 
     def _unpack(self, url: str, path: Path) -> None:
-        unpacked = path.with_name(path.name + ".unpacked")
         try:
-            with gzip.open(path) as source, open(unpacked, "wb") as file:
+            with replacing(path) as tmp, gzip.open(path) as source, open(tmp, "wb") as file:
                 while chunk := source.read(CHUNK):
                     file.write(chunk)
                     if file.tell() > self.limit:
                         raise DataError(f"shard {url} unpacks to more than the cache holds, {self.limit / 1e9:g} GB")
-            unpacked.replace(path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"shard {url} is not a complete gzip file: {error}") from None
-        finally:
-            unpacked.unlink(missing_ok=True)
 
     def _make_room(self, keep: Path) -> None:
         shards = []

@@ -24,6 +24,7 @@ from diffmoe_ds.data.sources.index_files import (
 from diffmoe_ds.data.sources.remote import ShardCache, fetch, is_url, locked
 from diffmoe_ds.data.sources.tar_index import Index
 from diffmoe_ds.errors import CheckpointError, DataError
+from diffmoe_ds.files import replacing
 
 
 def expand(path: str | Path) -> list[str]:
@@ -80,8 +81,8 @@ def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
         with locked(folder / ".lock"):
             for name in (SAMPLES, KEYS, INDEX):
                 if not (folder / INDEX).exists():
-                    fetch(f"{place}/{name}", folder / f".{name}")
-                    (folder / f".{name}").replace(folder / name)
+                    with replacing(folder / name) as tmp:
+                        fetch(f"{place}/{name}", tmp)
     except (DataError, OSError):
         return None  # most sets have none: their headers are read
     return subset(load_index(folder), names)
