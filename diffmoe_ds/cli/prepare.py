@@ -109,7 +109,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-gb",
         type=float,
-        default=DataConfig().cache_gb,
+        default=DataConfig.cache_gb,
         metavar="GB",
         help="size of that folder; it must hold all shards (default: %(default)s)",
     )
@@ -142,7 +142,7 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     # Only now: these import diffusers or read whole folders, which a mistyped option should not cost.
     from diffmoe_ds.data.dataset import open_source
     from diffmoe_ds.data.prepare.encoders import LatentEncoder, PixelEncoder
-    from diffmoe_ds.data.sources.remote import shard_cache
+    from diffmoe_ds.data.sources.cache import shard_cache
     from diffmoe_ds.data.sources.shards import ShardDataset
 
     inside = Path(args.images).expanduser()

@@ -8,10 +8,10 @@ from pathlib import Path
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import PositionLoader
 from diffmoe_ds.data.reader import Dataset
+from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.folder import ImageFolder, Source, images_below
 from diffmoe_ds.data.sources.index_files import refuse_unfinished
 from diffmoe_ds.data.sources.raw import RawImages
-from diffmoe_ds.data.sources.remote import ShardCache, shard_cache
 from diffmoe_ds.data.sources.shard_paths import expand, is_shard
 from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError

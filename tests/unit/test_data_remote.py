@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
-import http.server
 import os
-import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,11 +13,13 @@ import pytest
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import open_dataset
-from diffmoe_ds.data.sources.remote import ShardCache, is_url
+from diffmoe_ds.data.sources.cache import ShardCache
+from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
 from tests.helpers.data import GREY, assert_same, by_position, image_file, loader, take, write_tar
+from tests.helpers.web import serve
 from tests.unit.test_data_latents import index_of
 
 COUNT = 12
@@ -42,14 +41,8 @@ def served(tmp_path) -> Path:
 @pytest.fixture
 def url(served):
     """The address of a web server that serves them."""
-    handler_class = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    handler = functools.partial(handler_class, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serve(served) as server:
+        yield server.url
 
 
 def pipes(folder: Path) -> list[str]:
@@ -155,7 +148,7 @@ def test_a_gzipped_shard_is_stored_unpacked(served, tmp_path):
         ("pipe:head -c 700 SERVED/s-0.tar", "is not a readable, complete tar"),
         ("pipe:head -c 700 SERVED/s-0.tar; exit 3", "cannot be fetched"),
         ("URL/missing.tar", "missing.tar cannot be fetched"),
-        ("nosuch://a/b.tar", "nosuch://a/b.tar cannot be fetched"),
+        ("nosuch://a/b.tar", "nosuch://a/b.tar cannot be fetched: unknown scheme 'nosuch'; .* or pipe:COMMAND"),
     ],
 )
 def test_what_cannot_be_fetched_is_named_and_not_kept(served, url, tmp_path, path, message):

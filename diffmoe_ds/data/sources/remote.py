@@ -1,147 +1,110 @@
-"""Shards behind URLs: fetched whole into a folder of this host, once for all its ranks and workers.
+"""Download what a URL names, with fsspec: `https://`, `s3://`, `gs://`, `hf://`, or the output of a `pipe:COMMAND`.
 
-The URLs are WebDataset's and are opened by its ``gopen``: ``http(s)://``, ``pipe:COMMAND``, ``gs://``, ``ais://``,
-``hf://`` and others; for S3 write ``pipe:aws s3 cp s3://bucket/shard.tar -``.  The folder has a size; the shards that
-were used least recently make room.
+`cache.py` decides what is downloaded and keeps it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import gzip
-import hashlib
-import importlib
-import os
+import errno
 import re
-import shutil
-import threading
+import subprocess
 import time
-import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from diffmoe_ds.config.schema import DataConfig
+import fsspec
+
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.files import replacing
 
-DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffmoe-ds"
-CHUNK = 1 << 20
+ATTEMPTS = 6
+FIRST_DELAY = 1.0
+"""Seconds before the second attempt; the delay doubles with each further one, half a minute in all."""
+CONNECT_TIMEOUT = 30.0
+READ_TIMEOUT = 60.0
+"""Seconds without a single byte.  A large shard may take as long as it needs."""
+RETRIED_STATUSES = (408, 425, 429)
+"""HTTP statuses below 500 that a later attempt may not meet again."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+INSTALL = {
+    "s3": "s3fs, which is not installed: pip install 'diffmoe_ds[s3]'",
+    "gs": "gcsfs, which is not installed: pip install 'diffmoe_ds[gcs]'",
+    "gcs": "gcsfs, which is not installed: pip install 'diffmoe_ds[gcs]'",
+    "hf": "huggingface_hub, which is not installed: pip install huggingface_hub",
+}
+"""What a scheme needs beyond the dependencies of this package."""
 
 
 def is_url(path: str) -> bool:
-    """Whether WebDataset would fetch this instead of opening a file."""
+    """Return whether a path has to be downloaded: it has a URL scheme or is a `pipe:COMMAND`."""
     return re.match(r"pipe:|[a-z][a-z0-9+.-]*://", path) is not None
 
 
-class ShardCache:
-    """Fetched shards in ``folder``, of ``limit`` bytes together unless a single one is larger.
-
-    Processes of a host may share the folder.  A shard that was compressed with gzip is stored unpacked.
-    """
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder = folder.expanduser()
-        self.limit = limit
-        self._prefetching: threading.Thread | None = None
-
-    def open(self, url: str, size: int | None = None) -> int:
-        """A file descriptor for reading; the caller closes it, and it stays valid if the shard is removed.
-
-        A kept shard that has not ``size`` bytes is fetched again.
-
-        Raises ``DataError`` if the URL cannot be fetched to its end.
-        """
-        target = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                return self._open(target, size)
-            with locked(target.with_suffix(".lock")):  # another process may have fetched it while this one waited
-                with contextlib.suppress(FileNotFoundError):
-                    return self._open(target, size)
-                descriptor = self._fetch(url, target)
-            self._make_room(target)
-        except OSError as error:
-            raise DataError(f"the shard cache {self.folder} cannot be written: {error.strerror}") from None
-        return descriptor
-
-    def prefetch(self, urls: Iterable[str]) -> None:
-        """Fetch in the background what is not there yet; nothing if that is still going on for earlier ones."""
-        if self._prefetching is not None and self._prefetching.is_alive():
-            return
-        self._prefetching = threading.Thread(target=self._prefetch, args=(list(urls),), daemon=True)
-        self._prefetching.start()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_prefetching": None}
-
-    def _prefetch(self, urls: list[str]) -> None:
-        with contextlib.suppress(DataError):  # whoever needs the shard meets the same error and reports it
-            for url in urls:
-                os.close(self.open(url))
-
-    def _open(self, path: Path, size: int | None = None) -> int:
-        descriptor = os.open(path, os.O_RDONLY)
-        if size not in (None, os.fstat(descriptor).st_size):
-            os.close(descriptor)
-            raise FileNotFoundError(f"{path} is another shard of that URL")
-        # The time of use; that of change stays, by which readers notice that a shard is another.
-        os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-        return descriptor
-
-    def _fetch(self, url: str, target: Path) -> int:
-        with replacing(target) as tmp:
-            fetch(url, tmp)
-            with open(tmp, "rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-            if packed:
-                self._unpack(url, tmp)
-            descriptor = self._open(tmp)  # once renamed, another process may remove it at any time
-        return descriptor
-
-    def _unpack(self, url: str, path: Path) -> None:
-        try:
-            with replacing(path) as tmp, gzip.open(path) as source, open(tmp, "wb") as file:
-                while chunk := source.read(CHUNK):
-                    file.write(chunk)
-                    if file.tell() > self.limit:
-                        raise DataError(f"shard {url} unpacks to more than the cache holds, {self.limit / 1e9:g} GB")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"shard {url} is not a complete gzip file: {error}") from None
-
-    def _make_room(self, keep: Path) -> None:
-        shards = []
-        for path in self.folder.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
-                status = path.stat()
-                shards.append((status.st_atime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in shards)
-        for _, size, path in sorted(shards):
-            if total > self.limit and path != keep:
-                path.unlink(missing_ok=True)  # readers keep what they have open
-                total -= size
-
-
-def shard_cache(data: DataConfig) -> ShardCache:
-    """The cache that a recipe's ``data`` section describes."""
-    return ShardCache(DEFAULT_FOLDER if data.cache_dir is None else Path(data.cache_dir), int(data.cache_gb * 1e9))
-
-
 def fetch(url: str, target: Path) -> None:
-    """Write what a URL gives into a file; raises ``DataError`` if it cannot be opened or breaks off."""
-    # The package's own `gopen` is the function, which hides the module of that name.
-    gopen = importlib.import_module("webdataset.gopen").gopen
-    try:
-        with gopen(url, "rb") as stream, open(target, "wb") as file:
-            shutil.copyfileobj(stream, file, CHUNK)
-    except Exception as error:  # what a scheme's client raises depends on the scheme
-        raise DataError(f"shard {url} cannot be fetched: {' '.join(str(error).split())[:300]}") from None
+    """Download a URL into a file, with retries if the connection or the server fails.
+
+    Args:
+        url: a URL of any scheme that fsspec knows, or `pipe:COMMAND`, whose standard output is the file.
+        target: is overwritten; may be incomplete after an error.
+
+    Raises:
+        DataError: the URL cannot be opened or the download is incomplete.
+        OSError: the local disk is full or read-only.
+    """
+    if url.startswith("pipe:"):
+        _run(url, target)
+        return
+    scheme = url.partition("://")[0]
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            fsspec.filesystem(scheme, **_options(scheme)).get_file(url, str(target))
+            return
+        except Exception as error:  # each scheme's client has its own exceptions
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            if attempt == ATTEMPTS or not _is_transient(error):
+                raise DataError(f"shard {url} cannot be fetched: {_reason(error, scheme)}") from None
+        time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; it is released when the process ends, however it ends."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _run(url: str, target: Path) -> None:
+    with open(target, "wb") as file:
+        code = subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=file, stdin=subprocess.DEVNULL).returncode
+    if code:
+        raise DataError(f"shard {url} cannot be fetched: the command failed with exit code {code}")
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """Return the arguments of fsspec's file system for a scheme."""
+    if scheme not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    # aiohttp's default is five minutes for a whole download.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+    # URLs are sent as they are: quoting the query of a signed URL again would change its signature.
+    return {"encoded": True, "client_kwargs": {"timeout": timeout, "trust_env": True}}
+
+
+def _is_transient(error: Exception) -> bool:
+    """Return whether a further attempt may succeed."""
+    import aiohttp
+
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status in RETRIED_STATUSES or status >= 500
+    if isinstance(error, (FileNotFoundError, PermissionError, aiohttp.ClientConnectorError, aiohttp.InvalidURL)):
+        return False
+    return isinstance(error, (OSError, aiohttp.ClientError, TimeoutError))
+
+
+def _reason(error: Exception, scheme: str) -> str:
+    """Return one line that says why a download failed, and what to do if the scheme is the reason."""
+    if isinstance(error, ImportError) and scheme in INSTALL:
+        return f"{scheme}:// needs {INSTALL[scheme]}"
+    if isinstance(error, ValueError) and "Protocol not known" in str(error):
+        return (
+            f"unknown scheme {scheme!r}; use https://, s3://, gs:// or hf://, or pipe:COMMAND to read the output of a "
+            "command"
+        )
+    text = " ".join(str(error).split())[:300]
+    return f"not found: {text}" if isinstance(error, FileNotFoundError) else text or type(error).__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import braceexpand
 
+from diffmoe_ds.data.sources.cache import ShardCache, locked
 from diffmoe_ds.data.sources.index_files import (
     INDEX,
     KEYS,
@@ -21,7 +22,7 @@ from diffmoe_ds.data.sources.index_files import (
     save_index,
     subset,
 )
-from diffmoe_ds.data.sources.remote import ShardCache, fetch, is_url, locked
+from diffmoe_ds.data.sources.remote import fetch, is_url
 from diffmoe_ds.data.sources.tar_index import Index
 from diffmoe_ds.errors import CheckpointError, DataError
 from diffmoe_ds.files import replacing

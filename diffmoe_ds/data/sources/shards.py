@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from diffmoe_ds.config.schema import DataConfig
+from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.images import decode_pixels
 from diffmoe_ds.data.sources.latents import LatentFormat
-from diffmoe_ds.data.sources.remote import ShardCache, is_url, shard_cache
+from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.sources.tar_index import (
     IMAGE_SUFFIXES,
