@@ -20,29 +20,39 @@ from diffmoe_ds.training.setup import Run
 NOWHERE = torch.iinfo(torch.int64).max
 
 
+class _OutputCheck:
+    """Forward hooks that note the first layer whose output is not finite."""
+
+    def __init__(self, model: nn.Module, is_input_finite: bool) -> None:
+        self.layers: list[str] = []
+        """Layers in the order of computing, which is the same on all ranks."""
+        self.place = NOWHERE if is_input_finite else 0
+        """How many layers had run; 0 means that the inputs were not finite."""
+        self._handles = [m.register_forward_hook(partial(self._check, name)) for name, m in model.named_modules()]
+
+    def _check(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
+        self.layers.append(name)
+        tensor = output[0] if isinstance(output, tuple) else output
+        if self.place == NOWHERE and isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            self.place = len(self.layers)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def locate_in_forward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
     """Return the rank and layer whose output is the first non-finite one, in words.  Every rank must call."""
     for batch in micro_batches:
-        layers: list[str] = []  # in the order of computing, which is the same on all ranks
         inputs = model_inputs(run, batch)
-        is_finite = all(bool(tensor.isfinite().all()) for tensor in inputs)
-        places = [] if is_finite else [0]
-
-        def check(name: str, module: nn.Module, _: object, output: object, layers=layers, places=places) -> None:
-            layers.append(name)
-            tensor = output[0] if isinstance(output, tuple) else output
-            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-                places.append(len(layers))
-
-        handles = [m.register_forward_hook(partial(check, name)) for name, m in run.model.named_modules()]
+        check = _OutputCheck(run.model, all(bool(tensor.isfinite().all()) for tensor in inputs))
         run.engine(*inputs)
-        for handle in handles:
-            handle.remove()
-        first = _first(places[0] if places else NOWHERE, run)
+        check.remove()
+        first = _first(check.place, run)
         if first is not None:
             place, rank = first
-            what = "the images it read" if place == 0 else layers[place - 1] or "the prediction"
+            what = "the images it read" if place == 0 else check.layers[place - 1] or "the prediction"
             return f"on rank {rank}, first in {what}"
     return "in the loss itself, not in any layer"
 

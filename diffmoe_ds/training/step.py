@@ -88,7 +88,7 @@ def train_step(
 
 def _discard(run: Run, problem: str) -> None:
     """Forget a step whose gradient was not finite, and raise."""
-    run.thresholds.forget()
+    run.thresholds.discard()
     raise NonFiniteError(
         f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "
         "learning rate, set gradient_clipping in the DeepSpeed JSON, or allow run.nonfinite_skips."
