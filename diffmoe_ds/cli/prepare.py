@@ -109,7 +109,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-gb",
         type=float,
-        default=DataConfig.cache_gb,
+        default=DataConfig().cache_gb,
         metavar="GB",
         help="size of that folder; it must hold all shards (default: %(default)s)",
     )

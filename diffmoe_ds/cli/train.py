@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -144,7 +143,7 @@ def _configuration(args: argparse.Namespace, launch: Launch) -> tuple[Config, De
         if any(override.startswith("deepspeed.") for override in args.overrides):
             raise ConfigError("--set deepspeed...: changes the recipe's section, but --deepspeed_config replaces it.")
         raw, source = read_deepspeed_json(args.deepspeed_config), str(args.deepspeed_config)
-        config = replace(config, deepspeed=raw)
+        config = config.model_copy(update={"deepspeed": raw})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = resolve_deepspeed(raw, config, source, world=launch.world, local_world=launch.local_world, device=device)
     return config, settings

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -384,7 +383,7 @@ def test_a_header_that_lies_is_refused(tmp_path, run_directory):
 
 def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_directory):
     reader = CheckpointReader(newest_valid(run_directory, full=True))
-    other = replace(reader.config, model=replace(reader.config.model, num_classes=7))
+    other = reader.config.model_copy(update={"model": reader.config.model.model_copy(update={"num_classes": 7})})
     check_same_model(reader, other, except_for=("num_classes",))
     with pytest.raises(CheckpointError, match="num_classes is 10 there and 7 here"):
         check_same_model(reader, other)
@@ -393,7 +392,7 @@ def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_direct
 def test_a_model_without_label_dropout_may_begin_from_one_with(run_directory):
     """Its embedding has one row less, so that it keeps its own, as with other classes."""
     reader = CheckpointReader(newest_valid(run_directory, full=True))
-    other = replace(reader.config, model=replace(reader.config.model, label_dropout=0.0))
+    other = reader.config.model_copy(update={"model": reader.config.model.model_copy(update={"label_dropout": 0.0})})
     check_same_model(reader, other, except_for=("num_classes", "label_dropout"))
     model = DiT(other)
     before = model.y_embedder.embedding_table.weight.clone()

@@ -1,0 +1,65 @@
+"""Checks between fields of the configuration; `Config` runs them once each field is valid on its own."""
+
+from __future__ import annotations
+
+from diffmoe_ds.config.presets import Size
+from diffmoe_ds.config.sections import ModelConfig, RoutingConfig
+from diffmoe_ds.errors import ConfigError
+
+MAX_TOKENS = 2**20
+"""Most tokens per image: more than attention can handle, yet few enough for the table of positions."""
+
+
+def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
+    """Check that the transformer can be built.
+
+    Args:
+        model: the section.
+        size: the size that it resolves to.
+        tokens_per_image: tokens S.
+
+    Raises:
+        ConfigError: widths, heads, patches or the number of tokens do not fit together.
+    """
+    width, heads = size.hidden_size, size.num_heads
+    hidden = width * model.mlp_ratio
+    if not 1 <= hidden < 2**63:
+        raise ConfigError(
+            f"model.mlp_ratio must give an FFN a hidden width from 1 to 2^63, got {model.mlp_ratio}, which gives "
+            f"{hidden:g} at a token width of {width}."
+        )
+    if model.input_size % model.patch_size:
+        raise ConfigError(
+            f"model.patch_size must divide model.input_size ({model.input_size}), got {model.patch_size}."
+        )
+    if tokens_per_image > MAX_TOKENS:
+        raise ConfigError(
+            f"model.input_size must give at most {MAX_TOKENS:,} tokens per image, got {model.input_size}, which gives "
+            f"{tokens_per_image:,}; raise model.patch_size."
+        )
+    if width % 4 or width % heads:
+        raise ConfigError(f"model.hidden_size must be divisible by 4 and by model.num_heads ({heads}), got {width}.")
+
+
+def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: int) -> None:
+    """Check that the router can fill the experts.
+
+    Args:
+        routing: the section.
+        num_experts: experts E per MoE layer.
+        tokens_per_image: tokens S.
+
+    Raises:
+        ConfigError: a capacity that the router cannot have.
+    """
+    capacity = routing.capacity
+    if routing.kind != "dense" and capacity > num_experts:
+        raise ConfigError(f"routing.capacity must not exceed the number of experts ({num_experts}), got {capacity}.")
+    if routing.kind == "token_choice" and capacity != int(capacity):
+        raise ConfigError(f"routing.capacity must be an integer for token_choice, got {capacity}.")
+    if routing.kind == "expert_choice" and tokens_per_image * capacity < num_experts:
+        raise ConfigError(
+            f"routing.capacity must be at least {num_experts / tokens_per_image:g} for expert_choice, else an expert "
+            f"takes none of the {tokens_per_image} tokens of an image, got {capacity}; a smaller model.patch_size also "
+            "helps."
+        )

@@ -1,0 +1,123 @@
+"""Field types of the configuration: what YAML may write for each, and the range that a value must lie in.
+
+YAML 1.1 reads ``1e5`` and ``1e-4`` as text and ``5`` as an integer, so an integer field accepts ``1e5`` and ``5.0``,
+and a number field accepts ``5``. Nothing else is converted: ``true`` is not 1, and 1 is not "1".
+"""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
+
+MAX_BITS = 64
+"""Longest integer that a field accepts."""
+
+WRONG_TYPE = "wrong_type"
+"""Error type of the validators below; the context's ``expected`` completes "must be ..."."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+
+
+def short_repr(value: Any) -> str:
+    """Return ``repr(value)``, shortened where a value is long or deeply nested, for error messages."""
+    return _short.repr(value)
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, without unknown keys, each field documented by the string below it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, values: Any) -> Any:
+        """Read an empty section (``run:`` without keys is null in YAML) as one with all defaults."""
+        return {} if values is None else values
+
+
+def _wrong(expected: str) -> PydanticCustomError:
+    return PydanticCustomError(WRONG_TYPE, "must be {expected}", {"expected": expected})
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _wrong("a number") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise _wrong("a finite number")
+    return float(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _wrong("an integer")
+    if not isinstance(value, int):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _wrong("an integer") from None
+        if not value.is_integer():  # neither are NaN and the infinities
+            raise _wrong("an integer")
+    whole = int(value)
+    if whole.bit_length() > MAX_BITS:
+        raise _wrong(f"an integer of at most {MAX_BITS} bits")
+    return whole
+
+
+def _pair(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise _wrong("a list of 2 numbers")
+    return value
+
+
+def _mapping(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong("a section with keys")
+    if not all(isinstance(key, str) for key in value):
+        raise _wrong("a section whose keys are strings")
+    return value
+
+
+def _model_name(value: str) -> str:
+    parse_name(value)
+    return value
+
+
+# The range stands before the validator: pydantic then puts it into the type itself, and so into the JSON schema.
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict()]
+Integer = Annotated[int, BeforeValidator(_integer)]
+PositiveInteger = Annotated[int, Field(gt=0), BeforeValidator(_integer)]
+NonNegativeInteger = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_integer)]
+PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer holds it as float32
+Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
+Mapping = Annotated[dict[str, Any], BeforeValidator(_mapping)]
+ModelName = Annotated[
+    Text,
+    AfterValidator(_model_name),
+    WithJsonSchema({"type": "string", "enum": [*NAMES, *(f"Dense-{size}" for size in SIZES)]}),
+]

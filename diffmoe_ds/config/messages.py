@@ -1,0 +1,56 @@
+"""From pydantic's validation errors to one sentence: the key, what is valid, and the value found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from diffmoe_ds.config.fields import WRONG_TYPE, short_repr
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.reference import definition, range_in_words, schema, value_schema
+
+UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+EXPECTED = {
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "model_type": "a section with keys",
+}
+
+
+def sentence(error: ValidationError) -> str:
+    """Return one sentence about the first error; unknown keys come first, as they often explain the others."""
+    details = error.errors(include_url=False)
+    first = min(details, key=lambda detail: detail["type"] not in UNKNOWN_KEY)  # stable: else the first one
+    return _sentence(first)
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    kind, place, value = detail["type"], detail["loc"], detail["input"]
+    name = _name(place)
+    if kind == "value_error":  # a ConfigError of ours, complete
+        return str(detail["ctx"]["error"])
+    if kind in UNKNOWN_KEY:
+        return unknown(name, place[-1], _siblings(place))
+    if kind == "literal_error":
+        return unknown(name, value, _field(place)["enum"])
+    expected = detail["ctx"]["expected"] if kind == WRONG_TYPE else EXPECTED.get(kind) or range_in_words(_field(place))
+    return f"{name or 'the configuration'} must be {expected}, got {short_repr(value)}."
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    """Return the key as users write it: ``optimizer.betas[1]``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _siblings(place: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are valid where an unknown one was found."""
+    owner = schema() if len(place) == 1 else definition(str(place[0]))
+    return list(owner["properties"])
+
+
+def _field(place: tuple[int | str, ...]) -> dict[str, Any]:
+    """Return the JSON schema of the value at ``section.key`` or ``section.key[item]``."""
+    field = value_schema(definition(str(place[0]))["properties"][place[1]])
+    return field["prefixItems"][place[2]] if len(place) == 3 else field

@@ -1,0 +1,193 @@
+"""The DeepSpeed JSON: what is accepted, what is refused, and how "auto" resolves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffmoe_ds.config.deepspeed import read_deepspeed_json, resolve_deepspeed
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.errors import ConfigError, TopologyError
+
+SHIPPED = sorted((Path(__file__).parent.parent.parent / "ds_configs").glob("*.json"))
+
+
+def resolve(raw: dict, *overrides: str, world: int = 1, local_world: int | None = None, device: str = "cpu"):
+    config = load_config("fashion", overrides)
+    return resolve_deepspeed(raw, config, "ds.json", world=world, local_world=local_world or world, device=device)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("world", (1, 2, 4, 32))
+def test_shipped_json_resolves_at_many_sizes(path, world):
+    raw = read_deepspeed_json(path)
+    settings = resolve(raw, world=world, local_world=min(world, 8))
+    assert settings.micro_batch * settings.accumulation * world == settings.global_batch
+    assert settings.ep_size == min(world, 8)
+    assert not settings.bf16 and '"auto"' not in json.dumps(settings.json)
+    if path.stem != "cpu":
+        assert resolve(raw, world=world, local_world=min(world, 8), device="cuda").bf16
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    (
+        ({"train_batch_sise": 4}, "'train_batch_sise' is not known; did you mean 'train_batch_size'?"),
+        ({"zero_optimization": {"stge": 2}}, "zero_optimization: 'stge' is not known; did you mean 'stage'?"),
+        ({"optimizer": {"params": {"learning_rate": 1}}}, "optimizer.params: 'learning_rate' is not known"),
+        ({"pipeline": {}}, "pipeline is a setting of DeepSpeed that this project does not support"),
+        ({}, "train_batch_size or train_micro_batch_size_per_gpu must be a number"),
+        ({"train_batch_size": 0}, "train_batch_size is 0, but it must be a positive whole number"),
+        ({"train_batch_size": 6}, "train_batch_size 6 is not train_micro_batch_size_per_gpu 1 x"),
+        (
+            {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1},
+            "train_batch_size 16 is not train_micro_batch_size_per_gpu 3 x gradient_accumulation_steps 1 x 4 rank(s)",
+        ),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": 4}}, "stage is 4, but it must be 0, 1, 2 or 3"),
+        ({"train_batch_size": 16, "zero_optimization": 2}, "zero_optimization is 2, but it must be an object"),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "reduce_scatter": False}}, "must be true"),
+        ({"train_batch_size": 16, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
+        ({"train_batch_size": 16, "bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes'"),
+        ({"train_batch_size": 16, "optimizer": {"type": "Adan"}}, "'Adan' is not known; did you mean 'Adam'"),
+        ({"train_batch_size": 16, "optimizer": {"type": "adamw"}}, "'adamw' is not known; did you mean 'AdamW'"),
+        ({"train_batch_size": 16, "gradient_clipping": -1}, "gradient_clipping is -1, but it must be a"),
+        ({"train_batch_size": 16, "tensorboard": {"enabled": 1}}, "tensorboard.enabled is 1, but it must be true"),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true at"),
+        ({"train_batch_size": 16, "zero_optimization": {"stage": "auto"}}, "stage is 'auto', but it must be 0, 1, 2"),
+        ({"train_batch_size": 16, "zero_optimization": "auto"}, "zero_optimization is 'auto', but it must be an"),
+        ({"train_batch_size": 16, "comms_logger": "auto"}, "comms_logger is 'auto', but it must be an object"),
+        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "scheduler.type is \"auto\", but a recipe has no"),
+        ({"train_batch_size": 16, "scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps must be given"),
+        ({"train_batch_size": 16, "zero_optimization": {"offload_param": {}}}, "offload_param is a setting of"),
+        ({"train_batch_size": 16, "optimizer": {"params": {"lr": "fast"}}}, "lr is 'fast', but it must be a number"),
+        ({"train_batch_size": 16, "optimizer": {"params": {"betas": [0.9]}}}, "betas is [0.9], but it must be a list"),
+        ({"train_batch_size": 16, "scheduler": {"type": "WarmUpLR"}}, "did you mean 'WarmupLR'"),
+        (
+            {"train_batch_size": 16, "scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
+            "did you mean 'warmup_num_steps'",
+        ),
+        (
+            {"train_batch_size": 16, "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": "auto"}}},
+            "cycle_min_lr must be given: neither the recipe nor DeepSpeed has a value",
+        ),
+        ({"train_batch_size": 10**30}, "below 2^31"),
+        ({"train_batch_size": 16, "expert_parallel": {"autoep_size": "big"}}, "autoep_size is 'big', but it must be"),
+    ),
+)  # fmt: skip
+def test_wrong_json_is_named(raw, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(raw, world=4)
+    assert message in str(error.value) and str(error.value).startswith("ds.json: ") and "\n" not in str(error.value)
+
+
+def test_ep_must_divide_experts_and_world():
+    with pytest.raises(
+        TopologyError, match=r"autoep_size must divide .* 4 rank\(s\) and the 8 expert\(s\), got 3; valid: 1, 2, 4"
+    ):
+        resolve({"train_batch_size": 16, "expert_parallel": {"autoep_size": 3}}, world=4)
+
+
+def test_a_second_ep_size_must_agree():
+    raw = {"train_batch_size": 16, "expert_parallel": {"autoep_size": 2}}
+    assert resolve(raw, "expert_parallel.autoep_size=2", world=4).ep_size == 2
+    with pytest.raises(ConfigError, match=r"autoep_size is 4 in the recipe or --set, but 2 in ds\.json"):
+        resolve(raw, "expert_parallel.autoep_size=4", world=4)
+
+
+def test_json_optimizer_wins_and_says_so():
+    settings = resolve({"train_batch_size": 8, "optimizer": {"params": {"lr": 0.5, "eps": "auto"}}})
+    assert settings.json["optimizer"]["params"]["lr"] == 0.5
+    assert any("optimizer.params.lr is 0.5 from ds.json, not the recipe's" in note for note in settings.notes)
+
+
+AUTO_ZERO = (
+    "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+)  # fmt: skip
+
+
+def test_every_auto_is_resolved_and_reported():
+    """A file as DeepSpeed users have them, with "auto" wherever it can stand."""
+    raw = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "wall_clock_breakdown": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "flops_profiler": {"enabled": "auto"},
+        "tensorboard": {"enabled": "auto", "output_path": "auto"},
+        "expert_parallel": {"autoep_size": "auto"},
+        "optimizer": {
+            "type": "auto",
+            "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay", "torch_adam", "foreach"), "auto"),
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        },
+        "zero_optimization": {
+            "stage": 2, **dict.fromkeys(AUTO_ZERO, "auto"),
+            "offload_optimizer": {"device": "auto", "pin_memory": "auto"},
+        },
+    }  # fmt: skip
+    settings = resolve(raw, "run.total_images=100", "optimizer.lr=2e-3", world=2)
+    assert '"auto"' not in json.dumps(settings.json)
+    assert settings.gradient_clipping == 0 and settings.tensorboard and settings.tensorboard_dir is None
+    assert settings.json["optimizer"]["type"] == "AdamW" and settings.json["optimizer"]["params"]["torch_adam"] is True
+    assert settings.json["scheduler"]["params"] == {"warmup_max_lr": 2e-3, "total_num_steps": 7}
+    assert settings.json["zero_optimization"] == {"stage": 2, "offload_optimizer": {}}
+    for name in (
+        "train_micro_batch_size_per_gpu: auto is 8", "gradient_accumulation_steps: auto is 1",
+        "gradient_clipping: auto is 0.0", "steps_per_print: auto is",
+        "wall_clock_breakdown: auto is DeepSpeed's default",
+        "fp16.enabled: auto is false", "bf16.enabled: auto is false on cpu", "flops_profiler.enabled: auto is",
+        "tensorboard.enabled: auto is true", "expert_parallel.autoep_size: auto is 2",
+        'optimizer.type: auto is "AdamW"',
+        "optimizer.params.lr: auto is 0.002", "optimizer.params.foreach: auto is DeepSpeed's default",
+        "scheduler.params.warmup_max_lr: auto is 0.002", "scheduler.params.total_num_steps: auto is 7",
+        "scheduler.params.warmup_num_steps: auto is DeepSpeed's default",
+        *(f"zero_optimization.{key}: auto is DeepSpeed's default" for key in AUTO_ZERO),
+        "zero_optimization.offload_optimizer.device: auto is DeepSpeed's default",
+    ):  # fmt: skip
+        assert sum(note.startswith(name.split(" auto")[0]) for note in settings.notes) == 1, "each once"
+        assert any(note.startswith(name) for note in settings.notes), name
+
+
+def test_no_clipping_means_none_and_zero_0_is_clipped_by_us():
+    assert resolve({"train_batch_size": 8}).json["gradient_clipping"] == 0.0
+    clipped = {"train_batch_size": 8, "gradient_clipping": 0.5}
+    at_zero_0, at_zero_1 = resolve(clipped), resolve({**clipped, "zero_optimization": {"stage": 1}})
+    assert (at_zero_0.gradient_clipping, at_zero_0.json["gradient_clipping"]) == (0.5, 0.0)
+    assert (at_zero_1.gradient_clipping, at_zero_1.json["gradient_clipping"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": 1,}', "is not valid JSON"),
+        ("[1]", "holds a list, but it must be an object"),
+        (None, "cannot be read: No such file"),
+    ),
+)
+def test_strict_json(tmp_path, text, message):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_deepspeed_json(path)
+
+
+def test_tensorboard_section_places_the_files():
+    section = {"enabled": True, "output_path": "logs", "job_name": "mine"}
+    settings = resolve({"train_batch_size": 8, "tensorboard": section})
+    assert (settings.tensorboard, settings.tensorboard_dir) == (True, "logs/mine")
+    assert "tensorboard" not in settings.json, "DeepSpeed would write a second set of files"
+    assert not resolve({"train_batch_size": 8, "tensorboard": {"enabled": False}}).tensorboard
+    assert resolve({"train_batch_size": 8}).tensorboard_dir is None
