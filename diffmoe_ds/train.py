@@ -8,5 +8,4 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from diffmoe_ds.cli import main
 
-    sys.argv.insert(1, "train")
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]], handle_signals=True))

@@ -6,26 +6,41 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
-from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DiffMoEError, NonFiniteError, Requeue
+from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
+
+COMMANDS = {
+    "train": "train a model",
+    "sample": "generate images",
+    "doctor": "examine these hosts and say what to fix",
+    "checkpoint": "inspect, reshard, export and import checkpoints",
+    "prepare": "make shards of images",
+}
+"""Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = None) -> int:
     """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback.
 
     Args:
-        argv: the arguments after the program's name; none takes those of this process, which is then the command's
-            own: signals that ask it to stop are noted from here on, before torch is even imported.
+        argv: the arguments after the program's name; those of this process if None.
+        handle_signals: whether ``train`` handles the signals that ask a run to stop, which suits only a process that
+            exits afterwards; by default, if ``argv`` is None.
     """
-    # When a peer is gone torch would print a page of C++ frames for every attempt to reach it.
+    # torch would print a page of C++ frames for every attempt to reach a peer that is gone
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if argv is not None or "train" not in sys.argv[1:3]:  # the deepspeed launcher puts --local_rank first
-        return run_command(_parser().parse_args(argv))
-    signals.listen()
+    args = _parser().parse_args(argv)
+    if handle_signals is None:
+        handle_signals = argv is None
+    if args.command != "train" or not handle_signals:
+        return run_command(args)
+    signals.listen()  # before torch is imported, which takes seconds
     try:
-        return run_command(_parser().parse_args(argv))
+        return run_command(args)
     finally:
         signals.ignore()
 
@@ -39,7 +54,7 @@ def run_command(args: argparse.Namespace) -> int:
             print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
     except DiffMoEError as error:
-        if _should_say(error):
+        if _should_print(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -47,41 +62,35 @@ def run_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _should_say(error: DiffMoEError) -> bool:
-    """Rank 0 says what all ranks find alike; where ranks cannot be told apart, all do."""
+def _should_print(error: DiffMoEError) -> bool:
+    """Return whether this rank is the one that reports the error."""
     if isinstance(error, AlreadyReportedError):
         return False
     try:
-        return not isinstance(error, (ConfigError, NonFiniteError)) or resolve_launch().rank == 0
-    except DiffMoEError:
+        return not error.same_on_all_ranks or resolve_launch().rank == 0
+    except DiffMoEError:  # the launcher's variables are what is wrong
         return True
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of one command, whose module is imported only when the command is chosen."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        name = self.prog.rpartition(" ")[2]
+        module = import_module(f"diffmoe_ds.cli.{name}")
+        self.epilog = module.EXAMPLES
+        getattr(module, f"add_{name}_arguments")(self)
+        self.set_defaults(command=name, run=getattr(module, f"{name}_command"))
+        return super().parse_known_args(args, namespace)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
-    # What `deepspeed --module diffmoe_ds.cli` puts before the command; LOCAL_RANK says the same.
+    # `deepspeed --module diffmoe_ds.cli` passes it before the command; LOCAL_RANK has the same value
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Imported here, not run: the modules behind the commands load torch and DeepSpeed only when they are used.
-    from diffmoe_ds.cli import checkpoint, doctor, prepare, sample, train
-
-    for name, text, module, add, run in (
-        ("train", "train a model", train, train.add_train_arguments, train.train_command),
-        ("sample", "generate images", sample, sample.add_sample_arguments, sample.sample_command),
-        (
-            "doctor", "examine these hosts and say what to fix", doctor,
-            doctor.add_doctor_arguments, doctor.doctor_command,
-        ),
-        (
-            "checkpoint", "inspect, reshard, export and import checkpoints", checkpoint,
-            checkpoint.add_checkpoint_arguments, checkpoint.checkpoint_command,
-        ),
-        ("prepare", "make shards of images", prepare, prepare.add_prepare_arguments, prepare.prepare_command),
-    ):  # fmt: skip
-        sub = commands.add_parser(
-            name, help=text, description=text.capitalize() + ".", epilog=module.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        add(sub)
-        sub.set_defaults(run=run)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
+    for name, text in COMMANDS.items():
+        commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
     return parser

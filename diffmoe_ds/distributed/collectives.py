@@ -58,6 +58,11 @@ def init_process_group(backend: str, timeout_s: float | None = None) -> None:
     dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
 
 
+def destroy_process_group() -> None:
+    """Destroy the default process group."""
+    dist.destroy_process_group()
+
+
 def is_initialized() -> bool:
     """Return whether the default process group exists."""
     return dist.is_initialized()

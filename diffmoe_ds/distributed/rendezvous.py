@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -167,45 +167,71 @@ class Rendezvous:
     def _raise_agreed(self, name: str, mine: DiffMoEError | None) -> None:
         assert self.store is not None
         winner = int(_read(self.store, name, 2 * self._timeout))
-        if winner and self.launch.rank == 0:
-            _linger(self.store, self.launch.world - 1)
-        elif winner:
-            self.store.add("left", 1)
+        if winner:
+            _let_others_read(self.store, self.launch)
         raise_agreed(winner, mine, self.launch.rank)
 
 
-def join_ranks(launch: Launch, fingerprint: str = "", timeout_s: float = START_TIMEOUT_S) -> Rendezvous:
+def join_ranks(
+    launch: Launch, fingerprint: str = "", timeout_s: float = START_TIMEOUT_S, error: DiffMoEError | None = None
+) -> Rendezvous:
     """Wait until every rank has joined; sets the ``env://`` variables of torch.distributed.
 
     Args:
         launch: from `resolve_launch`.
         fingerprint: what must be equal on all ranks, such as a hash of the resolved configuration.
         timeout_s: seconds to wait.
+        error: what this rank has failed at already; see `fail_together`.
 
     Raises:
         LaunchError: a rank did not join, rank 0 cannot be reached, or a rank's fingerprint differs.
+        DiffMoEError: on all ranks, if any rank passed an error; see `consensus.raise_agreed`.
     """
     launch = export_launch(launch)
     if launch.world == 1:
         return Rendezvous(launch, (socket.gethostname(),), None, timeout_s)
-    store = _open(launch, timeout_s)
-    store.set(f"rank/{launch.rank}", json.dumps({"host": socket.gethostname(), "fingerprint": fingerprint}))
-    failure = None
-    if launch.rank == 0:
-        ranks: list[dict[str, str]] = []
+    store, rank = _open(launch, timeout_s), launch.rank
+    mine = {"host": socket.gethostname(), "fingerprint": fingerprint, "error": encode_error(error, rank)}
+    store.set(f"rank/{rank}", json.dumps(mine))
+    if rank == 0:
+        reports: list[dict[str, Any]] = []
         try:
-            ranks = _gather(store, launch, timeout_s)
-        except LaunchError as error:
-            failure = error
-        hosts = [rank["host"] for rank in ranks]
-        store.set("joined", json.dumps({"error": encode_error(failure, 0), "hosts": hosts}))
+            reports = _gather(store, launch, timeout_s)
+            winner = max(report["error"] for report in reports)
+            if not winner:
+                _check_fingerprints(reports)
+        except LaunchError as failure:
+            error, winner = failure, encode_error(failure, 0)
+        store.set("joined", json.dumps({"error": winner, "hosts": [report["host"] for report in reports]}))
     joined = json.loads(_read(store, "joined", timedelta(seconds=timeout_s + LINGER_S)))
-    if joined["error"] and launch.rank == 0:
-        _linger(store, launch.world - 1)
-    elif joined["error"]:
-        store.add("left", 1)
-    raise_agreed(joined["error"], failure, launch.rank)
+    if joined["error"]:
+        _let_others_read(store, launch)
+        raise_agreed(joined["error"], error, rank)
     return Rendezvous(launch, tuple(joined["hosts"]), store, timeout_s)
+
+
+def fail_together(launch: Launch, error: DiffMoEError) -> None:
+    """Report an error that this rank met alone before it joined, so that the other ranks do not wait for it.
+
+    Args:
+        launch: from `resolve_launch`.
+        error: what this rank failed at.
+
+    Raises:
+        DiffMoEError: the error, or `AlreadyReportedError` if another rank reports one.
+    """
+    try:
+        join_ranks(launch, error=error)
+    except LaunchError:  # this rank's own error says more
+        raise error from None
+
+
+def _let_others_read(store: dist.Store, launch: Launch) -> None:
+    """Call after reading an error: rank 0, which serves the store, exits last."""
+    if launch.rank == 0:
+        _linger(store, launch.world - 1)
+    else:
+        store.add("left", 1)
 
 
 def _open(launch: Launch, timeout_s: float) -> dist.Store:
@@ -236,8 +262,8 @@ def _open(launch: Launch, timeout_s: float) -> dist.Store:
     return dist.PrefixStore(f"diffmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[str, str]]:
-    """Return what every rank reported: ``host`` and ``fingerprint``."""
+def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[str, Any]]:
+    """Return what every rank reported: ``host``, ``fingerprint`` and ``error``."""
     start = time.monotonic()
     missing, told = set(range(launch.world)), False
     while missing:
@@ -254,14 +280,17 @@ def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[st
             told = True
         if missing:
             time.sleep(0.05)
-    ranks = [json.loads(store.get(f"rank/{rank}")) for rank in range(launch.world)]
-    for rank, report in enumerate(ranks):
-        if report["fingerprint"] != ranks[0]["fingerprint"]:
+    return [json.loads(store.get(f"rank/{rank}")) for rank in range(launch.world)]
+
+
+def _check_fingerprints(reports: list[dict[str, Any]]) -> None:
+    """Raise LaunchError if a rank resolved a different configuration than rank 0."""
+    for rank, report in enumerate(reports):
+        if report["fingerprint"] != reports[0]["fingerprint"]:
             raise LaunchError(
                 f"rank {rank} on {report['host']} resolved a different configuration than rank 0 on "
-                f"{ranks[0]['host']}; compare the files, the package versions and the number of ranks per host."
+                f"{reports[0]['host']}; compare the files, the package versions and the number of ranks per host."
             )
-    return ranks
 
 
 def _absent(missing: set[int], joined: Mapping[int, str]) -> str:

@@ -1,26 +1,26 @@
-"""The moving average of the weights, kept where the fp32 master weights are: each rank averages its fragments."""
+"""Exponential moving average of the weights, sharded like the fp32 master weights."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.distributed.deepspeed_seam import Fragment, Part
 from diffmoe_ds.model.dit import DiT
 
 
 class EMA:
-    """ema <- decay * ema + (1 - decay) * weights, per fragment, fp32."""
+    """Averages this rank's fragments in fp32: ema <- decay * ema + (1 - decay) * weights."""
 
     def __init__(self, fragments: list[Fragment], parts: dict[str, Part], decay: float) -> None:
-        """Start from the present weights.
+        """Start from the current weights.
 
         Args:
-            fragments: what this rank keeps of the master weights.
-            parts: what this rank computes with of every parameter.
+            fragments: the pieces of the master weights that this rank keeps.
+            parts: the part of every parameter that this rank computes with, by name.
             decay: per optimizer step.
         """
         self.fragments = fragments
@@ -30,18 +30,18 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step towards the weights."""
+        """Update the averages, after an optimizer step."""
         if self.values:
             torch._foreach_lerp_(self.values, [fragment.fp32 for fragment in self.fragments], 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self, model: DiT, trained: DiT) -> None:
-        """Fill a model of the same layout with the averaged weights; every rank must call.
+        """Fill a model of the same layout with the averaged weights. Every rank must call.
 
         Args:
-            model: its expert layers hold the experts of this rank.
-            trained: the model that is averaged, whose thresholds are copied: they are averages already, and
-                averaging them again from their initial 0 would bias early checkpoints.
+            model: the target; its expert layers hold this rank's experts.
+            trained: the model that is averaged. Its thresholds are copied: they are averages already, and averaging
+                them again from their initial 0 would bias early checkpoints.
         """
         pieces: dict[str, list[tuple[Fragment, Tensor]]] = defaultdict(list)
         for fragment, value in zip(self.fragments, self.values, strict=True):
@@ -51,7 +51,7 @@ class EMA:
             for fragment, value in pieces[name]:
                 if fragment.is_owner:
                     flat.narrow(0, fragment.offset, value.numel()).copy_(value)
-            dist.all_reduce(flat, group=self.parts[name].group)
+            all_reduce(flat, group=self.parts[name].group)
             parameter.copy_(flat.view_as(parameter))
         for target, source in zip(model.buffers(), trained.buffers(), strict=True):
             target.copy_(source)

@@ -1,59 +1,71 @@
-"""All ranks continue from the same checkpoint, and every byte of it was read before."""
+"""Agreement on the checkpoint to resume from: all ranks take the same one, after every byte of it was verified."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from diffmoe_ds.checkpoint.layout import checkpoint_images
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes, no_valid_one, shares, warn_skipped
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_size
+from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
 
 
-def agree_on_checkpoint(choices: list[Path], directory: Path, device: torch.device) -> Path | None:
-    """The first choice that is whole; the ranks share the reading, and each that finds damage names the file.
+def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:
+    """Return the first choice that is undamaged. Every rank must call.
+
+    The ranks share the reading. A damaged choice is skipped with a warning that names the file, printed by the lowest
+    rank that found damage.
 
     Args:
-        choices: rank 0's are taken; the others must see the same checkpoints.
-        directory: the run's directory, for the error.
-        device: where collectives take their tensors.
+        choices: checkpoints in order of preference. Rank 0's count; the other ranks must see the same ones.
+        directory: the run directory, for error messages.
+        device: where the process group's tensors live.
 
     Returns:
-        The checkpoint; none if there are no choices.
+        The checkpoint; None if there are no choices.
 
     Raises:
-        CheckpointError: on all ranks, if there are choices and none is whole.
+        CheckpointError: on all ranks, if there are choices but all are damaged.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    count = _from_main(torch.tensor(len(choices), device=device))
+    count = _from_main(len(choices), device)
     for number in range(count):
-        mine = choices[number] if number < len(choices) else None
-        images = -1 if mine is None else checkpoint_images(mine.name) or 0
-        wanted = _from_main(torch.tensor(images, device=device))
+        path = choices[number] if number < len(choices) else None
+        images = -1 if path is None else checkpoint_images(path.name) or 0
+        wanted = _from_main(images, device)
         try:
-            if images != wanted:
-                raise CheckpointError(
-                    f"{directory}: rank 0 sees a checkpoint of {wanted:,} images there and rank {rank} does not; all "
-                    "ranks need the same file system."
-                )
-            check_contents(mine, shares(check_sizes(mine), rank, world))
-            failure = None
+            return raise_on_all_ranks(device, lambda: _verify_share(path, images, wanted, directory))  # noqa: B023
+        except AlreadyReportedError:
+            continue
         except CheckpointError as error:
-            failure = error
-        # all may find the same file missing: the first of them says so
-        first = torch.tensor(world if failure is None else rank, dtype=torch.int32, device=device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN)
-        if first == world:
-            return mine
-        if first == rank:
-            warn_skipped(mine or directory, failure)
+            warn_skipped(path or directory, error)
     if count:
-        raise no_valid_one(directory, count)
+        vote(device, no_valid_one(directory, count))
     return None
 
 
-def _from_main(value: torch.Tensor) -> int:
-    dist.broadcast(value, src=0)
-    return int(value)
+def _verify_share(path: Path | None, images: int, wanted: int, directory: Path) -> Path:
+    """Verify this rank's share of a checkpoint's files.
+
+    Args:
+        path: the checkpoint; None if this rank does not see as many checkpoints as rank 0.
+        images: images of the checkpoint.
+        wanted: images of the checkpoint that rank 0 sees.
+        directory: the run directory, for error messages.
+    """
+    rank = get_rank()
+    if path is None or images != wanted:
+        raise CheckpointError(
+            f"{directory}: rank 0 sees a checkpoint of {wanted:,} images but rank {rank} does not; all ranks need the "
+            "same file system."
+        )
+    check_contents(path, shares(check_sizes(path), rank, get_world_size()))
+    return path
+
+
+def _from_main(value: int, device: torch.device) -> int:
+    """Return rank 0's value on all ranks."""
+    return int(broadcast(torch.tensor(value, device=device)))

@@ -151,13 +151,13 @@ def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
 def test_usr1_and_preemption_leave_the_curve_of_an_undisturbed_run(requeued: Sbatch, undisturbed):
     assert len(requeued.rows()) == STEPS
     assert_undisturbed(requeued.rows(), undisturbed, STEPS)
-    assert requeued.text().count("starts anew") == requeued.text().count("train.sbatch: complete") == 1
+    assert requeued.text().count("starting from scratch") == requeued.text().count("train.sbatch: complete") == 1
 
 
 def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch):
     again = cluster.submit(f"--nodes=2 {SMALL} --output=again slurm/train.sbatch {requeued.options}", requeued.project)
     assert cluster.until_ended(again, LIMIT).state == "COMPLETED"
-    assert "images were seen already" in (requeued.project / "again").read_text()
+    assert "already trained on" in (requeued.project / "again").read_text()
     assert len(requeued.rows()) == STEPS
 
 

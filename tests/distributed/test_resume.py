@@ -52,7 +52,7 @@ def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, 
 
     if zero == 1:
         again = train_tiny(world, ep, zero, directory=interrupted, **changes)
-        assert "were seen already" in again.output and again.metrics == read_metrics(interrupted)
+        assert "already trained on" in again.output and again.metrics == read_metrics(interrupted)
 
 
 @pytest.mark.slow
@@ -102,13 +102,13 @@ def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
     source = train_tiny(1, 1, 1, "run.total_images=48")
     assert main(["checkpoint", "export", str(source.directory), "--out", str(tmp_path / "model")]) == 0
     tuned = train_tiny(2, 2, 2, f"model.init_from={tmp_path / 'model'}", "run.total_images=16", "optimizer.lr=1e-12")
-    assert "starts anew with the weights of" in tuned.output
+    assert "starting from the weights of" in tuned.output
     exported, first = ModelFileReader(tmp_path / "model"), tensors(tuned)
     for name in CheckpointReader(newest_valid(tuned.directory, full=True)).meta["shapes"]:
         expected = exported.read("ema", name, 0, first[f"fp32/{name}"].numel())
         assert torch.allclose(first[f"fp32/{name}"], expected, atol=1e-9)
     wrong = train_tiny(1, 1, 1, "model.init_from=/nowhere", code=5)
-    assert "model.init_from /nowhere: is no exported model, checkpoint or run" in wrong.output
+    assert "model.init_from /nowhere: not an exported model" in wrong.output
 
 
 def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):
@@ -187,7 +187,7 @@ def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, cap
     assert code == 0 and f"continues {newest} at 32 images" in printed
     third = shutil.copytree(run.directory, tmp_path / "third")
     code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(third)))
-    assert code == 5 and "holds the checkpoints of an earlier run" in printed
+    assert code == 5 and "contains checkpoints of an earlier run" in printed
 
 
 WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))

@@ -77,7 +77,7 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
     length = ("run.total_images=64", "run.nonfinite_skips=2", f"run.save_every_images={save_every}")
     finished = poisoned(tmp_path, "gradient", "4", 1, *length)
     assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
-    assert "seen already" not in finished.output
+    assert "already trained on" not in finished.output
     every = [CheckpointReader(path).meta for path in candidates(tmp_path / "run")]
     expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
     assert [(meta["images"], meta["step"]) for meta in every] == expected

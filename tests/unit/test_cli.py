@@ -43,7 +43,7 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
         (["--set", "data.path=/nowhere/x.tar"], 4, "/nowhere/x.tar"),
         (["--config", "imagenet-256", "--dry-run"], 4, "latents exists; expected"),
         (["--set", "model.in_channels=3", "--dry-run"], 4, "data.path is not set, and the embedded images do not fit"),
-        (["--resume", "/nowhere"], 5, "--resume /nowhere: is no checkpoint"),
+        (["--resume", "/nowhere"], 5, "--resume /nowhere: not a checkpoint"),
     ),
 )
 def test_train_mistakes(capsys, tmp_path, arguments, code, message):

@@ -1,0 +1,250 @@
+"""The plan of a run: what its arguments resolve to.
+
+Making a plan only reads: it writes no files and joins no ranks, so it is all that ``--dry-run`` needs. torch and
+DeepSpeed are imported after the recipe is read, so that typos fail fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
+from diffmoe_ds.config.load import config_to_dict, load_config
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
+    from diffmoe_ds.data.reader import Dataset
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the user asked for; see ``diffmoe train --help``."""
+
+    recipe: str
+    """Name of a packaged recipe, or a YAML file."""
+    overrides: list[str]
+    """``section.key=value``."""
+    deepspeed_json: str | None
+    """DeepSpeed JSON that replaces the recipe's ``deepspeed`` section."""
+    run_dir: Path | None
+    """Run directory; ``runs/RECIPE`` if None."""
+    resume: str
+    """``auto``, ``none`` or a path."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything that is known about a run before its ranks join."""
+
+    launch: Launch
+    """This process's place among the ranks."""
+    config: Config
+    """The resolved recipe."""
+    settings: DeepSpeedSettings
+    """The resolved DeepSpeed JSON."""
+    directory: Path
+    """The run directory."""
+    resume: str
+    """``auto``, ``none`` or a path."""
+    dataset: Dataset
+    """The training images, opened."""
+    choices: tuple[Path, ...] = ()
+    """Checkpoints to resume from, in order of preference."""
+    reader: CheckpointReader | None = None
+    """The first choice whose files are all present; None for a new run."""
+    initial: WeightsReader | None = None
+    """The model of ``model.init_from``, for a new run only."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.launch.rank == 0
+
+    @property
+    def images(self) -> int:
+        """Images that the checkpoint has been trained on; 0 for a new run."""
+        return 0 if self.reader is None else int(self.reader.meta["images"])
+
+    @property
+    def began_from(self) -> str | None:
+        """The absolute PATH of the ``--resume PATH`` that the run began with, now or before it was interrupted."""
+        if self.resume not in ("auto", "none"):
+            return os.path.abspath(self.resume)
+        return None if self.reader is None else self.reader.meta.get("began_from")
+
+    def fingerprint(self) -> str:
+        """Return a hash of what all ranks must have resolved to the same values."""
+        versions = [version(name) for name in ("diffmoe_ds", "deepspeed", "torch")]
+        resolved = [config_to_dict(self.config), self.settings.json, *versions]
+        return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+    def with_launch(self, launch: Launch) -> TrainPlan:
+        """Return the plan with the launch that the rendezvous completed."""
+        return replace(self, launch=launch)
+
+    def with_start(self) -> TrainPlan:
+        """Return the plan with its starting point looked up in the file system now.
+
+        Raises:
+            CheckpointError: `resume` contradicts the files in the run directory, or a checkpoint is of another model.
+        """
+        choices = resume_choices(self.resume, self.directory)
+        path = _first_complete(choices)
+        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        initial = _open_initial_weights(self.config) if reader is None else None
+        return replace(self, choices=tuple(choices), reader=reader, initial=initial)
+
+    def with_checkpoint(self, path: Path | None) -> TrainPlan:
+        """Return the plan for resuming from another checkpoint; the same plan if it is the one already chosen.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        if path is None or (self.reader is not None and path == self.reader.path):
+            return self
+        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+
+
+def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
+    """Resolve the arguments of ``diffmoe train``.
+
+    Raises:
+        ConfigError: an argument, the recipe or the DeepSpeed JSON is invalid.
+        CheckpointError: the checkpoint to resume from is missing, damaged or of another model.
+        DataError: the dataset is missing or damaged.
+    """
+    config = load_config(request.recipe, request.overrides)
+    config, source = _choose_deepspeed_section(config, request)
+
+    # Everything below needs torch or DeepSpeed.
+    import torch
+
+    from diffmoe_ds.data.dataset import check_first_image, open_dataset
+    from diffmoe_ds.planning.pool import pool_rows
+
+    _check_sampling(config)
+    settings = resolve_deepspeed(
+        config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    pool_rows(config, settings, launch.world)
+    dataset = open_dataset(config)
+    plan = TrainPlan(launch, config, settings, directory, request.resume, dataset).with_start()
+    check_first_image(config, dataset)
+    return plan
+
+
+def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
+    """Return the configuration with the DeepSpeed section that counts, and where that comes from."""
+    if request.deepspeed_json is None:
+        if not config.deepspeed:
+            raise ConfigError(f"{request.recipe}: the recipe has no deepspeed section; pass --deepspeed_config JSON.")
+        return config, f"{request.recipe}: deepspeed"
+    if any(override.startswith("deepspeed.") for override in request.overrides):
+        raise ConfigError(
+            "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; use one."
+        )
+    raw = read_deepspeed_json(request.deepspeed_json)
+    return config.model_copy(update={"deepspeed": raw}), str(request.deepspeed_json)
+
+
+def _check_sampling(config: Config) -> None:
+    """Raise ConfigError if the sample grids of the run cannot be generated."""
+    from diffmoe_ds.diffusion.objective import make_objective
+    from diffmoe_ds.sampling.generate import check_guidance
+    from diffmoe_ds.sampling.samplers import check_sampling
+
+    sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
+    check_sampling(config.objective.kind, sampler, config.sample.steps)
+    if config.run.sample_every_images:
+        check_guidance(config.sample.cfg_scale, "all", config)
+
+
+def resume_choices(resume: str, directory: Path) -> list[Path]:
+    """Return the checkpoints to resume from, in order of preference; none starts a new run.
+
+    Args:
+        resume: ``auto``, ``none`` or a path.
+        directory: the run directory.
+
+    Raises:
+        CheckpointError: `resume` contradicts what the run directory contains, or the path has no checkpoint.
+    """
+    from diffmoe_ds.checkpoint.layout import checkpoint_root
+    from diffmoe_ds.checkpoint.load import CheckpointReader
+    from diffmoe_ds.checkpoint.verify import candidates
+
+    own = candidates(directory)
+    if resume == "auto":
+        return own
+    if resume == "none":
+        if own:
+            raise CheckpointError(
+                f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which --resume none would mix "
+                "with its own; give another --run-dir, or use --resume auto."
+            )
+        return []
+    newest = _first_complete(own)
+    if newest is not None and CheckpointReader(newest).meta.get("began_from") == os.path.abspath(resume):
+        return own  # the same command again: resume the run that it began
+    found = candidates(Path(resume))
+    if not found:
+        raise CheckpointError(f"--resume {resume}: not a checkpoint or a run directory with one.")
+    if own and found[0].resolve().parent != own[0].resolve().parent:
+        raise CheckpointError(
+            f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which would be mixed with those "
+            f"of {found[0]}; give another --run-dir."
+        )
+    return found
+
+
+def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
+    """Open a checkpoint that this run can resume from.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or is of another model.
+    """
+    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_schedule
+
+    reader = CheckpointReader(path)
+    check_same_model(reader, config)
+    check_same_schedule(reader, settings.json.get("scheduler") is not None)
+    return reader
+
+
+def _first_complete(choices: list[Path]) -> Path | None:
+    """Return the first choice whose files have the right sizes; all ranks verify the contents together, later."""
+    from diffmoe_ds.checkpoint.verify import check_sizes
+
+    for path in choices:
+        with suppress(CheckpointError):
+            check_sizes(path)
+            return path
+    return None
+
+
+def _open_initial_weights(config: Config) -> WeightsReader | None:
+    """Open the model of ``model.init_from``."""
+    from diffmoe_ds.checkpoint.export import open_weights
+    from diffmoe_ds.checkpoint.load import check_same_model
+
+    if config.model.init_from is None:
+        return None
+    reader: Any = open_weights(Path(config.model.init_from))
+    if reader is None:
+        raise CheckpointError(
+            f"model.init_from {config.model.init_from}: not an exported model, a checkpoint or a run directory."
+        )
+    check_same_model(reader, config, except_for=("num_classes", "label_dropout"))
+    return reader  # type: ignore[no-any-return]

@@ -1,0 +1,122 @@
+"""A training session: everything that lives as long as the ranks of one run work together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmoe_ds.checkpoint.layout import checkpoint_root
+from diffmoe_ds.config.load import dump_config
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.collectives import destroy_process_group
+from diffmoe_ds.distributed.consensus import raise_on_all_ranks
+from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.distributed.watchdog import Watchdog
+from diffmoe_ds.files import write_error, write_text
+from diffmoe_ds.training.banner import banner, describe_start
+from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.resume import agree_on_checkpoint
+from diffmoe_ds.training.run_log import RunLog, open_log
+from diffmoe_ds.training.setup import Run, setup_run
+
+
+@dataclass
+class Session:
+    """The ranks of a run, joined."""
+
+    plan: TrainPlan
+    """The plan, with the starting point that all ranks agreed on."""
+    hosts: tuple[str, ...]
+    """The host of every rank."""
+    watchdog: Watchdog
+    """Detects ranks that die or stop responding."""
+    lock: RunLock | None
+    """The run directory's lock; rank 0 only."""
+    resources: ExitStack
+    """Closes what the session opened."""
+
+    def prepare(self) -> Run:
+        """Agree on the checkpoint, set the run up and write ``resolved.yaml``. Every rank must call.
+
+        Raises:
+            CheckpointError: on all ranks, if no checkpoint can be read or the run directory cannot be written.
+        """
+        plan, device = self.plan, seam.device()
+        path = agree_on_checkpoint(plan.choices, plan.directory, device)
+        self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
+        if self.plan is not plan and plan.is_main:
+            print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
+        run = setup_run(self.plan)
+        # not earlier: a run that is refused leaves the file as it was
+        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, plan.config) if plan.is_main else None)
+        return run
+
+    def open_log(self, run: Run) -> RunLog:
+        """Open the log of the run, which the end of the session closes; off rank 0 it records nothing.
+
+        Every rank must call.
+
+        Raises:
+            CheckpointError: on all ranks, if the files cannot be written.
+        """
+        settings, directory, total = run.settings, run.directory, run.config.run.total_images
+        board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
+        log = raise_on_all_ranks(
+            run.device, lambda: open_log(directory, board, run.images, run.step, total, is_main=run.is_main)
+        )
+        self.resources.callback(log.close)
+        return log
+
+    def finish(self, run: Run, last: Path | None) -> None:
+        """Report a run that had nothing left to do.
+
+        Args:
+            run: the run.
+            last: the last checkpoint that it wrote, if any.
+        """
+        if run.is_main and last is None:
+            print(f"{'complete':>11}  already trained on {run.images:,} images; for more, raise run.total_images")
+
+
+@contextmanager
+def join(plan: TrainPlan) -> Iterator[Session]:
+    """Join the other ranks, take the run lock, print the banner, and create the process group and the watchdog.
+
+    Raises:
+        LaunchError: a rank did not join, or resolved a different configuration.
+        RunDirectoryBusyError: another job is writing into the run directory.
+        RankLostError: a rank died or stopped responding while the session was open.
+    """
+    rendezvous = join_ranks(plan.launch, plan.fingerprint(), plan.config.run.start_timeout_s)
+    with ExitStack() as resources:
+        lock = rendezvous.on_main("lock", lambda: resources.enter_context(RunLock(plan.directory)))
+        # look again: an earlier job may have saved until it released the lock
+        start = rendezvous.raise_on_all_ranks("start", plan.with_start)
+        plan = start.with_launch(rendezvous.launch)
+        if plan.is_main:
+            print(banner(plan, rendezvous.hosts), flush=True)
+        seam.quiet_deepspeed()
+        seam.init_process_group()
+        launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
+        watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
+        try:
+            yield Session(plan, rendezvous.hosts, watchdog, lock, resources)
+        except RuntimeError as error:  # a collective raises it when a peer is gone, among other reasons
+            lost = watchdog.find_lost()
+            if lost is None:
+                raise
+            raise lost from error
+    destroy_process_group()
+
+
+def _write_resolved(directory: Path, config: Config) -> None:
+    """Write the resolved configuration, which ``--config`` accepts, and make the directory of checkpoints."""
+    try:
+        checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(directory, error) from None
+    write_text(directory / "resolved.yaml", dump_config(config))
