@@ -84,11 +84,6 @@ EXCEPTIONS = {
     "diffmoe_ds/config/deepspeed.py imports deepspeed.runtime.lr_schedules": "to be converted",
     "diffmoe_ds/checkpoint/reference.py:infer_official": "to be converted",
     "diffmoe_ds/cli/sample.py:sample_command": "to be converted",
-<<<<<<< HEAD
-    "diffmoe_ds/cli/train.py:train_command": "to be converted",
-=======
-    "diffmoe_ds/config/schema.py:Config.__post_init__": "to be converted",
->>>>>>> 10dfa61 (House rules: the train command and the banner are converted)
     "diffmoe_ds/data/loader.py:PositionLoader.__init__": "to be converted",
     "benchmarks/checkpoint.py:bench_checkpoint": "to be converted",
     "diffmoe_ds/diffusion/objective.py:16": "to be converted",
