@@ -6,7 +6,6 @@ which does nothing on the other ranks.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.sampling.generate import save_png
+from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.preview import Preview
@@ -139,6 +138,6 @@ class SampleGrid:
         path = folder / f"images_{self._run.images:012d}.png"
         try:
             folder.mkdir(exist_ok=True)
-            save_png(grid_HWC, str(path), scale=max(1, math.ceil(600 / grid_HWC.shape[1])))
+            save_png(grid_HWC, path)
         except OSError as error:  # a picture is not worth a run
             print(f"*** WARNING: {path} was not written: {error} ***", file=sys.stderr, flush=True)

@@ -162,7 +162,7 @@ def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Co
 def _check_sampling(config: Config) -> None:
     """Raise ConfigError if the sample grids of the run cannot be generated."""
     from diffmoe_ds.diffusion.objective import make_objective
-    from diffmoe_ds.sampling.generate import check_guidance
+    from diffmoe_ds.sampling.guidance import check_guidance
     from diffmoe_ds.sampling.samplers import check_sampling
 
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from diffmoe_ds.distributed.collectives import all_gather
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, draw, grid_columns, make_grid, to_uint8
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
+from diffmoe_ds.sampling.grid import grid_columns, make_grid, to_uint8
 from diffmoe_ds.training.setup import Run, build_model
 
 
@@ -24,20 +23,11 @@ class Preview:
 
     def generate(self) -> np.ndarray | None:
         """Return a grid, uint8 [height, width, 3], on rank 0 and None on the others.  Every rank must call."""
-        run, sample, world = self._run, self._run.config.sample, self._run.topology.world
-        share = math.ceil(sample.num_images / world)
-        first = run.topology.rank * share
-        seeds = range(first, first + share)
-        labels = torch.tensor([seed % run.config.model.num_classes for seed in seeds], device=run.device)
-        images = draw(
-            self._averaged(),
-            labels,
-            seeds,
-            sampler=sample.sampler or run.objective.samplers[0],
-            steps=sample.steps,
-            cfg_scale=sample.cfg_scale,
-            progress=lambda done, total: self._watchdog.tick(),
-        )
+        run, sample = self._run, self._run.config.sample
+        seeds = share_of_rank(sample.num_images, 0, run.topology.rank, run.topology.world)
+        labels = labels_of(seeds, run.config).to(run.device)
+        settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
+        images = generate(self._averaged(), labels, seeds, settings, lambda done, total: self._watchdog.tick())
         if run.config.model.in_channels not in PIXEL_CHANNELS:
             images = images[:, :3] / 4  # a latent's first channels, roughly in range: enough to see it come alive
         every = all_gather(images)

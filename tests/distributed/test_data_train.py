@@ -65,7 +65,7 @@ def test_samples_of_a_latent_model_are_decoded(made, train_tiny, tmp_path, capsy
     assert Image.open(io.BytesIO((tmp_path / "a" / "grid.png").read_bytes())).mode == "RGB"
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "b")]) == 2
-    assert "draws 4 channels, latents, which need a --vae to be pixels" in capsys.readouterr().err
+    assert "the model generates latents (4 channels); pass --vae" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

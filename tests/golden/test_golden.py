@@ -15,7 +15,8 @@ from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.capacity import capacity_loss
 from diffmoe_ds.moe.thresholds import Thresholds
-from diffmoe_ds.sampling.samplers import guided, sample
+from diffmoe_ds.sampling.guidance import guided
+from diffmoe_ds.sampling.samplers import sample
 
 MODELS = ("dense_flow", "tc_flow", "ec_flow", "diffmoe_flow", "diffmoe_ddpm")
 FLOW = tuple(name for name in MODELS if name.endswith("flow"))

@@ -186,10 +186,10 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
         (["--sampler", "ddim"], 2, "ddim"),
         (["--sampler", "oiler"], 2, "did you mean 'euler'?"),
         (["--routing", "dynamo"], 2, "did you mean 'dynamic'?"),
-        (["--num-images", "0"], 2, "--num-images is 0"),
-        (["--steps", "0"], 2, "--steps is 0"),
-        (["--seed", "-1"], 2, "--seed is -1"),
-        (["--checkpoint", "/nowhere"], 5, "--checkpoint /nowhere: is no checkpoint"),
+        (["--num-images", "0"], 2, "--num-images must be positive, got 0"),
+        (["--steps", "0"], 2, "--steps must be positive, got 0"),
+        (["--seed", "-1"], 2, "got -1"),
+        (["--checkpoint", "/nowhere"], 5, "--checkpoint /nowhere: not a checkpoint, run directory"),
     ),
 )
 def test_sample_mistakes(capsys, trained, tmp_path, options, code, message):

@@ -1,0 +1,219 @@
+"""What ``diffmoe sample`` does: plan, join the other ranks, generate a share of the images on each, write on rank 0.
+
+After each phase the ranks agree on errors, so that no rank waits for one that failed and the user reads one message.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
+from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
+from diffmoe_ds.distributed import consensus
+from diffmoe_ds.distributed.collectives import destroy_process_group, gather_to_main, init_process_group
+from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
+from diffmoe_ds.files import write_together
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
+from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png, to_uint8
+from diffmoe_ds.topology import Topology
+
+GRID_IMAGES = 100
+"""Largest number of images in grid.png."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The resolved arguments."""
+
+    reader: WeightsReader
+    """The model's weights and configuration."""
+    kind: str
+    """Which weights to read: a kind of the reader."""
+    routing: str
+    """The inference rule of the experts."""
+    settings: SamplingSettings
+    vae: str | None
+    """The decoder of a latent model."""
+    num_images: int
+    seed: int
+    batch_size: int
+    out: Path
+
+
+def run_sampling(args: argparse.Namespace) -> None:
+    """Generate images on all ranks and write them on rank 0.
+
+    Args:
+        args: of `cli.sample.add_sample_arguments`, with valid numbers.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank fails.
+    """
+    launch = resolve_launch()
+    rendezvous = join_ranks(launch)
+    plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args))
+    same = f"{plan.reader.path} {plan.settings.sampler}"
+    rendezvous.check_same("model", same, "samples another checkpoint than rank 0; pass the path of one checkpoint.")
+    device = local_device(launch)
+    model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
+    decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
+    rendezvous.on_main("out", lambda: _make_folder(plan.out))
+    if launch.world == 1:
+        write_images(plan, generate_share(plan, model, decode, launch))
+        return
+    if launch.rank == 0:
+        print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
+    init_process_group("gloo")
+    try:
+        every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
+        pixels = None if every is None else torch.cat(every).numpy()
+        _together(launch, lambda: None if pixels is None else write_images(plan, pixels))
+    finally:
+        destroy_process_group()
+
+
+def plan_sampling(args: argparse.Namespace) -> SamplingPlan:
+    """Resolve the arguments against the checkpoint, without loading weights.
+
+    Raises:
+        CheckpointError: the checkpoint does not exist or is damaged.
+        ConfigError: an argument does not fit the model.
+    """
+    reader = open_weights(args.checkpoint)
+    if reader is None:
+        raise CheckpointError(f"--checkpoint {args.checkpoint}: not a checkpoint, run directory or exported model.")
+    config = reader.config
+    channels = config.model.in_channels
+    if args.vae is not None and channels in PIXEL_CHANNELS:
+        raise ConfigError(f"{reader.path}: the model generates pixels ({channels} channels); omit --vae.")
+    if args.vae is None and channels not in PIXEL_CHANNELS:
+        raise ConfigError(
+            f"{reader.path}: the model generates latents ({channels} channels); pass --vae to decode them to pixels."
+        )
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
+    sampler = args.sampler or make_objective(config.objective.kind).samplers[0]
+    settings = SamplingSettings(sampler, args.steps, args.cfg_scale, args.guide_channels)
+    settings.check(config)
+    return SamplingPlan(
+        reader=reader,
+        kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
+        routing=args.routing or config.inference_choices[0],
+        settings=settings,
+        vae=args.vae,
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        out=args.out,
+    )
+
+
+def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
+    """Return the model with all experts, in eval mode on the device.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        ConfigError: the model does not support the routing.
+    """
+    config = plan.reader.config
+    model = DiT(config)
+    model.set_inference(plan.routing)
+    restore_weights(model, plan.reader, Topology(0, 1, 1, config.num_experts), plan.kind)
+    return model.to(device).eval()
+
+
+def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function from what the model generates to pixels in about [-1, 1].
+
+    Raises:
+        ConfigError: the VAE cannot be loaded or decodes another number of channels.
+    """
+    if plan.vae is None:
+        return lambda pixels: pixels
+    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
+
+    vae, channels = VAE(plan.vae, device), plan.reader.config.model.in_channels
+    if vae.settings["latent_channels"] != channels:
+        raise ConfigError(
+            f"--vae {plan.vae} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
+            f"{channels}."
+        )
+    return vae.decode
+
+
+def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch) -> Pixels:
+    """Generate this rank's share of the images; with several ranks, all fail together.
+
+    Returns:
+        uint8 [n, H, W, C], the same n on all ranks; beyond the last image it goes on with further seeds.
+    """
+    seeds = share_of_rank(plan.num_images, plan.seed, launch.rank, launch.world)
+    starts = range(0, len(seeds), plan.batch_size)
+    parts = []
+    with tqdm(total=plan.settings.steps * len(starts), unit="step", desc="sample", disable=launch.rank != 0) as bar:
+
+        def generate_batch(batch: range) -> Pixels:
+            labels = labels_of(batch, model.config).to(model.pos_embed.device)
+            images = generate(model, labels, batch, plan.settings, lambda done, total: bar.update())
+            if not images.isfinite().all():
+                raise NonFiniteError(
+                    f"{plan.reader.path}: the generated images contain NaN or Inf; try a smaller --cfg-scale than "
+                    f"{plan.settings.cfg_scale:g} or an earlier checkpoint."
+                )
+            return to_uint8(decode(images))
+
+        for start in starts:
+            batch = seeds[start : start + plan.batch_size]
+            parts.append(_together(launch, lambda batch=batch: generate_batch(batch)))
+    return np.concatenate(parts)
+
+
+def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
+    """Write ``samples.npz`` and ``grid.png``; both appear when they are complete.
+
+    Args:
+        plan: the plan.
+        pixels: uint8 [n, H, W, C], at least as many as the plan asks for.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    config = plan.reader.config
+    pixels = pixels[: plan.num_images]
+    labels = labels_of(range(plan.seed, plan.seed + plan.num_images), config).numpy()
+    shown = pixels[:GRID_IMAGES]
+    grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
+    writers: dict[str, Callable[[Path], Any]] = {
+        "samples.npz": lambda path: np.savez(path, arr_0=pixels, arr_1=labels),
+        "grid.png": lambda path: save_png(grid, path),
+    }
+    write_together(plan.out, writers)
+    print(f"{len(pixels)} images in {plan.out / 'samples.npz'}, the first {len(shown)} in {plan.out / 'grid.png'}")
+
+
+def _together(launch: Launch, action: Callable[[], T]) -> T:
+    """Run an action that may fail on a single rank; all ranks of the process group fail together."""
+    return action() if launch.world == 1 else consensus.raise_on_all_ranks(torch.device("cpu"), action)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {path}: cannot create the directory: {error.strerror}.") from None
