@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint`` and ``doctor``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``config`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "examine these hosts and say what to fix",
     "checkpoint": "inspect, reshard, export and import checkpoints",
     "prepare": "make shards of images",
+    "config": "list the keys of a recipe with their meaning",
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 

@@ -1,6 +1,6 @@
-"""Which keys of DeepSpeed's JSON this project passes on or reads itself, and what each may hold.
+"""The keys of DeepSpeed's JSON that this project passes on or reads itself, and the valid values of each.
 
-DeepSpeed accepts misspelt keys silently and answers many wrong values with a traceback, some of them after minutes.
+DeepSpeed accepts misspelled keys silently and answers many wrong values with a traceback, some of them after minutes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.errors import ConfigError
 
@@ -19,11 +20,21 @@ class Value(NamedTuple):
     """What a key may hold."""
 
     expected: str
-    """In words, for errors."""
+    """Completes "must be ..." in errors."""
     fits: Callable[[Any], bool]
-    """Whether a value is right."""
+    """Whether a value is valid."""
+    schema: dict[str, Any]
+    """The same as JSON schema."""
     auto: bool = True
-    """Whether ``"auto"`` is right too; then `config/deepspeed.py` resolves it."""
+    """Whether ``"auto"`` is valid, too; `diffmoe_ds.config.deepspeed` resolves it."""
+
+    @property
+    def in_words(self) -> str:
+        """All valid values, to complete "must be ..."."""
+        if not self.auto:
+            return self.expected
+        listed = "enum" in self.schema or self.schema["type"] == "boolean"
+        return f'{self.expected.replace(" or ", ", ") if listed else self.expected} or "{AUTO}"'
 
 
 def _is_number(value: Any) -> bool:
@@ -34,58 +45,77 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _at_least(low: float) -> Callable[[Any], bool]:
-    return lambda value: _is_number(value) and low <= value < 3e38
+def _is_size(value: Any) -> bool:
+    return _is_number(value) and 1 <= value < LARGEST and value == int(value)  # sizes are often written as 5e8
+
+
+def _is_non_negative(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < LARGEST
 
 
 def _are_betas(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
 
 
-FLAG = Value("true or false", lambda value: isinstance(value, bool))
-TEXT = Value("text", lambda value: isinstance(value, str))
-SIZE = Value("a positive whole number", lambda value: _at_least(1)(value) and value == int(value))  # JSON often has 5e8
-BATCH = Value("a positive whole number below 2^31", lambda value: _is_int(value) and 0 < value < 2**31)
-SECTION = Value("an object", lambda value: isinstance(value, dict), auto=False)
-NOT_NEGATIVE = Value("a number that is not negative", _at_least(0))
+def _one_of(*values: str, auto: bool = True) -> Value:
+    words = f"{', '.join(values[:-1])} or {values[-1]}"
+    return Value(words, lambda value: value in values, {"enum": list(values)}, auto)
 
-OFFLOAD = {
-    "device": Value("none or cpu", lambda value: value in ("none", "cpu")),
-    "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG,
-}  # fmt: skip
+
+LARGEST = 3e38
+"""About the largest float32."""
+BETA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+
+FLAG = Value("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})
+TEXT = Value("a string", lambda value: isinstance(value, str), {"type": "string"})
+SIZE = Value("a positive integer", _is_size, {"type": "integer", "minimum": 1, "exclusiveMaximum": LARGEST})
+BATCH = Value(
+    "a positive integer below 2^31", lambda value: _is_int(value) and 0 < value < 2**31,
+    {"type": "integer", "minimum": 1, "exclusiveMaximum": 2**31},
+)  # fmt: skip
+SECTION = Value("an object", lambda value: isinstance(value, dict), {"type": "object"}, auto=False)
+NON_NEGATIVE = Value(
+    "a non-negative number", _is_non_negative, {"type": "number", "minimum": 0, "exclusiveMaximum": LARGEST}
+)
+BETAS = Value(
+    "a list of two numbers in [0, 1)", _are_betas,
+    {"type": "array", "items": BETA, "minItems": 2, "maxItems": 2},
+)  # fmt: skip
+STAGE = Value(
+    "0, 1, 2 or 3", lambda value: _is_int(value) and 0 <= value <= 3,
+    {"type": "integer", "minimum": 0, "maximum": 3}, auto=False,
+)  # fmt: skip
+
+OFFLOAD = {"device": _one_of("none", "cpu"), "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG}
 ZERO = {
-    "stage": Value("0, 1, 2 or 3", lambda value: _is_int(value) and 0 <= value <= 3, auto=False),
-    "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE, "allgather_partitions": FLAG,
-    "allgather_bucket_size": SIZE, "overlap_comm": FLAG, "offload_optimizer": OFFLOAD, "sub_group_size": SIZE,
-    "round_robin_gradients": FLAG, "stage3_prefetch_bucket_size": NOT_NEGATIVE,
-    "stage3_param_persistence_threshold": NOT_NEGATIVE, "stage3_model_persistence_threshold": NOT_NEGATIVE,
-    "stage3_max_live_parameters": NOT_NEGATIVE, "stage3_max_reuse_distance": NOT_NEGATIVE,
+    "stage": STAGE, "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE,
+    "allgather_partitions": FLAG, "allgather_bucket_size": SIZE, "overlap_comm": FLAG, "offload_optimizer": OFFLOAD,
+    "sub_group_size": SIZE, "round_robin_gradients": FLAG, "stage3_prefetch_bucket_size": NON_NEGATIVE,
+    "stage3_param_persistence_threshold": NON_NEGATIVE, "stage3_model_persistence_threshold": NON_NEGATIVE,
+    "stage3_max_live_parameters": NON_NEGATIVE, "stage3_max_reuse_distance": NON_NEGATIVE,
 }  # fmt: skip
 KEYS: dict[str, Any] = {
     "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": BATCH,
     "optimizer": {
         "type": TEXT,
         "params": {
-            "lr": NOT_NEGATIVE, "betas": Value("a list of two numbers from 0 to below 1", _are_betas),
-            "eps": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "torch_adam": FLAG, "foreach": FLAG,
+            "lr": NON_NEGATIVE, "betas": BETAS, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "torch_adam": FLAG,
+            "foreach": FLAG,
         },
     },
     "scheduler": {"type": TEXT, "params": SECTION},
-    "gradient_clipping": NOT_NEGATIVE,
+    "gradient_clipping": NON_NEGATIVE,
     "bf16": {"enabled": FLAG},
     "fp16": SECTION,
     "zero_optimization": ZERO,
-    "expert_parallel": {"autoep_size": Value("a whole number", _is_int), "enabled": FLAG},
+    "expert_parallel": {"autoep_size": Value("an integer", _is_int, {"type": "integer"}), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
     "steps_per_print": SIZE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
-    "communication_data_type": Value("fp32, fp16 or bf16", lambda value: value in ("fp32", "fp16", "bf16")),
+    "communication_data_type": _one_of("fp32", "fp16", "bf16"),
     "zero_force_ds_cpu_optimizer": FLAG, "comms_logger": SECTION, "flops_profiler": SECTION,
-    "log_level": Value(
-        "debug, info, warning, error or critical",
-        lambda value: value in ("debug", "info", "warning", "error", "critical"),
-    ),
+    "log_level": _one_of("debug", "info", "warning", "error", "critical"),
 }  # fmt: skip
-# DeepSpeed's other keys, by section, so that a user hears "not supported" instead of "unknown".
+# DeepSpeed's other keys by section, for which the error is "not supported" instead of "unknown".
 UNSUPPORTED = {
     "": (
         "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comet", "compile",
@@ -105,25 +135,27 @@ UNSUPPORTED = {
 
 
 def check_keys(tree: dict[str, Any], source: str, keys: dict[str, Any] = KEYS, where: str = "") -> None:
-    """ConfigError with the nearest valid key, or the valid values, if anything is not as `KEYS` says.
+    """Check a section of the JSON, and those inside it, against `KEYS`.
 
     Args:
-        tree: a section of the JSON, or all of it.
+        tree: the section; the whole JSON if ``where`` is empty.
         source: the file's name, for errors.
-        keys: what the section may hold.
+        keys: the section's valid keys.
         where: the section's name.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest valid one, or an invalid value, with the valid ones.
     """
     for key, value in tree.items():
         name = f"{where}.{key}" if where else key
         if key not in keys:
             if key in UNSUPPORTED.get(where, ()):
-                raise ConfigError(f"{source}: {name} is a setting of DeepSpeed that this project does not support.")
+                raise ConfigError(f"{source}: {name} is a DeepSpeed setting that this project does not support.")
             raise ConfigError(f"{source}: " + unknown(where or "top-level key", key, keys))
         rule = keys[key]
         if isinstance(rule, dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {name} is {value!r}, but it must be an object.")
+                raise ConfigError(f"{source}: {name} must be an object, got {short_repr(value)}.")
             check_keys(value, source, rule, name)
         elif not (rule.fits(value) or (rule.auto and value == AUTO)):
-            expected = f'{rule.expected} or "auto"' if rule.auto else rule.expected
-            raise ConfigError(f"{source}: {name} is {value!r}, but it must be {expected}.")
+            raise ConfigError(f"{source}: {name} must be {rule.in_words}, got {short_repr(value)}.")
