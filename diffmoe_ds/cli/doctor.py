@@ -1,16 +1,15 @@
-"""``diffmoe doctor``: what is wrong with these hosts, before a run finds out."""
+"""``diffmoe doctor``: find problems of hosts and of the cluster before a run does."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from diffmoe_ds.distributed.collectives import destroy_process_group, init_process_group, is_initialized
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.doctor.facts import OPS, rank_facts
@@ -29,18 +28,33 @@ EXAMPLES = """examples:
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``diffmoe doctor``."""
+    """Add the options of ``diffmoe doctor``."""
     add = parser.add_argument
-    add("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (default: %(default)s)")
+    add(
+        "--run-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where runs are written (default: %(default)s)",
+    )
     add("--timeout", type=float, default=60.0, metavar="S", help="seconds to wait for a rank (default: %(default)g)")
-    add("--json", action="store_true", help="print one object instead of text")
-    add("--hostfile", type=Path, metavar="FILE", help="ask the hosts of this file over ssh instead, without a launcher")
-    add("--nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
-    add("--quiet", action="store_true", help="print only what is wrong")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    add(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="check the hosts of this file over ssh instead, without a launcher",
+    )
+    add("--nodes", type=int, metavar="N", help="check only the first N hosts of the hostfile")
+    add("--quiet", action="store_true", help="print only problems")
 
 
 def doctor_command(args: argparse.Namespace) -> None:
-    """Run ``diffmoe doctor``; LaunchError if something must be mended."""
+    """Run ``diffmoe doctor``.
+
+    Raises:
+        LaunchError: there are problems to fix; they were printed.
+    """
     if args.hostfile is not None:
         _ask_hosts(args)
         return
@@ -59,7 +73,7 @@ def doctor_command(args: argparse.Namespace) -> None:
 
 def _ask_hosts(args: argparse.Namespace) -> None:
     if args.nodes is not None and args.nodes < 1:
-        raise ConfigError(f"--nodes is {args.nodes}, but it must be above 0.")
+        raise ConfigError(f"--nodes must be positive, got {args.nodes}.")
     hosts = list(read_hostfile(args.hostfile))[: args.nodes]
     found = check_hosts(hosts)
     if args.json:
@@ -67,11 +81,11 @@ def _ask_hosts(args: argparse.Namespace) -> None:
     if found:
         raise LaunchError(" ".join(found))
     if not args.quiet and not args.json:
-        print(f"{len(hosts)} host(s) are reachable and alike: {', '.join(hosts)}")
+        print(f"{len(hosts)} host(s) are reachable and have the same software: {', '.join(hosts)}")
 
 
 def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any] | None:
-    """The report on rank 0; none on the others."""
+    """Return the report on rank 0; None on the other ranks."""
     launch = rendezvous.launch
     facts = rank_facts(launch, args.run_dir)
     facts["shared"] = shared_directory(rendezvous, args.run_dir, args.timeout)
@@ -82,11 +96,11 @@ def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any]
     if launch.world > 1:
         try:
             timed = _collectives(launch, args.timeout)
-        except RuntimeError as error:  # gloo's and NCCL's errors are of many kinds
+        except RuntimeError as error:  # gloo and NCCL raise many kinds of errors
             failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
     every = gather_facts(rendezvous, "timed", [failed, timed], args.timeout)
-    if launch.world > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+    if is_initialized():
+        destroy_process_group()
     if ranks is None or every is None:
         return None
     return {
@@ -108,12 +122,12 @@ def _collectives(launch: Launch, timeout_s: float) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    init_process_group(backend, timeout_s)
     return timed_collectives(device)
 
 
 def _text(report: dict[str, Any], quiet: bool) -> str:
-    """The report for people; it ends with what to fix."""
+    """Return the report as text; it ends with what to fix."""
     lines: list[tuple[str, str]] = []
     if not quiet:
         first = report["ranks"][0]
@@ -128,7 +142,7 @@ def _text(report: dict[str, Any], quiet: bool) -> str:
         for host, members in report["hosts"].items():
             rank = report["ranks"][members[0]]
             sent = report["sent_mb"].get(host, {})
-            carried = ", ".join(f"{name} carried {mb} MB" for name, mb in sorted(sent.items(), key=lambda x: -x[1]))
+            carried = ", ".join(f"{name} sent {mb} MB" for name, mb in sorted(sent.items(), key=lambda x: -x[1]))
             ahead = f", clock {report['clock_ahead_s'][host] * 1000:+.1f} ms" if host in report["clock_ahead_s"] else ""
             span = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]} to {members[-1]}"
             lines.append(("host", f"{host}: {span}; {rank['address']} on {rank['interface']}; {carried}{ahead}"))
@@ -138,7 +152,7 @@ def _text(report: dict[str, Any], quiet: bool) -> str:
         for name in ("all_reduce", "all_to_all"):
             timed = report[name]
             if timed:
-                text = f"{timed['mb']} MB a rank in {timed['ms']} ms, {timed['gb_per_s']} GB/s"
+                text = f"{timed['mb']} MB per rank in {timed['ms']} ms, {timed['gb_per_s']} GB/s"
                 lines.append((name.replace("_", "-"), text))
         lines += [("operator", f"{name}: {first['ops'][name]} (used {when})") for name, when in OPS.items()]
     lines += [("to fix", sentence) for sentence in report["to_fix"]]

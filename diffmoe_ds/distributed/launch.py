@@ -1,10 +1,9 @@
-"""Which rank is this process, and where do the ranks meet?  Every launcher says it in its own variables; this is the
-one place that asks.
+"""This process's rank, and the address of the rendezvous, from the variables of whichever launcher started it.
 
 Order: ``RANK`` (deepspeed, torchrun), Open MPI (mpirun), a Slurm step (srun), any other MPI through mpi4py, else a
-process on its own.  An mpirun inside a Slurm job hands the variables of the step in which it or its daemons run to its
-ranks, so MPI goes before Slurm where they disagree.  ``RANK`` that contradicts another is an error, found before any
-rank is joined.
+single process. An mpirun inside a Slurm job passes the variables of its own step on to its ranks, so MPI takes
+precedence over Slurm where they disagree. A ``RANK`` that contradicts another launcher is an error, raised before any
+ranks join.
 """
 
 from __future__ import annotations
@@ -22,57 +21,56 @@ if TYPE_CHECKING:
     import torch
 
 SLURM_PORTS = range(20_000, 32_000)
-"""A step's port is taken from its job's number, so that two jobs on one node do not meet; below the usual range of
-outgoing connections."""
+"""Ports for Slurm steps, chosen by job id so that jobs on one node do not collide; below the ephemeral range."""
 PORTS_PER_STEP = 6_151
-"""Steps of one job are this many ports apart: a prime, so that they do not meet the next jobs' either."""
+"""Distance between the ports of a job's steps: a prime, so that they do not collide with the next jobs' either."""
 DEFAULT_PORT = 29_500
-"""Where torch's own launchers meet unless told otherwise."""
+"""The default port of torch's own launchers."""
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
-"""Set by torchrun and by deepspeed's launcher: the process was started by one, maybe inside a Slurm step or a batch
-script whose variables are then not its own."""
+"""Set by torchrun and by deepspeed's launcher, perhaps inside a Slurm step or batch script, whose variables then do not
+describe this process."""
 OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-"""An MPI launcher has started this process; mpi4py knows the rest."""
+"""Set if an MPI launcher started this process; mpi4py knows the rest."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place among the ranks."""
+    """This process's place among the ranks."""
 
     rank: int
-    """This process, from 0."""
+    """This process's rank, from 0."""
     world: int
     """Number of processes W."""
     local_rank: int
-    """This process among those of its host, from 0."""
+    """This process's rank among those of its host, from 0."""
     local_world: int
     """Number of processes on this host."""
     source: str
-    """Where this was taken from."""
+    """Where the values above come from, for people."""
     master_addr: str | None = None
-    """Host of rank 0, where all ranks meet; none until rank 0 has told it over MPI."""
+    """Host of rank 0, which serves the rendezvous; None until rank 0 has sent it over MPI."""
     master_port: int | None = None
-    """Its port; none as above."""
+    """Port of the rendezvous; None as above."""
     master_source: str = ""
-    """Where address and port were taken from."""
+    """Where address and port come from, for people."""
 
     @property
     def address(self) -> str:
-        """``host:port``, for people."""
+        """``host:port`` of the rendezvous, for people."""
         return f"{self.master_addr}:{self.master_port}"
 
     def describe(self) -> str:
-        """One line that says where everything was taken from."""
+        """Return one line for people about the ranks and where each value comes from."""
         if self.world == 1:
             return f"rank 0 of 1 ({self.source})"
         return (
             f"{self.world} ranks, {self.local_world} on this host ({self.source}); "
-            f"they meet at {self.address} ({self.master_source})"
+            f"rendezvous at {self.address} ({self.master_source})"
         )
 
 
 def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """Read this process's place from the environment.
+    """Return this process's place, from the environment.
 
     Raises:
         TopologyError: a variable is missing or not a number, the rank is outside the world, or two launchers
@@ -96,27 +94,27 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
         launch = _from_mpi()
         env = _without_step(env)
     elif env.get("WORLD_SIZE", "1") != "1":
-        raise TopologyError(f"WORLD_SIZE is {env['WORLD_SIZE']!r}, but RANK is not set; set both or neither.")
+        raise TopologyError(f"WORLD_SIZE is {env['WORLD_SIZE']!r} but RANK is not set; set both or neither.")
     else:
         launch = Launch(0, 1, 0, 1, "no launcher: a single process")
     if not 0 <= launch.rank < launch.world:
         raise TopologyError(
-            f"{launch.source}: the rank is {launch.rank}, but it must be from 0 to {launch.world - 1} in a world of "
-            f"{launch.world}."
+            f"{launch.source}: the rank must be from 0 to {launch.world - 1} in a world of {launch.world}, got "
+            f"{launch.rank}."
         )
     return _with_master(env, launch)
 
 
 def local_device(launch: Launch) -> torch.device:
-    """This process's GPU, or the CPU where there is none; some launchers show each task only its own GPU."""
-    import torch  # not above: it takes seconds that a mistyped option should not cost
+    """Return this process's GPU, or the CPU if there is none; some launchers show each task only its own GPU."""
+    import torch  # imported lazily so that typos fail fast
 
     gpus = torch.cuda.device_count()
     return torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
 
 
 def export_launch(launch: Launch) -> Launch:
-    """Set the variables that torch.distributed's ``env://`` reads; returns the launch with its meeting point."""
+    """Set the variables that torch.distributed's ``env://`` reads; return the launch with the rendezvous address."""
     if launch.master_addr is None:
         launch = _agree_over_mpi(launch)
     os.environ["RANK"] = str(launch.rank)
@@ -134,7 +132,7 @@ def _launcher(env: Mapping[str, str]) -> str:
 
 
 def _is_step_of_an_mpirun(env: Mapping[str, str]) -> bool:
-    """srun itself sets PMI's variables for its tasks, and then they agree with its own."""
+    """Return whether the Slurm step is that of an mpirun: srun also sets PMI variables, but consistent with its own."""
     pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMIX_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
     return any(mpi in env and env[mpi] != env.get(slurm) for mpi, slurm in pairs)
 
@@ -144,7 +142,7 @@ def _without_step(env: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
-    """RANK against what Slurm and Open MPI say, unless a launcher stands between them and this process."""
+    """Compare RANK with Slurm and Open MPI, unless another launcher runs between them and this process."""
     if any(name in env for name in LAUNCHED):
         return
     for name, ours, what in (
@@ -156,7 +154,7 @@ def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
         if name in env and env[name] != str(ours):
             raise TopologyError(
                 f"{what} is {ours}, but {name} is {env[name]!r}: two launchers contradict each other; unset {what} to "
-                f"take {name.split('_')[0]}'s."
+                f"use {name.split('_')[0]}'s."
             )
 
 
@@ -168,21 +166,20 @@ def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank
         # Slurm writes "2(x3),1" for two tasks on each of three nodes and one on the next
         found = re.fullmatch(r"(\d+)([(,].*)?" if name.startswith("SLURM_") else r"(\d+)", text or "")
         if found is None:
-            raise TopologyError(f"{source}: {name} is {text!r}, but it must be a number.")
+            raise TopologyError(f"{source}: {name} must be a number, got {text!r}.")
         return int(found[1])
 
     ranks = number(world)
     launch = Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks), source)
     if launch.local_rank >= launch.local_world and not local_world.startswith("SLURM_"):
         raise TopologyError(
-            f"{source}: {local_rank} is {launch.local_rank}, but it must be below {local_world}, which is "
-            f"{launch.local_world}."
+            f"{source}: {local_rank} must be less than {local_world} ({launch.local_world}), got {launch.local_rank}."
         )
     return launch
 
 
 def _from_mpi() -> Launch:
-    from mpi4py import MPI  # only here and below: it starts MPI, which nobody else wants
+    from mpi4py import MPI  # imported lazily: it initializes MPI
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -190,12 +187,12 @@ def _from_mpi() -> Launch:
 
 
 def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
-    """The meeting point, where it can be known without asking the other ranks."""
+    """Return the launch with the rendezvous address, if it is known without asking the other ranks."""
     given = "MASTER_PORT" in env
     text = env.get("MASTER_PORT", str(DEFAULT_PORT))
     if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise TopologyError(f"MASTER_PORT is {text!r}, but it must be a port from 1 to 65535.")
-    port, port_source = int(text), "MASTER_PORT" if given else "torch's usual port"
+        raise TopologyError(f"MASTER_PORT must be a port from 1 to 65535, got {text!r}.")
+    port, port_source = int(text), "MASTER_PORT" if given else "torch's default port"
     if "MASTER_ADDR" in env:
         address, source = env["MASTER_ADDR"], "MASTER_ADDR"
     elif launch.world == 1:
@@ -207,25 +204,25 @@ def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
         return launch
     if "SLURM_STEP_NODELIST" in env and not given:
         step = int(env.get("SLURM_JOB_ID", 0)) + PORTS_PER_STEP * int(env.get("SLURM_STEP_ID", 0))
-        port, port_source = SLURM_PORTS[step % len(SLURM_PORTS)], "port from the job's number"
+        port, port_source = SLURM_PORTS[step % len(SLURM_PORTS)], "port from the job id"
     both = source if launch.world == 1 else f"{source}, {port_source}"
     return replace(launch, master_addr=address, master_port=port, master_source=both)
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``."""
+    """Return the first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``."""
     head = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodelist)
     assert head is not None, f"a Slurm node list never starts like {nodelist!r}"
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
 
 
 def _agree_over_mpi(launch: Launch) -> Launch:
-    """mpirun gives no meeting point: rank 0 chooses one and tells the others."""
+    """Let rank 0 choose an address and send it to the others: mpirun does not provide one."""
     from mpi4py import MPI
 
     mine = (socket.gethostname(), int(os.environ.get("MASTER_PORT", 0)) or _free_port()) if launch.rank == 0 else None
     host, port = MPI.COMM_WORLD.bcast(mine, root=0)
-    return replace(launch, master_addr=host, master_port=port, master_source="rank 0 told it over MPI")
+    return replace(launch, master_addr=host, master_port=port, master_source="sent by rank 0 over MPI")
 
 
 def _free_port() -> int:

@@ -1,10 +1,10 @@
-"""One job at a time in a run directory, on any file system that several hosts share.
+"""Run lock: one job at a time in a run directory, on any file system that several hosts share.
 
-The lock is a small file that its holder rewrites every few seconds with a higher count.  Nothing else is asked of the
-file system than that linking and renaming a file are atomic (NFS, Lustre, ...): no lock daemon, no equal clocks.  A
-holder that was killed or whose host lost power stops counting, and the next job takes the lock over: at once where it
-can know that the holder is gone, otherwise after watching the count stand still.  A holder that was only frozen finds
-another's name in the file when it wakes, and stops.
+The lock is a small file that its holder rewrites every few seconds with a higher count. It only requires that linking
+and renaming a file are atomic (NFS, Lustre, ...), not a lock daemon or synchronized clocks. A holder that was killed or
+whose host lost power stops counting, and the next job reclaims the stale lock: at once if the holder is known to be
+gone, otherwise after the count has not changed for a while. A holder that was only suspended finds another job's name
+in the file when it wakes, and exits.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from diffmoe_ds.files import create_exclusively, replacing, write_synced
 
 LOCK_FILE = "lock.json"
 BEAT_S = 4.0
-"""Seconds between two beats of the holder."""
+"""Seconds between two heartbeats of the holder."""
 STALE_S = 24.0
-"""Seconds without a beat after which a holder on another host counts as dead."""
+"""Seconds without a heartbeat after which the lock of a holder on another host is stale."""
 SETTLE_S = 1.0
-"""Seconds after a takeover for another's takeover to show; the beats find what is later still."""
+"""Seconds to wait after a takeover for a concurrent one to show; heartbeats detect later ones."""
 
 
 class RunLock:
-    """Holds a run directory; a context manager of rank 0."""
+    """Context manager that locks a run directory; rank 0 only."""
 
     def __init__(self, directory: Path, environ: Mapping[str, str] | None = None) -> None:
-        """Name the directory and oneself; takes nothing yet.
+        """Describe the lock; does not take it yet.
 
         Args:
-            directory: the run's directory.
+            directory: the run directory.
             environ: where Slurm's variables are; the process's own by default.
         """
         env = os.environ if environ is None else environ
@@ -63,7 +63,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            RunDirectoryBusyError: a living job holds it.
+            RunDirectoryBusyError: a running job holds it.
             CheckpointError: the directory cannot be written.
         """
         try:
@@ -78,25 +78,29 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the lock back, if it is still ours."""
+        """Release the lock, if it is still ours."""
         self._stop.set()
         self._beating.join(timeout=BEAT_S)
         if (_read(self._path) or {}).get("token") == self._me["token"]:
             self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """RunDirectoryBusyError if another job has taken the lock while this process was frozen."""
+        """Verify that the lock is still ours.
+
+        Raises:
+            RunDirectoryBusyError: another job has taken it over while this process was suspended.
+        """
         if self._lost_to is not None:
             raise RunDirectoryBusyError(
-                f"{self._path.parent}: was taken over by {_who(self._lost_to)} while this process stood still; it "
-                "stops without writing more."
+                f"{self._path.parent}: was taken over by {_who(self._lost_to)} while this process was suspended; it "
+                "exits without writing anything."
             )
 
     def _take_over(self) -> None:
         holder = _read(self._path)
         if holder is not None and not self._is_gone(holder):
             print(
-                f"{'waiting':>11}  up to {STALE_S:g} s to see whether {_who(holder)} still works in "
+                f"{'waiting':>11}  up to {STALE_S:g} s to see whether {_who(holder)} is still active in "
                 f"{self._path.parent}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
@@ -104,27 +108,27 @@ class RunLock:
             while time.monotonic() < deadline:
                 time.sleep(BEAT_S / 4)
                 now = _read(self._path)
-                if now is None:  # given back meanwhile
+                if now is None:  # released meanwhile
                     break
                 if _signs_of_life(now) != _signs_of_life(holder):
                     raise RunDirectoryBusyError(
-                        f"{self._path.parent}: is in use by {_who(now)}; wait for it, end it, or give another "
+                        f"{self._path.parent}: is in use by {_who(now)}; wait for it, cancel it, or give another "
                         "--run-dir."
                     )
         self._write()
         time.sleep(SETTLE_S)
         holder = _read(self._path)
         if holder is None or holder["token"] != self._me["token"]:
-            raise RunDirectoryBusyError(f"{self._path.parent}: {_who(holder or {})} has just started there.")
+            raise RunDirectoryBusyError(f"{self._path.parent}: {_who(holder or {})} has just started in it.")
 
     def _is_gone(self, holder: Mapping[str, Any]) -> bool:
-        """Whether it is certain that the holder no longer runs."""
+        """Return whether the holder is known to be gone."""
         if holder["job"] is not None and holder["job"] == self._me["job"] and holder["restarts"] < self._me["restarts"]:
-            return True  # Slurm starts a job again only after ending it
+            return True  # Slurm restarts a job only after ending it
         here = self._me["process"]
         if holder["host"] != self._me["host"] or holder["process"]["boot"] != here["boot"]:
             return False
-        if holder["process"]["namespace"] != here["namespace"]:  # another container: its numbers are not ours
+        if holder["process"]["namespace"] != here["namespace"]:  # another container: its process ids mean nothing here
             return False
         return _process(holder["pid"]) != holder["process"]
 
@@ -137,7 +141,7 @@ class RunLock:
                     return
                 self._me["beat"] += 1
                 self._write()
-            except OSError:  # a full disk: a new time needs no space
+            except OSError:  # a full disk: changing the modification time needs no space
                 with contextlib.suppress(OSError):
                     os.utime(self._path)
 
@@ -151,7 +155,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the lock's file says; none if there is no lock, or a file that no holder has written."""
+    """Return the contents of the lock file; None if there is none, or if no holder wrote it."""
     try:
         with path.open(encoding="utf-8") as file:
             found, modified = json.load(file), os.fstat(file.fileno()).st_mtime_ns
@@ -161,13 +165,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _signs_of_life(holder: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a living holder changes; times of files come from one server, so hosts' clocks do not matter."""
+    """Return what an active holder changes. File times come from one server, so hosts' clocks do not matter."""
     return holder["token"], holder["beat"], holder["modified"]
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What tells a process from a later one with the same number."""
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may hold anything
+    """Return what distinguishes a process from a later one with the same id."""
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may contain anything
     return {
         "started": fields[19] if fields else None,  # field 22: clock ticks after boot
         "boot": _text("/proc/sys/kernel/random/boot_id"),

@@ -1,7 +1,7 @@
-"""Signals that ask a run to save and leave: SIGUSR1 and SIGTERM of a cluster, Ctrl-C of a person.
+"""Signals that ask a run to save and exit: SIGUSR1 and SIGTERM from a cluster, Ctrl-C from a person.
 
-A signal reaches a process at any time, perhaps only one of many; here it is only noted.  The loop asks at each step,
-and all ranks agree to stop when any of them was asked.
+A signal may reach only one rank, at any time; here it is only recorded. The training loop checks at each step, and all
+ranks stop together when any of them was asked to.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import time
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SAME_PRESS_S = 0.3
-"""Launchers pass Ctrl-C on, within some 10 ms, to processes that have it already; two within this time are one."""
+"""Launchers forward Ctrl-C to processes that already received it; two within this many seconds count as one."""
 
 _received: list[signal.Signals] = []
 _interrupted_at = float("-inf")
 
 
 def listen() -> None:
-    """Note the signals from now on instead of ending; a second Ctrl-C ends the process at once."""
+    """Record the signals from now on instead of exiting; a second Ctrl-C exits immediately."""
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
 
 
 def ignore() -> None:
-    """The run is over, well or not, and its exit code stands: a signal on the way out does not change it.
+    """Ignore the signals while the process exits, so that they do not change its exit code.
 
-    Python gives up its own handlers long before the process has gone, but leaves signals ignored that were.
+    Python removes its handlers long before the process is gone, but keeps ignored signals ignored.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def received() -> str:
-    """Name of the first signal that asked this process to stop; empty if none did."""
+    """Return the name of the first signal that asked this process to stop; empty if none did."""
     return _received[0].name if _received else ""
 
 
@@ -44,8 +44,8 @@ def _note(number: int, frame: object) -> None:
     if number == signal.SIGINT:
         now = time.monotonic()
         if signal.SIGINT in _received and now - _interrupted_at > SAME_PRESS_S:
-            os._exit(128 + number)  # whatever the main thread waits for, it does not get in the way
+            os._exit(128 + number)  # exits even if the main thread is blocked
         if signal.SIGINT not in _received:
             _interrupted_at = now
-            print("\nsaving after this step and leaving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
+            print("\nSaving after this step, then exiting; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
     _received.append(signal.Signals(number))

@@ -1,8 +1,8 @@
-"""No silent hang: when a rank dies or stops answering, all others leave and say which one it was.
+"""Watchdog: when a rank dies or stops responding, all other ranks exit and name it, instead of hanging.
 
-A thread of every rank writes a sign of life into the store through which the ranks met; rank 0's thread reads all of
-them, the others read rank 0's.  It works when the main thread is stuck in a collective, and uses none itself.  The
-store may stop answering too, with rank 0 that serves it: a second thread only looks at the clock.
+A thread of every rank writes heartbeats into the rendezvous store; rank 0's thread reads all of them, the others read
+rank 0's. It works while the main thread is blocked in a collective, and uses none itself. The store stops responding
+together with rank 0, which serves it, so a second thread only checks the clock.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import torch.distributed as dist
 from diffmoe_ds.errors import RankLostError
 
 MAX_BEAT_S = 1.0
-"""Longest time between two signs of life."""
+"""Longest time between two heartbeats."""
 CONNECT_S = 4.0
-"""Time to reach the store again after a collective failed."""
+"""Seconds to reconnect to the store after a collective failed."""
 MISSED_BEATS = 4
-"""After a broken connection, a rank that misses so many is the lost one."""
+"""After a collective failed, a rank that misses this many heartbeats is the lost one."""
 
 
 class Watchdog:
-    """Watches the ranks while it is entered; with one rank it does nothing."""
+    """Context manager that watches the ranks; with one rank it does nothing."""
 
     def __init__(self, rank: int, world: int, timeout_s: float) -> None:
-        """The process group must exist, and MASTER_ADDR and MASTER_PORT with it.
+        """Configure the watchdog; MASTER_ADDR and MASTER_PORT must be set.
 
         Args:
-            rank: this one.
+            rank: this rank.
             world: number of ranks.
-            timeout_s: how long a rank may be silent, or all may stand still.
+            timeout_s: seconds that a rank may miss heartbeats, or that all may make no progress.
         """
         self._rank, self._world, self._timeout = rank, world, timeout_s
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
@@ -55,19 +55,19 @@ class Watchdog:
         self._left.set()
 
     def tick(self, step: int | None = None) -> None:
-        """The main thread goes on; called wherever it finished something.
+        """Record progress of the main thread.
 
         Args:
-            step: the step that begins.
+            step: optimizer steps finished; unchanged if None.
         """
         self._step = self._step if step is None else step
         self._ticks += 1
 
     def find_lost(self) -> RankLostError | None:
-        """Which rank is gone, after a collective failed; none if all answer."""
+        """Return an error that names the lost rank, after a collective failed; None if all ranks respond."""
         if self._world == 1:
             return None
-        self._left.set()  # from here on this thread judges
+        self._left.set()  # from here on, this thread decides
         try:
             store = self._connect(min(CONNECT_S, self._timeout))
             before = self._beats(store)
@@ -78,9 +78,11 @@ class Watchdog:
             lost = [rank for rank in range(self._world) if rank != self._rank and after[rank][:1] == before[rank][:1]]
             if not lost:
                 return None
-            return RankLostError(f"{self._name(store, lost)} died in step {after[lost[0]][1] + 1}; the others leave.")
-        except RuntimeError:  # the store was rank 0's
-            return RankLostError(f"rank 0 died in step {self._step + 1}; the others leave.")
+            return RankLostError(
+                f"{self._name(store, lost)} died in step {after[lost[0]][1] + 1}; the other ranks exit."
+            )
+        except RuntimeError:  # rank 0 served the store
+            return RankLostError(f"rank 0 died in step {self._step + 1}; the other ranks exit.")
 
     def _connect(self, timeout_s: float) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -90,7 +92,7 @@ class Watchdog:
         store.set(f"watchdog/beat/{self._rank}", f"{time.monotonic_ns()} {self._step} {self._ticks}")
 
     def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int]]:
-        """(sign of life, step, ticks) of every rank; the watched ones have all written before the first step."""
+        """Return (heartbeat, step, ticks) of every rank; all have written one before the first step."""
         texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(self._world)])
         return [tuple(map(int, text.split())) for text in texts]
 
@@ -99,7 +101,7 @@ class Watchdog:
         return ", ".join(f"rank {rank} on {host.decode()}" for rank, host in zip(ranks, hosts, strict=True))
 
     def _watch(self) -> None:
-        """The thread that asks the store, and may wait for it for ever."""
+        """Run the thread that reads the store, on which it may block forever."""
         seen: dict[int, tuple[tuple[int, ...], float]] = {}
         moved, ticks = time.monotonic(), None
         while not self._left.wait(self._beat_s):
@@ -124,7 +126,7 @@ class Watchdog:
                 self._leave(f"{name} has not answered for {self._timeout:.0f} s, since step {step + 1}")
             if self._rank == 0:
                 now_ticks = [beat[2] for beat in beats.values()]
-                if now_ticks != ticks or min(now_ticks) == 0:  # set-up may take long and does not tick
+                if now_ticks != ticks or min(now_ticks) == 0:  # setup may take long and does not tick
                     moved, ticks = answered, now_ticks
                 elif answered - moved > self._timeout:
                     behind = [rank for rank, beat in beats.items() if beat[2] == min(now_ticks)]
@@ -133,19 +135,19 @@ class Watchdog:
                     self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}")
 
     def _guard(self) -> None:
-        """The thread that looks at the clock."""
+        """Run the thread that only checks the clock."""
         while not self._left.wait(self._beat_s):
             silent = time.monotonic() - self._answered
             if silent > self._timeout + 2 * self._beat_s:
                 self._leave(f"rank 0 has not answered for {silent:.0f} s, since step {self._step + 1}")
 
     def _leave(self, why: str) -> None:
-        """End this process; the main thread may be in a collective that never returns."""
+        """Exit this process; the main thread may be in a collective that never returns."""
         if self._left.is_set():
             return
         if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
             self._store.set("watchdog/verdict", why)
-            time.sleep(2 * self._beat_s)  # the others read it from rank 0's store
-        print(f"diffmoe: error: {why}; rank {self._rank} leaves.", file=sys.stderr, flush=True)
+            time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
+        print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(RankLostError.exit_code)

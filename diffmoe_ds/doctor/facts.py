@@ -1,4 +1,4 @@
-"""What one rank can say of itself and its host; plain data, so that ranks can send it to each other."""
+"""Facts about one rank and its host, as plain data that ranks can send to each other."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from diffmoe_ds.distributed.launch import Launch
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "mpi4py")
 ENVIRONMENT = ("NCCL_", "GLOO_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")
-"""Beginnings of the variables that decide how ranks talk and compute."""
+"""Prefixes of the variables that decide how ranks communicate and compute."""
 OPS: dict[str, str] = {
     "fused_adam": 'on a GPU without "torch_adam": true',
     "cpu_adam": 'with offload_optimizer without "torch_adam": true',
 }
-"""DeepSpeed's compiled operators that a configuration of this project can use, and when it does."""
+"""DeepSpeed's compiled operators that a configuration of this project can use, and when it uses them."""
 
 
 def rank_facts(launch: Launch, directory: Path) -> dict[str, Any]:
-    """Everything that needs no other rank.
+    """Return everything that needs no other rank.
 
     Args:
-        launch: this process's place, with the meeting point.
-        directory: where runs are written, or will be.
+        launch: this process's place among the ranks, with the rendezvous address.
+        directory: where runs are or will be written.
     """
     address, interface = _towards(launch.master_addr or "127.0.0.1", launch.master_port or 1)
     return {
@@ -56,7 +56,7 @@ def rank_facts(launch: Launch, directory: Path) -> dict[str, Any]:
 
 
 def interface_bytes() -> dict[str, int]:
-    """Bytes sent so far by each network interface of this host, InfiniBand ports included."""
+    """Return the bytes sent so far by each network interface of this host, including InfiniBand ports."""
     sent = {name: counters.bytes_sent for name, counters in psutil.net_io_counters(pernic=True).items()}
     for port in Path("/sys/class/infiniband").glob("*/ports/*"):
         try:
@@ -68,7 +68,7 @@ def interface_bytes() -> dict[str, int]:
 
 
 def existing(directory: Path) -> Path:
-    """The directory itself, or the nearest of its parents that exists."""
+    """Return the directory, or its nearest parent that exists."""
     path = directory.absolute()
     while not path.exists():
         path = path.parent
@@ -100,7 +100,7 @@ def _device(local_rank: int) -> dict[str, Any]:
 
 
 def _towards(host: str, port: int) -> tuple[str, str]:
-    """(address, interface) from which this host reaches another; sends nothing."""
+    """Return the (address, interface) from which this host reaches another; sends nothing."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -114,7 +114,7 @@ def _towards(host: str, port: int) -> tuple[str, str]:
 
 
 def _own_name() -> str:
-    """What this host's own name resolves to, which is where gloo listens unless told otherwise."""
+    """Return the address of this host's name, where gloo listens by default."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -1,4 +1,4 @@
-"""From what the ranks found to what should be mended; pure functions over the report."""
+"""What to fix: pure functions over the report of `diffmoe doctor`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import defaultdict
 from typing import Any
 
 FREE_GB = 5.0
-"""Less than this on the runs' disk does not hold a few checkpoints."""
+"""Less free space than this does not hold a few checkpoints."""
 CLOCK_S = 1.0
-"""Clocks further apart than this mix up logs and TensorBoard's files."""
+"""Clocks that differ by more seconds than this mix up logs and TensorBoard files."""
 SHM_GB = 0.5
-"""NCCL and loader processes need shared memory."""
+"""Free shared memory that NCCL and data loader processes need."""
 
 
 def to_fix(report: dict[str, Any]) -> list[str]:
-    """One sentence for each thing to mend, the gravest first; empty if all is well."""
+    """Return one sentence for each problem, the most severe first; empty if there are none."""
     ranks = report["ranks"]
     return [
         *_differences(ranks),
@@ -27,7 +27,7 @@ def to_fix(report: dict[str, Any]) -> list[str]:
 
 
 def _on(ranks: list[dict[str, Any]]) -> str:
-    """Hosts of some ranks, each once."""
+    """Return the hosts of some ranks, each once."""
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
     return ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
 
@@ -41,7 +41,7 @@ def _differences(ranks: list[dict[str, Any]]) -> list[str]:
             found.append(
                 f"{_on(others)}: {package} is {theirs}, but {expected} on {ranks[0]['host']}; install the same."
             )
-    for key, what in (("python", "Python"), ("package", "the package's folder")):
+    for key, what in (("python", "Python"), ("package", "the package folder")):
         others = [rank for rank in ranks if rank[key] != ranks[0][key]]
         if others:
             found.append(f"{_on(others)}: {what} is {others[0][key]}, but {ranks[0][key]} on {ranks[0]['host']}.")
@@ -54,12 +54,12 @@ def _devices(ranks: list[dict[str, Any]]) -> list[str]:
     if len(kinds) > 1:
         without = [rank for rank in ranks if rank["device"]["kind"] == "cpu"]
         if without and len(without) < len(ranks):
-            found.append(f"{_on(without)}: no GPU is seen there, but on other hosts; check the driver.")
+            found.append(f"{_on(without)}: no GPU is visible there, unlike on other hosts; check the driver.")
         else:
-            found.append(f"different devices ({', '.join(sorted(kinds))}): the slowest sets the pace.")
+            found.append(f"different devices ({', '.join(sorted(kinds))}): the slowest one determines the speed.")
     crowded = [r for r in ranks if r["device"]["kind"] == "cuda" and r["local_rank"] >= r["device"]["count"]]
     if crowded:
-        found.append(f"{_on(crowded)}: more ranks than the {crowded[0]['device']['count']} GPU(s) that they see.")
+        found.append(f"{_on(crowded)}: more ranks than the {crowded[0]['device']['count']} GPU(s) visible there.")
     for name in ranks[0]["ops"]:
         failing = [rank for rank in ranks if rank["ops"].get(name, "").startswith("cannot be compiled")]
         if failing and failing[0]["device"]["kind"] == "cuda":
@@ -76,7 +76,7 @@ def _directory(ranks: list[dict[str, Any]]) -> list[str]:
     blind = [rank for rank in ranks if not rank["shared"]["reads"]]
     if blind:
         found.append(
-            f"{_on(blind)}: does not see {path} of {ranks[0]['host']}; runs need a file system all hosts share."
+            f"{_on(blind)}: does not see {path} of {ranks[0]['host']}; runs need a file system that all hosts share."
         )
     silent = [rank for rank in ranks if rank["shared"]["reads"] and not rank["shared"]["writes"]]
     if silent:
@@ -103,8 +103,8 @@ def _network(report: dict[str, Any]) -> list[str]:
         ]
         if loopback:
             found.append(
-                f"{_on(loopback)}: the host's own name is {loopback[0]['own_name_is']}, which others cannot reach; "
-                f"set GLOO_SOCKET_IFNAME={loopback[0]['interface']} or mend /etc/hosts."
+                f"{_on(loopback)}: the host's name resolves to {loopback[0]['own_name_is']}, unreachable for others; "
+                f"set GLOO_SOCKET_IFNAME={loopback[0]['interface']} or fix /etc/hosts."
             )
     if report["collectives_failed"]:
         found.append(f"collectives fail: {report['collectives_failed']}; check firewalls and *_SOCKET_IFNAME.")
@@ -128,5 +128,5 @@ def _processors(ranks: list[dict[str, Any]]) -> list[str]:
         if len(members) > 1 and rank["device"]["kind"] == "cpu" and "OMP_NUM_THREADS" not in rank["environment"]
     ]
     if crowded:
-        return [f"{_on(crowded)}: every rank takes all {crowded[0]['cpus']} cores; set OMP_NUM_THREADS."]
+        return [f"{_on(crowded)}: every rank uses all {crowded[0]['cpus']} cores; set OMP_NUM_THREADS."]
     return []

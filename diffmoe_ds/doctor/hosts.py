@@ -1,4 +1,4 @@
-"""Before any launcher: can every host of a hostfile be reached, and would a rank start there?"""
+"""Checks over ssh, before any launcher: whether each host of a hostfile is reachable and can start a rank."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pathlib import Path
 from diffmoe_ds.errors import ConfigError
 
 SSH_TIMEOUT_S = 10
-"""Seconds to connect."""
+"""Timeout of a connection."""
 HOST_TIMEOUT_S = 60
-"""Seconds for everything on one host."""
+"""Timeout of everything on one host."""
 AT_ONCE = 32
-"""Connections at the same time."""
+"""Simultaneous connections."""
 PROBE = (
     "import json,sys,os;from importlib.metadata import version;"
     "print('probe '+json.dumps([version(n) for n in ('diffmoe_ds','torch','deepspeed')]+[os.path.exists(sys.argv[1])]))"
 )
-"""What a host runs: versions, and whether it sees our file.  Imports nothing heavy."""
+"""Run by each host: prints versions, and whether our file exists there. Imports nothing heavy."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Hosts and their slots, in order.
+    """Return the hosts and their slots, in order.
 
     Raises:
         ConfigError: the file cannot be read, or a line is not ``HOST slots=NUMBER``.
@@ -44,22 +44,22 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", stripped)
         if match is None or int(match[2]) < 1:
-            raise ConfigError(f"--hostfile {path}: line {number} is {stripped!r}, but it must be HOST slots=NUMBER.")
+            raise ConfigError(f"--hostfile {path}: line {number} must be HOST slots=NUMBER, got {stripped!r}.")
         if match[1] in hosts:
-            raise ConfigError(f"--hostfile {path}: line {number} names {match[1]!r} a second time.")
+            raise ConfigError(f"--hostfile {path}: duplicate host {match[1]!r} in line {number}.")
         hosts[match[1]] = int(match[2])
     if not hosts:
-        raise ConfigError(f"--hostfile {path}: names no host.")
+        raise ConfigError(f"--hostfile {path}: the file lists no hosts.")
     return hosts
 
 
 def check_hosts(hosts: list[str]) -> list[str]:
-    """Ask every host over ssh, many at once; one sentence for each that would not work, naming it."""
+    """Check every host over ssh and return one sentence for each that would not work, naming it."""
     token = Path.cwd() / f".diffmoe-doctor-{secrets.token_hex(4)}"
     try:
         token.touch()
     except OSError as error:
-        return [f"{Path.cwd()}: cannot be written here: {error.strerror}."]
+        return [f"{Path.cwd()}: cannot be written on this host: {error.strerror}."]
     try:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             found = pool.map(lambda host: _check(host, token), hosts)
@@ -78,15 +78,15 @@ def _check(host: str, token: Path) -> str | None:
             timeout=HOST_TIMEOUT_S, check=False,
         )  # fmt: skip
     except FileNotFoundError:
-        return f"{host}: cannot be asked: there is no ssh here."
+        return f"{host}: cannot be checked: ssh is not installed on this host."
     except subprocess.TimeoutExpired:
         return f"{host}: did not answer within {HOST_TIMEOUT_S} s."
     said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     if done.returncode == 255:
         if "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
-            return f"{host}: its host key is not the known one; check that it is the right machine, then ssh-keygen -R."
+            return f"{host}: its host key has changed or is unknown; verify the machine, then ssh-keygen -R."
         if "Permission denied" in said:
-            return f"{host}: refuses our ssh key ({said}); ssh-copy-id {host}."
+            return f"{host}: refuses our ssh key ({said}); run ssh-copy-id {host}."
         return f"{host}: cannot be reached over ssh ({said})."
     if done.returncode in (126, 127):
         return f"{host}: has no {sys.executable}; install Python at the same path, or on the shared file system."
@@ -97,8 +97,8 @@ def _check(host: str, token: Path) -> str | None:
         return f"{host}: Python does not work there ({said[-300:]})."
     *versions, shared = json.loads(answer[1])
     if not shared:
-        return f"{host}: {token.parent} there is another directory than here; it must be shared by all hosts."
+        return f"{host}: {token.parent} there is not the directory of this host; it must be shared by all hosts."
     for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=True):
         if theirs != version(name):
-            return f"{host}: has {name} {theirs}, but {version(name)} is here; install the same."
+            return f"{host}: has {name} {theirs}, but this host has {version(name)}; install the same."
     return None

@@ -1,6 +1,6 @@
-"""What only all ranks together can find out: is the disk shared, do clocks agree, how fast is the network.
+"""Checks that need all ranks: whether the disk is shared, clocks agree, and how fast the network is.
 
-Messages go through the rendezvous's store, so that facts arrive even where the collectives do not work.
+Messages go through the rendezvous store, so that they arrive even where collectives fail.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from diffmoe_ds.distributed.collectives import all_reduce, all_to_all, barrier, get_world_size
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.doctor.facts import existing, interface_bytes
 from diffmoe_ds.errors import AlreadyReportedError, LaunchError
 from diffmoe_ds.files import remove_tree
 
 SEEN_WITHIN_S = 5.0
-"""Seconds within which a file written on one host must show on the others; NFS caches for a while."""
+"""Seconds within which a file written on one host must appear on the others; NFS caches for a while."""
 PINGS = 5
-"""Questions for the time; the fastest answer counts."""
+"""Round trips per clock measurement; the fastest counts."""
 REPEATS = 5
-"""Timed collectives; their median counts."""
+"""Runs of each timed collective; the median counts."""
 BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-"""Size of the timed tensors on a rank."""
+"""Size of the timed tensors per rank."""
 
 
 def gather_facts(rendezvous: Rendezvous, name: str, mine: Any, timeout_s: float) -> list[Any] | None:
-    """Plain data of all ranks, on rank 0; none on the others."""
+    """Return the plain data of all ranks on rank 0; None on the other ranks."""
     if rendezvous.store is None:
         return [mine]
     rendezvous.store.set(f"{name}/{rendezvous.launch.rank}", json.dumps(mine))
@@ -45,11 +45,16 @@ def gather_facts(rendezvous: Rendezvous, name: str, mine: Any, timeout_s: float)
 
 
 def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> list[str]:
-    """What ranks say under these keys.
+    """Return the values that ranks wrote under keys of the store.
+
+    Args:
+        rendezvous: the ranks.
+        keys: the rank that writes each key.
+        timeout_s: seconds that rank 0 waits; the others wait twice as long.
 
     Raises:
-        LaunchError: a rank has said nothing for so long.
-        AlreadyReportedError: rank 0 is gone, and has said why.
+        LaunchError: a rank did not write its key in time.
+        AlreadyReportedError: rank 0 is gone and has reported the reason.
     """
     store = rendezvous.store
     patience = timeout_s if rendezvous.launch.rank == 0 else 2 * timeout_s  # rank 0 names who is silent
@@ -63,13 +68,13 @@ def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> lis
             raise AlreadyReportedError(LaunchError.exit_code) from None
     names = ", ".join(f"rank {rank} on {rendezvous.hosts[rank]}" for rank in silent)
     raise LaunchError(
-        f"{names}: no answer for {patience:g} s after the ranks had met; a file system that hangs there, or a process "
-        "that died?"
+        f"{names}: no answer for {patience:g} s after the ranks joined; check for a hanging file system or a dead "
+        "process there."
     )
 
 
 def shared_directory(rendezvous: Rendezvous, directory: Path, timeout_s: float) -> dict[str, Any]:
-    """Whether this rank sees what rank 0 writes, and rank 0 what this rank writes."""
+    """Return whether this rank sees what rank 0 writes (``reads``), and rank 0 what this rank writes (``writes``)."""
     path, store, rank = existing(directory), rendezvous.store, rendezvous.launch.rank
     if store is None:
         return {"reads": True, "writes": os.access(path, os.W_OK)}
@@ -92,7 +97,7 @@ def shared_directory(rendezvous: Rendezvous, directory: Path, timeout_s: float) 
 
 
 def clock_offsets(rendezvous: Rendezvous, timeout_s: float) -> dict[str, float]:
-    """Seconds by which each host's clock is ahead of rank 0's; on rank 0, empty on the others."""
+    """Return the seconds by which each host's clock is ahead of rank 0's, on rank 0; empty on the other ranks."""
     store, rank = rendezvous.store, rendezvous.launch.rank
     first = {host: rendezvous.hosts.index(host) for host in dict.fromkeys(rendezvous.hosts)}
     offsets = {}
@@ -116,23 +121,22 @@ def clock_offsets(rendezvous: Rendezvous, timeout_s: float) -> dict[str, float]:
 
 
 def timed_collectives(device: torch.device) -> dict[str, Any]:
-    """Milliseconds and bandwidth of an all-reduce and an all-to-all over all ranks; needs the process group.
+    """Measure an all-reduce and an all-to-all over all ranks; needs the process group.
 
     Returns:
-        ``all_reduce`` and ``all_to_all`` with ``mb`` per rank, ``ms``, and ``gb_per_s``, the rate at which each rank
-        sends (nccl-tests' bus bandwidth); ``sent_mb``, by interface of this host while they ran.
+        ``all_reduce`` and ``all_to_all``, each with ``mb`` per rank, ``ms``, and ``gb_per_s``, the rate at which each
+        rank sends (the bus bandwidth of nccl-tests); ``sent_mb``, by interface of this host while they ran.
     """
-    world = dist.get_world_size()
+    world = get_world_size()
     numel = BYTES[device.type] // 4 // world * world
-    data, out = torch.ones(numel, device=device), torch.empty(numel, device=device)
+    data = torch.ones(numel, device=device)
     before = interface_bytes()
     result: dict[str, Any] = {}
     for name, run, share in (
-        ("all_reduce", lambda: dist.all_reduce(data, dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.MAX),
-         2 * (world - 1) / world),
-        ("all_to_all", lambda: dist.all_to_all_single(out, data), (world - 1) / world),
-    ):  # fmt: skip
-        seconds = [_timed(run, device) for _ in range(REPEATS + 1)][1:]  # the first one connects
+        ("all_reduce", lambda: all_reduce(data, "max"), 2 * (world - 1) / world),
+        ("all_to_all", lambda: all_to_all(data), (world - 1) / world),
+    ):
+        seconds = [_timed(run, device) for _ in range(REPEATS + 1)][1:]  # the first run connects
         median = statistics.median(seconds)
         result[name] = {
             "mb": round(4 * numel / 1e6, 1),
@@ -144,7 +148,7 @@ def timed_collectives(device: torch.device) -> dict[str, Any]:
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    dist.barrier()
+    barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()

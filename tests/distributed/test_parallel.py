@@ -94,16 +94,16 @@ def test_another_mpi_inside_a_slurm_job_is_asked(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "message"),
     (
-        ({"RANK": "0"}, "WORLD_SIZE is None, but it must be a number"),
-        ({"RANK": "4", "WORLD_SIZE": "4"}, "the rank is 4, but it must be from 0 to 3"),
-        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', but it must be a number"),
+        ({"RANK": "0"}, "WORLD_SIZE must be a number, got None"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "the rank must be from 0 to 3 in a world of 4, got 4"),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK must be a number, got 'x'"),
         ({**SRUN, **TORCHRUN}, "RANK is 3, but SLURM_PROCID is '5': two launchers contradict each other"),
         ({**SRUN, "RANK": "5", "WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but SLURM_STEP_NUM_TASKS is '8'"),
         ({**MPIRUN, "RANK": "0", "WORLD_SIZE": "4"}, "RANK is 0, but OMPI_COMM_WORLD_RANK is '2'"),
-        ({"RANK": "3.7", "WORLD_SIZE": "4"}, "RANK is '3.7', but it must be a number"),
-        ({**TORCHRUN, "LOCAL_RANK": "9"}, "LOCAL_RANK is 9, but it must be below LOCAL_WORLD_SIZE, which is 2"),
-        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "WORLD_SIZE is '4', but RANK is not set"),
-        ({"MASTER_PORT": "ssh"}, "MASTER_PORT is 'ssh', but it must be a port"),
+        ({"RANK": "3.7", "WORLD_SIZE": "4"}, "RANK must be a number, got '3.7'"),
+        ({**TORCHRUN, "LOCAL_RANK": "9"}, r"LOCAL_RANK must be less than LOCAL_WORLD_SIZE \(2\), got 9"),
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "WORLD_SIZE is '4' but RANK is not set"),
+        ({"MASTER_PORT": "ssh"}, "MASTER_PORT must be a port from 1 to 65535, got 'ssh'"),
     ),
 )
 def test_broken_launchers_are_named(environment, message):
@@ -130,7 +130,7 @@ STEP = {**SRUN, "SLURM_STEP_NODELIST": "rack2-node[003-5,9],other", "SLURM_JOB_I
 def test_where_the_ranks_meet(environment, address, port):
     found = resolve_launch(environment)
     assert (found.master_addr, found.master_port) == (address, port)
-    assert address is None or f"they meet at {address}:{port}" in found.describe()
+    assert address is None or f"rendezvous at {address}:{port}" in found.describe()
 
 
 @pytest.mark.parametrize(

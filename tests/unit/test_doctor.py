@@ -60,7 +60,7 @@ def test_report_of_two_ranks(report):
     (
         (("ranks", 1, "versions", "torch"), "2.9", "node2: torch is 2.9"),
         (("ranks", 1, "python"), "3.9 /usr/bin/python", "node2: Python is 3.9"),
-        (("ranks", 1, "device"), {"kind": "cuda", "name": "H100", "count": 1}, "node1: no GPU is seen there"),
+        (("ranks", 1, "device"), {"kind": "cuda", "name": "H100", "count": 1}, "node1: no GPU is visible there"),
         (("ranks", 1, "shared", "reads"), False, "node2: does not see"),
         (("ranks", 1, "shared", "writes"), False, "node2: cannot write to"),
         (("ranks", 1, "disk", "free_gb"), 0.5, "node2: 0.5 GB free in"),
@@ -94,9 +94,9 @@ def test_one_process_and_its_text(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     (
-        ("node1 slots=x", "line 1 is 'node1 slots=x', but it must be HOST slots=NUMBER"),
-        ("node1 slots=1\nnode1 slots=2", "line 2 names 'node1' a second time"),
-        ("# nobody\n", "names no host"),
+        ("node1 slots=x", "line 1 must be HOST slots=NUMBER, got 'node1 slots=x'"),
+        ("node1 slots=1\nnode1 slots=2", "duplicate host 'node1' in line 2"),
+        ("# nobody\n", "the file lists no hosts"),
     ),
 )
 def test_hostfile_mistakes(tmp_path, text, message):
@@ -131,7 +131,7 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = {
         "down": "cannot be reached over ssh (ssh: connect to host down port 22: No route to host)",
-        "key": "refuses our ssh key", "stranger": "its host key is not the known one",
+        "key": "refuses our ssh key", "stranger": "its host key has changed or is unknown",
         "bare": "install Python at the same path", "apart": "has no directory", "old": "has diffmoe_ds 0.0.1",
         "other": "is another directory than here",
     }  # fmt: skip
@@ -166,4 +166,4 @@ def test_rank_that_stops_answering_is_named(tmp_path, stuck):
 def test_number_of_hosts_to_ask(tmp_path, capsys, nodes):
     (tmp_path / "hostfile").write_text("node1 slots=1\n")
     assert main(["doctor", "--hostfile", str(tmp_path / "hostfile"), "--nodes", nodes]) == 2
-    assert f"--nodes is {nodes}, but it must be above 0" in capsys.readouterr().err
+    assert f"--nodes must be positive, got {nodes}" in capsys.readouterr().err
