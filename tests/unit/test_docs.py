@@ -26,8 +26,6 @@ PAGES = sorted(
 )
 MADE_BY_USERS = {"slurm/env.sh", "env.sh", "grid.png"}
 """Files that users create, by hand or by running a command."""
-GENERATED = ROOT / "docs" / "configuration.md"
-"""Made by `make docs`; a test of its own says when it is stale."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -61,8 +59,6 @@ def test_relative_links_resolve(page: str) -> None:
             continue
         name, _, anchor = target.partition("#")
         path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
-        if path == GENERATED and not anchor:
-            continue
         if not path.exists() or (anchor and anchor not in anchors(path.relative_to(ROOT).as_posix())):
             broken.append(target)
     assert not broken, f"{page} links to what does not exist: {broken}"
@@ -75,8 +71,6 @@ def test_paths_in_backticks_exist(page: str) -> None:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|md|sh|sbatch|yml|svg|png)", name) or name in MADE_BY_USERS:
             continue
         if name.startswith(("runs/", "photos/")):
-            continue
-        if ROOT / name == GENERATED:
             continue
         places = (ROOT, ROOT / "diffmoe_ds", (ROOT / page).parent)
         found_by_name = (
