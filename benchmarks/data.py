@@ -28,7 +28,7 @@ import torch
 import webdataset
 
 from diffmoe_ds.cli import run_command
-from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.sources.index_files import save_index
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
@@ -153,10 +153,11 @@ def _own_mb(pid: int) -> float:
 
 
 def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], TrainingDraws]) -> PositionLoader:
-    return PositionLoader(
-        dataset=ShardDataset(expand(shards)), seed=0, global_batch=batch_size, micro_batch=batch_size, accumulation=1,
-        rank=0, world=1, image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers, draws=draws,
+    settings = LoaderSettings(
+        seed=0, global_batch=batch_size, micro_batch=batch_size, accumulation=1, rank=0, world=1,
+        image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers,
     )  # fmt: skip
+    return PositionLoader(ShardDataset(expand(shards)), settings, draws)
 
 
 def _reading_draws(position: int) -> TrainingDraws:

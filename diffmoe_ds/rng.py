@@ -17,11 +17,11 @@ import numpy as np
 class Purpose(IntEnum):
     """The highest counter word; a number once given keeps its meaning, or old runs could not be continued."""
 
-    ORDER = 0
+    SHUFFLE = 0
     TRAINING = 1
     SAMPLING = 2
-    SHARD_ORDER = 3
-    WINDOW_ORDER = 4
+    SHARD_SHUFFLE = 3
+    WINDOW_SHUFFLE = 4
 
 
 class TrainingDraws(NamedTuple):

@@ -1,37 +1,27 @@
-"""``diffmoe prepare``: shards from images, on one process or many, and a look at what is in them."""
+"""`diffmoe prepare`: write shards from images, on one process or many, and verify a dataset."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from diffmoe_ds.config.schema import DataConfig
-from diffmoe_ds.data.prepare.preparation import (
-    Preparation,
-    begin,
-    check_unreadable,
-    clean,
-    finish,
-    write_shard,
-)
-from diffmoe_ds.data.sources.index_files import PARTS
+from diffmoe_ds.data.prepare.preparation import Preparation, begin
+from diffmoe_ds.data.prepare.run import run
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, ConfigError, DataError, DiffMoEError
-from diffmoe_ds.files import write_text
+from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, DiffMoEError
 
-LOOK_EVERY = 1.0
-"""Seconds between two looks at what the other ranks have done."""
-SAYING_TIME = 3.0
-"""All ranks of a host find a wrong option alike and one says so, but torchrun ends it as soon as another has left."""
+REPORT_TIME = 3.0
+"""Seconds that the other ranks of a host wait before they exit with an error that all of them have found.
+
+Only one of them reports it, and torchrun terminates it as soon as any other rank exits."""
 EXAMPLES = """examples:
   diffmoe prepare latents --images imagenet/train --vae sd-vae-ft-ema --size 256 --out latents
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
@@ -42,18 +32,22 @@ EXAMPLES = """examples:
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``diffmoe prepare``."""
+    """Add the options of `diffmoe prepare`."""
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="latents|images|check")
     latents = kinds.add_parser("latents", help="encode images with a VAE", description="Encode images with a VAE.")
     images = kinds.add_parser("images", help="crop images", description="Crop images into shards of PNG.")
-    check = kinds.add_parser("check", help="is a set whole?", description="Read a set and say what is wrong with it.")
+    check = kinds.add_parser(
+        "check",
+        help="verify a dataset",
+        description="Report what is damaged or missing.",
+    )
     for sub in (latents, images):
         _add_source(sub)
         sub.add_argument("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
     latents.add_argument("--vae", required=True, metavar="PATH|HUB_ID", help="folder or hub name of an AutoencoderKL")
     latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
     latents.add_argument(
-        "--batch-size", type=int, default=32, metavar="B", help="images at once (default: %(default)s)"
+        "--batch-size", type=int, default=32, metavar="B", help="images per batch (default: %(default)s)"
     )
     for sub in (latents, images):
         add_output_arguments(sub)
@@ -62,7 +56,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_command(args: argparse.Namespace) -> None:
-    """Run ``diffmoe prepare``."""
+    """Run `diffmoe prepare`."""
     if args.kind == "check":
         _check(args)
         return
@@ -70,16 +64,24 @@ def prepare_command(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch], Preparation]) -> None:
-    """Write this rank's shards of the set that ``make`` describes; ``args`` has `add_output_arguments`' options."""
+    """Write this rank's shards of a set.
+
+    Args:
+        args: has the options of `add_output_arguments`.
+        make: describes the set; is given the arguments and this rank's place.
+
+    Raises:
+        DiffMoEError: an option is invalid, the images cannot be read, or the set cannot be written.
+    """
     for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
         if getattr(args, option, 1) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}.")
     if getattr(args, "cache_gb", 1.0) <= 0:
-        raise ConfigError(f"--cache-gb is {args.cache_gb:g}, but it must be above 0.")
+        raise ConfigError(f"--cache-gb must be positive, got {args.cache_gb:g}.")
     if not 0 <= args.max_unreadable <= 1:
-        raise ConfigError(f"--max-unreadable is {args.max_unreadable}, but it is a share, from 0 to 1.")
+        raise ConfigError(f"--max-unreadable must be between 0 and 1, got {args.max_unreadable}.")
     launch = resolve_launch()
-    # A latent's last bits may depend on the number of threads, and launchers set it differently: ranks are the way
+    # The number of threads may change the last bits of a latent, and launchers set it differently.  Ranks are the way
     # to use more cores.
     torch.set_num_threads(1)
     try:
@@ -88,9 +90,9 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
     except DiffMoEError as error:
         if launch.local_rank == 0:
             raise
-        time.sleep(SAYING_TIME)
+        time.sleep(REPORT_TIME)
         raise AlreadyReportedError(error.exit_code) from None
-    _run(preparation, launch, args.timeout)
+    run(preparation, launch.rank, launch.world, args.timeout)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -101,45 +103,59 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="DIR/CLASS/*.jpg, DIR/*.jpg (no labels), or WebDataset shards such as 'shards-{000..127}.tar'",
     )
     parser.add_argument(
-        "--unlabelled", action="store_true", help="all images of DIR, however deep, or SHARDS, without labels"
+        "--unlabelled",
+        action="store_true",
+        help="read all images of DIR, at any depth, or SHARDS, without labels",
     )
     parser.add_argument(
-        "--cache-dir", metavar="DIR", help="where shards behind URLs are kept (default: ~/.cache/diffmoe-ds)"
+        "--cache-dir", metavar="DIR", help="cache for shards behind URLs (default: ~/.cache/diffmoe-ds)"
     )
     parser.add_argument(
         "--cache-gb",
         type=float,
         default=DataConfig().cache_gb,
         metavar="GB",
-        help="size of that folder; it must hold all shards (default: %(default)s)",
+        help="size limit of the cache; it must hold all shards (default: %(default)s)",
     )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = None) -> None:
-    """The options of whatever is written, and how; ``out`` is the default directory."""
+    """Add the options of every preparation.
+
+    Args:
+        parser: the command's parser.
+        out: the default output directory; without one, `--out` is required.
+    """
     add = parser.add_argument
-    add("--out", type=Path, required=out is None, default=out, metavar="DIR", help="gets the shards and their index")
-    add("--shard-images", type=int, default=4096, metavar="N", help="images of a shard (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        required=out is None,
+        default=out,
+        metavar="DIR",
+        help="output directory of the shards",
+    )
+    add("--shard-images", type=int, default=4096, metavar="N", help="images per shard (default: %(default)s)")
     add(
         "--max-unreadable",
         type=float,
         default=0.01,
-        metavar="SHARE",
-        help="share of the images that may be unreadable; they are left out and listed in report.json "
+        metavar="FRACTION",
+        help="fraction of the images that may be unreadable; they are skipped and listed in report.json "
         "(default: %(default)s)",
     )
-    add("--threads", type=int, default=2, metavar="N", help="threads of a rank that decode (default: %(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="decoding threads per rank (default: %(default)s)")
     add(
         "--timeout",
         type=float,
         default=1800,
         metavar="SECONDS",
-        help="give up when the other ranks finish nothing for so long (default: %(default)s)",
+        help="give up when the other ranks finish no shard within this time (default: %(default)s)",
     )
 
 
 def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
-    # Only now: these import diffusers or read whole folders, which a mistyped option should not cost.
+    # Imported lazily so that typos fail fast: diffusers takes seconds to import.
     from diffmoe_ds.data.dataset import open_source
     from diffmoe_ds.data.prepare.encoders import LatentEncoder, PixelEncoder
     from diffmoe_ds.data.sources.cache import shard_cache
@@ -147,14 +163,14 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
 
     inside = Path(args.images).expanduser()
     if inside.is_dir() and inside.resolve() in (args.out.resolve(), *args.out.resolve().parents):
-        raise ConfigError(f"--out {args.out}: lies inside --images {args.images}; give a directory outside.")
+        raise ConfigError(f"--out {args.out} is inside --images {args.images}; choose a directory outside.")
     cache = shard_cache(DataConfig(cache_dir=args.cache_dir, cache_gb=args.cache_gb))
     source = open_source(args.images, args.unlabelled, cache)
     remote = source.remote_bytes() if isinstance(source, ShardDataset) else 0
     if remote > args.cache_gb * 1e9:
         raise ConfigError(
-            f"--cache-gb is {args.cache_gb:g}, but the images are mixed over the whole set, {remote / 1e9:.3g} GB of "
-            "fetched shards; raise it."
+            f"--cache-gb is {args.cache_gb:g}, but preparation mixes the images of all shards, {remote / 1e9:.3g} GB "
+            "of downloads; increase it."
         )
     if args.kind == "images":
         encoder = PixelEncoder(args.size, args.threads)
@@ -165,110 +181,6 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
             VAE(args.vae, local_device(launch)), args.size, args.dtype, args.batch_size, args.threads
         )
     return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
-
-
-def _run(preparation: Preparation, launch: Launch, timeout: float) -> None:
-    """This rank's shards; on rank 0 also the bar, and the end when all have done theirs."""
-    lost, report = preparation.lost(), None
-    try:
-        if not preparation.is_finished():
-            report = _work(preparation, launch, timeout)
-    except CheckpointError:  # another launch may have finished the set, and removed what this one was writing
-        if not preparation.is_finished():
-            raise
-    if preparation.is_finished():
-        clean(preparation)
-    if launch.rank:
-        return
-    if report is None:
-        how = f"again, {len(lost)} shard(s) were made anew" if lost else "already"
-        print(f"{preparation.out} is complete {how}")
-        return
-    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
-    if report["skipped"]:
-        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
-
-
-def _work(preparation: Preparation, launch: Launch, timeout: float) -> dict[str, Any] | None:
-    """Write shards, and on rank 0 wait for those of the others; returns the report of the set that rank 0 finished."""
-    is_main = launch.rank == 0
-    note = preparation.out / PARTS / f"failed-{launch.rank:05d}"
-    if is_main:
-        for old in note.parent.glob("failed-*"):  # of an earlier start
-            old.unlink(missing_ok=True)
-    with tqdm(total=len(preparation.source), unit="image", desc="prepare", disable=not is_main) as bar:
-        overview = _Overview(preparation, launch, bar, timeout)
-        unreadable = 0
-        try:
-            for shard in overview.mine():
-                unreadable += write_shard(preparation, shard, overview.advance)
-                check_unreadable(preparation, unreadable)
-        except DiffMoEError as error:
-            with contextlib.suppress(CheckpointError):  # on a full disk, report the first error
-                write_text(note, str(error))
-            raise
-        if not is_main:
-            return None
-        overview.wait()
-    return None if preparation.is_finished() else finish(preparation)
-
-
-class _Overview:
-    """What all ranks have done, as the records say; only rank 0 looks."""
-
-    def __init__(self, preparation: Preparation, launch: Launch, bar: tqdm, timeout: float):
-        self._preparation = preparation
-        self._launch = launch
-        self._bar = bar
-        self._timeout = timeout
-        self._missing = preparation.missing()
-        self._own = 0
-        self._looked = self._changed = time.monotonic()
-        bar.initial = bar.n = len(preparation.source) - self._images(self._missing)
-
-    def mine(self) -> list[int]:
-        """The shards that this rank has to write: every world-th, of those that are not done."""
-        return [shard for shard in sorted(self._missing) if shard % self._launch.world == self._launch.rank]
-
-    def advance(self, images: int) -> None:
-        """So many more images went into this rank's present shard."""
-        self._own += images
-        if self._launch.rank == 0 and time.monotonic() > self._looked + LOOK_EVERY:
-            self._look()
-
-    def wait(self) -> None:
-        """Until every shard is done; raises ``DataError`` if another rank has failed or nothing happens any more."""
-        self._look()
-        self._changed = time.monotonic()
-        while self._missing:
-            time.sleep(LOOK_EVERY / 4)
-            self._look()
-            if self._missing and time.monotonic() > self._changed + self._timeout:
-                ranks = sorted({shard % self._launch.world for shard in self._missing})
-                raise DataError(
-                    f"rank(s) {', '.join(map(str, ranks))} finished nothing for {self._timeout:g} s, and "
-                    f"{len(self._missing)} of {self._preparation.shards} shards are missing in "
-                    f"{self._preparation.out}; start again to continue"
-                )
-
-    def _look(self) -> None:
-        now, parts = time.monotonic(), self._preparation.out / PARTS
-        if not parts.is_dir():
-            raise CheckpointError(f"{parts}: was removed, perhaps by another launch; start again to continue.")
-        missing = {shard for shard in self._missing if not self._preparation.is_done(shard)}
-        if len(missing) < len(self._missing):
-            self._changed = now
-        others = [s for s in self._missing - missing if s % self._launch.world != self._launch.rank]
-        self._bar.update(self._own + self._images(others))
-        self._own, self._missing, self._looked = 0, missing, now
-        for note in parts.glob("failed-*"):
-            rank = int(note.name.removeprefix("failed-"))
-            with contextlib.suppress(FileNotFoundError):
-                if rank != self._launch.rank:
-                    raise DataError(f"rank {rank} has stopped: {note.read_text(encoding='utf-8')}")
-
-    def _images(self, shards: Sequence[int] | set[int]) -> int:
-        return sum(len(self._preparation.images(shard)) for shard in shards)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -285,4 +197,4 @@ def _check(args: argparse.Namespace) -> None:
     problems = report["problems"]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise DataError(f"{args.path} is not whole: {problems[0]}{more}")
+        raise DataError(f"{args.path} is damaged or incomplete: {problems[0]}{more}")

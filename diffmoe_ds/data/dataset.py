@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.folder import ImageFolder, Source, images_below
@@ -54,10 +54,11 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
         label_dropout=model.label_dropout,
         posterior=dataset.latents is not None or config.data.vae is not None,
     )
-    loader = PositionLoader(
-        dataset=dataset, seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
-        image_shape=image_shape(config), num_classes=model.num_classes, draws=draws,
+    settings = LoaderSettings(
+        seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
+        image_shape=image_shape(config), num_classes=model.num_classes,
     )  # fmt: skip
+    loader = PositionLoader(dataset, settings, draws)
     try:
         next(iter(loader))
     except DataError as error:

@@ -1,8 +1,10 @@
-"""Micro-batches by position: what a rank reads depends on where the run is, not on who reads it.
+"""Position-exact loader: which images a rank reads depends on the progress of the run only.
 
-Step s of the run begins at position P0 = start + s * global_batch.  In its micro-step m, rank r of W reads the
-positions P0 + (m * W + r) * B + [0, B) for micro-batches of B images.  Ranks, accumulation and workers can
-change between two halves of a run, and the images, their order and their random draws stay the same.
+Step s of the run starts at position P0 = start + s * global_batch.  In micro-step m of that step, rank r of W reads
+the positions P0 + (m * W + r) * B + [0, B) for micro-batches of B images.  The number of ranks, the accumulation and
+the workers may change at every resume; the images, their shuffle and their random draws stay the same.
+
+Legend: B images, C channels, H and W height and width.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ import numpy as np
 import torch
 
 from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
-from diffmoe_ds.data.shuffle import Order, WholeOrder, WindowOrder
+from diffmoe_ds.data.shuffle import Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
 
-PREFETCHED_PER_WORKER = 2  # micro-batches each worker may be ahead
-SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those ahead, and the one that is being copied out
+PREFETCHED_PER_WORKER = 2  # micro-batches that each worker may read ahead
+SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those read ahead, and the one being copied out
 
 
 class MicroBatch(NamedTuple):
-    """B images with everything that chance decides about them, as CPU tensors."""
+    """B images with all their random draws, as CPU tensors."""
 
     x: torch.Tensor  # float32 [B, C, H, W]: images in [-1, 1], latents as stored
     label: torch.Tensor  # int64 [B]
@@ -38,59 +40,80 @@ class MicroBatch(NamedTuple):
     time: torch.Tensor  # float32 [B] in [0, 1)
     drop: torch.Tensor  # bool [B]: the label is dropped, for classifier-free guidance
     position: torch.Tensor  # int64 [B]
-    posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for x that a VAE has still to encode
+    posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
 
     def to(self, device: torch.device) -> MicroBatch:
-        """On a device; does not wait for the copies."""
+        """Return the batch on a device; the copies may still be running."""
         return MicroBatch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
 
 
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Which micro-batches a rank reads, and how."""
+
+    seed: int
+    """Seed of the shuffle."""
+    global_batch: int
+    """Images per optimizer step over all ranks: micro_batch * accumulation * world."""
+    micro_batch: int
+    """Images per micro-step and rank."""
+    accumulation: int
+    """Micro-steps per optimizer step."""
+    rank: int
+    """This rank."""
+    world: int
+    """Number of ranks."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W) of `x`.  Smaller images are padded centrally with black; latents must fit exactly."""
+    num_classes: int
+    """Classes of the model.  A dataset without labels trains as one class: every label is 0."""
+    start_position: int = 0
+    """Images that the run has trained on already."""
+    num_workers: int = 0
+    """Loader processes of this rank; 0 reads in the training process."""
+    shuffle_window: int = 0
+    """Images per window of a `WindowShuffle`; 0 shuffles across the whole dataset."""
+
+    def __post_init__(self) -> None:
+        assert self.global_batch == self.micro_batch * self.accumulation * self.world, self
+        assert 0 <= self.rank < self.world and self.start_position >= 0, self
+
+
 class PositionLoader:
-    """An endless iterable of one rank's micro-batches; each ``iter()`` begins again at ``start_position``.
+    """An endless iterable of one rank's micro-batches; each `iter()` starts at `start_position` again.
 
-    ``image_shape`` is the (C, H, W) of ``x``: smaller images are padded centrally with black, latents must fit
-    exactly.  ``draws`` maps a position to its ``TrainingDraws``.  A ``shuffle_window`` of 0 shuffles across the whole
-    set.  The workers live as long as the iterator, which is the whole run, since it has no end; each holds at most
-    ``PREFETCHED_PER_WORKER`` micro-batches, and the index and the order of an epoch are all that grows with the set.
-
-    A set without labels trains as one class: every label is 0.
-
-    Raises ``DataError`` if the labels do not fit ``num_classes`` or the latents ``image_shape``; iterating raises it
-    for a sample that cannot be read or does not fit.
+    The workers live as long as the iterator, which is as long as the run.  Each holds at most `PREFETCHED_PER_WORKER`
+    micro-batches; only the index and the shuffle of an epoch grow with the dataset.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: Dataset,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world: int,
-        start_position: int = 0,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        num_workers: int = 0,
-        shuffle_window: int = 0,
-        draws: Callable[[int], TrainingDraws],
-    ):
-        assert global_batch == micro_batch * accumulation * world, (global_batch, micro_batch, accumulation, world)
-        assert 0 <= rank < world and start_position >= 0, (rank, world, start_position)
-        check_labels(dataset, num_classes)
-        check_latents(dataset.latents, image_shape)
-        if shuffle_window:
-            order = WindowOrder(seed, dataset.shard_sizes, shuffle_window)
+    def __init__(self, dataset: Dataset, settings: LoaderSettings, draws: Callable[[int], TrainingDraws]) -> None:
+        """Check that the dataset fits the model.
+
+        Args:
+            dataset: the images.
+            settings: which of them to read.
+            draws: returns the random draws of a position.
+
+        Raises:
+            DataError: the labels do not fit `num_classes`, or the latents `image_shape`.  Iterating raises it for a
+                sample that cannot be read or does not fit.
+        """
+        check_labels(dataset, settings.num_classes)
+        check_latents(dataset.latents, settings.image_shape)
+        shuffle: Shuffle
+        if settings.shuffle_window:
+            shuffle = WindowShuffle(settings.seed, dataset.shard_sizes, settings.shuffle_window)
         else:
-            order = WholeOrder(seed, len(dataset))
+            shuffle = WholeShuffle(settings.seed, len(dataset))
+        micro_batch, stride = settings.micro_batch, settings.world * settings.micro_batch
         self._dataset = dataset
-        self._order: Order = order
+        self._shuffle = shuffle
         self._draws = draws
-        self._num_workers = num_workers
-        self._positions = _Positions(start_position + rank * micro_batch, micro_batch, world * micro_batch)
-        first = draws(start_position)
-        shapes = [image_shape, first.noise.shape]
+        self._num_workers = settings.num_workers
+        first_position = settings.start_position + settings.rank * micro_batch
+        self._positions = _Positions(first_position, micro_batch, stride)
+        first = draws(settings.start_position)
+        shapes: list[tuple[int, ...]] = [settings.image_shape, first.noise.shape]
         if first.posterior is not None and dataset.latents is None:
             shapes.append(first.posterior.shape)
         self._shapes = tuple((micro_batch, *shape) for shape in shapes)
@@ -99,19 +122,19 @@ class PositionLoader:
         workers, slots, closing = self._num_workers, None, torch.zeros((), dtype=torch.uint8)
         if workers:
             closing.share_memory_()
-            atexit.register(_close, closing)  # runs before multiprocessing's own, which was registered before
+            atexit.register(_close, closing)  # runs before multiprocessing's handler, which was registered earlier
             values = sum(math.prod(shape) for shape in self._shapes)
             slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
-        reader = Reader(self._dataset, self._order, self._draws, self._shapes, slots)
+        reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots)
         loader = torch.utils.data.DataLoader(
             reader,
             sampler=self._positions,
-            batch_size=None,  # one item of the sampler is already a micro-batch
+            batch_size=None,  # each item of the sampler is a micro-batch
             num_workers=workers,
             prefetch_factor=PREFETCHED_PER_WORKER if workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=functools.partial(_leave_signals_to_the_parent, closing),
-            generator=torch.Generator(),  # else making an iterator would draw from the global generator
+            collate_fn=_identity,
+            worker_init_fn=functools.partial(_ignore_signals, closing),
+            generator=torch.Generator(),  # otherwise each new iterator draws from the global generator
         )
         for number, item in enumerate(loader):
             if isinstance(item, DataError):
@@ -120,7 +143,7 @@ class PositionLoader:
             if large is None:
                 slot = reader.slot(number)
                 large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
-                np.copyto(large.numpy(), slot.numpy())  # torch would wake its threads for it
+                np.copyto(large.numpy(), slot.numpy())  # torch's copy would wake its thread pool
             x, noise, *posterior = reader.split(large)
             small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
             label, time, drop, position = small
@@ -129,9 +152,9 @@ class PositionLoader:
 
 @dataclass(frozen=True)
 class _Positions:
-    """The positions of one rank's micro-batches, endlessly.
+    """Endless positions of one rank's micro-batches.
 
-    The micro-steps of a step, and the steps themselves, follow each other without a gap, so one stride does.
+    Micro-steps and steps are contiguous, so a single stride covers both.
     """
 
     first: int
@@ -143,7 +166,7 @@ class _Positions:
             yield Task(number, range(first, first + self.micro_batch))
 
 
-def _as_it_is(item: Packed | DataError) -> Packed | DataError:
+def _identity(item: Packed | DataError) -> Packed | DataError:
     return item
 
 
@@ -151,11 +174,11 @@ def _close(closing: torch.Tensor) -> None:
     closing.fill_(1)
 
 
-def _leave_signals_to_the_parent(closing: torch.Tensor, worker: int) -> None:
-    """What stops a run gently (Ctrl-C, Slurm's warning, SIGTERM to all processes of a job) must not end its workers.
+def _ignore_signals(closing: torch.Tensor, worker: int) -> None:
+    """Make a worker ignore the signals that request a graceful stop: Ctrl-C, Slurm's warning, SIGTERM to a whole job.
 
-    The training process stops at the end of a step and needs them until then.  When it ends it marks ``closing``, and
-    Python ends its workers by SIGTERM.
+    The training process stops at the end of a step and needs its workers until then.  When it exits, it sets `closing`,
+    and Python terminates the workers with SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

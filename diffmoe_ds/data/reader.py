@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from diffmoe_ds.data.shuffle import Order
+from diffmoe_ds.data.shuffle import Shuffle
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
@@ -69,7 +69,7 @@ class Reader:
     """
 
     dataset: Dataset
-    order: Order
+    shuffle: Shuffle
     draws: Callable[[int], TrainingDraws]
     shapes: tuple[tuple[int, ...], ...]
     """Of x, noise and, where x is still to be encoded, posterior."""
@@ -94,8 +94,8 @@ class Reader:
 
     def _micro_batch(self, task: Task) -> Packed:
         draws = [self.draws(position) for position in task.positions]
-        indices = [self.order(position) for position in task.positions]
-        self.dataset.prefetch(self.order.next_shards(task.positions[-1]))
+        indices = [self.shuffle(position) for position in task.positions]
+        self.dataset.prefetch(self.shuffle.next_shards(task.positions[-1]))
         if self.slots is None:
             large = torch.empty(sum(math.prod(shape) for shape in self.shapes))
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from diffmoe_ds.data.dataset import image_shape
-from diffmoe_ds.data.loader import MicroBatch, PositionLoader
+from diffmoe_ds.data.loader import LoaderSettings, MicroBatch, PositionLoader
 from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.distributed.consensus import vote
 from diffmoe_ds.distributed.run_lock import RunLock
@@ -77,8 +77,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         flip=data.horizontal_flip,
         posterior=dataset.latents is not None or data.vae is not None,
     )
-    loader = PositionLoader(
-        dataset=dataset,
+    reading = LoaderSettings(
         seed=run.config.run.seed,
         global_batch=settings.global_batch,
         micro_batch=settings.micro_batch,
@@ -90,8 +89,8 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         num_classes=model.num_classes,
         num_workers=data.num_workers,
         shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,
-        draws=draws,
     )
+    loader = PositionLoader(dataset, reading, draws)
     if data.vae is None:
         return loader
     from diffmoe_ds.data.vae import VAE, EncodingLoader  # imports diffusers, an extra

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffmoe_ds.data.loader import PositionLoader
+from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.rng import training_draws
 
 SHAPE = (1, 8, 8)
@@ -44,7 +44,6 @@ LABELLED = [("a.cls", b"3"), ("a.png", PNG)]
 
 def loader(dataset, **changes) -> PositionLoader:
     settings = {
-        "dataset": dataset,
         "seed": 5,
         "global_batch": 16,
         "micro_batch": 16,
@@ -53,9 +52,9 @@ def loader(dataset, **changes) -> PositionLoader:
         "world": 1,
         "image_shape": SHAPE,
         "num_classes": 4,
-        "draws": functools.partial(training_draws, 5, shape=SHAPE, label_dropout=0.3),
     }
-    return PositionLoader(**{**settings, **changes})
+    draws = changes.pop("draws", functools.partial(training_draws, 5, shape=SHAPE, label_dropout=0.3))
+    return PositionLoader(dataset, LoaderSettings(**{**settings, **changes}), draws)
 
 
 def take(count: int, iterable) -> list:

@@ -129,7 +129,7 @@ def test_a_lost_shard_is_missed_and_made_again(made, tmp_path, loss, capsys):
     assert len(ShardDataset(expand(f"{out}/shards-0000[01].tar"))) == 6, "a pattern asks for no more"
     assert any("shards-00002.tar" in problem for problem in check(out, capsys))
     assert prepare(made, out) == 0 and tree(out) == kept and not (out / "parts").exists()
-    assert "is complete again, 1 shard(s) were made anew" in capsys.readouterr().out
+    assert "is complete again, 1 shard(s) regenerated" in capsys.readouterr().out
 
 
 def test_a_shard_that_can_no_longer_be_made_is_not_replaced(made, tmp_path, capsys):

@@ -15,6 +15,8 @@ import webdataset
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.cli import prepare as prepare_cli
+from diffmoe_ds.data.prepare import run as prepare_run
+from diffmoe_ds.data.prepare.progress import Progress
 from diffmoe_ds.data.sources.images import centre_crop, open_rgb
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
@@ -108,8 +110,8 @@ def test_what_is_finished_is_kept(made, monkeypatch, tmp_path, capsys):
         (["--unlabelled"], "was begun with keys_and_labels "),
         (["--size", "18"], "--size is 18, but the VAE takes multiples of 4."),
         (["--vae", "/nowhere"], "the VAE /nowhere is no folder with a VAE of diffusers"),
-        (["--batch-size", "0"], "--batch-size is 0, but it must be above 0"),
-        (["--max-unreadable", "2"], "--max-unreadable is 2.0, but it is a share"),
+        (["--batch-size", "0"], "--batch-size must be positive, got 0."),
+        (["--max-unreadable", "2"], "--max-unreadable must be between 0 and 1, got 2.0."),
     ],
 )
 def test_other_settings_are_refused(made, tmp_path, options, message, capsys):
@@ -124,7 +126,7 @@ def test_another_vae_or_directory_is_refused(made, tmp_path, capsys):
     prepare(made / "one", made, "--vae", str(other), code=2)
     assert "was begun with vae " in capsys.readouterr().err
     prepare(made / "photographs" / "out", made, code=2)
-    assert "lies inside --images" in capsys.readouterr().err and not (made / "photographs" / "out").exists()
+    assert "is inside --images" in capsys.readouterr().err and not (made / "photographs" / "out").exists()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").touch()
     prepare(tmp_path / "notes", made, code=2)
@@ -189,7 +191,7 @@ def test_check_tells_a_whole_set_from_a_damaged_one(made, tmp_path, capsys):
     assert main(["prepare", "check", str(tmp_path / "bad")]) == 4
     printed = capsys.readouterr()
     assert "shard shards-00002.tar has the sha256" in printed.out and "shard shards-00001.tar is missing" in printed.out
-    assert "is not whole: shard shards-00002.tar" in printed.err
+    assert "is damaged or incomplete: shard shards-00002.tar" in printed.err
 
 
 def test_check_finds_duplicate_keys_and_bad_samples_in_any_shards(tmp_path, capsys):
@@ -206,7 +208,7 @@ def test_rank_0_notices_ranks_that_failed_or_are_gone(made, monkeypatch, tmp_pat
     out = tmp_path / "out"
     as_rank(monkeypatch, 0, 2)
     prepare(out, made, "--timeout", "1", code=4)  # rank 1 was never started
-    assert "rank(s) 1 finished nothing for 1 s, and 2 of 5 shards are missing" in capsys.readouterr().err
+    assert "rank(s) 1 finished no shard within 1 s, and 2 of 5 shards are missing" in capsys.readouterr().err
     bad = photographs(tmp_path / "photographs", 8, size=24)
     for path in (bad / "class-0").iterdir():
         path.write_bytes(b"")
@@ -232,9 +234,9 @@ def test_killed_at_random_times_and_finished(tmp_path):
     assert report["shards_done_at_each_kill"] == sorted(report["shards_done_at_each_kill"])
 
 
-@pytest.mark.parametrize("moment", ["_Overview.advance", "write_shard", "finish"])
+@pytest.mark.parametrize("moment", ["Progress.advance", "write_shard", "finish"])
 def test_another_launch_into_the_same_directory_may_finish_first(made, monkeypatch, tmp_path, moment, capsys):
-    owner = prepare_cli._Overview if moment == "_Overview.advance" else prepare_cli
+    owner = Progress if moment == "Progress.advance" else prepare_run
     name = moment.rpartition(".")[2]
     original = getattr(owner, name)
 
@@ -271,7 +273,7 @@ def test_a_full_disk_is_a_sentence(made, monkeypatch, tmp_path, capsys):
 
 
 def test_one_rank_of_a_host_says_what_all_find(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_cli, "SAYING_TIME", 0)
+    monkeypatch.setattr(prepare_cli, "REPORT_TIME", 0)
     for rank, said in ((0, 1), (1, 0)):
         as_rank(monkeypatch, rank, 2)
         assert main(["prepare", "images", "--images", "/nowhere", "--out", "/nowhere/out"]) == 4

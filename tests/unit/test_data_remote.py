@@ -169,7 +169,7 @@ def test_the_cache_must_hold_what_is_read_at_a_time(served, tmp_path, capsys):
     arguments = ["prepare", "images", "--images", path.removeprefix("data.path="), "--size", "4", "--cache-gb", "1e-5"]
     arguments += ["--cache-dir", str(tmp_path / "other"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2 and not (tmp_path / "out").exists()
-    assert "--cache-gb is 1e-05, but the images are mixed over the whole set, 4.1e-05 GB" in capsys.readouterr().err
+    assert "--cache-gb is 1e-05, but preparation mixes the images of all shards, 4.1e-05 GB" in capsys.readouterr().err
     arguments[arguments.index("1e-5")] = "1e-4"
     assert main(arguments) == 0 and len(list((tmp_path / "other").glob("*.tar"))) == 4
     small[0] = f"data.cache_gb={4 * os.path.getsize(served / 's-0.tar') / 1e9}"

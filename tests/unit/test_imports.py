@@ -80,7 +80,6 @@ EXCEPTIONS = {
     "diffmoe_ds/training/ imports torch.distributed": "to be converted",
     "diffmoe_ds/config/deepspeed.py imports deepspeed.runtime.lr_schedules": "to be converted",
     "diffmoe_ds/checkpoint/reference.py:infer_official": "to be converted",
-    "diffmoe_ds/data/loader.py:PositionLoader.__init__": "to be converted",
     "benchmarks/checkpoint.py:bench_checkpoint": "to be converted",
     "diffmoe_ds/distributed/deepspeed_seam.py": "to be converted",
     "tests/faults/driver.py": "to be converted",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
-from diffmoe_ds.data.shuffle import epoch_order
+from diffmoe_ds.data.shuffle import epoch_shuffle
 from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
@@ -62,7 +62,7 @@ class Preparation:
     def images(self, shard: int) -> np.ndarray:
         """Which images of the source a shard holds, in their order."""
         first = shard * self.shard_images
-        return epoch_order(MIXING_SEED, 0, len(self.source))[first : first + self.shard_images]
+        return epoch_shuffle(MIXING_SEED, 0, len(self.source))[first : first + self.shard_images]
 
     def part(self, shard: int) -> Path:
         """The record that says that a shard is done."""

@@ -1,29 +1,29 @@
-"""The order of the images and their random draws: pure functions, for ever."""
+"""The shuffle of the images and their random draws are pure functions that never change."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmoe_ds.data.shuffle import WindowOrder, epoch_order, locate, sample_index
+from diffmoe_ds.data.shuffle import WindowShuffle, epoch_shuffle, locate, sample_index
 from diffmoe_ds.rng import image_stream, training_draws
 from tests.helpers.data import SHAPE
 
 
 @given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**40), n=st.integers(1, 300))
-def test_order_is_a_pure_permutation(seed, epoch, n):
-    order = epoch_order(seed, epoch, n)
-    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(n))
-    epoch_order.cache_clear()
-    assert (epoch_order(seed, epoch, n) == order).all()
+def test_a_shuffle_is_a_pure_permutation(seed, epoch, n):
+    shuffle = epoch_shuffle(seed, epoch, n)
+    assert shuffle.dtype == np.int64 and sorted(shuffle.tolist()) == list(range(n))
+    epoch_shuffle.cache_clear()
+    assert (epoch_shuffle(seed, epoch, n) == shuffle).all()
     assert locate(epoch * n + n - 1, n) == (epoch, n - 1)
-    assert sample_index(seed, epoch * n + n - 1, n) == order[-1]
+    assert sample_index(seed, epoch * n + n - 1, n) == shuffle[-1]
 
 
-def test_every_image_once_an_epoch_in_another_order():
+def test_every_image_once_an_epoch_in_another_shuffle():
     epochs = [[sample_index(3, epoch * 50 + i, 50) for i in range(50)] for epoch in range(4)]
-    assert all(sorted(order) == list(range(50)) for order in epochs)
-    assert len({tuple(order) for order in epochs}) == 4
-    assert not (epoch_order(3, 0, 50) == epoch_order(4, 0, 50)).all()
+    assert all(sorted(shuffle) == list(range(50)) for shuffle in epochs)
+    assert len({tuple(shuffle) for shuffle in epochs}) == 4
+    assert not (epoch_shuffle(3, 0, 50) == epoch_shuffle(4, 0, 50)).all()
 
 
 @given(
@@ -34,14 +34,14 @@ def test_every_image_once_an_epoch_in_another_order():
 )
 def test_a_window_reads_every_image_once_and_few_shards_at_a_time(seed, sizes, window, epoch):
     n, ends = sum(sizes), np.cumsum(sizes)
-    order = WindowOrder(seed, sizes, window)
-    read = [order(epoch * n + i) for i in range(n)]
+    shuffle = WindowShuffle(seed, sizes, window)
+    read = [shuffle(epoch * n + i) for i in range(n)]
     assert sorted(read) == list(range(n))
-    assert [WindowOrder(seed, sizes, window)(epoch * n + i) for i in reversed(range(n))] == read[::-1], "no memory"
+    assert [WindowShuffle(seed, sizes, window)(epoch * n + i) for i in reversed(range(n))] == read[::-1], "no memory"
     shard_of = np.searchsorted(ends, read, side="right")
     left = np.array(sizes)
     for start in range(0, n, window):
-        ahead = set(order.next_shards(epoch * n + start - 1)) if start else None
+        ahead = set(shuffle.next_shards(epoch * n + start - 1)) if start else None
         found = set(shard_of[start : start + window].tolist())
         assert ahead is None or ahead - {s for s in ahead if sizes[s] == 0} == found
         np.subtract.at(left, shard_of[start : start + window], 1)
@@ -50,13 +50,13 @@ def test_a_window_reads_every_image_once_and_few_shards_at_a_time(seed, sizes, w
 
 
 def test_windows_of_old_runs_continue():
-    order = WindowOrder(7, [3, 4, 5], 5)
-    assert [order(36 + i) for i in range(12)] == [8, 1, 7, 2, 0, 4, 9, 11, 10, 3, 6, 5]
+    shuffle = WindowShuffle(7, [3, 4, 5], 5)
+    assert [shuffle(36 + i) for i in range(12)] == [8, 1, 7, 2, 0, 4, 9, 11, 10, 3, 6, 5]
 
 
 def test_old_runs_continue():
     """A release that changes these numbers cannot continue a run begun before it."""
-    assert epoch_order(7, 3, 10).tolist() == [2, 8, 9, 4, 0, 6, 7, 5, 1, 3]
+    assert epoch_shuffle(7, 3, 10).tolist() == [2, 8, 9, 4, 0, 6, 7, 5, 1, 3]
     draws = training_draws(7, 12348, (1, 1, 3), 0.5)
     assert (draws.flip, draws.drop, draws.time) == (True, False, 0.31956297159194946)
     np.testing.assert_allclose(draws.noise.ravel(), [0.2853857, -0.04999052, 1.9049188], 1e-6)
@@ -82,7 +82,7 @@ def test_draws_have_their_distributions():
 
 
 def test_streams_never_coincide():
-    """Training noise, sampling noise and the order, of neighbouring seeds and positions, share no 64-bit word."""
+    """Training noise, sampling noise and the shuffle, of neighbouring seeds and positions, share no 64-bit word."""
     generators = [image_stream(seed).bit_generator for seed in range(4)]
     words = np.concatenate([generator.random_raw(1000) for generator in generators])
     noises = [training_draws(seed, position, SHAPE, 0.0).noise.ravel() for seed in range(4) for position in range(4)]
