@@ -37,6 +37,7 @@ from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import sha256_of
 
@@ -57,7 +58,7 @@ def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dic
         folder: on the disk to measure; none takes the system's temporary directory.
     """
     export_launch(Launch(0, 1, 0, 1, "bench"))
-    seam.quiet_deepspeed()
+    quiet_deepspeed()
     seam.init_process_group()
     numel = megabytes * 10**6 // (4 * len(KINDS) * TENSORS)
     tensors = {f"w{i}": {kind: torch.randn(numel) for kind in KINDS} for i in range(TENSORS)}

@@ -21,7 +21,7 @@ from diffmoe_ds.topology import Topology
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from diffmoe_ds.distributed.deepspeed_seam import Fragment
+    from diffmoe_ds.distributed.fragments import Fragment
 
 FIXED = {
     "model": (

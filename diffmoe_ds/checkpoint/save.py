@@ -35,7 +35,7 @@ from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.distributed.collectives import all_gather, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
-from diffmoe_ds.distributed.deepspeed_seam import Fragment
+from diffmoe_ds.distributed.fragments import Fragment
 from diffmoe_ds.errors import CheckpointError, DiffMoEError
 from diffmoe_ds.files import (
     TMP_PREFIX,

@@ -1,31 +1,26 @@
 """Every private name of DeepSpeed that this project uses, in one place.
 
-`tests/distributed/test_seam.py` says which of them is gone or has changed when DeepSpeed is upgraded.
-What each is for:
+After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` names those that are gone or have changed. They are:
 
 - `AutoEPMoELayer`: a layer of this class gets expert gradients reduced over its replicas only, expert
   optimizer state partitioned over them, and is allowed under ZeRO 3.
 - `_hp_mapping` (ZeRO 1, 2) and `grad_position` (ZeRO 3): where the fp32 master weights and Adam moments of a
-  parameter lie in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
+  parameter are in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
 - `ALL_OPS`, `installed_ops`: which compiled operators exist, and which of them were built with DeepSpeed.
-- `groups`: the EP and EDP process groups, made by DeepSpeed so that there is only one of each.
+- `groups`: the EP and EDP process groups, created by DeepSpeed so that there is only one of each.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # say so, else DeepSpeed warns that it found nothing better
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 
 import deepspeed
 import torch.distributed as dist
@@ -46,26 +41,21 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.utils import groups
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from diffmoe_ds.distributed.clipping import clip_gradients
+from diffmoe_ds.distributed.fragments import Fragment, Part
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.topology import Topology
 
-__all__ = ["AutoEPMoELayer", "Fragment", "Part", "adopt_layer", "fragments", "initialize", "parts"]
+__all__ = ["AutoEPMoELayer", "adopt_layer", "fragments", "initialize", "parts"]
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 """The only parameter names that DeepSpeed looks for in a layer's ``experts``."""
 
 
-def quiet_deepspeed() -> None:
-    """Keep DeepSpeed's own log to errors, and its calls of older torch.distributed names to itself."""
-    deepspeed_logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
 def device() -> torch.device:
-    """The device of this rank: its GPU, or the CPU."""
+    """Return the device of this rank: its GPU, or the CPU."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
@@ -73,18 +63,18 @@ def device() -> torch.device:
 
 
 def init_process_group() -> None:
-    """Join the world through DeepSpeed; the environment must hold RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce for a minute and use it for few things.
+    """Create the default process group through DeepSpeed, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    # On a CPU, DeepSpeed would compile a shared-memory all-reduce for a minute and hardly use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
-        # DeepSpeed takes LOCAL_RANK for the device's number; where each task sees its own GPU only, that is always 0.
+        # DeepSpeed uses LOCAL_RANK as the device index; where each task sees only its own GPU, that is always 0.
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % get_accelerator().device_count())
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
-    """This rank's EP group of consecutive ranks, created together with the groups of expert replicas."""
+    """Return this rank's EP group of consecutive ranks; creates it together with the groups of expert replicas."""
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
@@ -108,7 +98,7 @@ def adopt_layer(layer: nn.Module, topology: Topology, ep_group: dist.ProcessGrou
 
 
 def tag_expert_weights(model: nn.Module) -> None:
-    """Mark the expert weights of all AutoEP layers; to be called when the parameters are the final objects."""
+    """Mark the expert weights of all AutoEP layers. Call once the parameters are the final objects."""
     for layer in model.modules():
         if not isinstance(layer, AutoEPMoELayer):
             continue
@@ -133,53 +123,29 @@ def tag_expert_weights(model: nn.Module) -> None:
 
 
 def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine of a model with tagged expert weights, from an already resolved configuration.
+    """Return the DeepSpeed engine of a model with tagged expert weights.
+
+    Args:
+        model: see `tag_expert_weights`.
+        config: the resolved DeepSpeed JSON.
 
     Raises:
-        ConfigError: DeepSpeed does not take the configuration.
+        ConfigError: DeepSpeed rejects the configuration.
     """
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    except (AssertionError, TypeError, ValueError) as error:  # its own checks; a failed collective is a RuntimeError
+    except (
+        AssertionError,
+        TypeError,
+        ValueError,
+    ) as error:  # not RuntimeError: failed collectives
         reason = " ".join(str(error).split())[:500]
-        raise ConfigError(f"DeepSpeed refuses its configuration: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"DeepSpeed rejects its configuration: {type(error).__name__}: {reason}") from error
     return engine
 
 
-@dataclass(frozen=True)
-class Part:
-    """What this rank computes with of one parameter: all of it, or the experts held here."""
-
-    logical_shape: tuple[int, ...]
-    """Shape of the whole tensor; for expert weights with all E experts."""
-    first: int
-    """First element of the part in the flattened logical tensor."""
-    numel: int
-    """Elements of the part."""
-    group: dist.ProcessGroup
-    """The ranks that compute with the same part; together they keep its master weights."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous piece of a part that this rank keeps in fp32 and updates."""
-
-    name: str
-    """The parameter's name in the model."""
-    offset: int
-    """First element of the piece in the flattened part."""
-    start: int
-    """First element of the piece in the flattened logical tensor."""
-    fp32: Tensor
-    """The master weights of the piece: a flat view into what the optimizer updates."""
-    moments: dict[str, Tensor]
-    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
-    is_owner: bool
-    """False where another rank keeps the same piece (ZeRO 0) and writes it to checkpoints."""
-
-
 def parts(engine: deepspeed.DeepSpeedEngine) -> dict[str, Part]:
-    """The part of every parameter, by name."""
+    """Return the part of every parameter, by name."""
     layers = {id(p): layer for layer in _expert_layers(engine.module) for p in layer.experts.parameters()}
     found = {}
     for name, parameter in engine.module.named_parameters():
@@ -195,7 +161,7 @@ def parts(engine: deepspeed.DeepSpeedEngine) -> dict[str, Part]:
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
-    """All pieces that this rank keeps, in the order of the parameters; at every ZeRO stage."""
+    """Return all pieces that this rank keeps, in the order of the parameters; at every ZeRO stage."""
     _ensure_moments(engine)
     found = []
     every = parts(engine)
@@ -214,7 +180,7 @@ Piece = tuple[int, Tensor, dict[str, Tensor], bool]
 
 
 def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, group: dist.ProcessGroup) -> Iterator[Piece]:
-    """(offset in the rank's part, master weights, moments, owner) of a parameter; none if it lies elsewhere."""
+    """Yield (offset in the rank's part, master weights, moments, owner) of a parameter; nothing if others keep it."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
         optimizer = engine.optimizer
@@ -245,7 +211,7 @@ def _moments(optimizer: torch.optim.Optimizer, flat: Tensor, offset: int, numel:
 
 
 def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """ZeRO 0: the parameter itself in fp32, or its fp32 copy beside a bf16 model, alone or in a flat group."""
+    """Return the master weights at ZeRO 0 and the offset in them: the parameter itself, or its fp32 copy (bf16)."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp16_groups"):
         return parameter, 0
@@ -261,17 +227,17 @@ def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Param
 
 
 def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Adam makes its moments at the first step; make them now so that a checkpoint can be read into them."""
+    """Create Adam's moments now instead of at the first step, so that a checkpoint can be loaded into them."""
     inner = _adam(engine)
     for flat in _masters(engine):
         state = inner.state[flat]
         if "exp_avg" not in state:
-            # torch's Adam counts in a tensor, DeepSpeed's in a number
+            # torch's Adam counts steps in a tensor, DeepSpeed's in a number
             state["step"] = torch.zeros(()) if isinstance(inner, torch.optim.Adam) else 0
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper makes its states with a step of zeros, which counts
+    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper creates its states with a step of zero gradients, which counts
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -279,18 +245,18 @@ def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """What Adam updates on this rank: flat fp32 partitions, or the parameters themselves (ZeRO 0, fp32)."""
+    """Return what Adam updates on this rank: flat fp32 partitions, or the parameters themselves (ZeRO 0, fp32)."""
     if engine.zero_optimization_stage() == 3:  # where Adam's groups are filled only during a step
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in _adam(engine).param_groups for flat in group["params"]]
 
 
 def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
-    """The optimizer step at the end of accumulation, clipped at ``max_norm`` unless that is 0.
+    """Clip at ``max_norm`` (0: never) and take the optimizer step at the end of accumulation.
 
     Returns:
-        The 2-norm of the whole gradient before clipping.  If it is not finite, nothing was updated, the gradients are
-        gone and the learning rate has not moved.
+        The 2-norm of the whole gradient before clipping. If it is not finite, nothing was updated, the gradients were
+        dropped and the learning rate did not change.
     """
     if engine.zero_optimization_stage():
         engine.step()  # DeepSpeed clips, and discards a gradient whose norm is not finite
@@ -300,7 +266,7 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
     if math.isfinite(norm):
         engine.step()
         return norm
-    # DeepSpeed has no way to skip this step, but must count it and drop the gradients.
+    # DeepSpeed cannot skip this step, but must count it and drop the gradients.
     scheduler = engine.lr_scheduler
     before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
     engine.optimizer.step = lambda: None
@@ -314,32 +280,20 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
 
 
 def _clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
-    """The 2-norm of the whole gradient at ZeRO 0, which is scaled down to ``max_norm`` unless that is 0.
-
-    DeepSpeed takes the norm over the experts held by a rank there, which differs between ranks.
-    """
+    """Clip at ZeRO 0, where DeepSpeed takes the norm over this rank's experts only, which differs between ranks."""
     layers = list(_expert_layers(engine.module))
-    expert_ids = {id(p) for layer in layers for p in layer.experts.parameters()}
-    gradients = [(id(p) in expert_ids, p.grad) for p in engine.module.parameters() if p.grad is not None]
-    squares = torch.zeros(2, dtype=torch.float64, device=engine.device)  # dense, experts held here
-    for is_expert, gradient in gradients:
-        squares[int(is_expert)] += gradient.detach().double().square().sum()
-    if layers:
-        dist.all_reduce(squares[1:], group=layers[0].ep_group)
-    norm = squares.sum().sqrt().item()
-    if 0 < max_norm < norm < math.inf:
-        torch._foreach_mul_([gradient for _, gradient in gradients], max_norm / norm)
-    return norm
+    experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+    return clip_gradients(engine.module.parameters(), experts, layers[0].ep_group if layers else None, max_norm)
 
 
 def scheduled(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What a scheduler has set in the optimizer; its own state does not hold it."""
+    """Return what a scheduler has set in the optimizer; the scheduler's own state does not contain it."""
     group = _adam(engine).param_groups[0]
     return {"lr": float(group["lr"]), "betas": list(group["betas"])}
 
 
 def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Put a scheduler, and what it had set, back to where they were."""
+    """Restore a scheduler and what it had set in the optimizer."""
     engine.lr_scheduler.load_state_dict(state)
     for optimizer in {id(o): o for o in (engine.optimizer, _adam(engine))}.values():
         for group in optimizer.param_groups:
@@ -347,28 +301,19 @@ def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], n
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
-    """How many updates Adam has made, as its bias correction counts them."""
+    """Return Adam's number of updates, which its bias correction uses."""
     return max(int(_adam(engine).state[flat]["step"]) for flat in _masters(engine))
 
 
 def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Set Adam's count of updates, which its bias correction uses."""
+    """Set Adam's number of updates, which its bias correction uses."""
     for flat in _masters(engine):
         state = _adam(engine).state[flat]
         state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 
-def operators(names: Iterable[str]) -> dict[str, str]:
-    """For each of DeepSpeed's compiled operators: ``prebuilt``, ``compiled at first use``, or why it cannot be."""
-    tools = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
-    if torch.cuda.is_available() and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-        tools.append("nvcc")
-    found = {}
-    for name in names:
-        if installed_ops.get(name):
-            found[name] = "prebuilt"
-        elif name not in ALL_OPS or not ALL_OPS[name].is_compatible(verbose=False):
-            found[name] = "not possible here"
-        else:
-            found[name] = f"cannot be compiled: no {', '.join(tools)}" if tools else "compiled at first use"
-    return found
+def operator_state(name: str) -> str:
+    """Return ``prebuilt``, ``possible`` or ``impossible`` for one of DeepSpeed's compiled operators on this host."""
+    if installed_ops.get(name):
+        return "prebuilt"
+    return "possible" if name in ALL_OPS and ALL_OPS[name].is_compatible(verbose=False) else "impossible"

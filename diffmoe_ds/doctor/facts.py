@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from diffmoe_ds.distributed.deepspeed_seam import operators
+from diffmoe_ds.distributed.deepspeed_seam import operator_state
 from diffmoe_ds.distributed.launch import Launch
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "mpi4py")
@@ -50,7 +50,7 @@ def rank_facts(launch: Launch, directory: Path) -> dict[str, Any]:
         "interface": interface,
         "own_name_is": _own_name(),
         "disk": _disk(directory),
-        "ops": operators(OPS),
+        "ops": _operators(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT)},
     }
 
@@ -87,6 +87,16 @@ def _versions() -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
+
+
+def _operators() -> dict[str, str]:
+    """Return ``prebuilt``, ``compiled at first use``, or why an operator cannot be used, by operator."""
+    tools = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    if torch.cuda.is_available() and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        tools.append("nvcc")
+    compiled = f"cannot be compiled: {', '.join(tools)} not found" if tools else "compiled at first use"
+    texts = {"prebuilt": "prebuilt", "possible": compiled, "impossible": "not possible here"}
+    return {name: texts[operator_state(name)] for name in OPS}
 
 
 def _device(local_rank: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import all_reduce
-from diffmoe_ds.distributed.deepspeed_seam import Fragment, Part
+from diffmoe_ds.distributed.fragments import Fragment, Part
 from diffmoe_ds.model.dit import DiT
 
 

@@ -13,6 +13,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.collectives import destroy_process_group
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
+from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
@@ -99,7 +100,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         plan = start.with_launch(rendezvous.launch)
         if plan.is_main:
             print(banner(plan, rendezvous.hosts), flush=True)
-        seam.quiet_deepspeed()
+        quiet_deepspeed()
         seam.init_process_group()
         launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))

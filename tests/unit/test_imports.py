@@ -81,7 +81,6 @@ EXCEPTIONS = {
     "diffmoe_ds/config/deepspeed.py imports deepspeed.runtime.lr_schedules": "to be converted",
     "diffmoe_ds/checkpoint/reference.py:infer_official": "to be converted",
     "benchmarks/checkpoint.py:bench_checkpoint": "to be converted",
-    "diffmoe_ds/distributed/deepspeed_seam.py": "to be converted",
     "tests/faults/driver.py": "to be converted",
     "tests/unit/test_checkpoint.py": "to be converted",
 }

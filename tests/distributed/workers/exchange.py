@@ -9,6 +9,7 @@ import torch.distributed as dist
 sys.path.insert(0, os.getcwd())
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
@@ -17,7 +18,7 @@ from diffmoe_ds.moe.plan import make_plan
 from diffmoe_ds.topology import Topology
 
 torch.set_num_threads(1)
-seam.quiet_deepspeed()
+quiet_deepspeed()
 seam.init_process_group()
 RANK, WORLD = dist.get_rank(), dist.get_world_size()
 EXPERTS, TOKENS, IMAGES = 4, 16, 2  # tokens of an image, images of a rank

@@ -1,0 +1,40 @@
+"""What a rank keeps of each parameter: the part it computes with, and the pieces of master weights it updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank computes with of one parameter: all of it, or the experts held here."""
+
+    logical_shape: tuple[int, ...]
+    """Shape of the whole tensor; for expert weights with all E experts."""
+    first: int
+    """First element of the part in the flattened logical tensor."""
+    numel: int
+    """Elements of the part."""
+    group: dist.ProcessGroup
+    """The ranks that compute with the same part; together they keep its master weights."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of a part that this rank keeps in fp32 and updates."""
+
+    name: str
+    """The parameter's name in the model."""
+    offset: int
+    """First element of the piece in the flattened part."""
+    start: int
+    """First element of the piece in the flattened logical tensor."""
+    fp32: Tensor
+    """The master weights of the piece: a flat view into what the optimizer updates."""
+    moments: dict[str, Tensor]
+    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
+    is_owner: bool
+    """False where another rank keeps the same piece (ZeRO 0) and writes it to checkpoints."""

@@ -1,0 +1,12 @@
+"""Keep the log of a run to its own lines."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_deepspeed() -> None:
+    """Limit DeepSpeed's log to errors, and silence warnings about its use of deprecated torch.distributed names."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
