@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,7 +181,7 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
 
         for start in starts:
             batch = seeds[start : start + plan.batch_size]
-            parts.append(_together(launch, lambda batch=batch: generate_batch(batch)))
+            parts.append(_together(launch, partial(generate_batch, batch)))
     return np.concatenate(parts)
 
 

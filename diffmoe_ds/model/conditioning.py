@@ -1,8 +1,10 @@
-"""What an image is conditioned on, behind one interface: a module from a condition to one vector per image.
+"""Conditioners: modules that turn a condition into one vector per image.
 
-A conditioner has ``forward(condition, drop_B) -> [B, D]`` and ``null_like(condition)``, the condition that
-stands for "none".  The transformer adds the vector to the time embedding and passes the sum to every block,
-so another condition (text, say) is another conditioner and no change to the blocks.
+A conditioner has ``forward(condition, drop_B) -> [B, D]`` and ``null_like(condition)``, which returns the condition
+for "none". The transformer adds the vector to the time embedding and passes the sum to every block, so another kind of
+condition, such as text, needs another conditioner and no change to the blocks.
+
+Legend: B images, D width.
 """
 
 from __future__ import annotations
@@ -12,9 +14,16 @@ from torch import Tensor, nn
 
 
 class ClassConditioner(nn.Module):
-    """Class labels through an embedding table, with one more row for "no label" if labels are dropped."""
+    """An embedding table of class labels, with an extra row for "no label" if labels are dropped in training."""
 
     def __init__(self, num_classes: int, width: int, has_null: bool) -> None:
+        """Allocate the table.
+
+        Args:
+            num_classes: number of classes.
+            width: D.
+            has_null: add the row for "no label".
+        """
         super().__init__()
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + has_null, width)
@@ -24,15 +33,16 @@ class ClassConditioner(nn.Module):
 
         Args:
             label_B: int64 labels; ``num_classes`` is "no label".
-            drop_B: bool, images whose label is replaced by "no label"; none drops nothing.
+            drop_B: bool, images whose label is replaced by "no label"; None replaces none.
 
         Returns:
-            [B, D] in the type of the weights.
+            [B, D] in the dtype of the weights.
         """
         if drop_B is not None:
             label_B = torch.where(drop_B, self.num_classes, label_B)
-        return self.embedding_table(label_B)
+        embedding_BD: Tensor = self.embedding_table(label_B)
+        return embedding_BD
 
     def null_like(self, label_B: Tensor) -> Tensor:
-        """Labels that all say "no label", for the unconditional half of guidance."""
+        """Return a label "no label" for each image, for the unconditional half of guidance."""
         return torch.full_like(label_B, self.num_classes)

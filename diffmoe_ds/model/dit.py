@@ -1,4 +1,4 @@
-"""The diffusion transformer, dense or with experts.
+"""The diffusion transformer (DiT), dense or with experts.
 
 Legend: B images, S tokens per image, D width, C channels, E experts.
 Source: DiT (arXiv 2212.09748) with the MoE blocks of DiffMoE (arXiv 2503.14487).
@@ -38,15 +38,22 @@ class DiTOutput(NamedTuple):
     """What the transformer returns."""
 
     prediction: Tensor
-    """fp32 [B, C, H, W]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
+    """fp32 [B, C, height, width]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
     routing: tuple[Routing, ...]
-    """One entry per MoE layer, in the order of the blocks."""
+    """One entry for each MoE layer, in the order of the blocks."""
 
 
 class DiTBlock(nn.Module):
-    """Attention and an FFN or experts, both under adaLN-zero."""
+    """Attention, then an FFN or experts, both modulated by adaLN-zero."""
 
     def __init__(self, width: int, num_heads: int, mlp: nn.Module) -> None:
+        """Allocate the weights.
+
+        Args:
+            width: D.
+            num_heads: attention heads.
+            mlp: the FFN or the MoE layer.
+        """
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, num_heads)
@@ -55,7 +62,15 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Routing | None]:
-        """[B, S, D] to [B, S, D], and the routing of a MoE block."""
+        """Transform the tokens of a batch.
+
+        Args:
+            x_BSD: tokens.
+            c_BD: the conditioning of each image.
+
+        Returns:
+            [B, S, D], and the routing of a MoE block (None for an FFN).
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
         out = self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
@@ -66,12 +81,16 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """A diffusion transformer for square images or latents."""
 
+    pos_embed: Tensor
+    """fp32 [1, S, D], fixed."""
+
     def __init__(self, config: Config, make_moe: Callable[[Config, int], MoELayer] = MoELayer) -> None:
-        """Build without initial values; see `model/init.py`.
+        """Allocate the weights; `model/init.py` sets their values.
 
         Args:
             config: the run's configuration.
-            make_moe: makes the layer that replaces a block's FFN; the default holds all experts.
+            make_moe: builds the layer that replaces a block's FFN from the configuration and the width; the default
+                holds all experts.
         """
         super().__init__()
         model = config.model
@@ -95,13 +114,13 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
-        """Predict from a noisy image.
+        """Predict velocity or noise from noisy images.
 
         Args:
-            x_BCHW: the noisy image or latent, any float type.
-            t_B: time: fp32 in [0, 1] for flow, the step 0..999 for DDPM.
+            x_BCHW: noisy images or latents, any float dtype.
+            t_B: fp32 in [0, 1] for flow, int64 timesteps 0..999 for DDPM.
             y_B: int64 labels.
-            drop_B: bool, whose label to drop; none drops nothing.
+            drop_B: bool, the images whose label to drop; None drops none.
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
@@ -116,19 +135,22 @@ class DiT(nn.Module):
         return DiTOutput(out.float(), tuple(routings))
 
     def reset_positions(self) -> None:
-        """Compute the position embedding again, after storage was made anew; checkpoints do not hold it."""
+        """Recompute the position embedding after storage was allocated; checkpoints do not contain it."""
         _, tokens, width = self.pos_embed.shape
         self.pos_embed.copy_(sincos_positions(width, math.isqrt(tokens)))
 
     def moe_layers(self) -> dict[int, MoELayer]:
-        """The MoE layers by the number of their block."""
+        """Return the MoE layers by the index of their block."""
         return {i: block.mlp for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoELayer)}
 
     def set_inference(self, choice: str) -> None:
-        """Choose how eval mode routes: ``static``, ``dynamic`` or ``per_token``; one checkpoint serves all.
+        """Choose the routing rule of eval mode; the same weights serve all rules.
+
+        Args:
+            choice: ``static``, ``dynamic`` or ``per_token``.
 
         Raises:
-            ConfigError: if this router cannot do it.
+            ConfigError: the model's router does not support the rule.
         """
         valid = self.config.inference_choices
         if choice not in valid:
@@ -138,17 +160,17 @@ class DiT(nn.Module):
 
 
 def empty_model(config: Config) -> DiT:
-    """The model on the meta device: names and shapes without any memory.
+    """Return the model on the meta device: names and shapes without storage.
 
     Raises:
-        ConfigError: a tensor of it would have more elements than can be counted.
+        ConfigError: the number of elements of a tensor overflows.
     """
     try:
         with torch.device("meta"):
             return DiT(config)
-    except (RuntimeError, OverflowError, TypeError):  # which one depends on the layer whose numbers overflow
+    except (RuntimeError, OverflowError, TypeError):  # depends on the layer that overflows
         size, model = config.size, config.model
         raise ConfigError(
-            f"model: width {size.hidden_size}, mlp_ratio {model.mlp_ratio:g}, {model.num_classes} classes and "
-            f"{config.num_experts} expert(s) make tensors that no machine can hold."
+            f"model: tensors are too large with width {size.hidden_size}, mlp_ratio {model.mlp_ratio:g}, "
+            f"{model.num_classes} classes and {config.num_experts} expert(s)."
         ) from None

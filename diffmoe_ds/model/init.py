@@ -1,8 +1,9 @@
-"""Initial weights that do not depend on who holds them.
+"""Initial weights that are the same on any number of ranks.
 
-Every tensor draws from a stream of its own, named by the seed and the parameter, and every expert from one
-that also carries its global number, so 1, 2 or 64 ranks start from the same weights.
-Source of the values: DiT (arXiv 2212.09748) and the DiffMoE reference (router weights of deviation 0.006).
+Every tensor has its own random stream, keyed by the seed and the parameter's name, and every expert one that is also
+keyed by its global index, so 1, 2 or 64 ranks start from the same weights.
+
+Source of the values: DiT (arXiv 2212.09748) and the DiffMoE reference (router weights).
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from diffmoe_ds.model.dit import DiT
 
 GATE_STD = 0.006
+"""Standard deviation of router weights, except for ``token_choice``."""
 EMBEDDING_STD = 0.02
+"""Standard deviation of label and time embeddings."""
 
 
 @torch.no_grad()
 def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
-    """Set every parameter and buffer of a model whose storage exists but holds nothing yet.
+    """Set every parameter and buffer of a model with uninitialized storage.
 
     Args:
         model: on a real device (not meta), fp32.
         seed: the run's seed.
-        first_expert: global number of the first expert held here.
+        first_expert: global index of the first expert held here.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -35,9 +38,11 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
                 module.bias.zero_()
     patch = model.x_embedder.proj
     nn.init.xavier_uniform_(patch.weight.flatten(1), generator=_stream(seed, "x_embedder.proj.weight"))
+    assert patch.bias is not None
     patch.bias.zero_()
     for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
-        nn.init.normal_(model.get_submodule(name).weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight"))
+        weight = model.get_parameter(f"{name}.weight")
+        nn.init.normal_(weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight"))
     for module in [*model.blocks, model.final_layer]:  # adaLN-zero: a block starts as the identity
         module.adaLN_modulation[-1].weight.zero_()
         module.adaLN_modulation[-1].bias.zero_()

@@ -1,12 +1,13 @@
-"""The parts of a diffusion transformer that do not route.
+"""The layers of a diffusion transformer other than its experts.
 
-Legend: B images, S tokens per image, D width, H hidden width, C channels.
-Source: DiT (arXiv 2212.09748); parameter names are those of the reference, so its weights load by name.
+Legend: B images, S tokens per image, D width, H hidden width, C channels, P = patch * patch * C values of a patch.
+Source: DiT (arXiv 2212.09748); parameters have the reference's names, so its weights load by name.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 TIME_FREQUENCIES = 256
-"""Width of the sinusoidal embedding of the time step."""
+"""Width of the sinusoidal time embedding."""
 
 
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Scale and shift every token of an image by what its conditioning says (adaLN)."""
+    """Scale and shift all tokens of an image as its conditioning determines (adaLN)."""
     return x_BSD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without weights: adaLN supplies them."""
+    """Return a LayerNorm without weights, which adaLN supplies."""
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
@@ -37,14 +38,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
+        """Map [B, S, D] to [B, S, D]."""
         qkv = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(*qkv.unbind(0))
-        return self.proj(out.transpose(1, 2).flatten(2))
+        projected_BSD: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected_BSD
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-GELU between them."""
+    """Two linear layers with a tanh-approximated GELU between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -52,12 +54,13 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        """Map [..., D] to [..., D]."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) without biases (arXiv 2002.05202)."""
+    """down(silu(gate(x)) * up(x)) without biases (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -66,32 +69,35 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Map [..., D] to [..., D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
-FFN = {"gelu": Mlp, "swiglu": SwiGLU}
+FFN: dict[str, Callable[[int, int], nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
+"""The FFN of each ``model.mlp``, built from width and hidden width."""
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and embed each as a token, row by row."""
+    """Cuts an image into patches and embeds each as a token, in row-major order."""
 
     def __init__(self, patch_size: int, channels: int, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, height, width] to [B, S, D]."""
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        """Map [B, C, height, width] to [B, S, D]."""
+        patches: Tensor = self.proj(x_BCHW)
+        return patches.flatten(2).transpose(1, 2)
 
 
 @lru_cache(maxsize=8)
 def time_frequencies(device: torch.device) -> Tensor:
-    """fp32 frequencies 10000^(-i / 128) of the time embedding, the same bits on every machine.
+    """Return the fp32 frequencies 10000^(-i / 128) of the time embedding, bit-identical on every machine.
 
-    The reference takes a float32 exp, whose last bit differs between CPUs (and with it, at step 999, the fifth
-    digit of a gradient).  Here a float64 exp of the same float32 exponents is rounded; the factor, a 64th of
-    a float32 rounding step, only settles near-ties, the way they fell where the golden numbers were made.
+    The reference uses a float32 exp, whose last bit differs between CPUs (and with it, at step 999, the fifth digit of
+    a gradient). Here a float64 exp of the same float32 exponents is rounded to float32. The factor, 1/64 of a float32
+    rounding step, only decides near-ties, in the way that agrees with the golden numbers.
     """
     half = TIME_FREQUENCIES // 2
     exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
@@ -99,21 +105,22 @@ def time_frequencies(device: torch.device) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the time step through a small network."""
+    """Sinusoids of the time, followed by a small network."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """[B] of any number type to [B, D]; flow passes t in [0, 1], DDPM the step 0..999."""
+        """Map [B] of any numeric dtype to [B, D]; flow passes t in [0, 1], DDPM the step 0..999."""
         angles = t_B.float()[:, None] * time_frequencies(t_B.device)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        embedding_BD: Tensor = self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        return embedding_BD
 
 
 class FinalLayer(nn.Module):
-    """Tokens back to patches of pixels."""
+    """Maps tokens back to patches of pixels."""
 
     def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -122,21 +129,22 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
-        """[B, S, D] to [B, S, patch * patch * C]."""
+        """Map [B, S, D] to [B, S, P]."""
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BSD), shift, scale))
+        patches_BSP: Tensor = self.linear(modulate(self.norm_final(x_BSD), shift, scale))
+        return patches_BSP
 
 
 def unpatchify(x_BSP: Tensor, patch_size: int, channels: int) -> Tensor:
-    """[B, S, patch * patch * C] to [B, C, height, width] of a square image."""
+    """Rearrange [B, S, P] to [B, C, height, width] of a square image."""
     side = math.isqrt(x_BSP.shape[1])
     assert side * side == x_BSP.shape[1], "the tokens of an image must form a square"
-    patches = x_BSP.unflatten(1, (side, side)).unflatten(-1, (patch_size, patch_size, channels))
+    patches: Tensor = x_BSP.unflatten(1, (side, side)).unflatten(-1, (patch_size, patch_size, channels))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
-    """Fixed two-dimensional sine-cosine positions, fp32 [1, side * side, width].
+    """Return fixed two-dimensional sine-cosine positions, fp32 [1, side * side, width].
 
     The first half of the width encodes the column, the second the row (MAE, arXiv 2111.06377).
     """

@@ -48,7 +48,7 @@ class AllToAllDispatcher:
         splits = torch.stack([sent_PL, received_PL]).tolist()
         sent_P, received_P = ([sum(counts) for counts in part] for part in splits)
         tokens_per_expert_L = [sum(counts) for counts in zip(*splits[1], strict=True)]
-        arrived_RD: Tensor = _AllToAll.apply(rows_RD, sent_P, received_P, self.group)
+        arrived_RD = _exchange(rows_RD, sent_P, received_P, self.group)
         order_R = _expert_order(received_PL) if len(tokens_per_expert_L) > 1 else None
         if order_R is not None:
             arrived_RD = arrived_RD[order_R]
@@ -58,8 +58,7 @@ class AllToAllDispatcher:
         """Send the experts' outputs back; see `plan.Dispatcher`."""
         if state.order_R is not None:
             rows_RD = rows_RD[state.order_R.argsort()]
-        returned_RD: Tensor = _AllToAll.apply(rows_RD, state.received_P, state.sent_P, self.group)
-        return returned_RD
+        return _exchange(rows_RD, state.received_P, state.sent_P, self.group)
 
 
 def _expert_order(received_PL: Tensor) -> Tensor:
@@ -67,6 +66,12 @@ def _expert_order(received_PL: Tensor) -> Tensor:
     ranks, experts = received_PL.shape
     expert_PL = torch.arange(experts, device=received_PL.device).expand(ranks, experts)
     return expert_PL.flatten().repeat_interleave(received_PL.flatten()).argsort(stable=True)
+
+
+def _exchange(rows_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Exchange rows between all pairs of ranks, differentiably."""
+    out_RD: Tensor = _AllToAll.apply(rows_RD, sent, received, group)  # type: ignore[no-untyped-call]
+    return out_RD
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them an image uses."""
+"""Parameter counts: how many a model has, and how many of them a token activates."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from diffmoe_ds.model.dit import empty_model
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters."""
+    """Numbers of weights."""
 
     total: int
-    """All trained weights, with all experts, routers and capacity predictors."""
+    """All trained weights, including all experts, routers and capacity predictors."""
     activated: int
-    """Weights that an average token meets: C of E experts and everything dense (DiffMoE, eq. 40)."""
+    """Weights that an average token uses: C of E experts and everything dense (DiffMoE, eq. 40)."""
     experts: int
     """Weights of all experts of all layers."""
     routers: int
@@ -23,7 +23,11 @@ class ParameterCounts:
 
 
 def count_parameters(config: Config) -> ParameterCounts:
-    """Count without allocating anything."""
+    """Count the parameters of a model without allocating it.
+
+    Args:
+        config: the run's configuration.
+    """
     model = empty_model(config)
     total = sum(p.numel() for p in model.parameters())
     layers = model.moe_layers().values()

@@ -1,4 +1,4 @@
-"""How much expert parallelism sends between nodes: nothing while every EP group lies on one."""
+"""Expert traffic between nodes: there is none if every EP group fits on one node."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from diffmoe_ds.config.schema import Config
 
 
 def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
-    """Names for hosts that are filled one after the other, for when the ranks have not met."""
+    """Return host names for ranks that have not joined yet, assuming that hosts are filled one after another.
+
+    Args:
+        world: number of ranks W.
+        local_world: ranks per host.
+
+    Returns:
+        The host of each rank.
+    """
     return tuple(f"node {rank // local_world}" for rank in range(world))
 
 
 def crossing_share(hosts: Sequence[str], ep_size: int) -> float:
-    """Share of all routed rows whose expert lies on another node than the token; groups are consecutive ranks.
+    """Return the share of routed rows whose expert is on another node than the token.
 
     Args:
         hosts: the host of each rank.
-        ep_size: ranks P of an EP group.
+        ep_size: ranks P of an EP group; groups are consecutive ranks.
     """
     crossing = 0
     for first in range(0, len(hosts), ep_size):
@@ -28,20 +36,26 @@ def crossing_share(hosts: Sequence[str], ep_size: int) -> float:
 
 
 def all_to_all_bytes(config: Config, settings: DeepSpeedSettings, world: int) -> int:
-    """Bytes of all rows that are sent to experts and back in an optimizer step, over all ranks and layers.
+    """Return the bytes of all rows sent to experts and back in one optimizer step, over all ranks and layers.
 
-    On average, where tokens choose (token_choice, dynamic counts); a rank's rows to itself are counted too.
+    This is an average where counts vary (``token_choice``, dynamic counts). Rows that a rank sends to itself are
+    included.
+
+    Args:
+        config: the run.
+        settings: its resolved DeepSpeed JSON.
+        world: number of ranks W.
     """
     layers = config.size.depth // 2 if config.routing.interleave else config.size.depth
     images = settings.micro_batch * settings.accumulation * world
     rows = round(images * config.tokens_per_image * config.routing.capacity)
-    # to the experts and back, in the forward and in the backward pass, and once more where blocks are recomputed
+    # dispatch and combine, in the forward and the backward pass, and once more if blocks are recomputed
     exchanges = 6 if config.model.activation_checkpointing else 4
     return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * layers
 
 
 def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequence[str]) -> str | None:
-    """One sentence about expert traffic between nodes; none if there is none.
+    """Return a warning about expert traffic between nodes, or None if there is none.
 
     Args:
         config: the run.
@@ -54,10 +68,13 @@ def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequenc
     total = share * all_to_all_bytes(config, settings, len(hosts))
     per_node = max(hosts.count(host) for host in hosts)
     if settings.ep_size > per_node:
-        advice = f"a node has {per_node} rank(s), and an autoep_size of at most that keeps them inside"
+        advice = f"set autoep_size to at most {per_node}, the ranks of a node, to keep them inside"
     else:
         advice = "start the ranks node by node (srun --distribution=block, mpirun --map-by slot) to keep them inside"
-    return f"EP groups of {settings.ep_size} span nodes: about {_size(total)} of all-to-all cross per step; {advice}"
+    return (
+        f"EP groups of {settings.ep_size} span nodes: about {_size(total)} of all-to-all traffic crosses nodes per "
+        f"step; {advice}"
+    )
 
 
 def _size(count: float) -> str:
