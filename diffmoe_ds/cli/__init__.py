@@ -84,6 +84,10 @@ class _CommandParser(argparse.ArgumentParser):
         self.set_defaults(command=name, run=getattr(module, f"{name}_command"))
         return super().parse_known_args(args, namespace)
 
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        """Add plain parsers for the subcommands of a command; argparse would make them of this class."""
+        return super().add_subparsers(parser_class=argparse.ArgumentParser, **kwargs)
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")

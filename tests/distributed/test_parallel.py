@@ -163,6 +163,6 @@ def test_gradients_finish_in_an_order_that_counts_do_not_change(mlp):
         order = []
         for name, parameter in experts.named_parameters():
             parameter.register_hook(lambda gradient, name=name, order=order: order.append(name))
-        experts(torch.randn(sum(rows), 8, requires_grad=True), rows, even=False).sum().backward()
+        experts(torch.randn(sum(rows), 8, requires_grad=True), rows, equal_counts=False).sum().backward()
         orders.add(tuple(order))
     assert len(orders) == 1 and len(orders.pop()) == 3
