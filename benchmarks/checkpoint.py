@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from diffmoe_ds.checkpoint.layout import KINDS
 from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, ScheduledValues
 from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.cli import run_command
-from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.launch import Launch, export_launch
@@ -117,18 +117,15 @@ def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dic
 
 def _ours(tensors: dict[str, dict[str, Tensor]], run_directory: Path, wait: bool) -> Save:
     saver = CheckpointSaver(run_directory, CheckpointConfig(keep_last=1), torch.device("cpu"))
-    shapes = {name: list(kinds["fp32"].shape) for name, kinds in tensors.items()}
-    meta = {
-        "images": 0, "step": 0, "adam_step": 0, "shapes": shapes, "layout": {}, "lr_now": {},
-        "config": config_to_dict(Config()),
-    }  # fmt: skip
+    shapes = {name: tuple(kinds["fp32"].shape) for name, kinds in tensors.items()}
+    metadata = CheckpointMetadata(1, 0, 0, 0, shapes, Config(), ScheduledValues(0.0, ()))
     fragments = [
         seam.Fragment(name, 0, 0, kinds["fp32"], {key: kinds[key] for key in seam.MOMENTS}, True)
         for name, kinds in tensors.items()
     ]
 
     def save(_: Path) -> Callable[[], None]:
-        saver.start(fragments, [kinds["ema"] for kinds in tensors.values()], {}, meta)
+        saver.start(fragments, [kinds["ema"] for kinds in tensors.values()], {}, metadata)
         if wait:
             saver.finish()
             return lambda: None

@@ -1,13 +1,13 @@
-"""One model in one file: ``model.safetensors`` and the ``config.json`` beside it, for sampling and fine-tuning.
+"""Write and read exported models: ``model.safetensors`` with a ``config.json`` beside it.
 
-The tensors have the names of our ``state_dict`` (experts stacked, [E, ...]) and the thresholds are among them.
+The tensors have the names of our ``state_dict`` (experts stacked, [E, ...]), thresholds included.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, stored_config
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
+from diffmoe_ds.checkpoint.metadata import stored_config
 from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.load import config_to_dict
@@ -28,38 +29,26 @@ from diffmoe_ds.model.dit import empty_model
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 WEIGHTS = {"ema": "ema", "raw": "fp32"}
-"""What a user calls the averaged and the last weights, and their kind in a checkpoint."""
+"""What users call the averaged and the last weights, and their kind in a checkpoint."""
 PIECE_NUMEL = 4 << 20
-"""Elements in memory while a file is written."""
+"""Elements held in memory while a file is written."""
 
 
 class ModelFileReader:
-    """Random access to the tensors of an exported model."""
+    """Random access to the tensors of an exported model (a `WeightsReader`)."""
 
     def __init__(self, directory: Path) -> None:
-        """Read the configuration and the header, no weights yet.
+        """Read the configuration and the header, but no weights.
+
+        Args:
+            directory: of the two files.
 
         Raises:
-            CheckpointError: a file is missing, damaged, not what `write_model` writes or of another model than the
-                other describes.
+            CheckpointError: a file is missing or damaged, or the two describe different models.
         """
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
-        try:
-            tree = json.loads(config.read_text(encoding="utf-8"))
-            self.weights, images, tree = tree["weights"], tree["images"], tree["config"]
-        except OSError as error:
-            raise CheckpointError(f"{config}: cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise CheckpointError(f"{config}: is not the description of an exported model.") from None
-        if self.weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold what cannot be its key
-            raise CheckpointError(f"{config}: weights is {self.weights!r}; valid: {', '.join(WEIGHTS)}.")
-        if type(images) is not int or images < 0:
-            raise CheckpointError(
-                f"{config}: images is {images!r}, but it must be a whole number that is not negative."
-            )
-        self.images = images
-        self.config = stored_config(tree, config)
+        self.weights, self.images, self.config = _read_description(config)
         try:
             self._file = safe_open(self.path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
@@ -73,9 +62,9 @@ class ModelFileReader:
         self._check_tensors(config)
 
     def _check_tensors(self, source: Path) -> None:
-        """CheckpointError unless the file holds just the tensors of the model that is described beside it."""
+        """Check that the file holds exactly the tensors of the model that ``config.json`` describes."""
         blocks = len({name.split(".")[1] for name in self._shapes if name.startswith("blocks.")})
-        if self.config.size.depth != blocks:  # also keeps a depth of billions from being built
+        if self.config.size.depth != blocks:  # also prevents building a model of billions of blocks
             depth = self.config.size.depth
             raise CheckpointError(f"{source}: depth is {depth}, but {self.path} holds {blocks} block(s).")
         try:
@@ -92,43 +81,56 @@ class ModelFileReader:
                 )
 
     def kinds(self) -> list[str]:
-        """What is stored of each parameter."""
+        """Return what is stored of each parameter; see `WeightsReader.kinds`."""
         return [WEIGHTS[self.weights], BUFFER]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter.  CheckpointError if the file has no such parameter."""
+        """Return the shape of a parameter; see `WeightsReader.shape`."""
         if name not in self._shapes:
             raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is a file of another model.")
         return self._shapes[name]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened tensor, fp32 on the CPU.
-
-        Raises:
-            CheckpointError: the file holds other weights than ``kind``, or fewer elements.
-        """
+        """Return a range of a flattened tensor; see `WeightsReader.read`."""
         if kind not in (BUFFER, WEIGHTS[self.weights]):
-            raise CheckpointError(f"{self.path}: holds {self.weights} weights only; ask for --weights {self.weights}.")
+            raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
         shape = self.shape(name)
         rows = shape[0] if shape else 1
         row = torch.Size(shape).numel() // max(rows, 1)
         if start + numel > rows * row:
             raise CheckpointError(f"{self.path}: {name!r} has {rows * row} elements, fewer than the model's.")
         if not shape or not row:
-            return self._file.get_tensor(name).flatten().float()[start : start + numel]
+            whole: Tensor = self._file.get_tensor(name)
+            return whole.flatten().float()[start : start + numel]
         first = start // row
-        part = self._file.get_slice(name)[first : -(-(start + numel) // row)].flatten().float()
+        part: Tensor = self._file.get_slice(name)[first : -(-(start + numel) // row)].flatten().float()
         return part[start - first * row : start - first * row + numel]
 
 
+def _read_description(path: Path) -> tuple[str, int, Config]:
+    """Return (weights, images, configuration) of ``config.json``."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        weights, images, config = tree["weights"], tree["images"], tree["config"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: is not the description of an exported model.") from None
+    if weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold unhashable values
+        raise CheckpointError(f"{path}: weights is {weights!r}; valid: {', '.join(WEIGHTS)}.")
+    if type(images) is not int or images < 0:
+        raise CheckpointError(f"{path}: images is {images!r}, but it must be a whole number that is not negative.")
+    return weights, images, stored_config(config, str(path))
+
+
 def open_weights(path: Path) -> WeightsReader | None:
-    """A reader for whatever a user calls a model, chosen by what is there and fully checked.
+    """Open anything that a user may call a model, fully verified.
 
     Args:
         path: an exported ``.safetensors`` file or its directory, a checkpoint, or a run directory.
 
     Returns:
-        The reader; none if the path is none of these.
+        The reader, or None if the path is none of these.
 
     Raises:
         CheckpointError: it is one of these and cannot be read.
@@ -144,13 +146,16 @@ def open_weights(path: Path) -> WeightsReader | None:
 
 
 def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a checkpoint's model into one file; needs no process group and holds one piece of one tensor at a time.
+    """Write a checkpoint's model into one file, holding one piece of one tensor at a time; needs no process group.
 
     Args:
         reader: the checkpoint.
         weights: ``ema`` or ``raw``.
-        out: directory of the two files; made if it is not there.
-        dtype: of the weights in the file; thresholds stay fp32.
+        out: directory of the two files; created if it does not exist.
+        dtype: type of the weights in the file; thresholds stay fp32.
+
+    Returns:
+        The file with the weights.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, or the files cannot be written.
@@ -163,33 +168,38 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
             bar.update(count)
 
     entries = []
-    for name in reader.meta["shapes"]:
-        shape = reader.shape(name)
+    for name, shape in reader.metadata.shapes.items():
         numel = torch.Size(shape).numel()
         entries.append(Entry(name, shape, dtype, pieces(WEIGHTS[weights], name, numel, dtype)))
     for name, numel in reader.buffers().items():
         entries.append(Entry(name, (numel,), torch.float32, pieces(BUFFER, name, numel, torch.float32)))
     total = sum(torch.Size(entry.shape).numel() for entry in entries)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
-        return write_model(out, entries, reader.config, weights, reader.meta["images"])
+        return write_model(out, entries, reader.config, weights, reader.metadata.images)
 
 
-def write_model(out: Path, entries: list[Entry], config: Config, weights: str, images: int) -> Path:
+def write_model(out: Path, entries: Sequence[Entry], config: Config, weights: str, images: int) -> Path:
     """Write ``model.safetensors`` and ``config.json``; both appear when they are complete.
 
     Args:
-        out: their directory; made if it is not there.
+        out: their directory; created if it does not exist.
         entries: the tensors.
-        config: the run that made them.
+        config: configuration of the run that trained the model.
         weights: ``ema`` or ``raw``.
-        images: images that the model has seen.
+        images: images that the model was trained on.
+
+    Returns:
+        The file with the weights.
 
     Raises:
-        CheckpointError: they cannot be written; nothing is left of them.
+        CheckpointError: they cannot be written; existing files are unchanged.
     """
     description = {"weights": weights, "images": images, "config": config_to_dict(config)}
-    writers = {
-        CONFIG_FILE: lambda path: write_json(path, description),
-        WEIGHTS_FILE: lambda path: write_safetensors(path, entries, {"format": "pt"}),
-    }
-    return write_together(out, writers)[-1]
+    written = write_together(
+        out,
+        {
+            CONFIG_FILE: lambda path: write_json(path, description),
+            WEIGHTS_FILE: lambda path: write_safetensors(path, entries, {"format": "pt"}),
+        },
+    )
+    return written[-1]

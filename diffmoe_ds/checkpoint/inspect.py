@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as data and as lines to read."""
+"""Describe the contents of a checkpoint, a run directory or an exported model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from diffmoe_ds.errors import CheckpointError
 
 
 def describe(path: Path, *, full: bool) -> dict[str, Any]:
-    """What a path holds.
+    """Describe what a path holds.
 
     Args:
         path: a run directory, a checkpoint, or an exported model (its directory or its file).
-        full: check every byte of a checkpoint, not the sizes only.
+        full: verify checksums of checkpoints, not only sizes.
 
     Returns:
-        Plain data: ``checkpoints``, the first choice of a resume first, or ``model``.
+        Plain data with ``checkpoints``, the first choice of a resume first, or ``model``.
 
     Raises:
         CheckpointError: the path is none of these.
@@ -34,12 +34,12 @@ def describe(path: Path, *, full: bool) -> dict[str, Any]:
         return {"checkpoints": [], "model": model}
     every = [_checkpoint(candidate, full) for candidate in candidates(path)]
     if not every:
-        raise CheckpointError(f"{path}: is no checkpoint, no run directory with one and no exported model.")
+        raise CheckpointError(f"{path}: not a checkpoint, run directory or exported model.")
     return {"checkpoints": every, "model": None}
 
 
 def readable(found: dict[str, Any]) -> str:
-    """`describe`'s data as lines."""
+    """Return the data of `describe` as lines of text."""
     lines = []
     for entry in [found["model"]] if found["model"] else found["checkpoints"]:
         lines.append(entry["path"])
@@ -56,15 +56,15 @@ def _checkpoint(path: Path, full: bool) -> dict[str, Any]:
         reader = CheckpointReader(path)
     except CheckpointError as error:
         return {**entry, "problem": str(error)}
-    meta = reader.meta
+    saved = reader.metadata
     return {
         **entry,
-        "images": meta["images"],
-        "step": meta["step"],
-        "layout": meta["layout"],
+        "images": saved.images,
+        "step": saved.step,
+        "layout": saved.layout.known(),
         **_model(reader.config),
-        "parameters": sum(torch.Size(shape).numel() for shape in meta["shapes"].values()),
-        "tensors": len(meta["shapes"]),
+        "parameters": sum(torch.Size(shape).numel() for shape in saved.shapes.values()),
+        "tensors": len(saved.shapes),
         "kinds": reader.kinds(),
         "files": {name: digest.size for name, digest in files.items()},
         "checked": "every byte" if full else "sizes",

@@ -1,20 +1,21 @@
-"""Read a checkpoint in whatever layout the reader has.  Only safetensors and JSON are read: nothing is unpickled."""
+"""Read a checkpoint in any layout.  Only safetensors and JSON are read: nothing is unpickled."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffmoe_ds.checkpoint.layout import BUFFER, FORMAT, META, parse_key, rank_file
-from diffmoe_ds.config.load import config_from_dict, config_to_dict
+from diffmoe_ds.checkpoint.layout import BUFFER, parse_key, rank_file
+from diffmoe_ds.checkpoint.metadata import read_metadata
+from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.topology import Topology
 
@@ -31,169 +32,157 @@ FIXED = {
     "routing": ("kind", "interleave", "shared_experts", "capacity_predictor"),
     "objective": ("kind", "flow_time_scale"),
 }  # fmt: skip
-"""What decides the shapes or the meaning of the weights and so cannot change between save and resume."""
-
-
+"""Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
 CLASS_EMBEDDING = "y_embedder.embedding_table.weight"
+"""The one parameter whose shape depends on the classes."""
 
 
 class WeightsReader(Protocol):
-    """What fills a model: a checkpoint or an exported model."""
+    """Source of a model's weights: a checkpoint or an exported model."""
 
     path: Path
-    """Where it lies, for messages."""
+    """Where the weights are, for messages."""
     config: Config
-    """The run that made it."""
+    """Configuration of the run that trained the model."""
 
     def kinds(self) -> list[str]:
-        """What is stored of each parameter, of `layout.KINDS` and `layout.BUFFER`."""
+        """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape of a parameter.  CheckpointError if there is no such parameter."""
+        """Return the logical shape of a parameter.
+
+        Raises:
+            CheckpointError: the parameter does not exist.
+        """
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened logical tensor, fp32 on the CPU."""
+        """Return the elements [start, start + numel) of a flattened logical tensor, fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the elements do not exist or cannot be read.
+        """
+
+
+class _Piece(NamedTuple):
+    """A fragment of a logical tensor in one of the files."""
+
+    start: int
+    """First element."""
+    numel: int
+    """Elements."""
+    file: Any
+    """The open file (`safetensors.safe_open`)."""
+    key: str
+    """Key in the file."""
 
 
 class CheckpointReader:
-    """Random access to the tensors of a checkpoint."""
+    """Random access to the tensors of a checkpoint (a `WeightsReader`)."""
 
     def __init__(self, path: Path) -> None:
-        """Read the description and the headers of all files, no weights yet.
+        """Read the metadata and the headers of all files, but no weights.
+
+        Args:
+            path: the checkpoint's directory.
 
         Raises:
             CheckpointError: a file is missing, damaged or of another format.
         """
         self.path = path
-        self.meta = _read_meta(path / META)
-        self.config = stored_config(self.meta["config"], path / META)
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for rank in range(self.meta["files"]):
-            file = path / rank_file(rank)
-            try:
-                opened = safe_open(file, framework="pt")
-                for key in opened.keys():  # noqa: SIM118 - not a mapping
-                    kind, name, start = parse_key(key)
-                    part = opened.get_slice(key)
-                    if part.get_dtype() != "F32" or len(part.get_shape()) != 1:
-                        raise ValueError(f"{key!r} is {part.get_dtype()} {part.get_shape()}, not flat F32")
-                    self._pieces[kind, name].append((start, part.get_shape()[0], opened, key))
-            except (OSError, SafetensorError, ValueError) as error:
-                raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+        self.metadata = read_metadata(path)
+        self.config = self.metadata.config
+        self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
+        for rank in range(self.metadata.files):
+            self._open(path / rank_file(rank))
         for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[0])
+            pieces.sort(key=lambda piece: piece.start)
+
+    def _open(self, file: Path) -> None:
+        try:
+            opened = safe_open(file, framework="pt")
+            for key in opened.keys():  # noqa: SIM118 - not a mapping
+                kind, name, start = parse_key(key)
+                part = opened.get_slice(key)
+                if part.get_dtype() != "F32" or len(part.get_shape()) != 1:
+                    raise ValueError(f"{key!r} is {part.get_dtype()} {part.get_shape()}, not flat F32")
+                self._pieces[kind, name].append(_Piece(start, part.get_shape()[0], opened, key))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}.") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape of a parameter.  CheckpointError if the checkpoint has no such parameter."""
-        if name not in self.meta["shapes"]:
+        """Return the logical shape of a parameter; see `WeightsReader.shape`."""
+        if name not in self.metadata.shapes:
             raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is a checkpoint of another model.")
-        return tuple(self.meta["shapes"][name])
+        return self.metadata.shapes[name]
 
     def kinds(self) -> list[str]:
-        """What is stored of each parameter."""
+        """Return what is stored of each parameter; see `WeightsReader.kinds`."""
         return sorted({kind for kind, _ in self._pieces})
 
     def buffers(self) -> dict[str, int]:
-        """Elements of each buffer, by name."""
-        return {name: pieces[0][1] for (kind, name), pieces in self._pieces.items() if kind == BUFFER}
+        """Return the number of elements of each buffer, by name."""
+        return {name: pieces[0].numel for (kind, name), pieces in self._pieces.items() if kind == BUFFER}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened logical tensor, fp32 on the CPU.
-
-        Raises:
-            CheckpointError: the files do not hold all of them.
-        """
+        """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
-        for piece_start, piece_numel, opened, key in self._pieces[kind, name]:
-            low, high = max(start + filled, piece_start), min(start + numel, piece_start + piece_numel)
-            if low < high and low == start + filled:  # sorted, so that a gap is never jumped over
+        for piece in self._pieces[kind, name]:
+            low, high = max(start + filled, piece.start), min(start + numel, piece.start + piece.numel)
+            if low < high and low == start + filled:  # pieces are sorted, so this never skips a gap
                 try:
-                    part = opened.get_slice(key)[low - piece_start : high - piece_start]
+                    part = piece.file.get_slice(piece.key)[low - piece.start : high - piece.start]
                 except SafetensorError as error:
-                    raise CheckpointError(f"{self.path}: {key} cannot be read: {error}.") from None
+                    raise CheckpointError(f"{self.path}: {piece.key} cannot be read: {error}.") from None
                 out[low - start : high - start] = part
                 filled = high - start
         if filled != numel:
-            raise CheckpointError(f"{self.path}: holds {filled} of the {numel} elements asked of {kind} {name!r}.")
+            raise CheckpointError(f"{self.path}: holds {filled} of the {numel} elements requested of {kind} {name!r}.")
         return out
 
 
-def stored_config(tree: Any, source: Path) -> Config:
-    """The configuration that a checkpoint or an export holds; CheckpointError if it is none."""
-    try:
-        return config_from_dict(tree, str(source))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-
-
-META_KEYS = {
-    "files": int, "images": int, "step": int, "adam_step": int, "shapes": dict, "layout": dict, "config": dict,
-    "lr_now": dict,
-}  # fmt: skip
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        found = meta.get("format") if isinstance(meta, dict) else meta
-        raise CheckpointError(f"{path}: has format {found!r}, but this version reads {FORMAT}.")
-    for key, kind in META_KEYS.items():
-        value = meta.get(key)
-        if type(value) is not kind or (kind is int and value < 0):
-            raise CheckpointError(f"{path}: {key} is {value!r}, but it must be of type {kind.__name__}.")
-    if not isinstance(meta.get("lr_scheduler"), (dict, type(None))):
-        raise CheckpointError(f"{path}: lr_scheduler is {meta['lr_scheduler']!r}, but it must be an object or null.")
-    if not isinstance(meta.get("deepspeed", {}), dict):  # older versions did not write it
-        raise CheckpointError(f"{path}: deepspeed is {meta['deepspeed']!r}, but it must be an object.")
-    for name, shape in meta["shapes"].items():
-        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise CheckpointError(f"{path}: the shape of {name!r} is {shape!r}, but it must be a list of numbers.")
-    return meta
-
-
-def _has_null(config: Config) -> bool:
-    """Whether a model's class embedding has a row for "no label"."""
-    return config.model.label_dropout > 0
-
-
 def best_kind(reader: WeightsReader) -> str:
-    """The averaged weights if they are there, otherwise the last ones."""
+    """Return the kind of the averaged weights if they are stored, otherwise that of the last weights."""
     return "ema" if "ema" in reader.kinds() else "fp32"
 
 
 def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[str, ...] = ()) -> None:
-    """CheckpointError with the key and both values unless the weights are of the same model.
+    """Check that weights belong to the model of a configuration.
 
     Args:
         reader: the weights.
         config: the run that wants them.
         except_for: keys of the model that may differ.
+
+    Raises:
+        CheckpointError: names the first key that differs, and both values.
     """
     saved, wanted = reader.config, config
+    size = vars(saved.size)
     pairs = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
-    pairs += [(f"model.{key}", getattr(saved.size, key), getattr(wanted.size, key)) for key in vars(saved.size)]
+    pairs += [(f"model.{key}", getattr(saved.size, key), getattr(wanted.size, key)) for key in size]
     was, now = config_to_dict(saved), config_to_dict(wanted)
     pairs += [
         (f"{section}.{key}", was[section][key], now[section][key])
         for section, keys in FIXED.items()
         for key in keys
-        if key not in vars(saved.size) and key not in except_for
+        if key not in size and key not in except_for
     ]
     if "label_dropout" not in except_for and _has_null(saved) != _has_null(wanted):
         dropout = saved.model.label_dropout, wanted.model.label_dropout
-        pairs.append(("model.label_dropout (0, or above 0)", *dropout))
+        pairs.append(("model.label_dropout (zero or positive)", *dropout))
     for key, old, new in pairs:
         if old != new:
-            raise CheckpointError(f"{reader.path}: is of another model: {key} is {old!r} there and {new!r} here.")
+            raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
 
 
 def check_same_schedule(reader: CheckpointReader, has_scheduler: bool) -> None:
-    """CheckpointError if a learning-rate scheduler was added since the checkpoint was saved, or left out."""
-    had_scheduler = reader.meta.get("lr_scheduler") is not None
+    """Check that a run has a learning-rate scheduler if and only if its checkpoint does.
+
+    Raises:
+        CheckpointError: the scheduler was added or removed since the checkpoint was saved.
+    """
+    had_scheduler = reader.metadata.lr_scheduler is not None
     if had_scheduler != has_scheduler:
         raise CheckpointError(
             f"{reader.path}: was saved with{'' if had_scheduler else 'out'} a learning-rate scheduler, but this run's "
@@ -203,13 +192,16 @@ def check_same_schedule(reader: CheckpointReader, has_scheduler: bool) -> None:
 
 @torch.no_grad()
 def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind: str) -> None:
-    """Fill a model whose storage is empty, or whose every value but the class embedding will be replaced.
+    """Fill a model with weights.
 
     Args:
-        model: with the experts that ``topology`` says.
-        reader: the weights; where their class embedding has other rows, the model's stays as it is.
+        model: holds the experts of this rank; its values need not be initialized, except for the class embedding.
+        reader: the weights; if their class embedding has other rows, the model keeps its own.
         topology: which experts this rank holds.
         kind: ``fp32`` or ``ema``.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
     """
     there, here = reader.config, model.config
     other_classes = there.model.num_classes != here.model.num_classes or _has_null(there) != _has_null(here)
@@ -233,13 +225,16 @@ def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind:
 def restore_engine(
     engine: DeepSpeedEngine, reader: CheckpointReader, fragments: list[Fragment], ema: list[Tensor]
 ) -> None:
-    """Write master weights, moments and EMA into this rank's fragments, and set the counters.
+    """Restore this rank's master weights, moments and averaged weights, and the counters.
 
     Args:
-        engine: made from a model that `restore_weights` filled.
+        engine: built from a model that `restore_weights` filled.
         reader: the checkpoint.
-        fragments: what this rank keeps.
+        fragments: the fragments of this rank.
         ema: the averaged weights of each fragment.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a part of a fragment.
     """
     from diffmoe_ds.distributed.deepspeed_seam import restore_schedule, set_adam_step
 
@@ -247,8 +242,14 @@ def restore_engine(
         targets = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
         for kind, target in targets.items():
             target.copy_(reader.read(kind, fragment.name, fragment.start, target.numel()))
-    set_adam_step(engine, reader.meta["adam_step"])
-    engine.global_steps = reader.meta["step"]
-    engine.global_samples = reader.meta["images"]
+    saved = reader.metadata
+    set_adam_step(engine, saved.adam_step)
+    engine.global_steps = saved.step
+    engine.global_samples = saved.images
     if engine.lr_scheduler is not None:
-        restore_schedule(engine, reader.meta["lr_scheduler"], reader.meta["lr_now"])
+        restore_schedule(engine, saved.lr_scheduler, asdict(saved.lr_now))
+
+
+def _has_null(config: Config) -> bool:
+    """Return whether a model's class embedding has a row for "no label"."""
+    return config.model.label_dropout > 0

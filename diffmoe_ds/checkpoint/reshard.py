@@ -1,11 +1,13 @@
-"""Rewrite a checkpoint for other ranks.  Not needed to resume: every layout reads every checkpoint.
+"""Rewrite a checkpoint for another layout.
 
-What it gains is reading: each rank of the new layout finds its part in one file instead of in many.
+Resuming does not need this, because every layout reads every checkpoint.  It speeds up reading: each rank of the new
+layout finds its part in one file instead of many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, fragment_key, rank_file
 from diffmoe_ds.checkpoint.load import CheckpointReader
-from diffmoe_ds.checkpoint.save import write_manifest
+from diffmoe_ds.checkpoint.metadata import write_manifest
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import TMP_PREFIX, Digest, remove_tree, sync_directory, write_error, write_json
@@ -22,33 +24,32 @@ from diffmoe_ds.topology import Topology
 
 
 def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> None:
-    """Write the checkpoint as so many ranks would keep it; holds one piece of one tensor at a time.
+    """Write a checkpoint as ``world`` ranks would, holding one piece of one tensor at a time.
 
     Args:
         reader: the checkpoint.
-        out: the new checkpoint's directory, which must not exist.
+        out: directory of the new checkpoint; must not exist.
         world: number of ranks.
         ep_size: ranks that share one set of experts.
 
     Raises:
         TopologyError: the EP size does not divide the experts or the ranks.
-        CheckpointError: ``out`` exists or cannot be written; nothing is left of it.
+        CheckpointError: ``out`` exists or cannot be written; nothing of it is left.
     """
     ranks = [Topology(rank, world, ep_size, reader.config.num_experts) for rank in range(world)]
     if out.exists():
-        raise CheckpointError(f"--out {out}: exists already; a checkpoint is never overwritten.")
+        raise CheckpointError(f"--out {out}: already exists; a checkpoint is never overwritten.")
     tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
     try:
-        remove_tree(tmp)  # of a process that was killed
+        remove_tree(tmp)  # left by a killed process
         tmp.mkdir(parents=True)
         files = {}
         for topology in tqdm(ranks, unit="file", desc="reshard"):
             files[rank_file(topology.rank)] = _write(reader, topology, tmp / rank_file(topology.rank))
-        layout = {**reader.meta["layout"], "world": world, "ep_size": ep_size}
-        for of_the_run in ("micro_batch", "accumulation"):  # with these ranks they need not give its batch
-            layout.pop(of_the_run, None)
-        meta = {**reader.meta, "files": world, "layout": layout}
-        files[META] = write_json(tmp / META, meta)
+        # The new ranks need not share a batch in the same way, so micro-batch and accumulation are no longer known.
+        layout = replace(reader.metadata.layout, world=world, ep_size=ep_size, micro_batch=None, accumulation=None)
+        metadata = replace(reader.metadata, files=world, layout=layout)
+        files[META] = write_json(tmp / META, metadata.to_json())
         write_manifest(tmp, files)
         tmp.rename(out)
         sync_directory(out.parent)
@@ -59,26 +60,26 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
 
 
 def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:
-    """One rank's file: of every tensor the part that lies there when everything is partitioned (ZeRO 3)."""
+    """Write one rank's file: its part of every tensor when everything is partitioned (ZeRO 3)."""
     entries = []
-    for name in reader.meta["shapes"]:
+    for name in reader.metadata.shapes:
         start, numel = _part(reader.shape(name), ".experts." in name, topology)
         for kind in KINDS if numel else ():
-            pieces = _read_in_turn(reader, kind, name, start, numel)
+            pieces = _read_lazily(reader, kind, name, start, numel)
             entries.append(Entry(fragment_key(kind, name, start), (numel,), torch.float32, pieces))
     if topology.rank == 0:
         for name, numel in reader.buffers().items():
-            pieces = _read_in_turn(reader, BUFFER, name, 0, numel)
+            pieces = _read_lazily(reader, BUFFER, name, 0, numel)
             entries.append(Entry(fragment_key(BUFFER, name, 0), (numel,), torch.float32, pieces))
     return write_safetensors(path, entries, {})
 
 
-def _read_in_turn(reader: CheckpointReader, kind: str, name: str, start: int, numel: int) -> Iterator[Tensor]:
+def _read_lazily(reader: CheckpointReader, kind: str, name: str, start: int, numel: int) -> Iterator[Tensor]:
     yield reader.read(kind, name, start, numel)
 
 
 def _part(shape: tuple[int, ...], is_expert: bool, topology: Topology) -> tuple[int, int]:
-    """(start, elements) of a rank's part of a flattened logical tensor."""
+    """Return first element and number of elements of a rank's part of a flattened logical tensor."""
     numel = torch.Size(shape).numel()
     if not is_expert:
         first, numel, index, count = 0, numel, topology.rank, topology.world

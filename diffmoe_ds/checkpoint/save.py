@@ -1,8 +1,9 @@
-"""Write a checkpoint while training goes on, so that it is either complete or not there.
+"""Save checkpoints atomically while training goes on.
 
-At a step boundary every rank copies what it keeps into host memory (`CheckpointSaver.start`); a thread writes the
-copy aside.  At a later boundary, when all ranks know that all are done, rank 0 adds the manifest, gives the directory
-its name and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls no collective: those are the loop's.
+At a step boundary every rank copies its state into host memory (`CheckpointSaver.start`), and a thread writes the copy
+into a temporary directory.  At a later boundary, when all ranks know that all threads are done, rank 0 adds metadata
+and manifest, renames the directory and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls no collective:
+collectives belong to the training loop.
 """
 
 from __future__ import annotations
@@ -11,27 +12,25 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import (
     BUFFER,
-    FORMAT,
     LATEST,
-    MANIFEST,
     META,
     checkpoint_name,
     checkpoint_root,
     fragment_key,
     rank_file,
 )
+from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, write_manifest
 from diffmoe_ds.checkpoint.retention import leave_newer, remove_surplus
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
-from diffmoe_ds.checkpoint.verify import listed_sha256
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.distributed.collectives import all_gather, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
@@ -50,23 +49,29 @@ from diffmoe_ds.files import (
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run, one at a time.  Every rank has one; `start` and `finish` are collectives."""
+    """Saves the checkpoints of one run, one at a time.
+
+    Every rank has one, and all ranks must construct it, `start` and `finish` together.
+    """
 
     def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device) -> None:
-        """Remove what an earlier run of this directory left half-written.
+        """Remove what an earlier run of this directory left incomplete.
 
         Args:
-            run_directory: on a file system that all ranks see.
-            config: what is kept.
-            device: where this rank's collectives take their tensors.
+            run_directory: on a file system that all ranks share.
+            config: how many checkpoints are kept.
+            device: where the process group's tensors live.
+
+        Raises:
+            CheckpointError: on all ranks, if the leftovers cannot be removed.
         """
         self._root = checkpoint_root(run_directory)
         self._config = config
         self._device = device
-        self._host: dict[str, Tensor] = {}  # the copies, made at the first save and used again
+        self._host: dict[str, Tensor] = {}  # the copies, allocated by the first save and reused
         self._thread: threading.Thread | None = None
         self._tmp = self._final = self._root
-        self._meta: dict[str, Any] = {}
+        self._metadata: CheckpointMetadata | None = None
         self._digest = Digest(0, "")
         self._failure: CheckpointError | None = None
         raise_on_all_ranks(device, self._remove_leftovers)
@@ -79,51 +84,59 @@ class CheckpointSaver:
     @property
     def images(self) -> int:
         """Images of the checkpoint that was started last."""
-        return self._meta["images"]
+        assert self._metadata is not None, "start() a checkpoint first"
+        return self._metadata.images
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread still writes."""
+        """Whether this rank's thread is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(
-        self, fragments: list[Fragment], ema: list[Tensor], buffers: dict[str, Tensor], meta: dict[str, Any]
+        self,
+        fragments: Sequence[Fragment],
+        ema: Sequence[Tensor],
+        buffers: Mapping[str, Tensor],
+        metadata: CheckpointMetadata,
     ) -> None:
-        """Copy everything and begin to write; training may change the tensors as soon as this returns.
+        """Copy the state and start writing; training may change the tensors as soon as this returns.
 
         Args:
-            fragments: what this rank keeps.
+            fragments: the fragments of this rank.
             ema: the averaged weights of each fragment.
-            buffers: whole tensors that are the same on all ranks.
-            meta: what `CheckpointReader.meta` shall hold; ``images`` names the checkpoint.
+            buffers: tensors that are replicated on all ranks.
+            metadata: everything else; `CheckpointMetadata.files` is set here.
         """
         assert not self.is_open, "finish() the last checkpoint first"
-        rank = get_rank()
-        self._final = self._root / checkpoint_name(meta["images"])
+        self._metadata = replace(metadata, files=get_world_size())
+        self._final = self._root / checkpoint_name(metadata.images)
         self._tmp = self._root / f"{TMP_PREFIX}{self._final.name}"
-        self._meta = {"format": FORMAT, "files": get_world_size(), **meta}
         tensors = {}
         for fragment, averaged in zip(fragments, ema, strict=True):
             if fragment.is_owner:
                 kinds = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
                 tensors.update({fragment_key(k, fragment.name, fragment.start): value for k, value in kinds.items()})
-        if rank == 0:
+        if get_rank() == 0:
             tensors.update({fragment_key(BUFFER, name, 0): value for name, value in buffers.items()})
         self._copy(tensors)
         self._failure, self._digest = None, Digest(0, "")
-        self._thread = threading.Thread(target=self._write, args=(rank,), name="checkpoint", daemon=True)
+        path = self._tmp / rank_file(get_rank())
+        self._thread = threading.Thread(
+            target=self._attempt, args=(lambda: self._write(path),), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     def finish(self) -> Path:
-        """Wait for this rank's thread and complete the checkpoint; every rank must call.
+        """Wait for this rank's thread and complete the checkpoint.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            CheckpointError: some rank could not write; no trace is left and earlier checkpoints are as they were.
+            CheckpointError: on all ranks, if one could not write; nothing of the checkpoint is left, and earlier ones
+                are unchanged.
         """
-        assert self._thread is not None
+        assert self._thread is not None, "start() a checkpoint first"
         self._thread.join()
         self._thread = None
         self._agree()
@@ -141,7 +154,7 @@ class CheckpointSaver:
             except OSError as error:
                 raise write_error(self._root, error) from None
 
-    def _copy(self, tensors: dict[str, Tensor]) -> None:
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
             if key not in self._host:
                 self._host[key] = torch.empty(value.numel(), dtype=torch.float32, pin_memory=value.is_cuda)
@@ -149,31 +162,26 @@ class CheckpointSaver:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _write(self, rank: int) -> None:
-        """The thread: this rank's file."""
+    def _write(self, path: Path) -> None:
+        """Write this rank's file; runs in the thread."""
         entries = [Entry(key, (len(value),), value.dtype, [value]) for key, value in self._host.items()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._digest = write_safetensors(path, entries, {})
+        except OSError as error:
+            raise write_error(path, error) from None
 
-        path = self._tmp / rank_file(rank)
-
-        def write() -> None:
-            try:
-                self._tmp.mkdir(parents=True, exist_ok=True)
-                self._digest = write_safetensors(path, entries, {})
-            except OSError as error:
-                raise write_error(path, error) from None
-
-        self._attempt(write)
-
-    def _complete(self, digests: list[Digest]) -> None:
-        """Rank 0: everything else of the checkpoint, its name, the switch, and what is now one too many."""
+    def _complete(self, digests: Sequence[Digest]) -> None:
+        """Complete the checkpoint and remove older ones; runs on rank 0."""
+        assert self._metadata is not None
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
-        files[META] = write_json(self._tmp / META, self._meta)
+        files[META] = write_json(self._tmp / META, self._metadata.to_json())
         write_manifest(self._tmp, files)
+        replaced = None
         with atomic_write(self._root / LATEST) as pointer:
             pointer.write(f"{self._final.name}\n".encode())
             pointer.flush()
             os.fsync(pointer.fileno())  # everything that needs space is on the disk before the first rename
-            replaced = None
             if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
                 replaced = rename_for_removal(self._final)
             self._tmp.rename(self._final)
@@ -182,23 +190,22 @@ class CheckpointSaver:
         try:
             left = leave_newer(self._root, self.images)
             if left:
-                print(f"{'left':>11}  {', '.join(left)}: of a branch that this run left, or damaged", flush=True)
+                print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
             remove_surplus(self._root, self._final.name, self._config)
-        except OSError as error:  # this checkpoint is saved whatever becomes of the others
-            print(f"*** WARNING: {self._root}: {error}; older checkpoints stay ***", file=sys.stderr, flush=True)
+        except OSError as error:  # this checkpoint is saved in any case
+            print(f"*** WARNING: {self._root}: {error}; keeping older checkpoints ***", file=sys.stderr, flush=True)
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Keep an error for the next vote instead of raising it."""
+        """Run an action and keep its error for the next vote."""
         try:
             action()
-        except OSError as error:
-            self._fail(str(write_error(self._tmp, error)))
+            return
         except CheckpointError as error:
-            self._fail(str(error))
-        except Exception as error:  # a thread would print it, and the run would go on
-            self._fail(f"{self._tmp}: {type(error).__name__}: {error}.")
-
-    def _fail(self, reason: str) -> None:
+            reason = str(error)
+        except OSError as error:
+            reason = str(write_error(self._tmp, error))
+        except Exception as error:  # an error that leaves a thread is printed and lost
+            reason = f"{self._tmp}: {type(error).__name__}: {error}."
         where = f"rank {get_rank()} on {socket.gethostname()}"
         self._failure = CheckpointError(f"the checkpoint {self._final.name} was not saved: {where}: {reason}")
 
@@ -212,17 +219,11 @@ class CheckpointSaver:
             raise
 
 
-def write_manifest(path: Path, files: dict[str, Digest]) -> None:
-    """The last file of a checkpoint: what all others must be."""
-    listed = {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}
-    write_json(path / MANIFEST, {"files": listed, "sha256": listed_sha256(listed)})
-
-
 def _words(sha256: str) -> list[int]:
-    """A checksum as four signed 64-bit numbers, which a collective can carry."""
+    """Return a checksum as four signed 64-bit numbers, which a collective can carry."""
     data = bytes.fromhex(sha256)
     return [int.from_bytes(data[start : start + 8], "big", signed=True) for start in range(0, 32, 8)]
 
 
-def _hex(words: list[int]) -> str:
+def _hex(words: Sequence[int]) -> str:
     return b"".join(word.to_bytes(8, "big", signed=True) for word in words).hex()

@@ -1,12 +1,13 @@
-"""Files that are written once, checked for ever: safetensors as a stream, checksums, fsync.
+"""Write safetensors files as a stream, with a checksum on the way.
 
-The safetensors library writes a file from tensors that are all in memory and tells nothing of its bytes; here the
-tensors come one piece after the other and are hashed on the way.
+The safetensors library writes tensors that are all in memory, and the file would have to be read again for its checksum
+(see ``docs/decisions.md``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -19,61 +20,77 @@ from torch import Tensor
 from diffmoe_ds.files import Digest
 
 CHUNK_BYTES = 16 << 20
-"""Bytes written at once."""
+"""Bytes hashed and written at once."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of the supported types in a safetensors header."""
 
 
 class Entry(NamedTuple):
     """One tensor of a file to write."""
 
     name: str
-    """Its key."""
+    """Key in the file."""
     shape: tuple[int, ...]
-    """Its shape."""
+    """Shape of the tensor."""
     dtype: torch.dtype
-    """Its type, one of `DTYPE_NAMES`."""
+    """One of `DTYPE_NAMES`."""
     pieces: Iterable[Tensor]
-    """Its elements in order, as CPU tensors of that type; asked for when their turn has come."""
+    """The flattened tensor in order, as CPU tensors of that type; iterated once, when it is written."""
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Digest:
-    """Write a safetensors file, holding no more in memory than one piece.
+    """Write a safetensors file, holding at most one piece of one tensor in memory.
 
     Args:
-        path: must not exist.
+        path: a new file.
         entries: the tensors.
-        metadata: goes into the file's header.
+        metadata: strings for the file's header.
+
+    Returns:
+        Size and checksum of the file, which is on the disk.
 
     Raises:
-        OSError: the file cannot be written, or the disk is full.
+        OSError: the file exists or cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for name, shape, dtype, _ in entries:
-        numel = torch.Size(shape).numel()
-        size = numel * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
-    hasher, written = hashlib.sha256(), 0
+    header, size = _header(entries, metadata)
     with open(path, "xb", buffering=0) as file:
-
-        def put(data: bytes | memoryview) -> None:
-            nonlocal written
-            for start in range(0, len(data), CHUNK_BYTES):
-                chunk = memoryview(data)[start : start + CHUNK_BYTES]
-                hasher.update(chunk)
-                while chunk:  # a write may be short when the disk fills; the next one raises
-                    done = file.write(chunk)
-                    written += done
-                    chunk = chunk[done:]
-
-        put(len(text).to_bytes(8, "little") + text)
+        writer = _HashingWriter(file)
+        writer.write(header)
         for entry in entries:
             for piece in entry.pieces:
                 assert piece.dtype == entry.dtype, (entry.name, piece.dtype)
-                put(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
-        assert written == 8 + len(text) + offset, "the pieces must be as many elements as the shape"
+                writer.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+        assert writer.written == len(header) + size, "the pieces must have as many elements as the shapes"
         os.fsync(file.fileno())
-    return Digest(written, hasher.hexdigest())
+    return Digest(writer.written, writer.sha256.hexdigest())
+
+
+def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """Return everything before the tensors' bytes, and how many bytes follow."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, shape, dtype, _ in entries:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+class _HashingWriter:
+    """Writes to an unbuffered file and hashes what it writes."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.written = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = memoryview(data)[start : start + CHUNK_BYTES]
+            self.sha256.update(chunk)
+            while chunk:  # a write may be short when the disk fills up; the next one raises
+                done = self._file.write(chunk)
+                self.written += done
+                chunk = chunk[done:]

@@ -1,51 +1,25 @@
-"""Is a checkpoint whole, and which is the newest that is?"""
+"""Verify checkpoints and find the newest valid one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
+from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Digest, sha256_of
 
 
-def listed_sha256(files: dict) -> str:
-    """Checksum of a manifest's own list, so that damage to it is not taken for damage to the files it names."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: Path) -> dict[str, Digest]:
-    """What a checkpoint's manifest says of each of its files.
-
-    Raises:
-        CheckpointError: the manifest is missing or not one.
-    """
-    manifest = path / MANIFEST
-    try:
-        tree = json.loads(manifest.read_text(encoding="utf-8"))
-        if listed_sha256(tree["files"]) != tree["sha256"]:
-            raise ValueError("changed")
-        files = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
-    except OSError as error:
-        raise CheckpointError(f"{manifest}: cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{manifest}: is damaged: it is no manifest.") from None
-    if META not in files or any(Path(name).name != name for name in files):
-        raise CheckpointError(f"{manifest}: is damaged: it names {', '.join(map(repr, sorted(files))) or 'no file'}.")
-    return files
-
-
 def check_sizes(path: Path) -> dict[str, Digest]:
-    """Quick check: every file is there with its size, and ``meta.json`` with its checksum.
+    """Verify a checkpoint quickly: every file exists with its size, and ``meta.json`` has its checksum.
 
     Returns:
         The manifest.
 
     Raises:
-        CheckpointError: the first file that is missing, cut or changed.
+        CheckpointError: names the first file that is missing, truncated or changed.
     """
     files = read_manifest(path)
     for name, digest in files.items():
@@ -61,11 +35,15 @@ def check_sizes(path: Path) -> dict[str, Digest]:
     return files
 
 
-def check_contents(path: Path, files: dict[str, Digest]) -> None:
-    """Full check of some files of a checkpoint.
+def check_contents(path: Path, files: Mapping[str, Digest]) -> None:
+    """Verify the checksums of files of a checkpoint.
+
+    Args:
+        path: the checkpoint's directory.
+        files: the files to read, from the manifest.
 
     Raises:
-        CheckpointError: the first file whose bytes are not those that were written.
+        CheckpointError: names the first file whose contents have changed.
     """
     for name, digest in files.items():
         try:
@@ -73,14 +51,17 @@ def check_contents(path: Path, files: dict[str, Digest]) -> None:
         except OSError as error:
             raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
         if found != digest.sha256:
-            raise CheckpointError(f"{path / name}: is damaged: its bytes are not those that were written.")
+            raise CheckpointError(f"{path / name}: is damaged: its SHA-256 is not the one in {MANIFEST}.")
 
 
 def candidates(path: Path) -> list[Path]:
-    """The checkpoints that a path means, the first choice first; none if there is none.
+    """Return the checkpoints that a path stands for, the first choice first.
 
-    A checkpoint means itself.  A run directory, or its ``checkpoints``, means the one that ``latest`` names, then all
-    others from the newest to the oldest.
+    A checkpoint stands for itself.  A run directory or its ``checkpoints`` stands for the checkpoint that ``latest``
+    names, followed by the others from the newest to the oldest.
+
+    Raises:
+        CheckpointError: the path cannot be read.
     """
     try:
         if (path / META).is_file() or (path / MANIFEST).is_file():
@@ -90,23 +71,23 @@ def candidates(path: Path) -> list[Path]:
                 found = [p for p in root.iterdir() if checkpoint_images(p.name) is not None and p.is_dir()]
                 if found:
                     return sorted(found, key=lambda p: (p.name == _latest(root), p.name), reverse=True)
-    except OSError as error:  # a name that no file system takes, a folder that may not be read
+    except OSError as error:  # a name that the file system refuses, a directory without permission
         raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error.strerror}.") from None
     return []
 
 
 def newest_valid(path: Path, *, full: bool) -> Path | None:
-    """The first of `candidates` that passes its check; each one that does not is warned of.
+    """Return the first of `candidates` that is valid, with a warning for each one that is not.
 
     Args:
         path: a checkpoint, a run directory or its ``checkpoints``.
-        full: read every byte, not the sizes only.
+        full: verify checksums, not only sizes.
 
     Returns:
-        The checkpoint; none if there are no candidates.
+        The checkpoint, or None without candidates.
 
     Raises:
-        CheckpointError: there are candidates and none is valid.
+        CheckpointError: there are candidates, but none is valid.
     """
     every = candidates(path)
     for candidate in every:
@@ -125,15 +106,21 @@ def newest_valid(path: Path, *, full: bool) -> Path | None:
 
 
 def warn_skipped(path: Path, error: CheckpointError) -> None:
-    """Say loudly that a checkpoint is not used."""
+    """Print a warning that a checkpoint is not used."""
     print(f"\n*** WARNING: the checkpoint {path} is skipped. {error} ***\n", file=sys.stderr, flush=True)
 
 
 def no_valid_one(path: Path, count: int) -> CheckpointError:
-    """The error of a directory whose checkpoints are all damaged: starting anew there would hide it."""
+    """Return the error for a directory with damaged checkpoints only; starting from scratch would hide the damage."""
     return CheckpointError(
-        f"{path}: none of its {count} checkpoint(s) is valid (see the warnings); mend them, or give another --run-dir."
+        f"{path}: none of its {count} checkpoint(s) is valid (see the warnings); restore one, or give another "
+        "--run-dir."
     )
+
+
+def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Digest]:
+    """Return the files that one of several ranks verifies, so that together they verify all."""
+    return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
 
 
 def _latest(root: Path) -> str:
@@ -141,8 +128,3 @@ def _latest(root: Path) -> str:
         return (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def shares(files: dict[str, Digest], rank: int, world: int) -> dict[str, Digest]:
-    """The files that one of several ranks checks, so that together they check all."""
-    return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}

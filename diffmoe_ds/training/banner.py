@@ -94,21 +94,23 @@ def describe_start(plan: TrainPlan) -> str:
     reader, settings = plan.reader, plan.settings
     if reader is None:
         return "starting from scratch" if plan.initial is None else f"starting from the weights of {plan.initial.path}"
-    was, meta = reader.meta["layout"], reader.meta
+    saved = reader.metadata
+    was = saved.layout.known()
     now = {
         "world": plan.launch.world, "ep_size": settings.ep_size, "zero_stage": settings.zero_stage,
         "global_batch": settings.global_batch, "micro_batch": settings.micro_batch,
         "accumulation": settings.accumulation,
     }  # fmt: skip
-    text = f"continues {reader.path} at {meta['images']:,} images"
+    text = f"continues {reader.path} at {saved.images:,} images"
     changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
     if changed:
         text += f", resharding: {', '.join(changed)}"
-    if meta.get("began_from"):
-        text += f", begun with --resume {meta['began_from']}"
+    if saved.began_from:
+        text += f", begun with --resume {saved.began_from}"
     # compare the resolved DeepSpeed settings, not the sections of the recipes, which may contain "auto"
     resolved = settings.beside_layout()
-    before = _flatten({**config_to_dict(reader.config), "deepspeed": meta.get("deepspeed", resolved)})
+    recorded = resolved if saved.deepspeed is None else saved.deepspeed
+    before = _flatten({**config_to_dict(reader.config), "deepspeed": recorded})
     after = _flatten({**config_to_dict(plan.config), "deepspeed": resolved})
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     other = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]

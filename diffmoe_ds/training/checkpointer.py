@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
 from diffmoe_ds.checkpoint.save import CheckpointSaver
-from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
@@ -109,24 +109,25 @@ def _buffers(run: Run) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in run.model.named_buffers() if name != "pos_embed"}
 
 
-def _metadata(run: Run) -> dict[str, Any]:
-    scheduler = run.engine.lr_scheduler
-    return {
-        "images": run.images,
-        "step": run.step,
-        "adam_step": seam.adam_step(run.engine),
-        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-        "lr_now": seam.scheduled(run.engine),
-        "shapes": {name: part.logical_shape for name, part in run.ema.parts.items()},
-        "layout": {
-            "world": run.topology.world,
-            "ep_size": run.topology.ep_size,
-            "zero_stage": run.settings.zero_stage,
-            "global_batch": run.settings.global_batch,
-            "micro_batch": run.settings.micro_batch,
-            "accumulation": run.settings.accumulation,
-        },
-        "began_from": run.began_from,
-        "deepspeed": run.settings.beside_layout(),
-        "config": config_to_dict(run.config),
-    }
+def _metadata(run: Run) -> CheckpointMetadata:
+    scheduler, now, settings = run.engine.lr_scheduler, seam.scheduled(run.engine), run.settings
+    return CheckpointMetadata(
+        files=run.topology.world,
+        images=run.images,
+        step=run.step,
+        adam_step=seam.adam_step(run.engine),
+        shapes={name: tuple(part.logical_shape) for name, part in run.ema.parts.items()},
+        config=run.config,
+        lr_now=ScheduledValues(now["lr"], tuple(now["betas"])),
+        layout=SavedLayout(
+            world=run.topology.world,
+            ep_size=run.topology.ep_size,
+            zero_stage=settings.zero_stage,
+            global_batch=settings.global_batch,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation,
+        ),
+        lr_scheduler=None if scheduler is None else scheduler.state_dict(),
+        began_from=run.began_from,
+        deepspeed=settings.beside_layout(),
+    )

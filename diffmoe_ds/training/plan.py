@@ -73,14 +73,14 @@ class TrainPlan:
     @property
     def images(self) -> int:
         """Images that the checkpoint has been trained on; 0 for a new run."""
-        return 0 if self.reader is None else int(self.reader.meta["images"])
+        return 0 if self.reader is None else self.reader.metadata.images
 
     @property
     def began_from(self) -> str | None:
         """The absolute PATH of the ``--resume PATH`` that the run began with, now or before it was interrupted."""
         if self.resume not in ("auto", "none"):
             return os.path.abspath(self.resume)
-        return None if self.reader is None else self.reader.meta.get("began_from")
+        return None if self.reader is None else self.reader.metadata.began_from
 
     def fingerprint(self) -> str:
         """Return a hash of what all ranks must have resolved to the same values."""
@@ -196,7 +196,7 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
             )
         return []
     newest = _first_complete(own)
-    if newest is not None and CheckpointReader(newest).meta.get("began_from") == os.path.abspath(resume):
+    if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
         return own  # the same command again: resume the run that it began
     found = candidates(Path(resume))
     if not found:

@@ -119,7 +119,7 @@ def setup_run(plan: TrainPlan) -> Run:
     )
     if reader is not None:
         raise_on_all_ranks(device, lambda: restore_engine(engine, reader, fragments, run.ema.values))
-        run.images, run.step = reader.meta["images"], reader.meta["step"]
+        run.images, run.step = reader.metadata.images, reader.metadata.step
     return run
 
 

@@ -18,7 +18,7 @@ def tensors(run: Trained) -> dict[str, torch.Tensor]:
     """Every tensor of the run's last checkpoint, whole: weights, moments, EMA, thresholds."""
     reader = CheckpointReader(newest_valid(run.directory, full=True))
     found = {}
-    for name, shape in reader.meta["shapes"].items():
+    for name, shape in reader.metadata.shapes.items():
         for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):
             found[f"{kind}/{name}"] = reader.read(kind, name, 0, torch.Size(shape).numel())
     if reader.config.has_capacity_predictor:

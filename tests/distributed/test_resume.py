@@ -18,9 +18,9 @@ from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from tests.distributed.test_layout import assert_same, tensors
+from tests.helpers.checkpoints import reseal
 from tests.helpers.processes import WORKERS, run_ranks
 from tests.helpers.training import read_metrics, training_arguments, write_json
-from tests.unit.test_checkpoint import reseal
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
 SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
@@ -61,7 +61,7 @@ def test_ema_follows_the_weights_and_thresholds_are_copied(train_tiny):
     run = train_tiny(2, 2, 2, "run.save_every_images=16", "checkpoint.keep_last=0", "ema.decay=0.75")
     every = [CheckpointReader(p) for p in sorted((run.directory / "checkpoints").glob("images_*"))]
     assert len(every) == 5
-    for name, shape in every[0].meta["shapes"].items():
+    for name, shape in every[0].metadata.shapes.items():
         numel = torch.Size(shape).numel()
         for before, after in pairwise(every):
             expected = 0.75 * before.read("ema", name, 0, numel) + 0.25 * after.read("fp32", name, 0, numel)
@@ -104,7 +104,7 @@ def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
     tuned = train_tiny(2, 2, 2, f"model.init_from={tmp_path / 'model'}", "run.total_images=16", "optimizer.lr=1e-12")
     assert "starting from the weights of" in tuned.output
     exported, first = ModelFileReader(tmp_path / "model"), tensors(tuned)
-    for name in CheckpointReader(newest_valid(tuned.directory, full=True)).meta["shapes"]:
+    for name in CheckpointReader(newest_valid(tuned.directory, full=True)).metadata.shapes:
         expected = exported.read("ema", name, 0, first[f"fp32/{name}"].numel())
         assert torch.allclose(first[f"fp32/{name}"], expected, atol=1e-9)
     wrong = train_tiny(1, 1, 1, "model.init_from=/nowhere", code=5)
@@ -126,8 +126,11 @@ def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
     resolved = (run.directory / "resolved.yaml").read_text()
     assert "gradient_clipping: 0.5" in resolved
     for override, message in (
-        ("model.depth=2", "is of another model: model.depth is 4 there and 2 here"),
-        ("model.label_dropout=0", "is of another model: model.label_dropout (0, or above 0) is 0.1 there and 0.0 here"),
+        ("model.depth=2", "belongs to another model: model.depth is 4 there and 2 here"),
+        (
+            "model.label_dropout=0",
+            "belongs to another model: model.label_dropout (zero or positive) is 0.1 there and 0.0 here",
+        ),
     ):
         code, printed = dry_run(tmp_path, capsys, run.directory, override)
         assert code == 5 and message in printed
@@ -170,7 +173,7 @@ def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, cap
     code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
     assert code == 0 and f"continues {path} at 16 images" in printed
     again = train_tiny(1, 1, 1, "run.total_images=32", directory=run.directory, options=resume)
-    assert "left-images_000000000048: of a branch" in again.output and again.column("images") == [16, 32]
+    assert "left-images_000000000048: from an abandoned branch" in again.output and again.column("images") == [16, 32]
     code, printed = dry_run(tmp_path, capsys, run.directory, options=resume)
     newest = run.directory / "checkpoints" / "images_000000000032"
     assert code == 0 and f"continues {newest} at 32 images, begun with --resume {path}" in printed

@@ -39,7 +39,7 @@ def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
-    assert reader.meta["images"] == 32
+    assert reader.metadata.images == 32
 
 
 @pytest.mark.slow
@@ -55,8 +55,8 @@ def test_allowed_skips_leave_no_trace(tmp_path, zero, bf16):
     rows = read_metrics(tmp_path / "run")
     assert [(row["step"], row["images"]) for row in rows] == [(1, 16), (2, 48), (3, 80)]
     reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
-    assert reader.meta["adam_step"] == 3 and reader.meta["lr_scheduler"]["last_batch_iteration"] == 2
-    for name, shape in reader.meta["shapes"].items():
+    assert reader.metadata.adam_step == 3 and reader.metadata.lr_scheduler["last_batch_iteration"] == 2
+    for name, shape in reader.metadata.shapes.items():
         numel = 1
         for n in shape:
             numel *= n
@@ -78,9 +78,9 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
     finished = poisoned(tmp_path, "gradient", "4", 1, *length)
     assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
     assert "already trained on" not in finished.output
-    every = [CheckpointReader(path).meta for path in candidates(tmp_path / "run")]
+    every = [CheckpointReader(path).metadata for path in candidates(tmp_path / "run")]
     expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
-    assert [(meta["images"], meta["step"]) for meta in every] == expected
+    assert [(saved.images, saved.step) for saved in every] == expected
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, a
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 85, output
     rows = read_metrics(directory)
-    assert CheckpointReader(newest_valid(directory, full=True)).meta["images"] == rows[-1]["images"]
+    assert CheckpointReader(newest_valid(directory, full=True)).metadata.images == rows[-1]["images"]
     assert f"asked to stop ({number.name})" in output and again in output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffmoe_ds.checkpoint.export import open_weights
+from diffmoe_ds.checkpoint.load import restore_weights
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
-from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.model.dit import DiT, empty_model
+from diffmoe_ds.topology import Topology
 from tests.helpers.processes import REPOSITORY
 
 
@@ -108,3 +112,40 @@ def test_a_hostile_file_is_refused_with_the_name_of_what_it_holds(tmp_path, caps
 def test_an_empty_model_takes_no_memory():
     model = empty_model(load_config("fashion", ["model.num_classes=1_000_000_000_000"]))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_official_weights_become_a_model_file(tmp_path):
+    """The reference's numbers survive: .pt to our file to a model that predicts them."""
+    for golden in ("diffmoe_flow", "diffmoe_ddpm", "ec_flow", "tc_flow", "dense_flow"):
+        data = np.load(REPOSITORY / "tests" / "golden" / f"{golden}.npz")
+        state = {key.removeprefix("state/"): torch.from_numpy(data[key]) for key in data if key.startswith("state/")}
+        source, out = tmp_path / f"{golden}.pt", tmp_path / golden
+        prefixed = {f"module.{name}": value for name, value in state.items()}
+        torch.save({"model": {}, "ema": prefixed, "args": argparse.Namespace(lr=1e-4), "opt": {}}, source)
+        command = ["checkpoint", "import-official", str(source), "--num-heads", "4", "--out", str(out)]
+        assert main(command) == 0
+        reader = open_weights(out)
+        model = DiT(reader.config).eval()
+        restore_weights(model, reader, Topology(0, 1, 1, reader.config.num_experts), "ema")
+        model.set_inference("dynamic" if golden.startswith("diffmoe") else "static")
+        x, t, y = (torch.from_numpy(data[f"in/{name}"]) for name in "xty")
+        with torch.no_grad():
+            prediction = model(x, t, y).prediction
+        expected = torch.from_numpy(data["eval/out"])
+        assert (prediction - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_official_mistakes(tmp_path, capsys):
+    torch.save({"ema": {"x": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, message in (
+        ("foreign", "are no weights of the reference"),
+        ("list", "holds no weights"),
+        ("text", "not loaded"),
+    ):
+        command = ["checkpoint", "import-official", str(tmp_path / f"{name}.pt"), "--out", str(tmp_path / "o")]
+        assert main(command) == 5
+        assert message in capsys.readouterr().err
+    assert main(["checkpoint", "import-official", str(tmp_path / "none.pt"), "--out", str(tmp_path / "o")]) == 5
+    assert not (tmp_path / "o").exists()

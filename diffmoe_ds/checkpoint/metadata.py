@@ -1,0 +1,271 @@
+"""What ``meta.json`` and ``manifest.json`` of a checkpoint hold, typed and checked.
+
+Both are read with `json` alone, so nothing in them is executed.  Keys that were added later are optional: a checkpoint
+without them keeps the meaning it had.  Unknown keys are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
+from diffmoe_ds.config.load import config_from_dict, config_to_dict
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.files import Digest, write_json
+
+T = TypeVar("T")
+
+MAX_INT = 2**63 - 1
+"""Largest number of images, steps or elements; more is damage."""
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """The ranks that saved a checkpoint and how they shared a batch.
+
+    Any other layout can read the checkpoint; a resuming run reports what has changed.  A field is None if the
+    checkpoint does not record it.
+    """
+
+    world: int | None = None
+    """Number of ranks."""
+    ep_size: int | None = None
+    """Ranks that share one set of experts."""
+    zero_stage: int | None = None
+    """ZeRO stage."""
+    global_batch: int | None = None
+    """Images per optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Images per rank and forward pass."""
+    accumulation: int | None = None
+    """Micro-batches per optimizer step."""
+
+    def known(self) -> dict[str, int]:
+        """Return the fields that the checkpoint records, by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class ScheduledValues:
+    """What a learning-rate scheduler last set in the optimizer; the scheduler's own state does not hold it."""
+
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, ...]
+    """Adam's two decay rates."""
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """Everything in a checkpoint that is not a tensor (``meta.json``)."""
+
+    files: int
+    """Number of files with tensors, one for each rank that wrote."""
+    images: int
+    """Images trained on so far; the checkpoint's directory is named after it."""
+    step: int
+    """Optimizer steps so far; skipped ones do not count."""
+    adam_step: int
+    """Step count of the optimizer (Adam's bias correction)."""
+    shapes: dict[str, tuple[int, ...]]
+    """Logical shape of every parameter, all experts together, in the order of the model."""
+    config: Config
+    """Configuration of the run."""
+    lr_now: ScheduledValues
+    """Optimizer settings that a scheduler changes."""
+    layout: SavedLayout = field(default_factory=SavedLayout)
+    """The ranks that wrote the checkpoint."""
+    lr_scheduler: dict[str, Any] | None = None
+    """State of the learning-rate scheduler; None without one."""
+    began_from: str | None = None
+    """Absolute PATH of the ``--resume PATH`` that the run began with; None otherwise."""
+    deepspeed: dict[str, Any] | None = None
+    """Resolved DeepSpeed settings besides the layout; None in checkpoints of versions that did not save them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the contents of ``meta.json``."""
+        tree = {
+            "format": FORMAT,
+            "files": self.files,
+            "images": self.images,
+            "step": self.step,
+            "adam_step": self.adam_step,
+            "lr_scheduler": self.lr_scheduler,
+            "lr_now": {"lr": self.lr_now.lr, "betas": list(self.lr_now.betas)},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "layout": self.layout.known(),
+            "began_from": self.began_from,
+        }
+        if self.deepspeed is not None:
+            tree["deepspeed"] = self.deepspeed
+        return {**tree, "config": config_to_dict(self.config)}
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Read ``meta.json`` of a checkpoint.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another format; names the file, the key and its value.
+    """
+    file = path / META
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+    return parse_metadata(tree, str(file))
+
+
+def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
+    """Check the contents of ``meta.json``.
+
+    Args:
+        tree: what the file holds.
+        source: name of the file, for messages.
+
+    Raises:
+        CheckpointError: a key is missing or has a wrong value, or the format is another.
+    """
+    found = tree.get("format") if isinstance(tree, dict) else tree
+    if type(found) is not int or found != FORMAT:
+        advice = "; update diffmoe_ds" if type(found) is int and found > FORMAT else ""
+        raise CheckpointError(f"{source}: has format {_shown(found)}, but this version reads {FORMAT}{advice}.")
+    top = _Object(tree, source)
+    return CheckpointMetadata(
+        files=top.count("files"),
+        images=top.count("images"),
+        step=top.count("step"),
+        adam_step=top.count("adam_step"),
+        shapes=_shapes(top.object("shapes")),
+        config=stored_config(top.value("config", dict), source),
+        lr_now=_scheduled(top.object("lr_now")),
+        layout=_layout(top.object("layout")),
+        lr_scheduler=top.optional("lr_scheduler", dict),
+        began_from=top.optional("began_from", str),
+        deepspeed=top.value("deepspeed", dict) if "deepspeed" in tree else None,
+    )
+
+
+def stored_config(tree: Any, source: str) -> Config:
+    """Return the configuration that a checkpoint or an exported model holds.
+
+    Raises:
+        CheckpointError: it is not a valid configuration.
+    """
+    try:
+        return config_from_dict(tree, source)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def read_manifest(path: Path) -> dict[str, Digest]:
+    """Return size and checksum of each file of a checkpoint.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged.
+    """
+    file = path / MANIFEST
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if _listed_sha256(tree["files"]) != tree["sha256"]:
+            raise ValueError("changed")
+        files = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        raise CheckpointError(f"{file}: is damaged: it is not a manifest.") from None
+    if META not in files or any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{file}: is damaged: it lists {', '.join(map(repr, sorted(files))) or 'no file'}.")
+    return files
+
+
+def write_manifest(path: Path, files: Mapping[str, Digest]) -> None:
+    """Write the manifest, which makes a checkpoint complete.
+
+    Args:
+        path: the checkpoint's directory.
+        files: size and checksum of every other file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    listed = {name: {"bytes": digest.size, "sha256": digest.sha256} for name, digest in files.items()}
+    write_json(path / MANIFEST, {"files": listed, "sha256": _listed_sha256(listed)})
+
+
+def _listed_sha256(files: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest's own list, so that damage to the list is not blamed on the files it names."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Object:
+    """An object of a JSON file, whose values are checked as they are read."""
+
+    tree: dict[str, Any]
+    """Its keys and values."""
+    source: str
+    """Name of the file."""
+    prefix: str = ""
+    """Dotted name of the object in the file, with the dot."""
+
+    def error(self, key: str, value: Any, valid: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {self.prefix}{key} is {_shown(value)}, but it must be {valid}.")
+
+    def value(self, key: str, kind: type[T]) -> T:
+        value = self.tree.get(key)
+        if type(value) is not kind:
+            raise self.error(key, value, {dict: "an object", str: "a string"}[kind])
+        return value
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        return None if self.tree.get(key) is None else self.value(key, kind)
+
+    def object(self, key: str) -> _Object:
+        return _Object(self.value(key, dict), self.source, f"{self.prefix}{key}.")
+
+    def count(self, key: str) -> int:
+        value = self.tree.get(key)
+        if type(value) is not int or not 0 <= value <= MAX_INT:
+            raise self.error(key, value, "a whole number that is not negative")
+        return value
+
+
+def _layout(layout: _Object) -> SavedLayout:
+    return SavedLayout(**{f.name: layout.count(f.name) for f in fields(SavedLayout) if f.name in layout.tree})
+
+
+def _shapes(shapes: _Object) -> dict[str, tuple[int, ...]]:
+    for name, shape in shapes.tree.items():
+        if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_INT for n in shape):
+            raise shapes.error(name, shape, "a list of whole numbers")
+    return {name: tuple(shape) for name, shape in shapes.tree.items()}
+
+
+def _scheduled(now: _Object) -> ScheduledValues:
+    lr, betas = now.tree.get("lr"), now.tree.get("betas")
+    if not _is_number(lr):
+        raise now.error("lr", lr, "a number")
+    if type(betas) is not list or not all(map(_is_number, betas)):
+        raise now.error("betas", betas, "a list of numbers")
+    return ScheduledValues(float(lr), tuple(map(float, betas)))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= MAX_INT
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
