@@ -84,7 +84,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
         pixels = None if every is None else torch.cat(every).numpy()
-        _together(launch, lambda: None if pixels is None else write_images(plan, pixels))
+        _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
     finally:
         destroy_process_group()
 
@@ -181,7 +181,7 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
 
         for start in starts:
             batch = seeds[start : start + plan.batch_size]
-            parts.append(_together(launch, partial(generate_batch, batch)))
+            parts.append(_raise_on_all_ranks(launch, partial(generate_batch, batch)))
     return np.concatenate(parts)
 
 
@@ -208,7 +208,7 @@ def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
     print(f"{len(pixels)} images in {plan.out / 'samples.npz'}, the first {len(shown)} in {plan.out / 'grid.png'}")
 
 
-def _together(launch: Launch, action: Callable[[], T]) -> T:
+def _raise_on_all_ranks(launch: Launch, action: Callable[[], T]) -> T:
     """Run an action that may fail on a single rank; all ranks of the process group fail together."""
     return action() if launch.world == 1 else consensus.raise_on_all_ranks(torch.device("cpu"), action)
 
