@@ -1,8 +1,8 @@
-"""Saving and loading beside other ways: what the training loop waits for, and what the disk gets per second.
+"""Benchmark of saving and loading checkpoints: how long the training loop waits, and the throughput to disk.
 
-Opponents, all in one process and in turn: ``torch.save`` (with fsync), torch's distributed checkpoint with
-``async_save``, and DeepSpeed's decoupled writer (its Python file writer: the fast one needs libaio and a compiler).
-All write the same bytes: weights, both moments and the averaged weights of a model in fp32.
+Compared in one process, alternately: ``torch.save`` with fsync, PyTorch's distributed checkpoint (DCP) with
+``async_save``, and DeepSpeed's decoupled writer (its Python file writer; the fast one needs libaio and a compiler).
+All write the same bytes: the weights, both moments and the averaged weights of a model in fp32.
 
     python -m benchmarks.checkpoint --megabytes 1000
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.launch import export_launch, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import sha256_of
@@ -45,77 +46,89 @@ TENSORS = 64
 OURS, OURS_WAITING = "diffmoe, async", "diffmoe, waiting"
 TORCH_SAVE, DCP, DEEPSPEED = "torch.save and fsync", "torch DCP async_save", "DeepSpeed decoupled writer"
 
-Save = Callable[[Path], Callable[[], None]]
-"""Starts to save into a folder and returns what waits until everything is on the disk."""
+Tensors = dict[str, dict[str, Tensor]]
+"""By weight and kind (``fp32``, the moments, ``ema``)."""
+Times = dict[str, dict[str, list[float]]]
+"""Seconds by method and quantity, one per round."""
+Save = Callable[[Path], Callable[[], object]]
+"""Starts saving into a directory and returns a function that waits until everything is on disk."""
 
 
 def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dict[str, Any]:
-    """Seconds that the loop waits, MB/s until all is on the disk, and MB/s of loading; medians of alternating rounds.
+    """Measure all savers and loaders alternately in this process.
 
     Args:
-        megabytes: 10^6 bytes of a checkpoint.
-        rounds: how often each way saves and loads; one more round warms up and is not counted.
-        folder: on the disk to measure; none takes the system's temporary directory.
+        megabytes: size of a checkpoint, in units of 10^6 bytes.
+        rounds: how often each method saves and loads; one more round warms up and does not count.
+        folder: a directory on the disk to measure; None uses the system's temporary directory.
+
+    Returns:
+        Per method, medians over the rounds: seconds that the training loop waits (``pause_s``), seconds until all
+        bytes are on disk (``total_s``), seconds to load (``load_s``), and the throughputs; and ratios between methods.
     """
-    export_launch(Launch(0, 1, 0, 1, "bench"))
+    export_launch(resolve_launch())
     quiet_deepspeed()
     seam.init_process_group()
     numel = megabytes * 10**6 // (4 * len(KINDS) * TENSORS)
     tensors = {f"w{i}": {kind: torch.randn(numel) for kind in KINDS} for i in range(TENSORS)}
     size_mb = numel * 4 * len(KINDS) * TENSORS / 1e6
-    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        root = Path(made)
-        ways: dict[str, Save] = {
-            OURS: _ours(tensors, root / "ours", wait=False),
-            OURS_WAITING: _ours(tensors, root / "waiting", wait=True),
-            TORCH_SAVE: _torch_save(tensors),
-            DCP: _dcp(tensors),
-            DEEPSPEED: _deepspeed(tensors),
-        }
-        for number in range(rounds + 1):
-            for name, save in ways.items():
-                target = root / "target"
-                began = time.perf_counter()
-                finish = save(target)
-                paused = time.perf_counter() - began
-                finish()
-                total = time.perf_counter() - began
-                if number:
-                    times[name]["pause_s"].append(paused)
-                    times[name]["total_s"].append(total)
-                shutil.rmtree(target, ignore_errors=True)
-            for name, load in _loaders(tensors, root).items():
-                began = time.perf_counter()
-                load()
-                if number:
-                    times[name]["load_s"].append(time.perf_counter() - began)
+        times = _measure(tensors, Path(made), rounds)
     dist.destroy_process_group()
-    medians = {name: {key: statistics.median(v) for key, v in row.items()} for name, row in times.items()}
-    ways_report = {
-        name: {
-            **row,
-            **({"save_mb_per_s": size_mb / row["total_s"]} if "total_s" in row else {}),
-            **({"load_mb_per_s": size_mb / row["load_s"]} if "load_s" in row else {}),
-        }
-        for name, row in medians.items()
+    methods = {name: _summarize(row, size_mb) for name, row in times.items()}
+    return {"megabytes": size_mb, "rounds": rounds, "ways": methods, "ratios": _ratios(methods)}
+
+
+def _measure(tensors: Tensors, root: Path, rounds: int) -> Times:
+    savers: dict[str, Save] = {
+        OURS: _ours(tensors, root / "ours", wait=False),
+        OURS_WAITING: _ours(tensors, root / "waiting", wait=True),
+        TORCH_SAVE: _torch_save(tensors),
+        DCP: _dcp(tensors),
+        DEEPSPEED: _deepspeed(tensors),
     }
-    ours, plain = ways_report[OURS], ways_report[TORCH_SAVE]
+    times: Times = defaultdict(lambda: defaultdict(list))
+    for number in range(rounds + 1):
+        for name, save in savers.items():
+            target = root / "target"
+            began = time.perf_counter()
+            finish = save(target)
+            paused = time.perf_counter() - began
+            finish()
+            total = time.perf_counter() - began
+            if number:
+                times[name]["pause_s"].append(paused)
+                times[name]["total_s"].append(total)
+            shutil.rmtree(target, ignore_errors=True)
+        for name, load in _loaders(tensors, root).items():
+            began = time.perf_counter()
+            load()
+            if number:
+                times[name]["load_s"].append(time.perf_counter() - began)
+    return times
+
+
+def _summarize(times: dict[str, list[float]], size_mb: float) -> dict[str, float]:
+    row = {key: statistics.median(values) for key, values in times.items()}
+    if "total_s" in row:
+        row["save_mb_per_s"] = size_mb / row["total_s"]
+    if "load_s" in row:
+        row["load_mb_per_s"] = size_mb / row["load_s"]
+    return row
+
+
+def _ratios(methods: dict[str, dict[str, float]]) -> dict[str, float]:
+    ours, plain = methods[OURS], methods[TORCH_SAVE]
     return {
-        "megabytes": size_mb,
-        "rounds": rounds,
-        "ways": ways_report,
-        "ratios": {
-            "pause, ours / torch.save": ours["pause_s"] / plain["pause_s"],
-            "pause, ours / torch DCP": ours["pause_s"] / ways_report[DCP]["pause_s"],
-            "pause, ours / DeepSpeed": ours["pause_s"] / ways_report[DEEPSPEED]["pause_s"],
-            "MB/s saved, ours / torch.save": ours["save_mb_per_s"] / plain["save_mb_per_s"],
-            "MB/s loaded and checked, ours / torch.load": ours["load_mb_per_s"] / plain["load_mb_per_s"],
-        },
+        "pause, ours / torch.save": ours["pause_s"] / plain["pause_s"],
+        "pause, ours / torch DCP": ours["pause_s"] / methods[DCP]["pause_s"],
+        "pause, ours / DeepSpeed": ours["pause_s"] / methods[DEEPSPEED]["pause_s"],
+        "MB/s saved, ours / torch.save": ours["save_mb_per_s"] / plain["save_mb_per_s"],
+        "MB/s loaded and checked, ours / torch.load": ours["load_mb_per_s"] / plain["load_mb_per_s"],
     }
 
 
-def _ours(tensors: dict[str, dict[str, Tensor]], run_directory: Path, wait: bool) -> Save:
+def _ours(tensors: Tensors, run_directory: Path, wait: bool) -> Save:
     saver = CheckpointSaver(run_directory, CheckpointConfig(keep_last=1), torch.device("cpu"))
     shapes = {name: tuple(kinds["fp32"].shape) for name, kinds in tensors.items()}
     metadata = CheckpointMetadata(1, 0, 0, 0, shapes, Config(), ScheduledValues(0.0, ()))
@@ -124,7 +137,7 @@ def _ours(tensors: dict[str, dict[str, Tensor]], run_directory: Path, wait: bool
         for name, kinds in tensors.items()
     ]
 
-    def save(_: Path) -> Callable[[], None]:
+    def save(_: Path) -> Callable[[], object]:
         saver.start(fragments, [kinds["ema"] for kinds in tensors.values()], {}, metadata)
         if wait:
             saver.finish()
@@ -134,8 +147,8 @@ def _ours(tensors: dict[str, dict[str, Tensor]], run_directory: Path, wait: bool
     return save
 
 
-def _torch_save(tensors: dict[str, dict[str, Tensor]]) -> Save:
-    def save(target: Path) -> Callable[[], None]:
+def _torch_save(tensors: Tensors) -> Save:
+    def save(target: Path) -> Callable[[], object]:
         target.mkdir()
         with open(target / "all.pt", "wb") as file:
             torch.save(tensors, file)
@@ -146,15 +159,17 @@ def _torch_save(tensors: dict[str, dict[str, Tensor]]) -> Save:
     return save
 
 
-def _dcp(tensors: dict[str, dict[str, Tensor]]) -> Save:
-    def save(target: Path) -> Callable[[], None]:
-        return dcp.async_save(tensors, checkpoint_id=target).result
+def _dcp(tensors: Tensors) -> Save:
+    def save(target: Path) -> Callable[[], object]:
+        saving = dcp.async_save(tensors, checkpoint_id=target)
+        assert isinstance(saving, Future)
+        return saving.result
 
     return save
 
 
-def _deepspeed(tensors: dict[str, dict[str, Tensor]]) -> Save:
-    """A model of as many weights, whose states have the kinds' sizes: fp32 weights, two moments, and one more copy."""
+def _deepspeed(tensors: Tensors) -> Save:
+    """Save a model with as many weights and the same states: fp32 weights, two moments, and one more copy."""
     model = nn.ParameterDict({name: nn.Parameter(kinds["fp32"]) for name, kinds in tensors.items()})
     ema = {name: nn.Parameter(kinds["ema"], requires_grad=False) for name, kinds in tensors.items()}
     both = nn.ModuleList([model, nn.ParameterDict(ema)])
@@ -163,24 +178,24 @@ def _deepspeed(tensors: dict[str, dict[str, Tensor]]) -> Save:
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 0.0}},
         "checkpoint": {"writer": {"type": "python", "data_parallel": "replica", "decoupled": True}},
     }
-    os.environ.update(LOCAL_SIZE="1", CROSS_SIZE="1", CROSS_RANK="0")  # what its launcher sets
+    os.environ.update(LOCAL_SIZE="1", CROSS_SIZE="1", CROSS_RANK="0")  # set by its launcher
     with contextlib.redirect_stdout(sys.stderr):
         engine = seam.initialize(both, config)
 
     def step() -> None:
-        """It may not change a weight before the writer is done, so it waits here."""
+        """Run an optimizer step, which waits for the writer because it changes the weights."""
         engine.backward(sum(weight.sum() for weight in model.values()))
         engine.step()
 
-    def save(target: Path) -> Callable[[], None]:
+    def save(target: Path) -> Callable[[], object]:
         engine.save_checkpoint(str(target))
         return step
 
-    step()  # makes the moments
+    step()  # allocates the moments
     return save
 
 
-def _loaders(tensors: dict[str, dict[str, Tensor]], root: Path) -> dict[str, Callable[[], None]]:
+def _loaders(tensors: Tensors, root: Path) -> dict[str, Callable[[], None]]:
     plain = root / "plain.pt"
     if not plain.exists():
         torch.save(tensors, plain)
@@ -204,16 +219,20 @@ def _loaders(tensors: dict[str, dict[str, Tensor]], root: Path) -> dict[str, Cal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit code."""
-    text = "Saving and loading beside torch.save, torch's distributed checkpoint and DeepSpeed's decoupled writer."
+    """Measure, print the results and return the exit code."""
+    text = "Compare saving and loading with torch.save, PyTorch DCP and DeepSpeed's decoupled writer."
     parser = argparse.ArgumentParser(description=text)
     add = parser.add_argument
     add("--megabytes", type=int, default=500, metavar="N", help="size of a checkpoint (default: %(default)s)")
     add(
-        "--rounds", type=int, default=5, metavar="R", help="alternating rounds, of which medians (default: %(default)s)"
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="R",
+        help="alternating rounds (default: %(default)s)",
     )
-    add("--folder", type=Path, metavar="DIR", help="on the disk to measure (default: a temporary directory)")
-    add("--json", action="store_true", help="print one object instead of lines")
+    add("--folder", type=Path, metavar="DIR", help="directory on the disk to measure (default: temporary)")
+    add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
     return run_command(parser.parse_args(argv))
 
@@ -221,15 +240,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     for option in ("megabytes", "rounds"):
         if getattr(args, option) < 1:
-            raise ConfigError(f"--{option} is {getattr(args, option)}, but it must be above 0.")
+            raise ConfigError(f"--{option} must be positive, got {getattr(args, option)}.")
     if args.folder is not None and not args.folder.is_dir():
-        raise ConfigError(f"--folder is {args.folder}, which is no directory; make it first, or leave --folder out.")
+        raise ConfigError(f"--folder {args.folder} is not a directory; create it, or omit --folder.")
     report = bench_checkpoint(megabytes=args.megabytes, rounds=args.rounds, folder=args.folder)
     if args.json:
         print(json.dumps(report))
         return
     print(f"{report['megabytes']:,.0f} MB, medians of {report['rounds']} rounds")
-    units = {"pause_s": "s that the loop waits", "save_mb_per_s": "MB/s saved", "load_mb_per_s": "MB/s loaded"}
+    units = {"pause_s": "s that the training loop waits", "save_mb_per_s": "MB/s saved", "load_mb_per_s": "MB/s loaded"}
     for name, row in report["ways"].items():
         print(
             f"  {name:<28}" + "".join(f" {row[key]:>10.3f} {unit}," for key, unit in units.items() if key in row)[:-1]

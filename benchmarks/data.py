@@ -1,10 +1,10 @@
-"""The loader beside its opponents on prepared latents: a WebDataset pipeline, and torch's loader over a file per image.
+"""Benchmark of the loader on prepared latents, against a WebDataset pipeline and a torch DataLoader over .npz files.
 
-All read the same latents (4x32x32 with mirror image, fp16), choose one of the two by chance, sample the posterior and
-give fp32 batches, with as many worker processes; they take turns in one process, and medians are compared.  Chance
-is a stream per image with us, torch's generator with the others.  Ours also draws the noise, time and label dropout
-of training; so there are two rows: "reading" leaves those out, to compare like with like, "training" is what a run
-uses.
+All read the same latents (4x32x32 with their mirror images, fp16), pick an orientation at random, sample the posterior
+and return fp32 batches, with the same number of worker processes. They alternate in one process, and medians are
+compared. Our loader uses one random stream per image, the others torch's generator. Our loader also draws the noise,
+time and label dropout of training, so it has two rows: "reading" leaves these out for a fair comparison, "training" is
+what a run uses.
 
     python -m benchmarks.data --json --workers 2 --samples 20000
 """
@@ -43,7 +43,7 @@ CLASSES = 1000
 FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
 WARM_UP_BATCHES = 20
 MEASURED_BATCHES = 20
-"""At least; fewer measure little but the batches that were read ahead."""
+"""A minimum: with fewer, most of the batches were prefetched."""
 MEMORY_LOOKS = 20
 OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
 WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
@@ -52,14 +52,24 @@ WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
 def bench_data(
     *, samples: int, workers: int, batch_size: int, rounds: int, memory_samples: int, folder: Path | None
 ) -> dict[str, Any]:
-    """Samples and megabytes per second of each loader, the ratios, and the memory of ours over many samples.
+    """Measure the throughput of each loader, and the memory of ours over many samples.
 
-    A megabyte is 10^6 bytes of what is used of a stored latent: its half, mean and log-variance, 16 KiB.
+    Args:
+        samples: number of latents to create.
+        workers: loader processes.
+        batch_size: samples per batch.
+        rounds: alternating rounds; medians are reported.
+        memory_samples: number of samples to read while memory is measured.
+        folder: where to create the datasets; None uses the system's temporary directory.
+
+    Returns:
+        A report for JSON. A megabyte is 10^6 bytes of the part of a stored latent that is used: one orientation, mean
+        and log-variance, 16 KiB.
     """
     with tempfile.TemporaryDirectory(dir=folder) as made:
         shards, files = Path(made) / "shards", Path(made) / "files"
         _make_sets(shards, files, samples)
-        loaders: dict[str, Callable[[], Iterable]] = {
+        loaders: dict[str, Callable[[], Iterable[Any]]] = {
             OURS: partial(_ours, shards, workers, batch_size, _reading_draws),
             OURS_TRAINING: partial(
                 _ours, shards, workers, batch_size,
@@ -72,13 +82,14 @@ def bench_data(
         for _ in range(rounds):
             for name, make in loaders.items():
                 speeds[name].append(_speed(iter(make()), samples // batch_size - WARM_UP_BATCHES, batch_size))
-        medians = {name: statistics.median(values) for name, values in speeds.items()}
         memory = _memory(loaders[OURS_TRAINING], memory_samples, batch_size)
+    settings = {"samples": samples, "workers": workers, "batch_size": batch_size, "rounds": rounds}
+    return {**settings, **_summarize(speeds), "memory": memory}
+
+
+def _summarize(speeds: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
-        "samples": samples,
-        "workers": workers,
-        "batch_size": batch_size,
-        "rounds": rounds,
         "loaders": {
             name: {"samples_per_s": speed, "mb_per_s": speed * FORMAT.half_bytes / 1e6, "rounds": speeds[name]}
             for name, speed in medians.items()
@@ -88,12 +99,11 @@ def bench_data(
             for ours in (OURS, OURS_TRAINING)
             for other in (WEBDATASET, FILES)
         },
-        "memory": memory,
     }
 
 
 def _make_sets(shards: Path, files: Path, samples: int) -> None:
-    """The same latents as shards with an index and as a file per image."""
+    """Write the same latents as indexed shards and as one file per image."""
     shards.mkdir()
     files.mkdir()
     generator = np.random.default_rng(0)
@@ -114,8 +124,8 @@ def _make_sets(shards: Path, files: Path, samples: int) -> None:
     save_index(join(index), shards)
 
 
-def _speed(batches: Iterator, count: int, batch_size: int) -> float:
-    """Samples per second over ``count`` batches, after the workers have started."""
+def _speed(batches: Iterator[Any], count: int, batch_size: int) -> float:
+    """Return samples per second over ``count`` batches, after a warm-up."""
     for _ in range(WARM_UP_BATCHES):
         next(batches)
     start = time.perf_counter()
@@ -124,11 +134,11 @@ def _speed(batches: Iterator, count: int, batch_size: int) -> float:
     return count * batch_size / (time.perf_counter() - start)
 
 
-def _memory(make: Callable[[], Iterable], samples: int, batch_size: int) -> dict[str, Any]:
-    """Memory of this process and its workers while so many samples are read.
+def _memory(make: Callable[[], Iterable[Any]], samples: int, batch_size: int) -> dict[str, Any]:
+    """Measure the memory of this process and its workers while ``samples`` samples are read.
 
-    Counted are anonymous and shared memory, each shared page once; not the files that are mapped, such as torch's
-    libraries, whose pages the system takes back when it needs them.
+    Anonymous and shared memory count, with each shared page counted once. Mapped files, such as torch's libraries, do
+    not count, because the system can reclaim their pages.
     """
     batches, looks = iter(make()), []
     for _ in range(MEMORY_LOOKS):
@@ -146,7 +156,7 @@ def _memory(make: Callable[[], Iterable], samples: int, batch_size: int) -> dict
 
 
 def _own_mb(pid: int) -> float:
-    """Of a process, from Linux's summary of its mappings, which counts a page of n processes as an n-th."""
+    """Return the proportional set size of a process: a page shared by n processes counts as 1/n."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sizes = {name: int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
     return (sizes["Pss_Anon"] + sizes["Pss_Shmem"]) * 1024 / 1e6
@@ -161,7 +171,7 @@ def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], Tr
 
 
 def _reading_draws(position: int) -> TrainingDraws:
-    """Mirror and posterior alone, still from one stream per image."""
+    """Draw only the orientation and the posterior sample, still from one stream per image."""
     bits = philox(0, Purpose.TRAINING, position)
     flip = bool(bits.random_raw() & 1)
     return TrainingDraws(flip, False, 0.0, _NOTHING, posterior_noise(bits, FORMAT.shape))
@@ -171,14 +181,15 @@ _NOTHING = np.empty(0, np.float32)
 
 
 def _decode(moments: np.ndarray) -> np.ndarray:
-    """fp32 ``[C, H, W]`` of fp16 ``[2, 2, C, H, W]``: the same work as ours, for one image."""
+    """Return one image as fp32 [C, H, W] from fp16 [2, 2, C, H, W], with the same operations as our loader."""
     half = moments[int(torch.rand(()) < 0.5)].astype(np.float32)
     noise = torch.randn(FORMAT.shape).numpy()
-    return (half[0] + np.exp(0.5 * half[1]) * noise) * np.float32(FORMAT.scaling_factor)
+    latent: np.ndarray = (half[0] + np.exp(0.5 * half[1]) * noise) * np.float32(FORMAT.scaling_factor)
+    return latent
 
 
-def _webdataset(shards: Path, workers: int, batch_size: int) -> Iterable:
-    """Shards split over workers, shuffled in a buffer, decoded, batched in the workers."""
+def _webdataset(shards: Path, workers: int, batch_size: int) -> Iterable[Any]:
+    """Build a pipeline whose workers split the shards, shuffle in a buffer, decode and batch."""
 
     def sample(fields: tuple[bytes, bytes]) -> tuple[np.ndarray, int]:
         data, label = fields
@@ -193,11 +204,12 @@ def _webdataset(shards: Path, workers: int, batch_size: int) -> Iterable:
         .map(sample)
         .batched(batch_size)
     )
-    return webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    loader: Iterable[Any] = webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+    return loader
 
 
-class _NpzFiles(torch.utils.data.Dataset):
-    def __init__(self, folder: Path):
+class _NpzFiles(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
+    def __init__(self, folder: Path) -> None:
         self._paths = sorted(str(path) for path in folder.iterdir())
 
     def __len__(self) -> int:
@@ -208,7 +220,7 @@ class _NpzFiles(torch.utils.data.Dataset):
             return _decode(file["moments"]), int(file["label"])
 
 
-def _files(folder: Path, workers: int, batch_size: int) -> Iterable:
+def _files(folder: Path, workers: int, batch_size: int) -> Iterable[Any]:
     loader = torch.utils.data.DataLoader(
         _NpzFiles(folder), batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True
     )
@@ -217,18 +229,28 @@ def _files(folder: Path, workers: int, batch_size: int) -> Iterable:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(description="The loader beside WebDataset's and torch's.")
+    """Measure, print the results and return the exit code."""
+    parser = argparse.ArgumentParser(description="Compare the loader with WebDataset's and torch's.")
     add = parser.add_argument
-    add("--samples", type=int, default=20_000, metavar="N", help="latents of the set (default: %(default)s)")
-    add("--workers", type=int, default=2, metavar="N", help="loader processes of each opponent (default: %(default)s)")
+    add("--samples", type=int, default=20_000, metavar="N", help="number of latents (default: %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="worker processes of each loader (default: %(default)s)")
     add("--batch-size", type=int, default=32, metavar="B", help="default: %(default)s")
     add(
-        "--rounds", type=int, default=5, metavar="R", help="alternating rounds, of which medians (default: %(default)s)"
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="R",
+        help="alternating rounds (default: %(default)s)",
     )
-    add("--memory-samples", type=int, default=200_000, metavar="N", help="read for memory (default: %(default)s)")
-    add("--folder", type=Path, metavar="DIR", help="where the sets are made (default: a temporary directory)")
-    add("--json", action="store_true", help="print one object instead of lines")
+    add(
+        "--memory-samples",
+        type=int,
+        default=200_000,
+        metavar="N",
+        help="samples to read for memory (default: %(default)s)",
+    )
+    add("--folder", type=Path, metavar="DIR", help="where to create the datasets (default: a temporary directory)")
+    add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
     return run_command(parser.parse_args(argv))
 
@@ -236,14 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     for option in ("samples", "workers", "batch_size", "rounds"):
         if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} is {getattr(args, option)}, but it must be above 0.")
+            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}.")
     if args.folder is not None and not args.folder.is_dir():
-        raise ConfigError(f"--folder is {args.folder}, which is no directory; make it first, or leave --folder out.")
+        raise ConfigError(f"--folder {args.folder} is not a directory; create it, or omit --folder.")
     needed = (WARM_UP_BATCHES + MEASURED_BATCHES) * args.batch_size
     if args.samples < needed:
         raise ConfigError(
-            f"--samples is {args.samples}, but with --batch-size {args.batch_size} it must be at least {needed}: "
-            f"{WARM_UP_BATCHES} batches to warm up and {MEASURED_BATCHES} to measure."
+            f"--samples must be at least {needed} with --batch-size {args.batch_size}, got {args.samples}: "
+            f"{WARM_UP_BATCHES} batches warm up and {MEASURED_BATCHES} are measured."
         )
     report = bench_data(
         samples=args.samples,
@@ -257,15 +279,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _lines(report: dict[str, Any]) -> str:
-    lines = [f"{report['samples']:,} latents 4x32x32 with mirror, batches of {report['batch_size']}, "
+    lines = [f"{report['samples']:,} latents 4x32x32 with mirror images, batches of {report['batch_size']}, "
              f"{report['workers']} worker(s), medians of {report['rounds']} rounds"]  # fmt: skip
     for name, row in report["loaders"].items():
         lines.append(f"  {name:<34} {row['samples_per_s']:>9,.0f} samples/s {row['mb_per_s']:>8.1f} MB/s")
     lines += [f"  {name:<34} {value:.2f}x" for name, value in report["ratios"].items()]
     memory = report["memory"]
     lines.append(
-        f"  memory of the loader's processes over {memory['samples']:,} samples: {memory['first_mb']:.1f} MB after the "
-        f"first tenth, {memory['last_mb']:.1f} MB at the end, {memory['peak_mb']:.1f} MB at most"
+        f"  memory of the loader processes over {memory['samples']:,} samples: {memory['first_mb']:.1f} MB after the "
+        f"first tenth, {memory['last_mb']:.1f} MB at the end, peak {memory['peak_mb']:.1f} MB"
     )
     return "\n".join(lines)
 

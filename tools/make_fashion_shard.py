@@ -1,8 +1,8 @@
-"""Make the embedded shard: the first images of each class of Fashion-MNIST's training set, as a WebDataset.
+"""Build the embedded shard: the first images of each class of Fashion-MNIST's training set, as a WebDataset.
 
     python -m tools.make_fashion_shard usr/share/datasets/fashion-mnist fashion-mnist-00000.tar.gz
 
-The bytes depend on the input, Pillow and zlib only: no time, user or path goes into the shard.
+The output depends only on the input, Pillow and zlib: the shard contains no time, user or path.
 """
 
 import argparse
@@ -20,13 +20,17 @@ from diffmoe_ds.errors import DataError
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The uint8 array of ``folder/name`` or ``folder/name.gz`` in the idx format, of the shape its header gives.
+    """Read ``folder/name`` or ``folder/name.gz`` in the idx format.
 
-    Raises ``DataError`` if neither file exists or the file is not a complete idx file of unsigned bytes.
+    Returns:
+        A uint8 array with the shape that the header gives.
+
+    Raises:
+        DataError: neither file exists, or it is not a complete idx file of unsigned bytes.
     """
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
-        raise DataError(f"{folder} holds no {name} or {name}.gz; give the folder with Fashion-MNIST's idx files")
+        raise DataError(f"{folder} contains neither {name} nor {name}.gz; expected Fashion-MNIST's idx files")
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rb") as file:
         data = file.read()
@@ -39,21 +43,24 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A uint8 ``[H, W]`` image as PNG with stored pixels: gzip over the whole shard then compresses across images."""
+    """Encode a uint8 [H, W] image as PNG without compression, so that gzip can compress across images."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
 def write_shard(source: Path, output: Path, per_class: int = 1000) -> int:
-    """Write the first ``per_class`` training images of each class, in original order; returns how many there are.
+    """Write the first ``per_class`` training images of each class in their original order.
 
     A sample's key is ``train-`` and the image's index in the original training set.
+
+    Returns:
+        The number of images.
     """
     images = read_idx(source, "train-images-idx3-ubyte")
     labels = read_idx(source, "train-labels-idx1-ubyte")
     if len(images) != len(labels):
-        raise DataError(f"{source} holds {len(images)} images but {len(labels)} labels; expected as many of both")
+        raise DataError(f"{source} contains {len(images)} images but {len(labels)} labels; the numbers must be equal")
     kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)]))
     with (
         open(output, "wb") as file,
@@ -67,8 +74,9 @@ def write_shard(source: Path, output: Path, per_class: int = 1000) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the shard; exit with code 4 if the input is not usable."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with train-{images-idx3,labels-idx1}-ubyte[.gz]")
+    parser.add_argument("source", type=Path, help="directory with train-{images-idx3,labels-idx1}-ubyte[.gz]")
     parser.add_argument("output", type=Path, help="the .tar.gz to write")
     parser.add_argument("--per-class", type=int, default=1000, help="images of each class (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -82,9 +82,9 @@ def test_decoding_undoes_the_scaling(made):
     [
         (
             ("--samples", "640"),
-            "--samples is 640, but with --batch-size 32 it must be at least 1280: 20 batches",
+            "--samples must be at least 1280 with --batch-size 32, got 640: 20 batches",
         ),
-        (("--folder", "/nonexistent"), "--folder is /nonexistent, which is no directory"),
+        (("--folder", "/nonexistent"), "--folder /nonexistent is not a directory"),
     ],
 )
 def test_bench_refuses_what_it_cannot_measure(options, message, capsys):
