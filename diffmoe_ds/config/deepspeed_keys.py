@@ -115,6 +115,32 @@ KEYS: dict[str, Any] = {
     "zero_force_ds_cpu_optimizer": FLAG, "comms_logger": SECTION, "flops_profiler": SECTION,
     "log_level": _one_of("debug", "info", "warning", "error", "critical"),
 }  # fmt: skip
+WARMUP = {"warmup_num_steps": False, "warmup_type": False, "last_batch_iteration": False}
+SCHEDULES: dict[str, dict[str, bool]] = {
+    "LRRangeTest": dict.fromkeys(
+        (
+            "lr_range_test_min_lr", "lr_range_test_step_size", "lr_range_test_step_rate", "lr_range_test_staircase",
+            "last_batch_iteration",
+        ),
+        False,
+    ),
+    "OneCycle": {
+        "cycle_min_lr": True, "cycle_max_lr": True,
+        **dict.fromkeys(
+            (
+                "decay_lr_rate", "cycle_first_step_size", "cycle_second_step_size", "cycle_first_stair_count",
+                "cycle_second_stair_count", "decay_step_size", "cycle_momentum", "cycle_min_mom", "cycle_max_mom",
+                "decay_mom_rate", "last_batch_iteration",
+            ),
+            False,
+        ),
+    },
+    "WarmupLR": {"warmup_min_lr": False, "warmup_max_lr": False, **WARMUP},
+    "WarmupDecayLR": {"total_num_steps": True, "warmup_min_lr": False, "warmup_max_lr": False, **WARMUP},
+    "WarmupCosineLR": {"total_num_steps": True, "warmup_min_ratio": False, "cos_min_ratio": False, **WARMUP},
+}  # fmt: skip
+"""DeepSpeed's schedules: each parameter, and whether it is required. A contract test compares this with DeepSpeed."""
+
 # DeepSpeed's other keys by section, for which the error is "not supported" instead of "unknown".
 UNSUPPORTED = {
     "": (

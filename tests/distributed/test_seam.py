@@ -7,6 +7,8 @@ import inspect
 import pytest
 import torch
 
+from diffmoe_ds.config.deepspeed_keys import SCHEDULES
+
 seam = pytest.importorskip("diffmoe_ds.distributed.deepspeed_seam")
 
 
@@ -94,3 +96,14 @@ def test_expert_weights_must_be_stacked():
         setattr(layer.experts, name, torch.nn.Parameter(torch.zeros(2, 3)))
     with pytest.raises(AssertionError, match=r"\[experts, rows, columns\]"):
         seam.tag_expert_weights(layer)
+
+
+def test_schedules_have_the_parameters_that_the_configuration_knows():
+    """`config/deepspeed_keys.py` has them as a table, so that checking a configuration does not import DeepSpeed."""
+    from deepspeed.runtime import lr_schedules
+
+    found = {}
+    for name in lr_schedules.VALID_LR_SCHEDULES:
+        parameters = inspect.signature(getattr(lr_schedules, name)).parameters.values()
+        found[name] = {p.name: p.default is p.empty for p in parameters if p.name != "optimizer"}
+    assert found == SCHEDULES

@@ -1,0 +1,236 @@
+"""Each section of the DeepSpeed JSON: what must hold beyond `check_keys`, and what ``"auto"`` resolves to.
+
+The functions fill `Resolution.tree` in place and append a note for each value that they resolve or change.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffmoe_ds.config.deepspeed_keys import AUTO, SCHEDULES
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.topology import Topology, largest_ep_size
+
+OPTIMIZERS = ("Adam", "AdamW")
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A DeepSpeed configuration while it is resolved, and what decides about it."""
+
+    tree: dict[str, Any]
+    """The JSON's content; modified in place."""
+    config: Config
+    """The recipe."""
+    source: str
+    """The file's name, for errors."""
+    world: int
+    """Number of ranks W."""
+    local_world: int
+    """Ranks on this host."""
+    device: str
+    """Device type: ``cpu``, ``cuda``, ..."""
+    notes: list[str] = field(default_factory=list)
+    """One sentence for each value that was resolved or changed."""
+
+    def error(self, message: str) -> ConfigError:
+        """Return the error for this file."""
+        return ConfigError(f"{self.source}: {message}")
+
+    def fill(self, section: dict[str, Any], key: str, value: Any, where: str = "") -> None:
+        """Replace ``"auto"`` with a value and note it."""
+        if section.get(key) == AUTO:
+            section[key] = value
+            self.notes.append(f"{where}{key}: auto is {json.dumps(value)}")
+
+
+def resolve_batch(job: Resolution) -> tuple[int, int, int]:
+    """Solve train_batch_size = micro-batch x accumulation x W, with up to two of the three open.
+
+    Returns:
+        Images per optimizer step, images per forward pass of a rank, and forward passes per optimizer step.
+
+    Raises:
+        ConfigError: too little is given, or the product does not work out.
+    """
+    given = [job.tree.get(name, AUTO) for name in BATCH_KEYS]
+    total, micro, accumulation = (None if value == AUTO else value for value in given)
+    if total is None and micro is None:
+        raise job.error(f'{BATCH_KEYS[0]} or {BATCH_KEYS[1]} must be a number; the other one can be "auto".')
+    least = micro or 1
+    if accumulation is None:
+        divides = total and micro and total % (micro * job.world) == 0
+        accumulation = total // (micro * job.world) if divides else 1
+    if total is None:
+        total = micro * accumulation * job.world
+    if micro is None:
+        micro = total // (accumulation * job.world)
+    product = micro * accumulation * job.world
+    if micro < 1 or product != total:
+        raise job.error(
+            f"train_batch_size must equal train_micro_batch_size_per_gpu ({micro}) x gradient_accumulation_steps "
+            f"({accumulation}) x ranks ({job.world}) = {product}, got {total}; multiples of "
+            f"{least * accumulation * job.world} are valid."
+        )
+    for name, value, found in zip(BATCH_KEYS, given, (total, micro, accumulation), strict=True):
+        if value == AUTO and name in job.tree:
+            job.notes.append(f"{name}: auto is {found}")
+    return total, micro, accumulation
+
+
+def check_zero(job: Resolution) -> int:
+    """Return the ZeRO stage.
+
+    Raises:
+        ConfigError: settings with which DeepSpeed would train experts wrongly or not at all.
+    """
+    zero = job.tree.setdefault("zero_optimization", {"stage": 0})
+    stage: int = zero.setdefault("stage", 0)
+    if zero.get("reduce_scatter", True) not in (True, AUTO):
+        raise job.error(
+            "zero_optimization.reduce_scatter must be true, got false, with which DeepSpeed adds up the gradients of "
+            "different experts."
+        )
+    if stage == 2 and zero.get("contiguous_gradients", True) not in (True, AUTO):
+        raise job.error(
+            "zero_optimization.contiguous_gradients must be true at stage 2, got false; DeepSpeed requires it for "
+            "experts."
+        )
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload == "cpu" and stage == 0:
+        raise job.error('zero_optimization.offload_optimizer.device must be "none" at stage 0, got "cpu".')
+    return stage
+
+
+def resolve_precision(job: Resolution) -> bool:
+    """Return whether training uses bf16; without it, fp32.
+
+    Raises:
+        ConfigError: fp16 is enabled.
+    """
+    fp16 = job.tree.pop("fp16", {})
+    job.fill(fp16, "enabled", False, "fp16.")
+    if fp16.get("enabled", False) is not False:
+        raise job.error("fp16.enabled must be false, as fp16 is not supported; use bf16, or neither for fp32.")
+    bf16 = job.tree.get("bf16", {}).get("enabled", False)
+    if bf16 == AUTO:
+        bf16 = job.device != "cpu"
+        job.notes.append(f"bf16.enabled: auto is {str(bf16).lower()} on {job.device}")
+    # Otherwise DeepSpeed applies non-finite bf16 gradients; in fp32 it discards them without being told.
+    job.tree["bf16"] = {"enabled": bf16, "check_grad_overflow": True}
+    return bool(bf16)
+
+
+def resolve_optimizer(job: Resolution) -> None:
+    """Fill in the optimizer; values in the JSON take precedence over the recipe's.
+
+    Raises:
+        ConfigError: an unknown optimizer.
+    """
+    optimizer = job.tree.setdefault("optimizer", {})
+    job.fill(optimizer, "type", "AdamW", "optimizer.")
+    kind = optimizer.setdefault("type", "AdamW")
+    if kind not in OPTIMIZERS:
+        raise job.error(unknown("optimizer.type", kind, OPTIMIZERS))
+    params = optimizer.setdefault("params", {})
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        ours = getattr(job.config.optimizer, key)
+        ours = list(ours) if isinstance(ours, tuple) else ours
+        if params.get(key, AUTO) == AUTO:
+            if key in params:
+                job.notes.append(f"optimizer.params.{key}: auto is {ours}")
+            params[key] = ours
+        elif params[key] != ours:
+            job.notes.append(f"optimizer.params.{key} is {params[key]} from {job.source}, not the recipe's {ours}")
+    if job.device == "cpu" and params.get("torch_adam", AUTO) == AUTO:
+        params["torch_adam"] = True
+        job.notes.append("optimizer.params.torch_adam: true, because DeepSpeed's own Adam needs a compiler on a CPU")
+
+
+def resolve_scheduler(job: Resolution, known: dict[str, Any]) -> None:
+    """Check the learning-rate schedule, if there is one.
+
+    Args:
+        job: the configuration.
+        known: what ``"auto"`` resolves to, for the parameters that the run decides.
+
+    Raises:
+        ConfigError: an unknown schedule or parameter, or a required parameter without a value.
+    """
+    section = job.tree.get("scheduler")
+    if section is None:
+        return
+    kind, params = section.get("type"), section.get("params", {})
+    if kind == AUTO:
+        raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto"; recipes have no schedule.')
+    if kind not in SCHEDULES:
+        raise job.error(unknown("scheduler.type", kind, SCHEDULES))
+    valid = SCHEDULES[kind]
+    for key in params:
+        if key not in valid:
+            raise job.error(unknown("scheduler.params", key, valid))
+        if key in known:
+            job.fill(params, key, known[key], "scheduler.params.")
+    for key, required in valid.items():
+        if required and params.get(key, AUTO) == AUTO:
+            raise job.error(
+                f"scheduler.params.{key} must be given for {kind}: neither the recipe nor DeepSpeed has a value for it."
+            )
+
+
+def resolve_expert_parallel(job: Resolution) -> int:
+    """Return the expert-parallel size P.
+
+    Raises:
+        ConfigError: the recipe states another size.
+        TopologyError: P does not divide the experts and the ranks.
+    """
+    section = job.tree.setdefault("expert_parallel", {})
+    experts = job.config.num_experts
+    if section.pop("enabled", None):
+        # DeepSpeed would look for a Hugging Face model whose experts it could replace.
+        job.notes.append("expert_parallel.enabled is dropped, because the model has its own expert-parallel layers")
+    ep_size: Any = section.get("autoep_size", 1 if experts == 1 else AUTO)
+    if ep_size == AUTO:
+        ep_size = largest_ep_size(experts, job.world, job.local_world)
+        job.notes.append(f"expert_parallel.autoep_size: auto is {ep_size}")
+    repeated = job.config.expert_parallel.autoep_size
+    if repeated is not None and repeated != ep_size:
+        raise ConfigError(
+            f"expert_parallel.autoep_size is {repeated} in the recipe or --set, but {ep_size} in {job.source}; set it "
+            "only there."
+        )
+    Topology(rank=0, world=job.world, ep_size=ep_size, num_experts=experts)
+    job.tree["expert_parallel"] = {"autoep_size": ep_size}
+    return int(ep_size)
+
+
+def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
+    """Remove the section, as DeepSpeed would write a second set of files, and return what it asks for.
+
+    Returns:
+        Whether to write TensorBoard files, and the directory if the JSON names one.
+    """
+    section = job.tree.pop("tensorboard", {"enabled": True})
+    for key, default in (("enabled", True), ("output_path", ""), ("job_name", "")):
+        job.fill(section, key, default, "tensorboard.")
+    path = section.get("output_path")
+    directory = str(Path(path) / section.get("job_name", "")) if path else None
+    return section.get("enabled", False), directory
+
+
+def drop_autos(job: Resolution, section: dict[str, Any] | None = None, where: str = "") -> None:
+    """Remove each remaining ``"auto"``, so that DeepSpeed uses its default."""
+    section = job.tree if section is None else section
+    for key, value in list(section.items()):
+        if isinstance(value, dict):
+            drop_autos(job, value, f"{where}{key}.")
+        elif value == AUTO:
+            del section[key]
+            job.notes.append(f"{where}{key}: auto is DeepSpeed's default")
