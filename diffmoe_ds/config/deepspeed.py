@@ -1,8 +1,9 @@
 """The DeepSpeed JSON: read strictly, checked, and resolved completely before DeepSpeed sees it.
 
 DeepSpeed itself accepts misspelled keys silently, drops ``"auto"`` or fails on it, and clips gradients at 1.0 by
-default. Here an unknown key is an error that names the nearest known one, clipping is off by default, and every ``"auto"`` is
-resolved and reported: to the recipe's value, to what the ranks and the device require, or to DeepSpeed's default.
+default. Here an unknown key is an error that names the nearest known one, clipping is off by default, and every
+``"auto"`` is resolved and reported: to the recipe's value, to what the ranks and the device require, or to DeepSpeed's
+default.
 """
 
 from __future__ import annotations
