@@ -110,7 +110,7 @@ def commands(page: str) -> Iterator[list[str]]:
             continue
         for line in body.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line)):
-                words = shlex.split(part)
+                words = shlex.split(part.partition(" > ")[0])
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     del words[0]
                 if words:
@@ -184,7 +184,11 @@ def texts() -> list[str]:
     scripts = [path for folder in ("launchers", "slurm") for path in (ROOT / folder).iterdir()]
     found = [path.read_text(encoding="utf-8") for path in scripts]
     for path in (ROOT / "diffmoe_ds").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if id(node) in docstrings:
+                continue
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
