@@ -11,6 +11,7 @@ from typing import Any
 
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
+from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
 
 COMMANDS = {
@@ -29,21 +30,29 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
 
     Args:
         argv: the arguments after the program's name; those of this process if None.
-        handle_signals: whether ``train`` handles the signals that ask a run to stop, which suits only a process that
-            exits afterwards; by default, if ``argv`` is None.
+        handle_signals: whether this process exits afterwards, so that ``train`` may handle the signals that ask a run
+            to stop, and a collective that hangs cannot delay the exit; by default, if ``argv`` is None.
     """
     # torch would print a page of C++ frames for every attempt to reach a peer that is gone
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parser().parse_args(argv)
     if handle_signals is None:
         handle_signals = argv is None
-    if args.command != "train" or not handle_signals:
-        return run_command(args)
-    signals.listen()  # before torch is imported, which takes seconds
+    listens = handle_signals and args.command == "train"
+    if listens:
+        signals.listen()  # before torch is imported, which takes seconds
     try:
-        return run_command(args)
+        code = run_command(args)
+    except Exception:
+        if not handle_signals:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     finally:
-        signals.ignore()
+        if listens:
+            signals.ignore()
+    shutdown(code if handle_signals else None)
+    return code
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -8,12 +8,15 @@ After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` names those that
   parameter are in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
 - `ALL_OPS`, `installed_ops`: which compiled operators exist, and which of them were built with DeepSpeed.
 - `groups`: the EP and EDP process groups, created by DeepSpeed so that there is only one of each.
+- `cdb`, `PartitionedParameterCoordinator`: they keep process groups alive, see `shutdown`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,9 +40,11 @@ from deepspeed.checkpoint.constants import (
     AUTOEP_PARAM_LOGICAL_SHAPE,
     DS_AUTOEP_UC_META,
 )
+from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -52,6 +57,8 @@ __all__ = ["AutoEPMoELayer", "adopt_layer", "fragments", "initialize", "parts"]
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 """The only parameter names that DeepSpeed looks for in a layer's ``experts``."""
+_engines: weakref.WeakSet[deepspeed.DeepSpeedEngine] = weakref.WeakSet()
+"""Engines that may still hold process groups."""
 
 
 def device() -> torch.device:
@@ -141,7 +148,29 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
     ) as error:  # not RuntimeError: failed collectives
         reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"DeepSpeed rejects its configuration: {type(error).__name__}: {reason}") from error
+    _engines.add(engine)
     return engine
+
+
+def release_engines() -> None:
+    """Remove the hooks of all engines: through autograd's graph they keep an engine and its groups alive."""
+    for engine in list(_engines):
+        with contextlib.suppress(RuntimeError):  # its set-up was interrupted
+            engine.destroy()
+    _engines.clear()
+    for method in vars(PartitionedParameterCoordinator).values():  # one cache over the modules of all instances
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+
+
+def forget_groups() -> None:
+    """Drop DeepSpeed's references to process groups that were destroyed."""
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    groups._ALL_TO_ALL_GROUP.clear()
+    groups._WORLD_GROUP = None
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    deepspeed_comm.cdb = None
 
 
 def parts(engine: deepspeed.DeepSpeedEngine) -> dict[str, Part]:

@@ -22,6 +22,8 @@ MAX_BEAT_S = 1.0
 """Longest time between two heartbeats."""
 CONNECT_S = 4.0
 """Seconds to reconnect to the store after a collective failed."""
+JOIN_S = 1.0
+"""Seconds that the threads have to end; one whose store does not respond is left behind."""
 MISSED_BEATS = 4
 """After a collective failed, a rank that misses this many heartbeats is the lost one."""
 
@@ -41,6 +43,7 @@ class Watchdog:
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
         self._step = self._ticks = 0
         self._left = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()
 
     def __enter__(self) -> Watchdog:
@@ -48,11 +51,15 @@ class Watchdog:
             self._store = self._connect(self._timeout)
             self._store.set(f"watchdog/host/{self._rank}", socket.gethostname())
             for target in (self._watch, self._guard):
-                threading.Thread(target=target, name="watchdog", daemon=True).start()
+                thread = threading.Thread(target=target, name="watchdog", daemon=True)
+                thread.start()
+                self._threads.append(thread)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        for thread in self._threads:  # the interpreter must not finalize while they are inside the store
+            thread.join(JOIN_S)
 
     def tick(self, step: int | None = None) -> None:
         """Record progress of the main thread.

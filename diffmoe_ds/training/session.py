@@ -11,7 +11,6 @@ from diffmoe_ds.checkpoint.layout import checkpoint_root
 from diffmoe_ds.config.load import dump_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.collectives import destroy_process_group
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
@@ -111,7 +110,6 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             if lost is None:
                 raise
             raise lost from error
-    destroy_process_group()
 
 
 def _write_resolved(directory: Path, config: Config) -> None:

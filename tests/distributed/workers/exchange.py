@@ -10,6 +10,7 @@ sys.path.insert(0, os.getcwd())
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
+from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
@@ -122,4 +123,4 @@ for pool in ("world", "ep", "rank"):
         skewed_forward(pool, ep)
 if RANK == 0:
     print("all equal")
-dist.destroy_process_group()
+shutdown(0)

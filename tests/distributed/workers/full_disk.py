@@ -17,4 +17,4 @@ def full(path, entries, metadata):
 
 if os.environ["RANK"] == sys.argv[1]:
     save.write_safetensors = full
-sys.exit(main(sys.argv[2:]))
+sys.exit(main(sys.argv[2:], handle_signals=True))

@@ -37,4 +37,4 @@ def counting(run, *arguments):
 
 
 loop.train_step = counting
-sys.exit(main(sys.argv[4:]))
+sys.exit(main(sys.argv[4:], handle_signals=True))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, os.getcwd())
+from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.moe.pool import GroupPool
 from diffmoe_ds.moe.top_k import select_top_k
 from tests.unit.test_routing import PALETTES, gather_and_sort
@@ -57,4 +58,5 @@ for tokens in (1_000, 100_000):
     traffic.append(sent)
 if rank == 0:
     print(json.dumps({"checked": checked, "traffic": traffic}))
-dist.destroy_process_group()
+del pool  # it holds the process group
+shutdown(0)

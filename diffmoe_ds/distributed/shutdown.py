@@ -1,0 +1,84 @@
+"""Destroy the process groups before the interpreter finalizes.
+
+Gloo's own threads drop the tensors of a collective after its caller has gone on, for which they need the GIL.  If the
+interpreter finalizes in between, CPython ends the thread inside a C++ destructor, and the process dies by SIGABRT with
+"terminate called without an active exception" (https://github.com/pytorch/pytorch/issues/179291).  Only the destructor
+of a process group joins these threads, and ``destroy_process_group`` does not run it while anything still refers to the
+group: DeepSpeed's hooks, caches and module globals, or the frames of an exception.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+LIMIT_S = 20.0
+"""Seconds after which a process whose groups cannot be destroyed ends anyway: a collective hangs."""
+SETTLE_S = 1.0
+"""Seconds until the kernel has removed threads that were joined."""
+GROUP_THREAD = "pt_gloo_runloop"
+"""The name that torch gives to the threads of a gloo process group."""
+
+
+def shutdown(exit_code: int | None = None) -> None:
+    """Destroy all process groups and wait until their threads have ended.
+
+    Call this where no frame of the code that used the groups is left, and after its exceptions were handled.
+
+    Args:
+        exit_code: the code with which this process is about to end.  If the groups cannot be destroyed, it ends here,
+            without finalizing the interpreter.  None if the process goes on.
+    """
+    if "torch.distributed" not in sys.modules:
+        return
+    timer = threading.Timer(LIMIT_S, leave, (exit_code,))
+    timer.daemon = True
+    if exit_code is not None:
+        timer.start()
+    _destroy_groups()
+    deadline = time.monotonic() + SETTLE_S
+    while (left := group_threads()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if exit_code is not None:
+        timer.cancel()
+        timer.join()
+        if left:
+            leave(exit_code)
+
+
+def leave(exit_code: int) -> None:
+    """End this process at once; nothing is finalized, what was printed and logged is flushed."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(exit_code)
+
+
+def group_threads() -> int:
+    """Return the number of threads of this process that belong to gloo process groups; 0 where /proc is missing."""
+    count = 0
+    for path in Path("/proc/self/task").glob("*/comm"):
+        try:
+            count += path.read_text().strip() == GROUP_THREAD
+        except OSError:  # it has ended
+            continue
+    return count
+
+
+def _destroy_groups() -> None:
+    import torch.distributed as dist
+
+    seam = sys.modules.get("diffmoe_ds.distributed.deepspeed_seam")
+    if seam is not None:
+        seam.release_engines()  # first: DeepSpeed asks for the rank
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if seam is not None:
+        seam.forget_groups()
+    gc.collect()  # engines, hooks and the frames of exceptions refer to themselves
