@@ -37,6 +37,7 @@ from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.fragments import Fragment
 from diffmoe_ds.distributed.launch import export_launch, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.errors import ConfigError
@@ -133,7 +134,7 @@ def _ours(tensors: Tensors, run_directory: Path, wait: bool) -> Save:
     shapes = {name: tuple(kinds["fp32"].shape) for name, kinds in tensors.items()}
     metadata = CheckpointMetadata(1, 0, 0, 0, shapes, Config(), ScheduledValues(0.0, ()))
     fragments = [
-        seam.Fragment(name, 0, 0, kinds["fp32"], {key: kinds[key] for key in seam.MOMENTS}, True)
+        Fragment(name, 0, 0, kinds["fp32"], {key: kinds[key] for key in seam.MOMENTS}, True)
         for name, kinds in tensors.items()
     ]
 

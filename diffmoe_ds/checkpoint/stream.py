@@ -59,7 +59,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
         for entry in entries:
             for piece in entry.pieces:
                 assert piece.dtype == entry.dtype, (entry.name, piece.dtype)
-                writer.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+                writer.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         assert writer.written == len(header) + size, "the pieces must have as many elements as the shapes"
         os.fsync(file.fileno())
     return Digest(writer.written, writer.sha256.hexdigest())

@@ -64,8 +64,10 @@ def sections() -> dict[str, SectionKeys]:
 
 def definition(section: str) -> dict[str, Any]:
     """Return the JSON schema of a section."""
-    entry = schema()["properties"][section]
-    return schema()["$defs"][entry["$ref"].rpartition("/")[2]] if "$ref" in entry else entry
+    entry: dict[str, Any] = schema()["properties"][section]
+    if "$ref" in entry:
+        entry = schema()["$defs"][entry["$ref"].rpartition("/")[2]]
+    return entry
 
 
 def value_schema(field: dict[str, Any]) -> dict[str, Any]:

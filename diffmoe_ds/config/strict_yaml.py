@@ -41,9 +41,9 @@ class _StrictLoader(yaml.SafeLoader):
             raise MalformedValueError(None, None, problem, node.start_mark) from None
         return value
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # `!!map` can tag any node
             if isinstance(key.value, str) and key.value in seen:
                 raise yaml.YAMLError(f"duplicate key {key.value!r} in line {key.start_mark.line + 1}")
             seen.add(key.value if isinstance(key.value, str) else id(key))

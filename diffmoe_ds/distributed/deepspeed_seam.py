@@ -85,10 +85,11 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
-    return groups._get_expert_parallel_group(name)
+    group: dist.ProcessGroup = groups._get_expert_parallel_group(name)
+    return group
 
 
-def adopt_layer(layer: nn.Module, topology: Topology, ep_group: dist.ProcessGroup) -> None:
+def adopt_layer(layer: AutoEPMoELayer, topology: Topology, ep_group: dist.ProcessGroup) -> None:
     """Give a layer the attributes that DeepSpeed's engine and optimizers read from an AutoEP layer."""
     layer.num_local_experts = topology.num_local_experts
     layer.ep_size = topology.ep_size
@@ -201,14 +202,14 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
     return found
 
 
-def _expert_layers(model: nn.Module) -> Iterator[nn.Module]:
+def _expert_layers(model: nn.Module) -> Iterator[AutoEPMoELayer]:
     return (layer for layer in model.modules() if isinstance(layer, AutoEPMoELayer))
 
 
 Piece = tuple[int, Tensor, dict[str, Tensor], bool]
 
 
-def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter, group: dist.ProcessGroup) -> Iterator[Piece]:
+def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: Any, group: dist.ProcessGroup) -> Iterator[Piece]:
     """Yield (offset in the rank's part, master weights, moments, owner) of a parameter; nothing if others keep it."""
     stage = engine.zero_optimization_stage()
     if stage == 3:
@@ -270,7 +271,8 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
 
 
 def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:

@@ -228,4 +228,4 @@ def _agree_over_mpi(launch: Launch) -> Launch:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])

@@ -238,6 +238,7 @@ def _open(launch: Launch, timeout_s: float) -> dist.Store:
     """Connect to the store. Rank 0 serves it, except under torchrun, whose agent does."""
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = launch.rank == 0 and not by_agent
+    assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     try:
         store = dist.TCPStore(
             launch.master_addr,

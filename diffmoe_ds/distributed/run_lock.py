@@ -130,7 +130,7 @@ class RunLock:
             return False
         if holder["process"]["namespace"] != here["namespace"]:  # another container: its process ids mean nothing here
             return False
-        return _process(holder["pid"]) != holder["process"]
+        return bool(_process(holder["pid"]) != holder["process"])
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):

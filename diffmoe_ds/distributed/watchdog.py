@@ -101,7 +101,7 @@ class Watchdog:
     def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int]]:
         """Return (heartbeat, step, ticks) of every rank; all have written one before the first step."""
         texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(self._world)])
-        return [tuple(map(int, text.split())) for text in texts]
+        return [_numbers(text) for text in texts]
 
     def _name(self, store: dist.TCPStore, ranks: list[int]) -> str:
         hosts = store.multi_get([f"watchdog/host/{rank}" for rank in ranks])
@@ -119,7 +119,7 @@ class Watchdog:
                 else:
                     if self._store.check(["watchdog/verdict"]):
                         self._leave(self._store.get("watchdog/verdict").decode())
-                    beats = {0: tuple(map(int, self._store.get("watchdog/beat/0").split()))}
+                    beats = {0: _numbers(self._store.get("watchdog/beat/0"))}
                 answered = self._answered = time.monotonic()
             except (RuntimeError, ValueError):
                 continue
@@ -158,3 +158,8 @@ class Watchdog:
         print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(RankLostError.exit_code)
+
+
+def _numbers(text: bytes) -> tuple[int, int, int]:
+    beat, step, ticks = map(int, text.split())
+    return beat, step, ticks

@@ -57,6 +57,7 @@ def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> lis
         AlreadyReportedError: rank 0 is gone and has reported the reason.
     """
     store = rendezvous.store
+    assert store is not None, "a single process has nobody to listen to"
     patience = timeout_s if rendezvous.launch.rank == 0 else 2 * timeout_s  # rank 0 names who is silent
     try:
         store.wait(list(keys), timedelta(seconds=patience))
@@ -104,6 +105,7 @@ def clock_offsets(rendezvous: Rendezvous, timeout_s: float) -> dict[str, float]:
     for host, leader in first.items():
         if leader == 0 or rank not in (0, leader):
             continue
+        assert store is not None, "several hosts have a store"
         best = float("inf")
         for ping in range(PINGS):
             asked, answered = f"asked/{leader}/{ping}", f"answered/{leader}/{ping}"
