@@ -75,9 +75,9 @@ def test_a_description_of_wrong_types_is_refused(exported, capsys, key, value, m
     (
         ("model", "num_classes", 10**15, "'y_embedder.embedding_table.weight' has shape (11, 32), but"),
         ("model", "hidden_size", 4 * 10**9, "model: tensors are too large"),
-        ("model", "mlp_ratio", 1e308, "mlp_ratio is 1e+308: it gives an FFN of width 32 a hidden width of inf"),
+        ("model", "mlp_ratio", 1e308, "model.mlp_ratio must give an FFN a hidden width from 1 to 2^63, got 1e+308"),
         ("model", "mlp_ratio", 1e16, "model: tensors are too large"),
-        ("model", "input_size", 4 * 10**9, "model.input_size is 4000000000: 250000000000000000 tokens"),
+        ("model", "input_size", 4 * 10**9, "model.input_size must give at most 1,048,576 tokens per image, got 4"),
         ("model", "depth", 3, "depth is 3, but"),
         ("model", "depth", 10**15, "depth is 1000000000000000, but"),
         ("model", "label_dropout", 0.0, "'y_embedder.embedding_table.weight' has shape"),
