@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import tarfile
@@ -76,15 +77,36 @@ def test_all_ranks_leave_when_one_cannot_read_its_images(tmp_path):
     arguments = training_arguments(config, tmp_path / "run", f"data.path={shard}")
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 4 and "Traceback" not in finished.output, finished.output
-    assert "sample '0007'" in finished.output and "another rank could not read" in finished.output
+    assert "sample '0007'" in finished.output and finished.output.count("diffmoe: error: ") == 1, finished.output
+
+
+def test_an_error_that_every_rank_meets_before_joining_is_printed_once(tmp_path):
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    arguments = training_arguments(config, tmp_path / "run", options=("--resume", "/nowhere"))
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
+    assert finished.code == 5 and finished.output.count("--resume /nowhere: not a checkpoint") == 1, finished.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_do_not_fit_are_refused_before_they_meet(tmp_path):
     config = write_json(tmp_path / "ds.json", ep=3, zero=1)
     finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, tmp_path / "r")])
     assert finished.code == 2 and "Traceback" not in finished.output
-    assert finished.output.count("autoep_size must divide both the 2 rank(s) and the 8 expert(s), got 3") == 1
+    assert finished.output.count("autoep_size must divide both the 2 rank(s) and the 4 expert(s), got 3") == 1
     assert not (tmp_path / "r").exists()
+
+
+def test_dry_run_prints_json_for_scripts(capsys, tmp_path):
+    arguments = training_arguments(None, tmp_path / "run", options=("--dry-run", "--json"))
+    assert main(["train", *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["run_dir"] == str(tmp_path / "run") and not (tmp_path / "run").exists()
+    assert (plan["checkpoint"], plan["complete"], plan["total_images"]) == (None, False, 80)
+    assert (plan["world"], plan["ep_size"]) == (1, 1) and plan["params_total"] > plan["params_activated"] > 0
+
+
+def test_json_needs_a_dry_run(capsys, tmp_path):
+    wrong(capsys, ["train", "--run-dir", str(tmp_path / "run"), "--json"], 2, "--json needs --dry-run")
 
 
 def test_dry_run_prints_the_banner_and_writes_nothing(capsys, tmp_path):
