@@ -97,7 +97,7 @@ def _check(host: str, token: Path) -> str | None:
         return f"{host}: Python does not work there ({said[-300:]})."
     *versions, shared = json.loads(answer[1])
     if not shared:
-        return f"{host}: {token.parent} there is not the directory of this host; it must be shared by all hosts."
+        return f"{host}: {token.parent} is not the same directory as on this host; it must be shared by all hosts."
     for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=True):
         if theirs != version(name):
             return f"{host}: has {name} {theirs}, but this host has {version(name)}; install the same."

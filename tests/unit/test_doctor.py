@@ -133,7 +133,7 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
         "down": "cannot be reached over ssh (ssh: connect to host down port 22: No route to host)",
         "key": "refuses our ssh key", "stranger": "its host key has changed or is unknown",
         "bare": "install Python at the same path", "apart": "has no directory", "old": "has diffmoe_ds 0.0.1",
-        "other": "is another directory than here",
+        "other": "is not the same directory as on this host",
     }  # fmt: skip
     assert check_hosts(["good"]) == []
     found = check_hosts(["good", *expected])
