@@ -1,8 +1,8 @@
-"""Every random number of training and sampling, each a pure function of a seed and one index.
+"""All random numbers of training and sampling, each a pure function of a seed and one index.
 
-All come from Philox, a counter-based generator: the seed is its key, and the purpose and the index are the two
-high words of its 256-bit counter.  Streams of different purpose or index are therefore disjoint, and a stream
-can be opened anywhere in a run without replaying what came before.
+They come from Philox, a counter-based generator: the seed is its key, and the purpose and the index are the two
+high words of its 256-bit counter.  Streams with a different purpose or index are therefore disjoint, and a stream
+can be opened anywhere in a run without replaying the numbers before it.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """The highest counter word; a number once given keeps its meaning, or old runs could not be continued."""
+    """The highest counter word.  Numbers never change their meaning, so that old runs can resume."""
 
     SHUFFLE = 0
     TRAINING = 1
@@ -25,17 +25,17 @@ class Purpose(IntEnum):
 
 
 class TrainingDraws(NamedTuple):
-    """What chance decides about one image of the run."""
+    """The random draws of one training image."""
 
     flip: bool  # mirror the image left-right
     drop: bool  # drop the label, for classifier-free guidance
     time: float  # in [0, 1), exact in float32
     noise: np.ndarray  # float32 [C, H, W], standard normal
-    posterior: np.ndarray | None = None  # float32 [C, H, W], standard normal: which latent of its VAE's posterior
+    posterior: np.ndarray | None = None  # float32 [C, H, W], standard normal: selects a latent of the VAE's posterior
 
 
 def philox(seed: int, purpose: Purpose, index: int) -> np.random.Philox:
-    """The bit generator of one stream: 2^128 numbers of its own, for ``seed`` and ``index`` in 0..2^64-1."""
+    """Return the bit generator of one stream, with 2^128 numbers, for `seed` and `index` in [0, 2^64)."""
     assert 0 <= seed < 2**64 and 0 <= index < 2**64, (seed, index)
     return np.random.Philox(
         key=np.array([seed, 0], np.uint64), counter=np.array([0, 0, index, int(purpose)], np.uint64)
@@ -50,10 +50,18 @@ def training_draws(
     flip: bool = True,
     posterior: bool = False,
 ) -> TrainingDraws:
-    """The draws of the image at ``position`` of the run, with noise of ``shape`` (C, H, W).
+    """Draw the random numbers of one training image.
 
-    The numbers are always drawn in the same order, so switching ``flip`` or ``posterior`` off or changing
-    ``label_dropout`` (a probability) leaves all the others as they were.
+    They are always drawn in the same order, so changing `flip`, `posterior` or `label_dropout` does not change the
+    others.
+
+    Args:
+        seed: seed of the run.
+        position: position of the image in the run.
+        shape: (C, H, W) of the noise.
+        label_dropout: probability that the label is dropped.
+        flip: allow mirroring.
+        posterior: also draw noise for a VAE's posterior.
     """
     rng = np.random.Generator(philox(seed, Purpose.TRAINING, position))
     flip_uniform = rng.random()
@@ -66,10 +74,10 @@ def training_draws(
 
 
 def posterior_noise(bits: np.random.BitGenerator, shape: tuple[int, int, int]) -> np.ndarray:
-    """Standard normal float32 noise for a VAE's posterior, in a fifth of the time that the exact kind takes.
+    """Draw standard normal float32 noise for a VAE's posterior, five times as fast as `Generator.standard_normal`.
 
-    Every value is one of 65,536 equally likely quantiles: variance 0.99998, nothing beyond 4.3 deviations.  The
-    posterior is so narrow that its own fp16 rounding is coarser; the noise of the diffusion is drawn exactly.
+    Every value is one of 65,536 equally likely quantiles: the variance is 0.99998, and no value exceeds 4.3 standard
+    deviations.  The posterior is so narrow that its fp16 rounding is coarser.  Diffusion noise is drawn exactly.
     """
     values = math.prod(shape)
     words = bits.random_raw(-(-values // 4)).astype("<u8").view("<u2")
@@ -78,11 +86,11 @@ def posterior_noise(bits: np.random.BitGenerator, shape: tuple[int, int, int]) -
 
 @functools.cache
 def _quantiles() -> np.ndarray:
-    """The normal distribution's quantiles at the middle of each 65,536th, float32."""
+    """Return the 65,536 mid-point quantiles of the normal distribution, float32."""
     normal = NormalDist()
     return np.array([normal.inv_cdf((i + 0.5) / 2**16) for i in range(2**16)], np.float32)
 
 
 def image_stream(image_seed: int) -> np.random.Generator:
-    """The generator of all noise of one *sampled* image; it shares nothing with any training stream."""
+    """Return the generator for all noise of one sampled image; it is disjoint from all training streams."""
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))

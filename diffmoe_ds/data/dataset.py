@@ -1,4 +1,4 @@
-"""From a recipe's ``data`` section to a data set that the loader can read."""
+"""Open the dataset that the `data` section of a recipe names."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from diffmoe_ds.rng import training_draws
 
 
 def open_dataset(config: Config) -> Dataset:
-    """The images that ``data.path`` names.
+    """Open the images that `data.path` names.
 
-    Raises ``DataError`` for what is wrong with the images, ``ConfigError`` for settings that do not fit them.
+    Raises:
+        DataError: the images cannot be read.
+        ConfigError: the settings do not fit the images.
     """
     data, model = config.data, config.model
     source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
@@ -29,7 +31,7 @@ def open_dataset(config: Config) -> Dataset:
         _check_cache(config, source)
     if data.vae is not None:
         if isinstance(source, ShardDataset) and source.latents is not None:
-            raise ConfigError(f"data.vae is {data.vae}, but {data.path} holds latents already; leave data.vae out.")
+            raise ConfigError(f"data.vae is {data.vae}, but {data.path} holds latents already; remove data.vae.")
         from diffmoe_ds.data.vae import downsampling, vae_settings
 
         settings = vae_settings(data.vae)
@@ -43,7 +45,11 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def check_first_image(config: Config, dataset: Dataset) -> None:
-    """DataError unless the run's first image is one that the model takes; asks nothing of images behind URLs."""
+    """Read the first image of a run, so that one which does not fit the model is found early; skip it behind a URL.
+
+    Raises:
+        DataError: the image cannot be read or does not fit the model.
+    """
     if isinstance(dataset, ShardDataset) and dataset.remote_bytes():
         return
     model = config.model
@@ -68,7 +74,16 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
 
 
 def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | None = None) -> ShardDataset | Source:
-    """Shards, or a folder of images; raises ``DataError`` for one that holds both, since either may be meant."""
+    """Open shards or a folder of images.
+
+    Args:
+        path: a folder, or what `expand` accepts.
+        unlabelled: ignore labels and class folders.
+        cache: for shards behind URLs.
+
+    Raises:
+        DataError: there are no images, or the folder holds both shards and images, which is ambiguous.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         refuse_unfinished(folder)
@@ -85,7 +100,7 @@ def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | 
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
-    """(C, H, W) of what the loader reads: the model's input, or the pixels that ``data.vae`` makes it from."""
+    """Return the (C, H, W) that the loader reads: the model's input, or the pixels that `data.vae` encodes."""
     model = config.model
     if config.data.vae is None:
         return model.in_channels, model.input_size, model.input_size
@@ -96,16 +111,16 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def _check_cache(config: Config, shards: ShardDataset) -> None:
-    """Shards behind URLs are read from this host's cache; what is needed at one time must fit into it."""
+    """Check that the shards which are needed at the same time fit into the cache."""
     data, limit = config.data, config.data.cache_gb * 1e9
     remote = shards.remote_bytes()
     if data.shuffle == "window":
         sizes = shards.shard_sizes
-        # This window and the next, and the shards that lie across their ends.
+        # This window and the next, and the shards that span their ends.
         remote = min(remote, remote / len(shards) * 2 * (data.shuffle_window + 2 * max(sizes)))
     if remote > limit:
-        remedy = "raise it" if data.shuffle == "window" else "raise it, or set data.shuffle=window"
+        remedy = "increase it" if data.shuffle == "window" else "increase it, or set data.shuffle=window"
         raise ConfigError(
-            f"data.cache_gb is {data.cache_gb:g}, but data.shuffle={data.shuffle} reads {remote / 1e9:.3g} GB of "
-            f"fetched shards at a time; {remedy}."
+            f"data.cache_gb is {data.cache_gb:g}, but data.shuffle={data.shuffle} needs {remote / 1e9:.3g} GB of "
+            f"downloaded shards at a time; {remedy}."
         )

@@ -1,4 +1,4 @@
-"""Reading one micro-batch: in the training process, or in a worker that puts it where the training process sees it."""
+"""Read one micro-batch, in the training process or in a worker that writes it to shared memory."""
 
 from __future__ import annotations
 
@@ -19,40 +19,38 @@ from diffmoe_ds.rng import TrainingDraws
 
 
 class Dataset(Protocol):
-    """What the loader needs of a data set; ``shards.ShardDataset`` is one."""
+    """What the loader needs of a dataset; `ShardDataset` and `RawImages` implement it."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 ``[n]``; all ``NO_LABEL`` in a set without labels."""
+        """Labels, int64 [n]; all `NO_LABEL` in a dataset without labels."""
 
     @property
     def shard_sizes(self) -> Sequence[int]:
-        """How many samples in a row belong together, for shuffling in windows."""
+        """Samples of each shard, in order, for shuffling in windows."""
 
     @property
     def latents(self) -> LatentFormat | None:
-        """If there is one, samples are read by ``read_halves``, otherwise one by one."""
+        """How latents are stored, if samples are read by `read_moments`; None if they are read one by one."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
-    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
+    def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
     def describe(self, index: int) -> str: ...
     def prefetch(self, shards: Iterable[int]) -> None: ...
 
 
 class Task(NamedTuple):
-    """The positions of a micro-batch, and which one of this iterator it is."""
+    """The positions of a micro-batch, and its number in this iterator."""
 
     number: int
     positions: range
 
 
 class Packed(NamedTuple):
-    """A micro-batch as it comes from the reader."""
+    """A micro-batch as the reader returns it."""
 
-    large: (
-        torch.Tensor | None
-    )  # float32, flat: x, noise and, where x is still to be encoded, posterior; none: in a slot
+    large: torch.Tensor | None  # float32, flat: x, noise and, if x is not encoded yet, posterior; None: in a slot
     label: np.ndarray
     time: np.ndarray
     drop: np.ndarray
@@ -61,34 +59,35 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes the micro-batch of a task.
+    """Reads the micro-batch of a task.
 
-    A tensor that comes from a worker through shared memory of its own costs the training process over a millisecond,
-    more than reading does.  So the large fields lie one after the other in a slot of memory that is shared before the
-    workers begin, and the small ones go with the message.
+    Passing a tensor from a worker through newly shared memory costs the training process over a millisecond, more than
+    reading it does.  The large fields are therefore concatenated in a slot of memory that is shared before the workers
+    start; the small ones are sent with the message.
     """
 
     dataset: Dataset
     shuffle: Shuffle
     draws: Callable[[int], TrainingDraws]
     shapes: tuple[tuple[int, ...], ...]
-    """Of x, noise and, where x is still to be encoded, posterior."""
+    """Shapes of x, noise and, if x is not encoded yet, posterior."""
     slots: torch.Tensor | None
-    """float32 [workers, slots of each, values of a micro-batch]; none without workers."""
+    """float32 [workers, slots per worker, values per micro-batch]; None without workers."""
 
     def __getitem__(self, task: Task) -> Packed | DataError:
         try:
             return self._micro_batch(task)
         except DataError as error:
-            return error  # raised in a worker it would come back with a traceback in its message
+            return error  # if raised in a worker, its message would contain a traceback
 
     def slot(self, number: int) -> torch.Tensor:
-        """Where the workers put a micro-batch; torch gives the tasks to its workers in turn."""
+        """Return the slot of a micro-batch; torch assigns tasks to workers round-robin."""
+        assert self.slots is not None
         workers, each, _ = self.slots.shape
         return self.slots[number % workers, number // workers % each]
 
     def split(self, large: torch.Tensor) -> list[torch.Tensor]:
-        """The fields that lie one after the other in a flat tensor."""
+        """Split a flat tensor into its fields."""
         parts = large.split([math.prod(shape) for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -120,11 +119,11 @@ class Reader:
     def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
         assert draws[0].posterior is not None, "draws for prepared latents need posterior=True"
         noise = np.stack([each.posterior for each in draws])
-        moments = latents.decode(self.dataset.read_halves(indices, [each.flip for each in draws]))
+        moments = latents.decode(self.dataset.read_moments(indices, [each.flip for each in draws]))
         latents.sample(moments, noise, out)
         if not np.isfinite(out).all():
             bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
-            raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that is not finite")
+            raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that contains NaN or Inf")
 
     def _pixels(self, indices: list[int], draws: list[TrainingDraws], out: np.ndarray) -> None:
         shape = self.shapes[0][1:]
@@ -148,13 +147,17 @@ class Reader:
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
-    """Raises ``DataError`` if the labels do not fit the model's number of classes."""
+    """Check that the labels fit the model's number of classes.
+
+    Raises:
+        DataError: there are no labels for a model of several classes, or a label is too large.
+    """
     labels = dataset.labels
     if labels[0] == NO_LABEL:  # then all are, see ShardDataset
         if num_classes > 1:
             raise DataError(
-                f"{dataset.describe(0)} has no label, nor have the others, but the model has {num_classes} classes; "
-                "a set without labels trains with model.num_classes 1"
+                f"{dataset.describe(0)} and all others have no label, but the model has {num_classes} classes; "
+                "set model.num_classes=1 to train without labels"
             )
     elif labels.max() >= num_classes:
         index = int(np.argmax(labels >= num_classes))
@@ -165,7 +168,11 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
 
 
 def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:
-    """Raises ``DataError`` if prepared latents are not of the shape that the model takes."""
+    """Check that prepared latents have the shape of the model's input.
+
+    Raises:
+        DataError: they do not.
+    """
     if latents is not None and latents.shape != shape:
         raise DataError(
             f"the shards hold latents of shape {latents.shape}; the model takes {shape}: set model.in_channels to "
@@ -174,7 +181,7 @@ def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> 
 
 
 def _model_range(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 of ``shape``: a uint8 image padded centrally with 0 and scaled to [-1, 1], a latent as it is."""
+    """Return float32 of `shape`: a uint8 image padded centrally with 0 and scaled to [-1, 1], or a latent unchanged."""
     if image.dtype != np.uint8:
         return image
     _, height, width = image.shape

@@ -1,4 +1,4 @@
-"""The VAE between pixels and latents: diffusers' ``AutoencoderKL`` from a folder or from the Hugging Face hub.
+"""The VAE between pixels and latents: diffusers' `AutoencoderKL` from a folder or the Hugging Face hub.
 
 Legend: B images, H and W pixels, C channels of a latent, h and w its height and width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +24,33 @@ if TYPE_CHECKING:
 
 
 def vae_settings(path: str) -> dict[str, Any]:
-    """The VAE's ``config.json``, without its weights; raises ``ConfigError`` if there is none."""
+    """Read the `config.json` of a VAE, without its weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
     autoencoder = _autoencoder()
     return _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
 
 
 def downsampling(settings: dict[str, Any]) -> int:
-    """Pixels of an image per pixel of a latent, in each direction."""
+    """Return the image pixels per latent pixel, in each direction."""
     return 2 ** (len(settings["block_out_channels"]) - 1)
 
 
 class VAE:
-    """An ``AutoencoderKL`` in fp32 for encoding and decoding; its weights come from safetensors alone.
+    """An `AutoencoderKL` in fp32 for encoding and decoding.  Its weights are read from safetensors only."""
 
-    ``path`` is a folder that holds it, a pipeline's folder with a ``vae`` in it, or the hub's name of either.
-    Raises ``ConfigError`` if it cannot be loaded.
-    """
+    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+        """Load the VAE.
 
-    def __init__(self, path: str, device: torch.device | str = "cpu"):
+        Args:
+            path: a VAE's folder, a pipeline's folder that contains `vae`, or the name of either on the hub.
+            device: where to run it.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
         autoencoder = _autoencoder()
         self.settings = vae_settings(path)
         self.device = torch.device(device)
@@ -52,16 +61,20 @@ class VAE:
         self._model.to(self.device).eval().requires_grad_(False)
 
     def format(self, image_size: int, dtype: str) -> LatentFormat:
-        """How latents of images of this size are stored; raises ``ConfigError`` if the VAE cannot take the size."""
+        """Return how latents of images of a size are stored.
+
+        Raises:
+            ConfigError: the VAE cannot encode this size.
+        """
         factor = downsampling(self.settings)
         if image_size % factor or image_size < factor:
-            raise ConfigError(f"--size is {image_size}, but the VAE takes multiples of {factor}.")
+            raise ConfigError(f"--size must be a positive multiple of {factor} for this VAE, got {image_size}.")
         scaling, shift = scaling_and_shift(self.settings)
         channels = self.settings["latent_channels"]
         return LatentFormat(channels, image_size // factor, image_size, dtype, scaling, shift, self.sha256())
 
     def sha256(self) -> str:
-        """Of the configuration that matters and of all weights."""
+        """Return the SHA-256 of the relevant configuration and all weights."""
         digest = hashlib.sha256()
         kept = {key: value for key, value in self.settings.items() if not key.startswith("_")}
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
@@ -71,19 +84,19 @@ class VAE:
 
     @torch.inference_mode()
     def moments(self, images: np.ndarray) -> np.ndarray:
-        """Mean and log-variance of the posterior: fp32 ``[B, 2, C, h, w]`` of uint8 ``[B, 3, H, W]``."""
+        """Return mean and log-variance of the posterior, fp32 [B, 2, C, h, w], for uint8 images [B, 3, H, W]."""
         return self._moments(torch.from_numpy(images).to(self.device).float() / 127.5 - 1).cpu().numpy()
 
     @torch.inference_mode()
     def sample(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1] and standard normal noise."""
+        """Return scaled latents [B, C, h, w] for images [B, 3, H, W] in [-1, 1] and standard normal noise."""
         mean, log_variance = self._moments(images).unbind(1)
         scaling, shift = scaling_and_shift(self.settings)
         return (mean + torch.exp(0.5 * log_variance) * noise - shift) * scaling
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]``, about in [-1, 1], of scaled latents ``[B, C, h, w]``."""
+        """Return images [B, 3, H, W], approximately in [-1, 1], for scaled latents [B, C, h, w]."""
         scaling, shift = scaling_and_shift(self.settings)
         return self._model.decode(latents.to(self.device, torch.float32) / scaling + shift).sample
 
@@ -93,46 +106,48 @@ class VAE:
 
 
 def scaling_and_shift(settings: dict[str, Any]) -> tuple[float, float]:
-    """What a latent is multiplied by, after the second was subtracted."""
+    """Return (scale, shift): a latent is normalized as (latent - shift) * scale."""
     return float(settings["scaling_factor"]), float(settings.get("shift_factor") or 0.0)
 
 
 class EncodingLoader:
-    """Micro-batches of pixels in, the same micro-batches with latents out, encoded on the training device."""
+    """Encodes the pixels of micro-batches into latents, on the training device."""
 
-    def __init__(self, loader: Iterator[MicroBatch], vae: VAE):
+    def __init__(self, loader: Iterable[MicroBatch], vae: VAE) -> None:
         self._loader = loader
         self._vae = vae
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for batch in self._loader:
             moved = batch.to(self._vae.device)
-            # Cloned outside inference mode: training needs tensors that autograd may save.
+            # Cloned outside inference mode, because autograd may have to save them.
             latents = self._vae.sample(moved.x, moved.posterior).clone()
             yield moved._replace(x=latents, posterior=None)
 
 
 def _autoencoder() -> type[AutoencoderKL]:
     try:
-        from diffusers import AutoencoderKL  # seconds to import, and an extra
+        from diffusers import AutoencoderKL  # an extra, and slow to import
     except ImportError:
         raise ConfigError("a VAE needs diffusers, which is not installed: pip install 'diffmoe_ds[vae]'.") from None
     return AutoencoderKL
 
 
 def _either(path: str, load: Any) -> Any:
-    """What ``load`` gives for the VAE at ``path`` or in its folder ``vae``, as a pipeline has it."""
+    """Call `load` for the VAE at `path` or in its subfolder `vae`, as in a pipeline."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         tries = [(str(folder), {"subfolder": "vae"} if (folder / "vae").is_dir() else {})]
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(f"the VAE {path} is no folder with a VAE of diffusers, and no name on the Hugging Face hub.")
+        raise ConfigError(
+            f"the VAE {path} is neither a folder with a diffusers VAE nor a name on the Hugging Face hub."
+        )
     else:
         tries = [(path, {}), (path, {"subfolder": "vae"})]
     for number, (place, extra) in enumerate(tries):
         try:
             found = load(place, extra)
-        except Exception as error:  # what diffusers and the hub's client raise depends on what is wrong
+        except Exception as error:  # diffusers and the hub's client raise many types
             if number + 1 < len(tries):
                 continue
             reason = " ".join(str(error).split())[:300]

@@ -1,9 +1,10 @@
-"""Colour pictures with labels and names: the npm package ``emoji-datasource-google``, of which 16.0.0 is tested.
+"""Prepare a small labelled colour dataset from the npm package `emoji-datasource-google` (tested with 16.0.0).
 
-    python -m examples.emoji.prepare_emoji emoji-datasource-google-16.0.0.tgz    # makes the directory emoji
+    npm pack emoji-datasource-google@16.0.0
+    python -m examples.emoji.prepare_emoji emoji-datasource-google-16.0.0.tgz    # writes the directory emoji
 
-``npm pack emoji-datasource-google@16.0.0`` fetches it.  The pictures are Google's Noto Emoji (Apache-2.0), 64x64
-pixels with transparency, laid on white; labels are Unicode's categories, captions the emoji's names.
+The images are Google's Noto Emoji (Apache-2.0), 64x64 pixels; alpha is composited onto white.  Labels are Unicode's
+categories, captions the names of the emoji.
 """
 
 from __future__ import annotations
@@ -28,20 +29,24 @@ from diffmoe_ds.errors import DataError
 
 SIZE = 64
 NO_CLASS = "Component"
-"""Skin tones as such: they are no pictures, and Unicode counts nine categories beside them."""
+"""Isolated skin tones; the other nine categories of Unicode are the classes."""
 PICTURES = f"img/google/{SIZE}"
 MAX_JSON_BYTES = 64 << 20
 
 
 class Emoji:
-    """The emoji of a package as a ``folder.Source`` with captions.
+    """The emoji of a package as a `folder.Source` with captions."""
 
-    ``package`` is the unpacked package, a folder with ``node_modules`` that has it, or the ``.tgz``, which is read in
-    place.  ``skin_tones`` adds the variants of people, which are as many again as all others together.  Raises
-    ``DataError`` if the package is not there or not of this form.
-    """
+    def __init__(self, package: Path, skin_tones: bool = False) -> None:
+        """Read the package.
 
-    def __init__(self, package: Path, skin_tones: bool = False):
+        Args:
+            package: the unpacked package, a folder whose `node_modules` contains it, or the `.tgz`.
+            skin_tones: add the skin tone variants, which double the number of images.
+
+        Raises:
+            DataError: the package is missing or has another form.
+        """
         self._read = _reader(package)
         entries = self._entries(package)
         self.classes = sorted({entry["category"] for entry in entries} - {NO_CLASS})
@@ -53,7 +58,7 @@ class Emoji:
                 if entry["category"] != NO_CLASS and picture.get("has_img_google"):
                     rows.append((picture["image"], entry["name"].lower(), label_of[entry["category"]]))
         if not rows:
-            raise DataError(f"{package}/emoji.json names no picture; expected entries with image, name and category")
+            raise DataError(f"{package}/emoji.json lists no images; expected entries with image, name and category")
         self._rows = sorted(rows)
         self.labels = np.array([label for _, _, label in self._rows], np.int64)
 
@@ -61,19 +66,23 @@ class Emoji:
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """The code points, such as ``1f600``."""
+        """Return the code points, such as `1f600`."""
         return self._rows[index][0].removesuffix(".png")
 
     def caption(self, index: int) -> str:
-        """The name in lower case, such as ``grinning face``."""
+        """Return the name in lower case, such as `grinning face`."""
         return self._rows[index][1]
 
     def describe(self, index: int) -> str:
-        """The picture of an emoji, for messages."""
+        """Return the file of an emoji, for messages."""
         return f"picture {PICTURES}/{self._rows[index][0]}"
 
     def image_bytes(self, index: int) -> bytes:
-        """The PNG of an emoji; raises ``DataError`` if the package lacks it."""
+        """Return the PNG of an emoji.
+
+        Raises:
+            DataError: the package does not contain it.
+        """
         return self._read(f"{PICTURES}/{self._rows[index][0]}")
 
     def _entries(self, package: Path) -> list[dict[str, Any]]:
@@ -83,16 +92,16 @@ class Emoji:
                 for picture in (entry, *entry.get("skin_variations", {}).values()):
                     name = picture["image"]
                     if not name.endswith(".png") or not name.removesuffix(".png").replace("-", "").isalnum():
-                        raise ValueError(f"a picture is called {name!r}")
+                        raise ValueError(f"invalid file name {name!r}")
                 if not (isinstance(entry["category"], str) and isinstance(entry["name"], str)):
                     raise ValueError("category and name must be text")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{package}/emoji.json is not that of emoji-datasource-google: {error!r}") from None
+            raise DataError(f"{package}/emoji.json is not from emoji-datasource-google: {error!r}") from None
         return entries
 
 
 def _reader(package: Path) -> Any:
-    """A function from a name in the package to its bytes."""
+    """Return a function that reads a file of the package."""
     package = package.expanduser()
     if package.is_file():
         return _Archive(package)
@@ -100,8 +109,8 @@ def _reader(package: Path) -> Any:
     folder = next((p for p in nested if (p / "emoji.json").is_file() and (p / PICTURES).is_dir()), None)
     if folder is None:
         raise DataError(
-            f"{package} is no emoji-datasource-google: expected emoji.json and {PICTURES}/ in it, or its .tgz; "
-            "npm pack emoji-datasource-google@16.0.0 fetches it"
+            f"{package} is not emoji-datasource-google: expected emoji.json and {PICTURES}/, or the .tgz; "
+            "download it with npm pack emoji-datasource-google@16.0.0"
         )
 
     def read(name: str) -> bytes:
@@ -114,36 +123,34 @@ def _reader(package: Path) -> Any:
 
 
 class _Archive:
-    """The files of a package's ``.tgz`` that are needed here, in memory."""
+    """The required files of a package's `.tgz`, in memory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._files: dict[str, bytes] = {}
         try:
             with tarfile.open(path, "r:gz") as tar:
                 for member in tar:
-                    name = member.name.partition("/")[2]  # npm puts all into package/
+                    name = member.name.partition("/")[2]  # npm stores all files in package/
                     wanted = name == "emoji.json" or name.rpartition("/")[0] == PICTURES
                     if member.isreg() and wanted and member.size <= MAX_JSON_BYTES:
                         stream = tar.extractfile(member)
                         assert isinstance(stream, io.BufferedIOBase)
                         self._files[name] = stream.read()
         except (OSError, EOFError, tarfile.TarError) as error:
-            raise DataError(f"{path} is no complete .tgz of emoji-datasource-google: {error}") from None
+            raise DataError(f"{path} is not a complete .tgz of emoji-datasource-google: {error}") from None
 
     def __call__(self, name: str) -> bytes:
         if name not in self._files:
-            raise DataError(
-                f"{self._path} holds no {name}; expected emoji-datasource-google, of which 16.0.0 is tested"
-            )
+            raise DataError(f"{self._path} does not contain {name}; expected emoji-datasource-google 16.0.0")
         return self._files[name]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the emoji and return the exit code, on one process or on many."""
-    parser = argparse.ArgumentParser(description="Colour pictures, 64x64, 9 classes, captions.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or its .tgz")
-    parser.add_argument("--skin-tones", action="store_true", help="also the variants of people by skin tone")
+    """Prepare the emoji, on one process or many, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Prepare 64x64 colour images with 9 classes and captions.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or as .tgz")
+    parser.add_argument("--skin-tones", action="store_true", help="include skin tone variants")
     add_output_arguments(parser, Path("emoji"))
     parser.set_defaults(run=lambda args: prepare(args, _preparation))
     return run_command(parser.parse_args(argv))

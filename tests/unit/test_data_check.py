@@ -80,15 +80,15 @@ def test_an_index_that_is_not_that_of_its_shards(made, tmp_path, column, capsys)
     samples = np.load(tmp_path / "set" / SAMPLES)
     samples[:, Entry._fields.index(column)] = samples[::-1, Entry._fields.index(column)]
     np.save(tmp_path / "set" / SAMPLES, samples)
-    with pytest.raises(DataError, match=r"index.json do not fit together; run the same diffmoe prepare again"):
+    with pytest.raises(DataError, match=r"index.json do not match each other; run the same diffmoe prepare again"):
         ShardDataset(expand(tmp_path / "set"))
-    assert "do not fit together" in check(tmp_path / "set", capsys)[0]
+    assert "do not match each other" in check(tmp_path / "set", capsys)[0]
     index = json.loads((tmp_path / "set" / INDEX).read_text())
     assert set(index.pop("index_sha256")) == {"index-samples.npy", "index-keys.npy"}
     (tmp_path / "set" / INDEX).write_text(json.dumps(index))
     assert len(ShardDataset(expand(tmp_path / "set"))) == 12
     problems = check(tmp_path / "set", capsys)
-    assert problems and all("another place, label or key than the shard" in problem for problem in problems)
+    assert problems and all("another offset, label or key than the shard" in problem for problem in problems)
 
 
 def test_an_index_with_other_sizes_or_without_hashes(made, tmp_path, capsys):
@@ -98,10 +98,10 @@ def test_an_index_with_other_sizes_or_without_hashes(made, tmp_path, capsys):
     index["shards"][1]["bytes"] += 512
     path.write_text(json.dumps(index))
     problems = check(tmp_path / "set", capsys)
-    assert len(problems) == 1 and "says of shard shards-00001.tar other sizes" in problems[0]
+    assert len(problems) == 1 and "gives shard shards-00001.tar other sizes" in problems[0]
     for sha256 in (None, []):
         path.write_text(json.dumps({**index, "sha256": sha256}))
-        assert "has no table sha256 of the shards" in check(tmp_path / "set", capsys)[0]
+        assert "lacks the table sha256 of the shards" in check(tmp_path / "set", capsys)[0]
 
 
 def test_more_shards_than_a_process_may_have_files(tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_a_shard_that_can_no_longer_be_made_is_not_replaced(made, tmp_path, caps
         path.write_bytes(PNG)
     (tmp_path / "set" / "shards-00001.tar").unlink()
     assert prepare(tmp_path, tmp_path / "set") == 4
-    assert "shards-00001.tar was lost, and what is made of the images now is not the same" in capsys.readouterr().err
+    assert "shards-00001.tar was lost, and regenerating it gives different bytes" in capsys.readouterr().err
     assert not (tmp_path / "set" / "shards-00001.tar").exists()
 
 

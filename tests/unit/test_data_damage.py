@@ -20,14 +20,14 @@ def test_big_members_are_refused_unless_they_are_never_read(tmp_path, monkeypatc
     assert ShardDataset([write_tar(tmp_path / name, [*LABELLED, ("a.txt", bytes(1_048_577))])])[0].label == 3
     for big in ("a.png", "a.cls"):
         path = write_tar(tmp_path / name, [(big, bytes(1_048_577))])
-        with pytest.raises(DataError, match=f"member '{big}' of shard .* has 1048577 bytes; at most 1 MiB are read"):
+        with pytest.raises(DataError, match=f"member '{big}' of shard .* has 1048577 bytes; the limit is 1 MiB"):
             ShardDataset([path])
 
 
 def test_big_gzipped_shards_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_UNPACKED_BYTES", 1 << 20)
     path = write_tar(tmp_path / "a.tar.gz", [("a.txt", bytes(2 << 20))])
-    with pytest.raises(DataError, match=r"unpacks to more than 1 MiB of memory; store it as a plain .tar"):
+    with pytest.raises(DataError, match=r"needs more than 1 MiB of memory when decompressed; store it as a plain .tar"):
         ShardDataset([path])
 
 
@@ -100,6 +100,6 @@ def test_a_member_of_ten_gigabytes(tmp_path, name, refused, complete):
     if not refused and complete:
         assert ShardDataset([path])[0].label == 3
         return
-    message = f"member '{name}' of shard .* has {size} bytes; at most 64 MiB" if refused else UNREADABLE
+    message = f"member '{name}' of shard .* has {size} bytes; the limit is 64 MiB" if refused else UNREADABLE
     with pytest.raises(DataError, match=message):
         ShardDataset([path])

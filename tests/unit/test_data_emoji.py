@@ -67,11 +67,11 @@ def test_skin_tones_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda entries: {}, "emoji.json names no picture"),
-        (lambda entries: [{"name": "X"}], "emoji.json is not that of emoji-datasource-google"),
+        (lambda entries: {}, "emoji.json lists no images"),
+        (lambda entries: [{"name": "X"}], "emoji.json is not from emoji-datasource-google"),
         (
             lambda entries: [{**entries[0], "image": "../../../etc/passwd.png"}],
-            "is not that of emoji-datasource-google",
+            "is not from emoji-datasource-google",
         ),
         (lambda entries: [{**entries[0], "image": "1f999.png"}], "1 of 1 images could not be read"),
     ],

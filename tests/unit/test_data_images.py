@@ -110,7 +110,7 @@ def test_exif_rotation_is_applied(orientation):
     ("data", "message"),
     [
         (b"", "the file is empty"),
-        (b"no image", "it does not begin as an image file"),
+        (b"no image", "it does not start like an image file"),
         (PNG[:-30], "runcated|broken|IDAT|unrecognized"),
         (frames("GIF"), "it is animated, with 2 frames"),
         (frames("PNG"), "it is animated, with 2 frames"),
@@ -189,13 +189,13 @@ def test_class_folders_and_flat_folders(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "holds no image; expected files named"),
+        ([], "holds no images; expected files named"),
         (["notes.txt"], "holds no image"),
-        (["Cat/1.png", "cat/2.png"], "holds two classes of one name, 'Cat' and 'cat'"),
-        (["caf\u00e9/1.png", "cafe\u0301/2.png"], "holds two classes of one name"),
-        (["cat/1.png", "2.png"], "holds images, such as 2.png, beside the folders cat"),
-        (["train/cat/1.png", "val/cat/2.png"], "holds images inside a further folder, cat"),
-        (["cat/1.png", "dog/notes.txt"], "class folder .*dog holds no image; remove it"),
+        (["Cat/1.png", "cat/2.png"], "holds two classes whose names differ in case only, 'Cat' and 'cat'"),
+        (["caf\u00e9/1.png", "cafe\u0301/2.png"], "holds two classes whose names differ in case only"),
+        (["cat/1.png", "2.png"], "holds images, such as 2.png, next to the folders cat"),
+        (["train/cat/1.png", "val/cat/2.png"], "holds images in a nested folder, cat"),
+        (["cat/1.png", "dog/notes.txt"], "class folder .*dog holds no images; remove it"),
         (["cat/a.b.png", "cat/a_b.png", "cat/a_b_png.png", "cat/a.b_png.jpg"], "would both have the key 'cat/a_b_png'"),
     ],
 )
@@ -230,7 +230,7 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     reasons = {each["key"]: each["reason"] for each in report["skipped"]}
     assert set(reasons) == {"a/zero", "a/moving", "a/huge", "a/secret", "a/strip", "a/pipe"} and report["stored"] == 4
-    assert "is no regular file" in reasons["a/pipe"]
+    assert "is not a regular file" in reasons["a/pipe"]
     assert "empty" in reasons["a/zero"] and "animated" in reasons["a/moving"] and "bytes; at most" in reasons["a/huge"]
 
 

@@ -61,7 +61,7 @@ def test_latents_are_the_vaes(made):
         crop = centre_crop(open_rgb((made / "photographs" / f"{keys[index]}.jpg").read_bytes()), SIZE)
         for mirror in (False, True):
             expected = vae.moments(np.ascontiguousarray(crop[None, :, :, ::-1] if mirror else crop[None]))
-            found = dataset.latents.decode(dataset.read_halves([index], [mirror]))
+            found = dataset.latents.decode(dataset.read_moments([index], [mirror]))
             np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)  # stored in fp16
     index = json.loads((made / "one" / "index.json").read_text())
     assert index["classes"] == ["class-0", "class-1", "class-2"] and index["latents"]["scaling_factor"] == 0.5
@@ -104,12 +104,12 @@ def test_what_is_finished_is_kept(made, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "20"], "was begun with size 16, which is now 20; give the same, or a new directory"),
-        (["--dtype", "float32"], "was begun with dtype float16, which is now float32"),
-        (["--shard-images", "6"], "was begun with shard_images 5, which is now 6"),
-        (["--unlabelled"], "was begun with keys_and_labels "),
-        (["--size", "18"], "--size is 18, but the VAE takes multiples of 4."),
-        (["--vae", "/nowhere"], "the VAE /nowhere is no folder with a VAE of diffusers"),
+        (["--size", "20"], "was started with size 16, got 20; use the same setting, or a new directory"),
+        (["--dtype", "float32"], "was started with dtype float16, got float32"),
+        (["--shard-images", "6"], "was started with shard_images 5, got 6"),
+        (["--unlabelled"], "was started with keys_and_labels "),
+        (["--size", "18"], "--size must be a positive multiple of 4 for this VAE, got 18."),
+        (["--vae", "/nowhere"], "the VAE /nowhere is neither a folder with a diffusers VAE"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0."),
         (["--max-unreadable", "2"], "--max-unreadable must be between 0 and 1, got 2.0."),
     ],
@@ -124,7 +124,7 @@ def test_other_settings_are_refused(made, tmp_path, options, message, capsys):
 def test_another_vae_or_directory_is_refused(made, tmp_path, capsys):
     other = tiny_vae(tmp_path / "vae", scaling_factor=0.7)
     prepare(made / "one", made, "--vae", str(other), code=2)
-    assert "was begun with vae " in capsys.readouterr().err
+    assert "was started with vae " in capsys.readouterr().err
     prepare(made / "photographs" / "out", made, code=2)
     assert "is inside --images" in capsys.readouterr().err and not (made / "photographs" / "out").exists()
     (tmp_path / "notes").mkdir()

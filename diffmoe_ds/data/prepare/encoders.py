@@ -1,4 +1,4 @@
-"""What preparation stores of an image: its cropped pixels, or the latents of it and of its mirror image."""
+"""What preparation stores for an image: its cropped pixels, or the latents of the image and its mirror image."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from diffmoe_ds.data.vae import VAE
 from diffmoe_ds.errors import DataError
 
 READ_AHEAD = 4
-"""Images decoded ahead by each thread; decoding lets other threads run."""
+"""Images that each thread decodes ahead; decoding releases the GIL."""
 
 
 class Encoded(NamedTuple):
-    """What became of one image: its member, or why there is none."""
+    """The tar member of one image, or why it has none."""
 
     index: int  # of the image in its source
     suffix: str = ""
@@ -31,50 +31,51 @@ class Encoded(NamedTuple):
 
 
 class Encoder(Protocol):
-    """Turns images into members, in their order, each exactly once."""
+    """Encodes images as tar members."""
 
     latents: LatentFormat | None
 
     def settings(self) -> dict[str, Any]:
-        """All that the bytes depend on, as plain data."""
+        """Return everything that the bytes depend on, as plain data."""
 
-    def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]: ...
+    def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
+        """Yield the member of each image, in order."""
 
 
 class PixelEncoder:
-    """Crops of ``size`` pixels as PNG, which loses nothing."""
+    """Stores crops as PNG, which is lossless."""
 
     latents = None
 
-    def __init__(self, size: int, threads: int = 1):
+    def __init__(self, size: int, threads: int = 1) -> None:
         self._size = size
         self._threads = threads
 
     def settings(self) -> dict[str, Any]:
-        """See ``Encoder``."""
+        """See `Encoder`."""
         return {"kind": "images", "size": self._size}
 
     def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
-        """See ``Encoder``."""
+        """See `Encoder`."""
         for index, crop, reason in _crops(source, indices, self._size, self._threads):
             yield Encoded(index, unreadable=reason) if crop is None else Encoded(index, "png", png(crop))
 
 
 class LatentEncoder:
-    """Posteriors of a VAE.
+    """Stores posteriors of a VAE.
 
-    Batches are cut from the images of one shard alone, so that a latent's last bits, which may depend on its batch,
-    do not depend on who encodes the shard or on what was encoded before.
+    A batch holds images of one shard only.  The last bits of a latent may depend on its batch, and this way they depend
+    neither on the rank that encodes the shard nor on the shards before it.
     """
 
-    def __init__(self, vae: VAE, size: int, dtype: str, batch_size: int, threads: int = 1):
+    def __init__(self, vae: VAE, size: int, dtype: str, batch_size: int, threads: int = 1) -> None:
         self.latents = vae.format(size, dtype)
         self._vae = vae
         self._batch_size = batch_size
         self._threads = threads
 
     def settings(self) -> dict[str, Any]:
-        """See ``Encoder``."""
+        """See `Encoder`."""
         return {
             "kind": "latents",
             "size": self.latents.image_size,
@@ -85,7 +86,7 @@ class LatentEncoder:
         }
 
     def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
-        """See ``Encoder``."""
+        """See `Encoder`."""
         crops = _crops(source, indices, self.latents.image_size, self._threads)
         while batch := list(itertools.islice(crops, self._batch_size)):
             yield from self._batch(batch)
@@ -107,18 +108,18 @@ class LatentEncoder:
             if np.isfinite(stored).all():
                 yield Encoded(index, "npy", self.latents.encode(stored), moments=found)
             else:
-                yield Encoded(index, unreadable=f"its latent is not finite in {self.latents.dtype}")
+                yield Encoded(index, unreadable=f"its latent contains NaN or Inf in {self.latents.dtype}")
 
 
 def _crops(
     source: Source, indices: Sequence[int], size: int, threads: int
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
-    """(index, uint8 [3, size, size] or none, why none) of each image in order, decoded ahead by threads."""
+    """Yield (index, crop as uint8 [3, size, size] or None, reason for None) in order; threads decode ahead."""
 
     def crop(index: int) -> tuple[np.ndarray | None, str]:
         try:
             return centre_crop(open_rgb(source.image_bytes(index)), size), ""
-        except Exception as error:  # what a decoder raises on damaged bytes depends on the bytes
+        except Exception as error:  # decoders raise many types on damaged bytes
             return None, str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
     waiting: deque[tuple[int, Future]] = deque()

@@ -1,11 +1,11 @@
-"""Prepared sets: shards that can be written by many processes, in any order, again and again, with the same bytes.
+"""Prepared datasets: shards that any number of processes can write, in any order, with identical bytes.
 
-The images are mixed by a fixed permutation and cut into shards of a fixed number.  Whoever writes shard i writes the
-same bytes, into a file aside that gets its name when it is complete; then ``parts/`` gets the shard's record.  A record
-is what says that a shard is done, so a killed run loses the shards that were being written and no more.  When all
-records are there, the index is made of them, and they go.  No process waits for another on the way.
+The images are mixed by a fixed permutation and split into shards of a fixed size.  Every process that writes shard i
+writes the same bytes, atomically, and then a record of the shard into `parts/`.  A record marks a shard as done, so a
+killed run loses only the shards that it was writing.  When all records exist, rank 0 builds the index from them and
+removes them.  No process waits for another before that.
 
-A finished set that has lost a shard gets it again, the same by its checksum.
+If a finished dataset has lost a shard, it is regenerated and compared with its checksum.
 """
 
 from __future__ import annotations
@@ -30,71 +30,74 @@ from diffmoe_ds.files import TMP_PREFIX, remove_leftovers, remove_tree, sha256_o
 
 REPORT = "report.json"
 MIXING_SEED = 0
-"""Of the permutation that decides which images share a shard: class folders would give shards of one class each."""
+"""Seed of the permutation that mixes the images; without it, each shard would hold a single class."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """A set that is being prepared; every process makes an equal one."""
+    """A dataset that is being prepared; all processes describe the same one."""
 
     source: Source
-    """The images."""
+    """Images to read."""
     encoder: Encoder
-    """What is stored of them."""
+    """Decides what is stored for each image."""
     out: Path
-    """The directory that gets the shards."""
+    """Output directory."""
     shard_images: int
-    """Images of a shard, before unreadable ones are left out."""
+    """Images per shard, including unreadable ones, which are skipped."""
     max_unreadable: float
-    """Share of all images that may be left out."""
+    """Fraction of all images that may be unreadable."""
     captions: Callable[[int], str] | None = None
-    """The caption of an image, stored as ``.txt``; none: without."""
+    """Returns the caption of an image, stored as `.txt`; None stores none."""
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Return the number of shards."""
         return -(-len(self.source) // self.shard_images)
 
     def name(self, shard: int) -> str:
-        """File name of a shard."""
+        """Return the file name of a shard."""
         return f"shards-{shard:05d}.tar"
 
     def images(self, shard: int) -> np.ndarray:
-        """Which images of the source a shard holds, in their order."""
+        """Return the images of the source that a shard holds, in order."""
         first = shard * self.shard_images
         return epoch_shuffle(MIXING_SEED, 0, len(self.source))[first : first + self.shard_images]
 
     def part(self, shard: int) -> Path:
-        """The record that says that a shard is done."""
+        """Return the path of the record that marks a shard as done."""
         return self.out / PARTS / f"{shard:05d}.json"
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard and its record are there."""
+        """Return whether a shard and its record exist."""
         return self.part(shard).exists() and (self.out / self.name(shard)).exists()
 
     def lost(self) -> set[int] | None:
-        """Shards that a finished set does not have any more, or of another size; none if the set is not finished."""
+        """Return the shards of a finished dataset that are missing or have another size; None if it is not finished."""
         try:
             infos = load_index(self.out).shards
-        except DataError:  # there is no index, or it is damaged and made anew
+        except DataError:  # the index does not exist, or it is damaged and will be rebuilt
             return None
         sizes = {path.name: path.stat().st_size for path in self.out.glob("*.tar")}
         return {number for number, info in enumerate(infos) if sizes.get(info.name) != info.bytes}
 
     def is_finished(self) -> bool:
-        """Whether the whole set is there."""
+        """Return whether the dataset is complete."""
         return self.lost() == set()
 
     def missing(self) -> set[int]:
-        """The shards that are still to be written."""
+        """Return the shards that have to be written."""
         lost = self.lost()
         return {shard for shard in range(self.shards) if not self.is_done(shard)} if lost is None else lost
 
 
 def begin(preparation: Preparation) -> None:
-    """Make the directory and write down what is being prepared.
+    """Create the directory and record the settings of the preparation.
 
-    Raises ``ConfigError`` if the directory holds something else, ``DataError`` for two images of one key.
+    Raises:
+        ConfigError: the directory holds other files, or was started with other settings.
+        DataError: two images have the same key.
+        CheckpointError: the directory cannot be written.
     """
     settings = _settings(preparation)
     path = preparation.out / SETTINGS
@@ -103,26 +106,36 @@ def begin(preparation: Preparation) -> None:
         others = [p.name for p in preparation.out.iterdir() if not p.name.startswith(TMP_PREFIX)]
         if others and SETTINGS not in others and not path.exists():
             raise ConfigError(
-                f"--out {preparation.out}: holds other files, such as {min(others)}; give a new directory."
+                f"--out {preparation.out} holds other files, such as {min(others)}; choose a new directory."
             )
         if path.exists():
             _check_same(json.loads(path.read_text(encoding="utf-8")), settings, preparation.out)
         else:
             write_json(path, settings)
         if (preparation.out / INDEX).exists() and preparation.lost() is None:
-            (preparation.out / INDEX).unlink(missing_ok=True)  # damaged, and the records to mend it are gone
+            (preparation.out / INDEX).unlink(missing_ok=True)  # damaged, and the records to rebuild it are gone
         if not preparation.is_finished():
             (preparation.out / PARTS).mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"--out {preparation.out}: cannot be used: {error}.") from None
+        raise CheckpointError(f"--out {preparation.out} cannot be used: {error}.") from None
 
 
 def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], None]) -> int:
-    """Write a shard and its record; returns how many images were unreadable.  ``progress`` is told of each image.
+    """Write a shard and its record.
 
-    Raises ``DataError`` if it takes the place of one that a finished set has lost, and is not the same.
+    Args:
+        preparation: the dataset.
+        shard: number of the shard.
+        progress: called with the number of images encoded since the last call.
+
+    Returns:
+        The number of unreadable images.
+
+    Raises:
+        DataError: the shard replaces one that a finished dataset has lost, and differs from it.
+        CheckpointError: a file cannot be written.
     """
     path = preparation.out / preparation.name(shard)
     indices = preparation.images(shard).tolist()
@@ -133,7 +146,7 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
     if _lost_sha256(preparation, path.name) not in (None, sha256):
         path.unlink(missing_ok=True)
         raise DataError(
-            f"shard {path} was lost, and what is made of the images now is not the same: they, or what encodes them, "
+            f"shard {path} was lost, and regenerating it gives different bytes: the images, or what encodes them, "
             "have changed; prepare them into a new directory"
         )
     with open(path, "rb") as file:
@@ -152,7 +165,11 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
 
 
 def check_unreadable(preparation: Preparation, unreadable: int) -> None:
-    """Raises ``DataError`` if more images were unreadable than may be."""
+    """Check the number of unreadable images.
+
+    Raises:
+        DataError: it exceeds `max_unreadable`.
+    """
     allowed = preparation.max_unreadable * len(preparation.source)
     if unreadable > allowed:
         raise DataError(
@@ -162,7 +179,15 @@ def check_unreadable(preparation: Preparation, unreadable: int) -> None:
 
 
 def finish(preparation: Preparation) -> dict[str, Any]:
-    """Make index and report of the records, when all are there; returns the report."""
+    """Build the index and the report from the records of all shards.
+
+    Returns:
+        The report: `images`, `stored` and `skipped`.
+
+    Raises:
+        DataError: too many images are unreadable.
+        CheckpointError: a record cannot be read, or a file cannot be written.
+    """
     parts, skipped, hashes = [], [], {}
     statistics = np.zeros(3)
     for shard in range(preparation.shards):
@@ -183,7 +208,7 @@ def finish(preparation: Preparation) -> dict[str, Any]:
 
 
 def clean(preparation: Preparation) -> None:
-    """Remove what only an unfinished set needs."""
+    """Remove the files that only an unfinished dataset needs."""
     remove_tree(preparation.out / PARTS, ignore_errors=True)
     remove_leftovers(preparation.out)
 
@@ -192,11 +217,11 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; start again to continue.") from None
+        raise CheckpointError(f"{path}: cannot be read: {error}; run the same command again to continue.") from None
 
 
 def _lost_sha256(preparation: Preparation, name: str) -> str | None:
-    """What the index knows of a shard, if there is one already."""
+    """Return the checksum of a shard in an existing index, if there is one."""
     try:
         return json.loads((preparation.out / INDEX).read_text(encoding="utf-8"))["sha256"][name]
     except (OSError, ValueError, LookupError, TypeError):
@@ -204,7 +229,7 @@ def _lost_sha256(preparation: Preparation, name: str) -> str | None:
 
 
 def scaled_statistics(preparation: Preparation, statistics: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the scaled latents that training would draw."""
+    """Return mean and standard deviation of the scaled latents that training samples."""
     count, total, squares = statistics.tolist()
     latents = preparation.encoder.latents
     mean = total / count
@@ -219,7 +244,7 @@ def _members(
     statistics: np.ndarray,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a shard's members; what is learnt on the way goes into the two collections."""
+    """Yield name and contents of a shard's members; append to `skipped` and add to `statistics`."""
     source, encoder = preparation.source, preparation.encoder
     if encoder.latents is not None:
         yield FORMAT_MEMBER, json.dumps(encoder.latents.to_json()).encode()
@@ -254,13 +279,13 @@ def _index(preparation: Preparation, record: dict[str, Any]) -> Index:
 
 
 def _settings(preparation: Preparation) -> dict[str, Any]:
-    """What the bytes of the set depend on.  Images count by key and label: reading them all here would take hours."""
+    """Return everything that the bytes depend on.  Images are identified by key and label; reading all takes hours."""
     digest, seen = hashlib.sha256(), set()
     labels = preparation.source.labels.tolist()
     for index in range(len(preparation.source)):
         key = preparation.source.key(index)
         if key in seen:
-            raise DataError(f"two images have the key {key!r}; keys must differ, or their samples would be mixed up")
+            raise DataError(f"two images have the key {key!r}; keys must be unique")
         seen.add(key)
         digest.update(f"{key}\0{labels[index]}\n".encode("utf-8", "surrogateescape"))
     return {
@@ -277,6 +302,6 @@ def _check_same(found: dict[str, Any], settings: dict[str, Any], out: Path) -> N
     for key in (*settings, *found):
         if found.get(key) != settings.get(key):
             raise ConfigError(
-                f"--out {out}: was begun with {key} {str(found.get(key))[:80]}, which is now "
-                f"{str(settings.get(key))[:80]}; give the same, or a new directory."
+                f"--out {out} was started with {key} {str(found.get(key))[:80]}, got "
+                f"{str(settings.get(key))[:80]}; use the same setting, or a new directory."
             )

@@ -1,4 +1,4 @@
-"""Is a set whole?  Every byte of every shard is read, every sample decoded, keys and labels counted."""
+"""Verify a dataset: read every byte of every shard, decode every sample, count keys and labels."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from diffmoe_ds.files import sha256_of
 
 BATCH = 64
 USUAL_STD = (0.5, 2.0)
-"""Of scaled latents: outside, the scaling factor is not that of these images."""
+"""Usual standard deviation of scaled latents.  Outside, the scaling factor does not suit the images."""
 
 
 def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Look at everything below a directory of shards, or at one shard.
+    """Verify a directory of shards, or one shard.
 
     Args:
         path: directory or shard.
         progress: called with (shards done, shards).
 
     Returns:
-        ``shards``, ``samples``, ``labelled``, ``per_class`` (label to count), ``classes`` (names), ``duplicate_keys``,
-        ``problems`` (sentences; empty if all is well), ``notes``, and for latents ``format`` and the mean and standard
-        deviation of scaled latents, ``latent_mean`` and ``latent_std``, as training would draw them.
+        `shards`, `samples`, `labelled`, `per_class` (label to count), `classes` (names), `duplicate_keys`,
+        `problems` (sentences; empty if the dataset is valid), `notes`, and for latents `format` and the mean and
+        standard deviation of scaled latents, `latent_mean` and `latent_std`, as training samples them.
 
     Raises:
-        DataError: there are no shards.
+        DataError: the path holds no shards.
     """
     shards = expand(path)
     problems: list[str] = []
@@ -55,7 +55,7 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
     labels, classes = sums.labels, claims["classes"]
     duplicates = sorted(key for key, count in sums.keys.items() if count > 1)
     problems += _label_problems(labels, classes)
-    problems += [f"the key {key!r} stands {sums.keys[key]} times" for key in duplicates]
+    problems += [f"duplicate key {key!r}: {sums.keys[key]} samples" for key in duplicates]
     report: dict[str, Any] = {
         "shards": len(there),
         "samples": sum(labels.values()),
@@ -72,7 +72,7 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
 
 
 def report_lines(report: dict[str, Any]) -> str:
-    """What `check_set` found, for people."""
+    """Return the report of `check_set` as text."""
     lines = [f"{report['samples']:,} samples in {report['shards']} shards"]
     names = report["classes"] or []
     for label, count in report["per_class"].items():
@@ -94,7 +94,7 @@ def report_lines(report: dict[str, Any]) -> str:
 
 @dataclass
 class _Sums:
-    """What is counted over all shards."""
+    """Totals over all shards."""
 
     labels: Counter = field(default_factory=Counter)
     keys: Counter = field(default_factory=Counter)
@@ -104,7 +104,7 @@ class _Sums:
 
 
 def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any]]:
-    """The index and what else ``index.json`` says: ``classes``, and ``sha256`` by shard; none where it says nothing."""
+    """Return the index, and `classes` and `sha256` by shard from `index.json`; None for what it does not contain."""
     index, claims = None, {"classes": None, "sha256": None}
     try:
         refuse_unfinished(path)
@@ -113,19 +113,19 @@ def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any
         index = load_index(path)
     except DataError as error:
         problems.append(str(error))
-    try:  # also of an index that is damaged elsewhere
+    try:  # also if another file of the index is damaged
         tree = json.loads((path / INDEX).read_text(encoding="utf-8"))
         classes, hashes = tree.get("classes"), tree.get("sha256")
     except (OSError, ValueError, AttributeError):
         return index, claims
     if not isinstance(classes, (list, type(None))) or not isinstance(hashes, dict):
-        problems.append(f"{path / INDEX} has no table sha256 of the shards, or classes that are no list of names")
+        problems.append(f"{path / INDEX} lacks the table sha256 of the shards, or its classes are not a list of names")
         return index, claims
     return index, {"classes": classes, "sha256": hashes}
 
 
 def _bytes_problems(shard: Path, hashes: dict[str, str] | None) -> list[str]:
-    """What is wrong with a shard as a file; ``hashes`` are those of the index, if there is one."""
+    """Return what is wrong with a shard as a file; `hashes` come from the index, if there is one."""
     expected = None if hashes is None else hashes.get(shard.name)
     if hashes is not None and expected is None:
         return [f"shard {shard.name} is not in {INDEX}"]
@@ -135,17 +135,17 @@ def _bytes_problems(shard: Path, hashes: dict[str, str] | None) -> list[str]:
         return [f"shard {shard.name} cannot be read: {error.strerror}"]
     if expected not in (None, found):
         return [
-            f"shard {shard.name} has the sha256 {found[:12]}..., but {INDEX} says {str(expected)[:12]}...: it was "
+            f"shard {shard.name} has the sha256 {found[:12]}..., but {INDEX} says {str(expected)[:12]}...: it has "
             "changed"
         ]
     return []
 
 
 def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
-    """What is wrong with a shard's samples; adds them to the sums.
+    """Return what is wrong with a shard's samples, and add them to the sums.
 
-    The shard is opened alone and without the index, which must not hide what it says, and closed again: a set may have
-    more shards than a process may have files.
+    The shard is opened alone and without the index, which could hide its contents, and closed again: a dataset may have
+    more shards than a process may open files.
     """
     try:
         dataset = ShardDataset([shard], use_index=False)
@@ -162,25 +162,25 @@ def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
 
 
 def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list[str]:
-    """Training reads by the index of the whole set: does it say of a shard what the shard itself says?"""
+    """Compare a shard with the index of the whole dataset, by which training reads it."""
     said = subset(whole, [name])
     if said is None:
         return [f"shard {name} is not in {SAMPLES}"]
     if said.latents != found.latents or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
-        return [f"{INDEX} says of shard {name} other sizes, another number of samples or other latents than it has"]
+        return [f"{INDEX} gives shard {name} other sizes, another number of samples or other latents than it has"]
     content = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
     other = (said.samples[:, content] != found.samples[:, content]).any(axis=1)
     other |= np.array([said.key(i) != key for i, key in enumerate(keys)])
     if not other.any():
         return []
     return [
-        f"the index says of {other.sum()} samples of shard {name} another place, label or key than the shard, first of "
-        f"{keys[int(np.argmax(other))]!r}"
+        f"the index gives {other.sum()} samples of shard {name} another offset, label or key than the shard, the first "
+        f"is {keys[int(np.argmax(other))]!r}"
     ]
 
 
 def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> list[str]:
-    """What is wrong with these samples; adds to (number of values, sum of means, sum of second moments)."""
+    """Return what is wrong with these samples; add to (number of values, sum of means, sum of second moments)."""
     problems = []
     if dataset.latents is None:
         for index in indices:
@@ -191,12 +191,12 @@ def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> li
         return problems
     for mirror in (False, True):
         try:
-            halves = dataset.read_halves(indices, [mirror] * len(indices))
+            stored = dataset.read_moments(indices, [mirror] * len(indices))
         except DataError as error:
             return [str(error)]
-        moments = dataset.latents.decode(halves).astype(np.float64)
+        moments = dataset.latents.decode(stored).astype(np.float64)
         finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
-        problems += [f"{dataset.describe(indices[int(row)])} is not finite" for row in np.flatnonzero(~finite)]
+        problems += [f"{dataset.describe(indices[int(row)])} contains NaN or Inf" for row in np.flatnonzero(~finite)]
         mean, log_variance = moments[finite, 0], moments[finite, 1]
         statistics += mean.size, mean.sum(), (mean**2 + np.exp(log_variance)).sum()
     return problems
@@ -205,10 +205,10 @@ def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> li
 def _label_problems(labels: Counter, classes: list[str] | None) -> list[str]:
     problems = []
     if NO_LABEL in labels and len(labels) > 1:
-        problems.append(f"{labels[NO_LABEL]} samples have no label, the others have")
+        problems.append(f"{labels[NO_LABEL]} samples have no label, but others do")
     highest = max(labels, default=NO_LABEL)
     if classes is not None and highest >= len(classes):
-        problems.append(f"the label {highest} has no name: there are {len(classes)} classes")
+        problems.append(f"the label {highest} has no name: the index lists {len(classes)} classes")
     return problems
 
 

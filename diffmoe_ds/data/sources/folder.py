@@ -1,7 +1,7 @@
-"""A folder of image files as a source of samples: labels from the folders' names, keys from the files'.
+"""A folder of image files as a source of samples: labels come from folder names, keys from file names.
 
-Either ``DIR/CLASS/image.jpg``, where the classes are numbered in the order of their names, or ``DIR/image.jpg`` without
-labels; ``unlabelled`` takes every image below ``DIR``, however deep.
+The layout is `DIR/CLASS/image.jpg`, where classes are numbered by sorted name, or `DIR/image.jpg` without labels;
+`unlabelled` reads every image below `DIR`, at any depth.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ RAW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff
 
 
 class Source(Protocol):
-    """Images that are not yet cropped: what preparation and raw training read.  Shards are one, folders another."""
+    """Images that are not cropped yet, for preparation and raw training: a folder or shards."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 ``[n]``; all ``NO_LABEL`` in a source without labels."""
+        """Labels, int64 [n]; all `NO_LABEL` in a source without labels."""
 
     @property
     def classes(self) -> list[str] | None:
-        """The name of each label, if they have names."""
+        """Name of each label, if they have names."""
 
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
@@ -41,22 +41,28 @@ class Source(Protocol):
 
 
 class ImageFolder:
-    """The image files of a folder, sorted by name.
+    """The image files of a folder, sorted by name."""
 
-    Raises ``DataError`` if there is no image, a class has none or two classes differ in nothing but case, images lie
-    both beside and inside class folders, or deeper; ``image_bytes`` raises it for a file that cannot be read.
-    """
+    def __init__(self, folder: str | Path, unlabelled: bool = False) -> None:
+        """List the images.
 
-    def __init__(self, folder: str | Path, unlabelled: bool = False):
+        Args:
+            folder: the folder.
+            unlabelled: read all images below it, without labels.
+
+        Raises:
+            DataError: the folder or a class holds no images, two class names differ in case only, or images are both
+                next to and inside class folders, or deeper.
+        """
         self._folder = Path(folder).expanduser()
         if not self._folder.is_dir():
-            raise DataError(f"{folder} is no directory of images")
+            raise DataError(f"{folder} is not a directory of images")
         if unlabelled:
             self.classes, self._files, labels = None, sorted(images_below(self._folder)), None
         else:
             self.classes, self._files, labels = _labelled(self._folder)
         if not self._files:
-            raise DataError(f"{folder} holds no image; expected files named *{', *'.join(RAW_SUFFIXES)}")
+            raise DataError(f"{folder} holds no images; expected files named *{', *'.join(RAW_SUFFIXES)}")
         self.labels = np.full(len(self._files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
         self._keys = _keys(self._files)
 
@@ -64,31 +70,35 @@ class ImageFolder:
         return len(self._files)
 
     def key(self, index: int) -> str:
-        """The path below the folder, without the suffix and with no dot in the last part."""
+        """Return the path below the folder, without its suffix and without dots in the last part."""
         return self._keys[index]
 
     def describe(self, index: int) -> str:
-        """The file of a sample, for messages."""
+        """Return the file of a sample, for messages."""
         return f"image {self._folder / self._files[index]}"
 
     def image_bytes(self, index: int) -> bytes:
-        """The file's contents, cut off beyond what ``open_rgb`` takes."""
+        """Return the contents of a file, truncated beyond the limit of `open_rgb`.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
         try:
-            # A named pipe would otherwise be waited for.
-            with open(self._folder / self._files[index], "rb", opener=_without_waiting) as file:
+            # Opening a named pipe would block.
+            with open(self._folder / self._files[index], "rb", opener=_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise DataError(f"{self.describe(index)} is no regular file")
+                    raise DataError(f"{self.describe(index)} is not a regular file")
                 return file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}") from None
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def _nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | None]:
-    """Classes, files relative to the folder, and labels."""
+    """Return classes, files relative to the folder, and labels."""
     flat, classes = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -102,7 +112,7 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
         return None, sorted(flat), None
     if flat:
         raise DataError(
-            f"{folder} holds images, such as {min(flat)}, beside the folders {', '.join(sorted(classes)[:3])}; "
+            f"{folder} holds images, such as {min(flat)}, next to the folders {', '.join(sorted(classes)[:3])}; "
             "expected either images or class folders, or --unlabelled to take all images without labels"
         )
     classes.sort()
@@ -111,7 +121,8 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
         same = unicodedata.normalize("NFKC", name).casefold().strip()
         if same in seen:
             raise DataError(
-                f"{folder} holds two classes of one name, {seen[same]!r} and {name!r}; merge or rename them"
+                f"{folder} holds two classes whose names differ in case only, {seen[same]!r} and {name!r}; "
+                "merge or rename them"
             )
         seen[same] = name
     files, labels = [], []
@@ -123,23 +134,23 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
                     continue
                 if entry.is_dir() and any(images_below(folder / name / entry.name)):
                     raise DataError(
-                        f"{folder / name} holds images inside a further folder, {entry.name}, so the class is not "
-                        f"clear; give {folder / name} itself, or --unlabelled"
+                        f"{folder / name} holds images in a nested folder, {entry.name}, so their class is "
+                        f"ambiguous; use {folder / name} itself, or --unlabelled"
                     )
                 if not entry.is_dir() and _is_image(entry.name):
                     found.append(f"{name}/{entry.name}")
         if not found:
-            raise DataError(f"class folder {folder / name} holds no image; remove it, or every later label is shifted")
+            raise DataError(f"class folder {folder / name} holds no images; remove it, or it shifts every later label")
         files += sorted(found)
         labels += [label] * len(found)
     return classes, files, labels
 
 
 def images_below(folder: Path) -> Iterator[str]:
-    """All images below a folder, relative to it.
+    """Yield all images below a folder, relative to it.
 
-    Hidden folders hold thumbnails and the like and are left out; links to folders are not followed, so no loop can be
-    met.
+    Hidden folders, which hold thumbnails and the like, are skipped.  Links to folders are not followed, so links cannot
+    form loops.
     """
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -152,14 +163,14 @@ def _is_image(name: str) -> bool:
 
 
 def _keys(files: list[str]) -> list[str]:
-    """A unique key for each file: WebDataset ends a key at the first dot of the base name."""
+    """Return a unique key for each file; in WebDataset a key ends at the first dot of the base name."""
     keys = []
     for file in files:
         folder, slash, base = file.rpartition("/")
         keys.append(folder + slash + base.rpartition(".")[0].replace(".", "_"))
     common = {key for key, count in Counter(keys).items() if count > 1}
     for number, (file, key) in enumerate(zip(files, keys, strict=True)):
-        if key in common:  # a.png beside a.jpg
+        if key in common:  # a.png next to a.jpg
             folder, slash, base = file.rpartition("/")
             keys[number] = folder + slash + base.replace(".", "_")
     twice = [key for key, count in Counter(keys).items() if count > 1]

@@ -1,8 +1,8 @@
-"""From the bytes of an image file to pixels: what is accepted, what is refused, and the crop that training takes.
+"""Decode image files to pixels, and crop them for training.
 
-Training reads shards strictly (`decode_pixels`): the file is what its suffix says, with 8 bits a channel.  Preparation
-and raw folders take what cameras and the web produce (`open_rgb`), and count what cannot be read.  Both turn pictures
-upright and lay transparency on white.
+Training reads shards strictly (`decode_pixels`): the suffix must match the format, with 8 bits per channel.
+Preparation and raw folders accept what cameras and the web produce (`open_rgb`).  Both apply the EXIF orientation and
+composite alpha onto white.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ PIL_FORMATS = {
     "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF",
 }  # fmt: skip
 RAW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""By content and not by suffix: ImageNet has a PNG that is called .JPEG."""
+"""Detected by content, not by suffix: ImageNet contains a PNG named .JPEG."""
 GREY_MODES = ("1", "L", "LA")
 COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-"""Where Pillow keeps what may turn a picture; TIFF has it among its tags."""
+"""Where Pillow stores the orientation; TIFF has it among its tags."""
 
 
 def decode_pixels(data: bytes, suffix: str) -> np.ndarray:
-    """``[C, H, W]`` uint8 of an image file in a shard, C 1 or 3; any exception means it cannot be decoded."""
+    """Decode an image file of a shard to uint8 [C, H, W], C 1 or 3; any exception means that it is invalid."""
     picture = _open(data, (PIL_FORMATS[suffix],), f"a {PIL_FORMATS[suffix]}")
     grey = picture.mode in GREY_MODES
-    if not grey and picture.mode not in COLOUR_MODES:  # 16-bit greys: converting would clip them
-        raise ValueError(f"pixel mode {picture.mode} is not supported, expected 8 bits a channel")
+    if not grey and picture.mode not in COLOUR_MODES:  # 16-bit grey: converting would clip it
+        raise ValueError(f"pixel mode {picture.mode} is not supported, expected 8 bits per channel")
     picture = _on_white(_upright(picture))
     if grey:
         return np.array(picture.convert("L"))[None]
@@ -38,15 +38,15 @@ def decode_pixels(data: bytes, suffix: str) -> np.ndarray:
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """An upright RGB picture of any still image; any exception means it cannot be read.
+    """Decode any still image to RGB; any exception means that it is invalid.
 
-    EXIF rotation is applied, 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB, transparency is laid on
-    white.  An animated image is refused, since none of its frames is *the* image.
+    EXIF rotation is applied, 16-bit grey is scaled to 8 bits, CMYK and palettes are converted to RGB, and alpha is
+    composited onto white.  Animated images are refused, because it is unclear which frame to use.
     """
     if not data:
         raise ValueError("the file is empty")
     if len(data) > MAX_IMAGE_BYTES:
-        raise ValueError(f"the file has {len(data)} bytes; at most {MAX_IMAGE_BYTES >> 20} MiB are read")
+        raise ValueError(f"the file has {len(data)} bytes; the limit is {MAX_IMAGE_BYTES >> 20} MiB")
     picture = _upright(_open(data, RAW_FORMATS, "an image"))
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray(np.round(np.asarray(picture, np.float64) / 257).astype(np.uint8))
@@ -56,17 +56,19 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """The middle ``size`` x ``size`` pixels after the shorter side was brought to ``size``; uint8 ``[3, H, W]``.
+    """Resize the shorter side to `size` and crop the center; uint8 [3, size, size].
 
-    As in ADM (arXiv 2105.05233, its released data loader), on which the published FIDs rest: halved by averaging
-    while both sides stay at least twice the size, then resized bicubically.  Raises ``ValueError`` for a strip so long
-    that it would become larger than any image may be.
+    The resizing is that of ADM's released data loader (arXiv 2105.05233), on which published FIDs are based: halve by
+    averaging while both sides are at least twice the size, then resize bicubically.
+
+    Raises:
+        ValueError: the image is so elongated that the resized one would exceed Pillow's limit.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = round(picture.width * scale), round(picture.height * scale)
-    _check_area(width, height)  # a strip of a hundred bytes would take gigabytes
+    _check_area(width, height)  # a file of a hundred bytes could need gigabytes
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     crop = np.asarray(picture)[top : top + size, left : left + size]
@@ -74,7 +76,7 @@ def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def png(image_CHW: np.ndarray) -> bytes:
-    """A uint8 image as PNG."""
+    """Encode a uint8 image [C, H, W] as PNG."""
     buffer = io.BytesIO()
     pixels = image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0)
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
@@ -82,15 +84,15 @@ def png(image_CHW: np.ndarray) -> bytes:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """The picture, turned as its EXIF or XMP says; looking for them in a small picture would take long."""
-    picture.load()  # a PNG may say so behind its pixels
+    """Apply the orientation in EXIF or XMP; checked first, because parsing is slow for small images."""
+    picture.load()  # in a PNG the orientation may come after the pixels
     if picture.format == "TIFF" or not picture.info.keys().isdisjoint(ORIENTATION_KEYS):
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    """The picture as it is, unless something of it is transparent."""
+    """Composite alpha onto white."""
     if not picture.has_transparency_data:
         return picture
     picture = picture.convert("RGBA")
@@ -101,9 +103,9 @@ def _open(data: bytes, formats: tuple[str, ...], kind: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise ValueError(f"it does not begin as {kind} file") from None
+        raise ValueError(f"it does not start like {kind} file") from None
     _check_area(*picture.size)
-    # MPO is what cameras call a JPEG with a second, smaller view behind the photograph.
+    # MPO is a camera's JPEG followed by a second, smaller view of the same photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise ValueError(f"it is animated, with {picture.n_frames} frames; expected a still image")
     return picture

@@ -1,8 +1,8 @@
-"""The index of a directory of shards, in files that are shared.
+"""The index files of a directory of shards.
 
-``index.json`` holds the shards with their sizes and how latents were made, ``index-samples.npy`` a row per sample and
-``index-keys.npy`` the keys, joined.  Opening it reads the arrays once, for their checksums; they are mapped into
-memory, so that all workers share them.
+`index.json` lists the shards with their sizes and the format of latents, `index-samples.npy` holds a row per sample
+and `index-keys.npy` the concatenated keys.  Opening the index reads the arrays once to verify their checksums; they are
+memory-mapped, so all workers share them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ SAMPLES = "index-samples.npy"
 KEYS = "index-keys.npy"
 VERSION = 1
 SETTINGS = "settings.json"
-"""What a preparation was begun with; it stays when the set is finished."""
+"""The settings of a preparation; kept when the dataset is finished."""
 PARTS = "parts"
-"""The records of a preparation's finished shards, until the index is made of them."""
+"""Records of finished shards, until the index is built from them."""
 
 
 def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write an index into ``folder``, complete or not at all; ``extra`` goes into ``index.json`` as it is.
+    """Write an index into a folder.
 
-    Raises ``CheckpointError`` if the files cannot be written.
+    Args:
+        index: the index.
+        folder: the folder of the shards.
+        extra: further entries of `index.json`.
+
+    Raises:
+        CheckpointError: the files cannot be written.
     """
     for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
         with atomic_write(folder / name) as file:
@@ -51,16 +57,20 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
 
 
 def load_index(folder: Path) -> Index:
-    """The index in ``folder``; raises ``DataError`` if its files are damaged or do not belong together."""
+    """Read the index of a folder.
+
+    Raises:
+        DataError: its files are damaged or do not match each other.
+    """
     prepared = (folder / SETTINGS).exists()
-    remedy = "run the same diffmoe prepare again" if prepared else "delete it to have it made anew"
+    remedy = "run the same diffmoe prepare again" if prepared else "delete it to regenerate it"
     try:
         tree = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         shards = tuple(ShardInfo(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in tree["shards"])
         latents = tree["latents"]
         if latents is not None:
             latents = parse_format(json.dumps(latents).encode(), str(folder / INDEX))
-        # Sets that were made before the checksums are opened without them.
+        # Datasets from before the checksums existed have none.
         hashes = tree.get("index_sha256", {}).items()
         fits = all(sha256_of(folder / name) == sha256 for name, sha256 in hashes if name in (SAMPLES, KEYS))
         samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))
@@ -70,12 +80,12 @@ def load_index(folder: Path) -> Index:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the index {folder / INDEX} cannot be read: {error!r}; {remedy}") from None
     if not fits:
-        raise DataError(f"the files of the index {folder / INDEX} do not fit together; {remedy}")
+        raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
     return Index(shards, samples, keys, latents)
 
 
 def listed(folder: Path) -> list[str]:
-    """The shards that ``index.json`` names; none without one, or if it is damaged, which `load_index` reports."""
+    """Return the shards that `index.json` lists; none if it is missing, or damaged, which `load_index` reports."""
     try:
         shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
         return [shard["name"] for shard in shards if Path(shard["name"]).name == shard["name"]]
@@ -84,7 +94,7 @@ def listed(folder: Path) -> list[str]:
 
 
 def subset(index: Index, names: Sequence[str]) -> Index | None:
-    """The index of the shards of these names, in their order; none if it does not have them all."""
+    """Return the index of some shards, in the order of their names; None if it lacks any."""
     numbers = {shard.name: number for number, shard in enumerate(index.shards)}
     if not all(name in numbers for name in names):
         return None
@@ -101,17 +111,21 @@ def subset(index: Index, names: Sequence[str]) -> Index | None:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Raises ``DataError`` if a preparation has begun in this folder and not come to its end, which is the index."""
+    """Check that a folder does not hold an unfinished preparation, one without an index.
+
+    Raises:
+        DataError: it does.
+    """
     if (folder / INDEX).exists():
         return
     begun = (folder / PARTS).is_dir() and any(folder.glob("shards-*.tar"))
-    with contextlib.suppress(OSError, ValueError, TypeError):  # others call their files settings.json too
+    with contextlib.suppress(OSError, ValueError, TypeError):  # other programs also have a settings.json
         begun = begun or "keys_and_labels" in json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if begun:
         raise DataError(f"the preparation in {folder} is not finished; run the same diffmoe prepare again to finish it")
 
 
 def _map(path: Path) -> np.ndarray:
-    """An array of a file without pickles, mapped read-only; an empty one cannot be mapped."""
+    """Memory-map an array read-only, without pickles; an empty array cannot be mapped."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array if array.size else np.array(array)

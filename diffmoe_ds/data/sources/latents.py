@@ -1,8 +1,8 @@
-"""What a prepared latent is: the posterior of a VAE for an image and for its mirror image.
+"""The format of prepared latents: a VAE's posterior for an image and for its mirror image.
 
-A sample's ``.npy`` holds ``[2, 2, C, H, W]``: image and mirror image, then mean and log-variance, in fp16 or fp32.
-Reading takes one half.  Every shard says in its first member, ``__latents__``, how its latents were made, so that
-shards can be moved and mixed; WebDataset itself skips members of such names.
+A sample's `.npy` holds [2, 2, C, H, W] in fp16 or fp32: image and mirror image, then mean and log-variance.  Training
+reads one of the two images.  The first member of every shard, `__latents__`, describes the format, so shards can be
+moved and combined; WebDataset skips members with such names.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,31 +24,31 @@ DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How the latents of a shard were made; the same for all shards of a set."""
+    """Shape, precision and scaling of latents; the same for all shards of a dataset."""
 
     channels: int
     """Channels C of a latent."""
     size: int
     """Height and width of a latent."""
     image_size: int
-    """Height and width of the pictures they were made from, in pixels."""
+    """Height and width of the encoded images, in pixels."""
     dtype: str
-    """``float16`` or ``float32``, little-endian."""
+    """`float16` or `float32`, little-endian."""
     scaling_factor: float
-    """What a sampled latent is multiplied by, so that it has about unit variance."""
+    """Factor that gives sampled latents about unit variance."""
     shift_factor: float
-    """What is subtracted from it before."""
+    """Subtracted before scaling."""
     vae: str
-    """Sha256 of the VAE's configuration and weights."""
+    """SHA-256 of the VAE's configuration and weights."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent."""
+        """Return (C, H, W) of one latent."""
         return self.channels, self.size, self.size
 
     @property
     def header(self) -> bytes:
-        """What each member begins with, byte for byte."""
+        """Return the first bytes of every member, the .npy header."""
         buffer = io.BytesIO()
         description = {"descr": self._stored.str, "fortran_order": False, "shape": (2, 2, *self.shape)}
         np.lib.format.write_array_header_1_0(buffer, description)
@@ -55,12 +56,12 @@ class LatentFormat:
 
     @property
     def half_bytes(self) -> int:
-        """Bytes of mean and log-variance of one of the two images."""
+        """Return the bytes of mean and log-variance of one of the two images."""
         return 2 * self.channels * self.size**2 * self._stored.itemsize
 
     @property
     def member_bytes(self) -> int:
-        """Bytes of a member."""
+        """Return the bytes of a member."""
         return len(self.header) + 2 * self.half_bytes
 
     @property
@@ -68,18 +69,18 @@ class LatentFormat:
         return np.dtype(self.dtype).newbyteorder("<")
 
     def encode(self, moments: np.ndarray) -> bytes:
-        """The member's bytes for ``[2, 2, C, H, W]``."""
+        """Encode [2, 2, C, H, W] as a member."""
         assert moments.shape == (2, 2, *self.shape), moments.shape
         return self.header + np.ascontiguousarray(moments, self._stored).tobytes()
 
-    def decode(self, halves: np.ndarray) -> np.ndarray:
-        """fp32 ``[B, 2, C, H, W]`` (mean, log-variance) of uint8 ``[B, half_bytes]``."""
-        stored = torch.from_numpy(halves.view(self._stored).reshape(len(halves), 2, *self.shape))
-        return stored.float().numpy()  # torch widens fp16 several times faster than NumPy, and exactly as well
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """Decode uint8 [B, half_bytes] to moments, fp32 [B, 2, C, H, W]: mean and log-variance."""
+        moments = torch.from_numpy(stored.view(self._stored).reshape(len(stored), 2, *self.shape))
+        return moments.float().numpy()  # torch converts fp16 several times faster than NumPy, and exactly
 
     def sample(self, moments: np.ndarray, noise: np.ndarray, out: np.ndarray) -> None:
-        """Scaled latents, fp32 ``[B, C, H, W]`` into ``out``, of moments ``[B, 2, C, H, W]`` and normal noise."""
-        # NumPy and not torch: its exp gives an element the same bits wherever in the batch it stands.
+        """Write scaled latents, fp32 [B, C, H, W], to `out`, from moments [B, 2, C, H, W] and standard normal noise."""
+        # NumPy, not torch: its exp gives the same bits at every place in a batch.
         np.multiply(moments[:, 1], np.float32(0.5), out=out)
         np.exp(out, out=out)
         out *= noise
@@ -88,13 +89,21 @@ class LatentFormat:
             out -= np.float32(self.shift_factor)
         out *= np.float32(self.scaling_factor)
 
-    def to_json(self) -> dict:
-        """As plain data."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the format as plain data."""
         return asdict(self)
 
 
 def parse_format(data: bytes, where: str) -> LatentFormat:
-    """The format that a shard's ``__latents__`` states; raises ``DataError`` naming ``where``."""
+    """Parse the `__latents__` member of a shard.
+
+    Args:
+        data: its contents.
+        where: the shard, for messages.
+
+    Raises:
+        DataError: it is invalid.
+    """
     try:
         tree = json.loads(data)
         form = LatentFormat(**{field.name: tree[field.name] for field in fields(LatentFormat)})
@@ -105,7 +114,7 @@ def parse_format(data: bytes, where: str) -> LatentFormat:
         valid = False
     if not valid:
         raise DataError(
-            f"{where} has a {FORMAT_MEMBER} that is no description of latents: {data[:80]!r}; "
-            "make the shards with diffmoe prepare latents"
+            f"{where} has an invalid {FORMAT_MEMBER}, which describes latents: {data[:80]!r}; "
+            "regenerate the shards with diffmoe prepare latents"
         )
     return form

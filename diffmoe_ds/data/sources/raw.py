@@ -1,4 +1,4 @@
-"""Raw images as a data set: cropped to the model's size, or to what its VAE makes of it, when they are read."""
+"""Raw images as a dataset, cropped when they are read to the size that the model or its VAE takes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.errors import DataError
 
 IMAGES_TOGETHER = 1000
-"""Files of a folder have no shards; for shuffling in windows, so many in a row stand for one."""
+"""Images of a folder that count as one shard for shuffling in windows."""
 
 
 class RawImages:
-    """The images of a source as uint8 ``[3, size, size]``; for what it is to the loader see ``reader.Dataset``.
+    """The images of a source as uint8 [3, size, size]; implements `reader.Dataset`.
 
-    ``ds[i]`` raises ``DataError`` for an image that cannot be read: training does not leave images out.
+    Reading an invalid image raises `DataError`: training does not skip images.
     """
 
     latents = None
 
-    def __init__(self, source: Source, size: int):
+    def __init__(self, source: Source, size: int) -> None:
         self._source = source
         self._size = size
 
@@ -34,18 +34,18 @@ class RawImages:
         data = self._source.image_bytes(index)
         try:
             image = centre_crop(open_rgb(data), self._size)
-        except Exception as error:  # what a decoder raises on damaged bytes depends on the bytes
+        except Exception as error:  # decoders raise many types on damaged bytes
             raise DataError(f"{self.describe(index)} cannot be decoded: {error}") from error
         return Sample(image, int(self.labels[index]), self._source.key(index))
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 ``[n]``."""
+        """Labels, int64 [n]."""
         return self._source.labels
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Of the source's shards, or of what stands for them."""
+        """Samples of each shard of the source, or of each block of `IMAGES_TOGETHER` files."""
         sizes = getattr(self._source, "shard_sizes", None)
         if sizes is None:
             whole, rest = divmod(len(self), IMAGES_TOGETHER)
@@ -53,14 +53,14 @@ class RawImages:
         return sizes
 
     def describe(self, index: int) -> str:
-        """Where an image is, for messages."""
+        """Return where an image is, for messages."""
         return self._source.describe(index)
 
-    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
-        """Raw images have no stored latents."""
-        raise AssertionError("only prepared latents are read by halves")
+    def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """Not supported: raw images have no stored latents."""
+        raise AssertionError("raw images have no stored latents")
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begin to fetch shards that are URLs."""
+        """Start to download shards that are URLs."""
         if hasattr(self._source, "prefetch"):
             self._source.prefetch(shards)

@@ -1,4 +1,4 @@
-"""Which shards a path names, and where their index is: beside them, kept from the last time, or still to be made."""
+"""Find the shards that a path names and their index: next to them, cached, or built by scanning."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from diffmoe_ds.files import replacing
 
 
 def expand(path: str | Path) -> list[str]:
-    """The shards that ``path`` names: a file, a directory's ``*.tar`` and ``*.tar.gz``, a pattern, or URLs.
+    """Return the shards that a path names: a file, the `*.tar` and `*.tar.gz` of a directory, a pattern, or URLs.
 
-    A pattern has braces (``shards-{000..127}.tar``), wildcards (``shards-*.tar``) or both; a URL or a ``pipe:`` has
-    braces only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.
-    A directory's are also those that its index names: one that is lost is missed by whoever reads it.
+    A pattern has braces (`shards-{000..127}.tar`), wildcards (`shards-*.tar`) or both; a URL or a `pipe:` has braces
+    only.  The shards of a directory and of a wildcard are sorted by name; those of braces keep their order.  The shards
+    of a directory include those in its index, so that reading a lost one fails.
 
-    Raises ``DataError`` if the path does not exist or any part of the pattern matches nothing.
+    Raises:
+        DataError: the path does not exist, or part of the pattern matches nothing.
     """
     try:
         if is_url(str(path)):
@@ -44,7 +45,7 @@ def expand(path: str | Path) -> list[str]:
         if whole.is_dir():
             names = {p.name for p in whole.iterdir() if is_shard(p.name)}
             if not names:
-                raise DataError(f"directory {path} holds no shard; expected files named *.tar or *.tar.gz")
+                raise DataError(f"directory {path} holds no shards; expected files named *.tar or *.tar.gz")
             return sorted(str(whole / name) for name in names.union(listed(whole)))
         if whole.exists():
             return [str(whole)]
@@ -60,9 +61,10 @@ def expand(path: str | Path) -> list[str]:
 
 
 def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
-    """The index that lies beside the shards, if it has them all and they are in one place.
+    """Return the index next to the shards, if they are all in one place and it lists all of them.
 
-    Raises ``DataError`` if it is damaged, or the shards are those of a preparation that has not come to its index.
+    Raises:
+        DataError: the index is damaged, or the shards belong to an unfinished preparation.
     """
     for folder in {Path(shard).parent for shard in shards if not is_url(shard)}:
         refuse_unfinished(folder)
@@ -85,31 +87,35 @@ def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
                     with replacing(folder / name) as tmp:
                         fetch(f"{place}/{name}", tmp)
     except (DataError, OSError):
-        return None  # most sets have none: their headers are read
+        return None  # most datasets have none, so their headers are read
     return subset(load_index(folder), names)
 
 
 def kept_index(folder: Path | None, shards: Sequence[str], make: Callable[[], Index]) -> Index:
-    """What ``make`` gives, kept in ``folder`` under the shards' names, sizes and times of change."""
+    """Return what `make` returns, cached in `folder` under the names, sizes and modification times of the shards."""
     if folder is None:
         return make()
     facts = [(s, 0, 0) if is_url(s) else (Path(s).name, shard_size(s), os.stat(s).st_mtime_ns) for s in shards]
     kept = folder / f".diffmoe-index-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
     try:
         kept.mkdir(parents=True, exist_ok=True)
-        with locked(kept / ".lock"):  # the ranks of a host read the headers once, not each for itself
+        with locked(kept / ".lock"):  # only one rank per host reads the headers
             if (kept / INDEX).exists():
                 return load_index(kept)
             index = make()
             with contextlib.suppress(CheckpointError):  # a full disk
                 save_index(index, kept)
             return index
-    except OSError:  # a read-only place
+    except OSError:  # a read-only file system
         return make()
 
 
 def shard_size(shard: str) -> int:
-    """Bytes of a local shard; raises ``DataError`` if it is not there."""
+    """Return the bytes of a local shard.
+
+    Raises:
+        DataError: it does not exist.
+    """
     try:
         return os.stat(shard).st_size
     except OSError as error:
@@ -117,12 +123,12 @@ def shard_size(shard: str) -> int:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is called as shards are."""
+    """Return whether a file name is that of a shard."""
     return name.endswith((".tar", ".tar.gz"))
 
 
 def is_gzip(shard: str) -> bool:
-    """Whether a local file begins as gzip does."""
+    """Return whether a local file starts with gzip's magic number."""
     with contextlib.suppress(OSError), open(shard, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
     return False

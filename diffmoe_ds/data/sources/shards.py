@@ -1,6 +1,6 @@
-"""Random access to the samples of WebDataset shards: which shards a path names, and reading one sample of them.
+"""Random access to the samples of WebDataset shards.
 
-An image is read by its offset when it is asked for; `tar_index.py` says where it lies.
+Images are read by their offset, which `tar_index.py` finds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,30 +36,27 @@ from diffmoe_ds.errors import DataError
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
 
-MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is held in memory
-MAX_OPEN_FILES = 512  # per data set and process; the usual limit is 1,024 per process
+MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is kept in memory
+MAX_OPEN_FILES = 512  # per dataset and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
-KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index: the one that was made by scanning is kept beside them
+KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index; the scanned one is cached next to them
 
 
 class Sample(NamedTuple):
+    """One image with its label."""
+
     image: np.ndarray  # [C, H, W]: uint8 of an image file (C is 1 or 3), float32 of a latent (.npy)
     label: int  # NO_LABEL in a set without labels
     key: str
 
 
 class ShardDataset:
-    """Random access to the samples of ``shards``, in the order in which they are stored.
+    """Random access to the samples of shards, in the order in which they are stored.
 
-    ``shards`` are paths and URLs, which are fetched into ``cache``.  Workers may be forked from a process that holds
-    one; a copy sent to another process opens its own files.  Without ``use_index`` the shards' own headers are read;
-    ``unlabelled`` ignores the labels.
+    A process that holds one may fork workers; a copy that is sent to another process opens its own files.
 
-    ``index`` says where the samples lie.
-
-    Raises ``DataError`` if a shard cannot be read to its end or has changed since its index was made, a sample lacks
-    an image or has several, some samples have labels and others none, a member is too big, or there is no sample at
-    all; reading raises it for contents that cannot be decoded and for a shard that has changed.
+    Attributes:
+        index: where the samples are.
     """
 
     def __init__(
@@ -68,7 +65,20 @@ class ShardDataset:
         cache: ShardCache | None = None,
         use_index: bool = True,
         unlabelled: bool = False,
-    ):
+    ) -> None:
+        """Open the shards.
+
+        Args:
+            shards: paths and URLs.
+            cache: where URLs are downloaded to.
+            use_index: use an existing index; otherwise the headers in the shards are read.
+            unlabelled: ignore the labels.
+
+        Raises:
+            DataError: a shard is incomplete or has changed since it was indexed, a sample has no image or several,
+                only some samples have labels, a member is too large, or the shards are empty.  Reading a sample raises
+                it for invalid contents and for a shard that has changed.
+        """
         assert shards, "expand() never gives an empty list"
         self._shards = [str(shard) for shard in shards]
         self._cache = cache or shard_cache(DataConfig())
@@ -79,12 +89,12 @@ class ShardDataset:
             self.index = without_labels(self.index)
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
-            raise DataError(f"there is no sample in {shards[0]}{others}; expected an image for each, and a .cls")
+            raise DataError(f"there is no sample in {shards[0]}{others}; expected images, each with a .cls")
         missing = self.labels == NO_LABEL
         if missing.any() and not missing.all():
             raise DataError(
-                f"{self.describe(int(np.argmax(missing)))} has no label, but others have; expected a .cls stored next "
-                "to each image, or to none"
+                f"{self.describe(int(np.argmax(missing)))} has no label, but others do; expected a .cls next "
+                "to every image, or to none"
             )
 
     def __len__(self) -> int:
@@ -96,18 +106,18 @@ class ShardDataset:
         data = self.image_bytes(index)
         try:
             image = _decode_latent(data) if suffix == "npy" else decode_pixels(data, suffix)
-        except Exception as error:  # what a decoder raises on damaged bytes depends on the bytes
+        except Exception as error:  # decoders raise many types on damaged bytes
             raise DataError(f"{self.describe(index)} has a .{suffix} that cannot be decoded: {error}") from error
         return Sample(image, entry.label, self.key(index))
 
     @property
     def latents(self) -> LatentFormat | None:
-        """How the latents were made, if the shards hold prepared ones; they are read by ``read_halves``."""
+        """How latents are stored, if the shards hold prepared ones, which `read_moments` reads."""
         return self.index.latents
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 label of each sample; all ``NO_LABEL`` in a set without labels."""
+        """Label of each sample, int64 [n]; all `NO_LABEL` in a dataset without labels."""
         return self.index.samples[:, Entry._fields.index("label")]
 
     @property
@@ -117,19 +127,19 @@ class ShardDataset:
 
     @property
     def classes(self) -> None:
-        """Shards have numbers for classes, but no names."""
+        """None: in shards, classes have numbers but no names."""
         return None
 
     def key(self, index: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         return self.index.key(index)
 
     def describe(self, index: int) -> str:
-        """Key and shard of a sample, for messages."""
+        """Return key and shard of a sample, for messages."""
         return f"sample {self.key(index)!r} of shard {self._shards[self._entry(index).shard]}"
 
     def image_bytes(self, index: int) -> bytes:
-        """A sample's image as it is stored."""
+        """Return the stored bytes of a sample's image."""
         entry = self._entry(index)
         if entry.offset == NOT_STORED:
             raise DataError(f"{self.describe(index)} has a link or another special member for its image")
@@ -137,8 +147,8 @@ class ShardDataset:
         self._read(entry.shard, entry.offset, [buffer], entry.size)
         return bytes(buffer)
 
-    def read_halves(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
-        """The stored latents of images or their mirror images: uint8 ``[B, half_bytes]``, see ``LatentFormat``."""
+    def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """Read the latents of images or their mirror images: uint8 [B, half_bytes], see `LatentFormat`."""
         latents = self.latents
         assert latents is not None
         header, half = latents.header, latents.half_bytes
@@ -152,28 +162,28 @@ class ShardDataset:
                 continue
             self._read(entry.shard, entry.offset, [found, row], len(header) + half)
             if found != header:
-                raise DataError(f"{self.describe(index)} has a .npy that is no latent of {latents}")
+                raise DataError(f"{self.describe(index)} has a .npy that is not a latent of {latents}")
         return rows
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Begin to fetch those of these shards that are URLs."""
+        """Start to download those shards that are URLs."""
         urls = [self._shards[number] for number in shards if is_url(self._shards[number])]
         if urls:
             self._cache.prefetch(urls)
 
     def remote_bytes(self) -> int:
-        """Bytes of all shards that are URLs."""
+        """Return the bytes of all shards that are URLs."""
         pairs = zip(self._shards, self.index.shards, strict=True)
         return sum(info.bytes for shard, info in pairs if is_url(shard))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
     def _entry(self, index: int) -> Entry:
         return Entry(*self.index.samples[index].tolist())
 
     def _open_index(self) -> Index:
-        """From the index beside the shards if there is one, otherwise by reading their headers."""
+        """Return the index next to the shards, or read their headers."""
         found = prepared_index(self._shards, self._cache)
         if found is not None:
             self._check_sizes(found)
@@ -186,15 +196,15 @@ class ShardDataset:
             if sum(map(shard_size, local)) < KEEP_INDEX_FROM_BYTES:
                 folder = None
         if any(map(is_gzip, local)):
-            folder = None  # they have to be unpacked at every start
+            folder = None  # they are decompressed at every start anyway
         return kept_index(folder, self._shards, self._scan_all)
 
     def _check_sizes(self, index: Index) -> None:
         for shard, info in zip(self._shards, index.shards, strict=True):
             if not is_url(shard) and (size := shard_size(shard)) != info.bytes:
                 raise DataError(
-                    f"shard {shard} has {size} bytes, but its index says {info.bytes}: it changed after it was made; "
-                    "diffmoe prepare check says which shards are whole"
+                    f"shard {shard} has {size} bytes, but its index says {info.bytes}: it has changed; "
+                    "run diffmoe prepare check to verify the dataset"
                 )
 
     def _scan_all(self) -> Index:
@@ -202,7 +212,7 @@ class ShardDataset:
             return join(list(pool.map(self._scan, range(len(self._shards)))))
 
     def _scan(self, number: int) -> Index:
-        """The samples of a shard, unpacked into memory first if it is gzipped."""
+        """Return the samples of a shard, which is decompressed into memory if it is gzipped."""
         shard = self._shards[number]
         try:
             with open(self._cache.open(shard) if is_url(shard) else shard, "rb") as file:
@@ -216,8 +226,8 @@ class ShardDataset:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
         return scan(shard, io.BytesIO(self._unpacked[number]), len(self._unpacked[number]))
 
-    def _read(self, number: int, offset: int, buffers: list, size: int) -> None:
-        """Fill the buffers, of ``size`` bytes together, from a shard."""
+    def _read(self, number: int, offset: int, buffers: list[Any], size: int) -> None:
+        """Fill buffers of `size` bytes in total from a shard."""
         if number in self._unpacked:
             for buffer in buffers:
                 buffer[:] = memoryview(self._unpacked[number])[offset : offset + len(buffer)]
@@ -244,7 +254,7 @@ class ShardDataset:
             kept = file, os.fstat(file.fileno()).st_mtime_ns
         self._files[number] = kept
         if len(self._files) > MAX_OPEN_FILES:
-            self._files.pop(next(iter(self._files)), None)  # closed when no thread reads it any more
+            self._files.pop(next(iter(self._files)), None)  # closed when the last thread has read from it
         return kept
 
 
@@ -256,17 +266,17 @@ def _unpack(shard: str, file: io.BufferedIOBase) -> bytes:
             total += len(chunk)
             if total > MAX_UNPACKED_BYTES:
                 raise DataError(
-                    f"shard {shard} unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB of memory; "
+                    f"shard {shard} needs more than {MAX_UNPACKED_BYTES >> 20} MiB of memory when decompressed; "
                     "store it as a plain .tar, which is read in place"
                 )
     return b"".join(chunks)
 
 
 def _decode_latent(data: bytes) -> np.ndarray:
-    """float32 ``[C, H, W]`` of a latent that is stored as one array, as it is."""
-    # read_array and not np.load, which would also take a zip archive or, if allowed, a bare pickle.
+    """Decode a latent that is stored as a single array to float32 [C, H, W]."""
+    # read_array, because np.load also accepts zip archives and, if allowed, pickles.
     latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # values outside float32 become infinite and are refused
         values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
     if values is None or values.ndim != 3 or not np.isfinite(values).all():
         raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")

@@ -1,7 +1,7 @@
-"""Where the samples of shards lie, found by reading tar headers; `index_files.py` keeps it.
+"""Find the samples of shards by reading tar headers; `index_files.py` stores the result.
 
-A shard is a tar file; neighbouring members with the same key (the name up to the first dot of its base name)
-form a sample.  Nothing is extracted, members that are no image or label are never read, nothing is unpickled.
+A shard is a tar file.  Adjacent members with the same key (the name up to the first dot of its base name) form a
+sample.  Nothing is extracted or unpickled, and only images and labels are read.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from diffmoe_ds.errors import DataError
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
-"""Indices count in this order, so new ones come last."""
+"""Indices store positions in this tuple, so new suffixes are appended."""
 RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
-"""They are the image only where there is no other: a mask may lie beside a photograph."""
+"""Used as the image only if there is no other: a mask may accompany a photograph."""
 LABEL_SUFFIX = "cls"
 NO_LABEL = -1
 NOT_STORED = 0
-"""The offset of an image that is a link or another special member: its bytes are not there."""
+"""Offset of an image that is a link or another special member, which has no bytes."""
 
 
 class Entry(NamedTuple):
@@ -51,7 +51,7 @@ class ShardInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """All samples of some shards, in the order in which they are stored."""
+    """All samples of some shards, in storage order."""
 
     shards: tuple[ShardInfo, ...]
     samples: np.ndarray  # int64 [n, len(Entry._fields)]
@@ -59,20 +59,24 @@ class Index:
     latents: LatentFormat | None = None
 
     def key(self, index: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         entry = Entry(*self.samples[index].tolist())
         name = self.keys[entry.key_offset : entry.key_offset + entry.key_size].tobytes()
         return name.decode("utf-8", "surrogateescape")
 
 
 def join(parts: Sequence[Index]) -> Index:
-    """One index of several, in their order; raises ``DataError`` if latents of different making meet."""
+    """Concatenate indices.
+
+    Raises:
+        DataError: the shards hold latents of different formats.
+    """
     latents = parts[0].latents
     first_shard, first_key, blocks = 0, 0, []
     for part in parts:
         if part.latents != latents:
             raise DataError(
-                f"shards {parts[0].shards[0].name} and {part.shards[0].name} do not hold latents of the same making: "
+                f"shards {parts[0].shards[0].name} and {part.shards[0].name} hold latents of different formats: "
                 f"{latents} and {part.latents}"
             )
         shift = Entry(first_shard, 0, 0, 0, 0, first_key, 0)
@@ -88,10 +92,16 @@ def join(parts: Sequence[Index]) -> Index:
 
 
 def scan(shard: str, file: BinaryIO, size: int) -> Index:
-    """The index of one plain tar file of ``size`` bytes; ``shard`` is its name, for messages and for the index.
+    """Index one plain tar file.
 
-    Raises ``DataError`` if the file is no complete tar, a sample lacks an image or has several, a label is no number,
-    a member is too big or has a name that leads out of the archive.
+    Args:
+        shard: its name, for messages and the index.
+        file: the tar file.
+        size: its bytes.
+
+    Raises:
+        DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
+            member is too large or has a name that leads out of the archive.
     """
     rows, keys, latents = [], bytearray(), []
     try:
@@ -116,14 +126,18 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
 
 
 def without_labels(index: Index) -> Index:
-    """The same samples, none of which has a label."""
+    """Return the same samples without labels."""
     samples = np.array(index.samples)
     samples[:, Entry._fields.index("label")] = NO_LABEL
     return replace(index, samples=samples)
 
 
 def check_latents(index: Index) -> None:
-    """Raises ``DataError`` for a sample that cannot be a latent of the format that its shards state."""
+    """Check that samples have the size of the latents that their shards describe.
+
+    Raises:
+        DataError: one does not.
+    """
     if index.latents is None:
         return
     suffix, size = IMAGE_SUFFIXES.index("npy"), index.latents.member_bytes
@@ -138,7 +152,7 @@ def check_latents(index: Index) -> None:
 
 
 def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, dict]]:
-    """Key and members ``{suffix: (offset, size)}`` of each sample, grouped as WebDataset groups them."""
+    """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
     current, members = None, {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -149,8 +163,8 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
             stem, dot, suffix = base.partition(".")
             key, suffix = folder + slash + stem, suffix.lower()
             stored = member.isreg() and not member.issparse()
-            # Directories, hidden files, links and devices are no part of a sample, but a picture that is a link is a
-            # sample that cannot be read: it would be missed.
+            # Directories, hidden files, links and devices do not belong to a sample.  An image that is a link does: it
+            # cannot be read, and skipping it would lose a sample silently.
             if not (stem and dot) or member.isdir() or not (stored or suffix in IMAGE_SUFFIXES):
                 continue
             if key != current:
@@ -158,11 +172,11 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                     yield current, members
                 current, members = key, {}
             if suffix in members:
-                raise DataError(f"sample {key!r} of shard {shard} has two members .{suffix}; expected one")
+                raise DataError(f"sample {key!r} of shard {shard} has two .{suffix} members; expected one")
             if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
                 _check_member(shard, member)
             members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
-        # tarfile takes a damaged or cut-off header for the end of the archive; the true end is a block of zeros.
+        # tarfile treats a damaged or truncated header as the end of the archive; the real end is a block of zeros.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
@@ -174,7 +188,7 @@ def _check_member(shard: str, member: tarfile.TarInfo) -> None:
     if not 0 <= member.size <= MAX_MEMBER_BYTES:
         raise DataError(
             f"member {member.name!r} of shard {shard} has {member.size} bytes; "
-            f"at most {MAX_MEMBER_BYTES >> 20} MiB are read"
+            f"the limit is {MAX_MEMBER_BYTES >> 20} MiB"
         )
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise DataError(
@@ -184,7 +198,7 @@ def _check_member(shard: str, member: tarfile.TarInfo) -> None:
 
 
 def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
-    """Suffix and place of a sample's image."""
+    """Return suffix, and offset and size, of a sample's image."""
     found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
     images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
     if len(images) != 1:
@@ -205,11 +219,11 @@ def _label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Bytes of the file, which is left where it was: tarfile goes on from there."""
+    """Read bytes and restore the position, from which tarfile continues."""
     here = file.tell()
     file.seek(offset)
     data = file.read(size)
     file.seek(here)
     if len(data) != size:
-        raise EOFError(f"it ends before byte {offset + size}")
+        raise EOFError(f"the file ends before byte {offset + size}")
     return data
