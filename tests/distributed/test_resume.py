@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import tarfile
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -69,17 +69,24 @@ def test_ema_follows_the_weights_and_thresholds_are_copied(train_tiny):
 
 
 LAYOUTS = ((1, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (4, 2, 2), (4, 4, 3))
-PAIRS = [(a, LAYOUTS[(i + step) % 6]) for i, a in enumerate(LAYOUTS) for step in (1, 2)]
+RING = [(layout, LAYOUTS[(number + 1) % len(LAYOUTS)]) for number, layout in enumerate(LAYOUTS)]
+"""Every layout is left once and entered once."""
 
 
-@pytest.mark.slow
-def test_every_layout_continues_every_other(train_tiny, tmp_path):
+@pytest.mark.parametrize(
+    "pairs",
+    (
+        pytest.param(RING, id="ring", marks=pytest.mark.slow),
+        pytest.param(list(permutations(LAYOUTS, 2)), id="all", marks=(pytest.mark.slow, pytest.mark.long)),
+    ),
+)
+def test_every_layout_continues_every_other(train_tiny, tmp_path, pairs):
     """3 steps in one layout, saved, 3 more in another: losses, weights, moments, EMA, thresholds of 6 straight ones."""
-    assert len(PAIRS) == 12 and {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(LAYOUTS)
+    assert {before for before, _ in pairs} == {after for _, after in pairs} == set(LAYOUTS)
     length = "run.total_images=96"
     straight = train_tiny(1, 1, 0, length)
     halves = {layout: train_tiny(*layout, "run.total_images=48").directory for layout in LAYOUTS}
-    for number, (before, after) in enumerate(PAIRS):
+    for number, (before, after) in enumerate(pairs):
         directory = shutil.copytree(halves[before], tmp_path / f"moved_{number}")
         moved = train_tiny(*after, length, directory=directory)
         assert "at 48 images, resharding: " in moved.output, (before, after)

@@ -344,7 +344,7 @@ def run(
     has_disk = mount_small_disk(disk, 8)
     try:
         if has_disk:
-            for number in range(others):
+            for number in range(max(others, 2)):  # with each on_error at least once
                 trials.append(lambda n=number: campaign.full_disk(disk, ("stop", "continue")[n % 2]))
         campaign.random.shuffle(trials)
         for number, trial in enumerate(trials):
