@@ -159,7 +159,7 @@ def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[st
     """
     saved, wanted = reader.config, config
     size = vars(saved.size)
-    pairs = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
+    pairs: list[tuple[str, object, object]] = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
     pairs += [(f"model.{key}", getattr(saved.size, key), getattr(wanted.size, key)) for key in size]
     was, now = config_to_dict(saved), config_to_dict(wanted)
     pairs += [
@@ -247,6 +247,7 @@ def restore_engine(
     engine.global_steps = saved.step
     engine.global_samples = saved.images
     if engine.lr_scheduler is not None:
+        assert saved.lr_scheduler is not None, "checked by `check_same_schedule`"
         restore_schedule(engine, saved.lr_scheduler, asdict(saved.lr_now))
 
 

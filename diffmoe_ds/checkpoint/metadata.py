@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
@@ -226,7 +226,7 @@ class _Object:
     def value(self, key: str, kind: type[T]) -> T:
         value = self.tree.get(key)
         if type(value) is not kind:
-            raise self.error(key, value, {dict: "an object", str: "a string"}[kind])
+            raise self.error(key, value, "an object" if kind is dict else "a string")
         return value
 
     def optional(self, key: str, kind: type[T]) -> T | None:
@@ -257,13 +257,13 @@ def _scheduled(now: _Object) -> ScheduledValues:
     lr, betas = now.tree.get("lr"), now.tree.get("betas")
     if not _is_number(lr):
         raise now.error("lr", lr, "a number")
-    if type(betas) is not list or not all(map(_is_number, betas)):
+    if type(betas) is not list or not all(_is_number(beta) for beta in betas):
         raise now.error("betas", betas, "a list of numbers")
     return ScheduledValues(float(lr), tuple(map(float, betas)))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= MAX_INT
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and abs(cast(float, value)) <= MAX_INT
 
 
 def _shown(value: Any) -> str:

@@ -65,9 +65,11 @@ def resolve_batch(job: Resolution) -> tuple[int, int, int]:
         raise job.error(f'{BATCH_KEYS[0]} or {BATCH_KEYS[1]} must be a number; the other one can be "auto".')
     least = micro or 1
     if accumulation is None:
-        divides = total and micro and total % (micro * job.world) == 0
-        accumulation = total // (micro * job.world) if divides else 1
+        accumulation = 1
+        if total and micro and total % (micro * job.world) == 0:
+            accumulation = total // (micro * job.world)
     if total is None:
+        assert micro is not None, "one of the two is given"
         total = micro * accumulation * job.world
     if micro is None:
         micro = total // (accumulation * job.world)
