@@ -60,6 +60,9 @@ def resolve_batch(job: Resolution) -> tuple[int, int, int]:
         ConfigError: too little is given, or the product does not work out.
     """
     given = [job.tree.get(name, AUTO) for name in BATCH_KEYS]
+    total: Any
+    micro: Any
+    accumulation: Any
     total, micro, accumulation = (None if value == AUTO else value for value in given)
     if total is None and micro is None:
         raise job.error(f'{BATCH_KEYS[0]} or {BATCH_KEYS[1]} must be a number; the other one can be "auto".')

@@ -32,11 +32,17 @@ WRONG_TYPE = "wrong_type"
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxlevel = 2
 
 
 def short_repr(value: Any) -> str:
     """Return ``repr(value)``, shortened where a value is long or deeply nested, for error messages."""
     return _short.repr(value)
+
+
+def printable(name: str) -> str:
+    """Return a key as it is, quoted if it contains line breaks or control characters."""
+    return name if name.isprintable() else repr(name)
 
 
 class Section(BaseModel):

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.config.strict_yaml import MalformedValueError, parse_yaml
@@ -105,7 +106,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except MalformedValueError as error:
-        raise ConfigError(f"--set {key}: {error.problem}.") from None
+        raise ConfigError(f"--set {printable(key)}: {error.problem}.") from None
     except (yaml.YAMLError, RecursionError):
         value = text  # a string with YAML's special characters, such as a path with braces
     node = tree

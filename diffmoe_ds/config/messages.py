@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from diffmoe_ds.config.fields import WRONG_TYPE, short_repr
+from diffmoe_ds.config.fields import WRONG_TYPE, printable, short_repr
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.reference import definition, range_in_words, schema, value_schema
 
@@ -41,7 +41,8 @@ def _sentence(detail: ErrorDetails) -> str:
 
 def _name(place: tuple[int | str, ...]) -> str:
     """Return the key as users write it: ``optimizer.betas[1]``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    return printable(name)
 
 
 def _siblings(place: tuple[int | str, ...]) -> list[str]:

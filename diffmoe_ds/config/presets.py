@@ -1,4 +1,4 @@
-"""The model sizes, as one table.  A model is named ``SIZE-E<experts>``, for example ``L-E8`` or ``tiny-E8``.
+"""The model sizes, as one table. A model is named ``SIZE-E<experts>``, for example ``L-E8`` or ``tiny-E8``.
 
 S, B, L and XL are the sizes of DiT (arXiv 2212.09748, table 1); the experts are DiffMoE's (arXiv 2503.14487).
 ``E1`` is the dense transformer, which is also called ``Dense-L`` and so on.
@@ -22,13 +22,13 @@ class Size:
     hidden_size: int
     """Width D of a token."""
     num_heads: int
-    """Attention heads; they divide the width."""
+    """Attention heads; must divide the width."""
 
 
 SIZES: dict[str, Size] = {
     #             depth  hidden  heads
-    "nano":  Size(    4,     32,     4),  # tests: a step in milliseconds
-    "tiny":  Size(    4,     96,     4),  # draws Fashion-MNIST on two CPU cores in minutes
+    "nano":  Size(    4,     32,     4),  # for tests: a step takes milliseconds
+    "tiny":  Size(    4,     96,     4),  # learns Fashion-MNIST on two CPU cores in minutes
     "S":     Size(   12,    384,     6),
     "B":     Size(   12,    768,    12),
     "L":     Size(   24,   1024,    16),
@@ -41,13 +41,13 @@ _NAME = re.compile(r"(?P<dense>Dense-)?(?P<size>[A-Za-z]+)(-E(?P<experts>\d+))?"
 
 
 def parse_name(name: str) -> tuple[Size, int]:
-    """Size and number of experts of a model name.
+    """Return the size and the number of experts of a model name.
 
     Args:
         name: ``S-E16``, ``Dense-L`` (the same as ``L-E1``), ...
 
     Raises:
-        ConfigError: if the name is not in the table.
+        ConfigError: the name is not in the table.
     """
     match = _NAME.fullmatch(name)
     if match and bool(match["dense"]) != bool(match["experts"]) and match["size"] in SIZES:
