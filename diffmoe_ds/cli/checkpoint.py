@@ -1,13 +1,16 @@
-"""``diffmoe checkpoint``: look into checkpoints and turn them into something else, without any rank."""
+"""``diffmoe checkpoint``: inspect and convert checkpoints, in one process without a process group."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffmoe_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from diffmoe_ds.checkpoint.load import CheckpointReader
 
 EXAMPLES = """examples:
   diffmoe checkpoint inspect runs/fashion
@@ -16,10 +19,11 @@ EXAMPLES = """examples:
   diffmoe checkpoint import-official DiffMoE-L-E8.pt --out imported
   diffmoe sample --checkpoint exported --out samples
 """
+WEIGHTS_HELP = "averaged or last weights (default: %(default)s)"
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sub-commands of ``diffmoe checkpoint``."""
+    """Add the subcommands of ``diffmoe checkpoint`` to its parser."""
     commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
 
     def command(name: str, text: str, act: Any) -> argparse.ArgumentParser:
@@ -27,33 +31,33 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         sub.set_defaults(act=act)
         return sub
 
-    inspect = command("inspect", "print what a checkpoint, a run directory or an exported model holds", _inspect)
-    inspect.add_argument("path", type=Path)
-    inspect.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    inspect.add_argument("--full", action="store_true", help="check every byte, not the sizes only")
+    inspect = command("inspect", "show the contents of a checkpoint, run directory or exported model", _inspect)
+    inspect.add_argument("path", type=Path, help="a checkpoint, run directory or exported model")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.add_argument("--full", action="store_true", help="verify every byte, not only sizes")
 
-    reshard = command(
-        "reshard", "rewrite a checkpoint as other ranks would keep it (resuming does not need it)", _reshard
-    )
+    reshard = command("reshard", "rewrite a checkpoint for another layout (not needed to resume)", _reshard)
     reshard.add_argument("path", type=Path, help="a checkpoint or a run directory")
     reshard.add_argument("--world", type=int, required=True, metavar="W", help="number of ranks")
     reshard.add_argument("--ep", type=int, default=1, metavar="P", help="expert-parallel size (default: %(default)s)")
-    reshard.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new checkpoint")
+    reshard.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the new checkpoint")
 
     export = command("export", "write one model.safetensors and a config.json, for sampling and fine-tuning", _export)
     export.add_argument("path", type=Path, help="a checkpoint or a run directory")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR")
-    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: %(default)s")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-
-    official = command("import-official", "turn the reference's .pt file into an exported model", _import)
-    official.add_argument("path", type=Path)
-    official.add_argument("--out", type=Path, required=True, metavar="DIR")
-    official.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: %(default)s")
-    official.add_argument(
-        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="default: what the weights look like"
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the exported model")
+    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (default: %(default)s)"
     )
-    official.add_argument("--num-heads", type=int, metavar="N", help="default: that of the published size")
+
+    reference = command("import-official", "convert the reference's .pt file to an exported model", _import)
+    reference.add_argument("path", type=Path, help="the .pt file")
+    reference.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the exported model")
+    reference.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    reference.add_argument(
+        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: inferred from the weights)"
+    )
+    reference.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: as published)")
 
 
 def checkpoint_command(args: argparse.Namespace) -> None:
@@ -68,7 +72,7 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1) if args.json else readable(found))
     broken = [entry for entry in found["checkpoints"] if entry["problem"]]
     if broken and len(broken) == len(found["checkpoints"]):
-        raise CheckpointError(f"{args.path}: holds no valid checkpoint.")
+        raise CheckpointError(f"{args.path}: no valid checkpoint.")
 
 
 def _reshard(args: argparse.Namespace) -> None:
@@ -78,7 +82,7 @@ def _reshard(args: argparse.Namespace) -> None:
     check_world("--world", args.world)
     reader = _checkpoint(args.path)
     reshard(reader, args.out, args.world, args.ep)
-    print(f"{reader.path} is now also {args.out}: {args.world} rank(s), EP {args.ep}")
+    print(f"{reader.path} -> {args.out}: {args.world} rank(s), EP {args.ep}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -88,30 +92,30 @@ def _export(args: argparse.Namespace) -> None:
 
     reader = _checkpoint(args.path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    print(f"{args.weights} weights of {reader.path} in {export(reader, args.weights, args.out, dtype)}")
+    print(f"{reader.path} -> {export(reader, args.weights, args.out, dtype)} ({args.weights} weights)")
 
 
 def _import(args: argparse.Namespace) -> None:
     import torch
 
     from diffmoe_ds.checkpoint.export import write_model
-    from diffmoe_ds.checkpoint.reference import infer_official, load_official, read_official
+    from diffmoe_ds.checkpoint.reference import infer_reference, load_official, read_reference
     from diffmoe_ds.checkpoint.stream import Entry
 
-    state = read_official(args.path, args.weights)
+    state = read_reference(args.path, args.weights)
     try:
-        model = load_official(infer_official(state, args.kind, args.num_heads), state)
+        model = load_official(infer_reference(state, args.kind, args.num_heads), state)
     except CheckpointError as error:
         raise CheckpointError(f"{args.path}: {error}") from None
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
-    print(f"{args.path} is now {write_model(args.out, entries, model.config, args.weights, images=0)}")
+    print(f"{args.path} -> {write_model(args.out, entries, model.config, args.weights, images=0)}")
 
 
-def _checkpoint(path: Path) -> Any:
+def _checkpoint(path: Path) -> CheckpointReader:
     from diffmoe_ds.checkpoint.load import CheckpointReader
     from diffmoe_ds.checkpoint.verify import newest_valid
 
     found = newest_valid(path, full=True)
     if found is None:
-        raise CheckpointError(f"{path}: is no checkpoint and no run directory with one.")
+        raise CheckpointError(f"{path}: not a checkpoint or run directory.")
     return CheckpointReader(found)

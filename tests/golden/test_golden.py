@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffmoe_ds import load_official
-from diffmoe_ds.checkpoint.reference import official_views
+from diffmoe_ds.checkpoint.reference import reference_views
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.capacity import capacity_loss
@@ -81,7 +81,7 @@ def test_train_step(name):
     loss.backward()
     compared = set()
     for ours, parameter in model.named_parameters():
-        for theirs, gradient in official_views(model.config, ours, parameter.grad).items():
+        for theirs, gradient in reference_views(model.config, ours, parameter.grad).items():
             assert_close(gradient, file[f"grad/{theirs}"], f"grad/{theirs}")
             compared.add(f"grad/{theirs}")
     assert compared == {key for key in file if key.startswith("grad/")}

@@ -78,7 +78,7 @@ def test_a_width_that_the_heads_do_not_divide_is_a_mistake_of_the_options(tmp_pa
     torch.save(state, tmp_path / "official.pt")
     for heads in ("5", "0"):
         assert convert(tmp_path / "official.pt", "--num-heads", heads) == 2
-        assert f"--num-heads is {heads}, but it must divide" in capsys.readouterr().err
+        assert f"--num-heads must divide the width 32 of the weights, got {heads}." in capsys.readouterr().err
 
 
 def test_a_file_of_an_old_torch_is_read(tmp_path, state):
@@ -140,7 +140,7 @@ def test_official_mistakes(tmp_path, capsys):
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
     for name, message in (
-        ("foreign", "are no weights of the reference"),
+        ("foreign", "not weights of the reference"),
         ("list", "holds no weights"),
         ("text", "not loaded"),
     ):
