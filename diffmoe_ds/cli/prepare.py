@@ -157,7 +157,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = Non
 def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     # Imported lazily so that typos fail fast: diffusers takes seconds to import.
     from diffmoe_ds.data.dataset import open_source
-    from diffmoe_ds.data.prepare.encoders import LatentEncoder, PixelEncoder
+    from diffmoe_ds.data.prepare.encoders import Encoder, LatentEncoder, PixelEncoder
     from diffmoe_ds.data.sources.cache import shard_cache
     from diffmoe_ds.data.sources.shards import ShardDataset
 
@@ -172,6 +172,7 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
             f"--cache-gb is {args.cache_gb:g}, but preparation mixes the images of all shards, {remote / 1e9:.3g} GB "
             "of downloads; increase it."
         )
+    encoder: Encoder
     if args.kind == "images":
         encoder = PixelEncoder(args.size, args.threads)
     else:

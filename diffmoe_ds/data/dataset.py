@@ -113,7 +113,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 def _check_cache(config: Config, shards: ShardDataset) -> None:
     """Check that the shards which are needed at the same time fit into the cache."""
     data, limit = config.data, config.data.cache_gb * 1e9
-    remote = shards.remote_bytes()
+    remote: float = shards.remote_bytes()
     if data.shuffle == "window":
         sizes = shards.shard_sizes
         # This window and the next, and the shards that span their ends.

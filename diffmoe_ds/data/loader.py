@@ -17,12 +17,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
 from diffmoe_ds.data.shuffle import Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
@@ -44,7 +44,8 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the batch on a device; the copies may still be running."""
-        return MicroBatch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
+        fields = {name: field for name, field in self._asdict().items() if field is not None}
+        return self._replace(**{name: field.to(device, non_blocking=True) for name, field in fields.items()})
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class PositionLoader:
             values = sum(math.prod(shape) for shape in self._shapes)
             slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
         reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots)
-        loader = torch.utils.data.DataLoader(
-            reader,
+        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+            reader,  # type: ignore[arg-type]  # maps tasks, not indices, to items
             sampler=self._positions,
             batch_size=None,  # each item of the sampler is a micro-batch
             num_workers=workers,
@@ -166,7 +167,7 @@ class _Positions:
             yield Task(number, range(first, first + self.micro_batch))
 
 
-def _identity(item: Packed | DataError) -> Packed | DataError:
+def _identity(item: Any) -> Any:
     return item
 
 

@@ -102,7 +102,7 @@ class Reader:
         x, noise, *posterior = (part.numpy() for part in self.split(large))
         np.stack([each.noise for each in draws], out=noise)
         for out in posterior:
-            np.stack([each.posterior for each in draws], out=out)
+            np.stack(_posteriors(draws), out=out)
         if self.dataset.latents is None:
             self._pixels(indices, draws, x)
         else:
@@ -118,7 +118,7 @@ class Reader:
 
     def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
         assert draws[0].posterior is not None, "draws for prepared latents need posterior=True"
-        noise = np.stack([each.posterior for each in draws])
+        noise = np.stack(_posteriors(draws))
         moments = latents.decode(self.dataset.read_moments(indices, [each.flip for each in draws]))
         latents.sample(moments, noise, out)
         if not np.isfinite(out).all():
@@ -144,6 +144,10 @@ class Reader:
                 f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
                 f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
             )
+
+
+def _posteriors(draws: list[TrainingDraws]) -> list[np.ndarray]:
+    return [each.posterior for each in draws if each.posterior is not None]
 
 
 def check_labels(dataset: Dataset, num_classes: int) -> None:
@@ -180,7 +184,7 @@ def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> 
         )
 
 
-def _model_range(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def _model_range(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return float32 of `shape`: a uint8 image padded centrally with 0 and scaled to [-1, 1], or a latent unchanged."""
     if image.dtype != np.uint8:
         return image

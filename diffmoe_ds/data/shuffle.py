@@ -95,7 +95,10 @@ class WindowShuffle:
         first_image = (np.cumsum(self._sizes) - self._sizes)[shards]
         images = first_image[rank] + places - (ends - sizes)[rank]
         windows = -(-self._n // self._window)
-        return images[_permutation(self._seed, Purpose.WINDOW_SHUFFLE, epoch * windows + number, len(images))]
+        shuffled: np.ndarray = images[
+            _permutation(self._seed, Purpose.WINDOW_SHUFFLE, epoch * windows + number, len(images))
+        ]
+        return shuffled
 
 
 @functools.lru_cache(maxsize=2)  # a micro-batch reads from one epoch, or from two at a border

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.errors import ConfigError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 
 def vae_settings(path: str) -> dict[str, Any]:
     """Read the `config.json` of a VAE, without its weights.
@@ -30,12 +27,13 @@ def vae_settings(path: str) -> dict[str, Any]:
         ConfigError: there is none.
     """
     autoencoder = _autoencoder()
-    return _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    settings: dict[str, Any] = _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    return settings
 
 
 def downsampling(settings: dict[str, Any]) -> int:
     """Return the image pixels per latent pixel, in each direction."""
-    return 2 ** (len(settings["block_out_channels"]) - 1)
+    return int(2 ** (len(settings["block_out_channels"]) - 1))
 
 
 class VAE:
@@ -55,9 +53,7 @@ class VAE:
         self.settings = vae_settings(path)
         self.device = torch.device(device)
         how = {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        self._model: AutoencoderKL = _either(
-            path, lambda place, extra: autoencoder.from_pretrained(place, **how, **extra)
-        )
+        self._model: Any = _either(path, lambda place, extra: autoencoder.from_pretrained(place, **how, **extra))
         self._model.to(self.device).eval().requires_grad_(False)
 
     def format(self, image_size: int, dtype: str) -> LatentFormat:
@@ -98,7 +94,8 @@ class VAE:
     def decode(self, latents: Tensor) -> Tensor:
         """Return images [B, 3, H, W], approximately in [-1, 1], for scaled latents [B, C, h, w]."""
         scaling, shift = scaling_and_shift(self.settings)
-        return self._model.decode(latents.to(self.device, torch.float32) / scaling + shift).sample
+        images: Tensor = self._model.decode(latents.to(self.device, torch.float32) / scaling + shift).sample
+        return images
 
     def _moments(self, images: Tensor) -> Tensor:
         posterior = self._model.encode(images).latent_dist
@@ -120,12 +117,13 @@ class EncodingLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         for batch in self._loader:
             moved = batch.to(self._vae.device)
+            assert moved.posterior is not None, "pixels come with noise for the posterior"
             # Cloned outside inference mode, because autograd may have to save them.
             latents = self._vae.sample(moved.x, moved.posterior).clone()
             yield moved._replace(x=latents, posterior=None)
 
 
-def _autoencoder() -> type[AutoencoderKL]:
+def _autoencoder() -> Any:
     try:
         from diffusers import AutoencoderKL  # an extra, and slow to import
     except ImportError:

@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Emoji:
 
     def _entries(self, package: Path) -> list[dict[str, Any]]:
         try:
-            entries = json.loads(self._read("emoji.json"))
+            entries: list[dict[str, Any]] = json.loads(self._read("emoji.json"))
             for entry in entries:
                 for picture in (entry, *entry.get("skin_variations", {}).values()):
                     name = picture["image"]
@@ -100,7 +100,7 @@ class Emoji:
         return entries
 
 
-def _reader(package: Path) -> Any:
+def _reader(package: Path) -> Callable[[str], bytes]:
     """Return a function that reads a file of the package."""
     package = package.expanduser()
     if package.is_file():

@@ -6,7 +6,8 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,20 +21,26 @@ READ_AHEAD = 4
 """Images that each thread decodes ahead; decoding releases the GIL."""
 
 
-class Encoded(NamedTuple):
+@dataclass(frozen=True)
+class Encoded:
     """The tar member of one image, or why it has none."""
 
-    index: int  # of the image in its source
+    index: int
+    """Index of the image in its source."""
     suffix: str = ""
     data: bytes = b""
     unreadable: str = ""
-    moments: np.ndarray | None = None  # fp32 [2, 2, C, H, W] of a latent, for statistics
+    """Why the image could not be encoded; empty if it was."""
+    moments: np.ndarray | None = None
+    """fp32 [2, 2, C, H, W] of a latent, for statistics."""
 
 
 class Encoder(Protocol):
     """Encodes images as tar members."""
 
-    latents: LatentFormat | None
+    @property
+    def latents(self) -> LatentFormat | None:
+        """How latents are stored; None if pixels are."""
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the bytes depend on, as plain data."""
@@ -93,7 +100,7 @@ class LatentEncoder:
 
     def _batch(self, batch: list[tuple[int, np.ndarray | None, str]]) -> Iterator[Encoded]:
         images = [crop for _, crop, _ in batch if crop is not None]
-        moments = iter(())
+        moments: Iterator[np.ndarray] = iter(())
         if images:
             both = np.stack(images)
             mirrored = np.ascontiguousarray(both[..., ::-1])
@@ -122,7 +129,7 @@ def _crops(
         except Exception as error:  # decoders raise many types on damaged bytes
             return None, str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
-    waiting: deque[tuple[int, Future]] = deque()
+    waiting: deque[tuple[int, Future[tuple[np.ndarray | None, str]]]] = deque()
     left = iter(indices)
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -215,7 +215,8 @@ def clean(preparation: Preparation) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; run the same command again to continue.") from None
 
@@ -223,7 +224,8 @@ def _record(path: Path) -> dict[str, Any]:
 def _lost_sha256(preparation: Preparation, name: str) -> str | None:
     """Return the checksum of a shard in an existing index, if there is one."""
     try:
-        return json.loads((preparation.out / INDEX).read_text(encoding="utf-8"))["sha256"][name]
+        sha256: str = json.loads((preparation.out / INDEX).read_text(encoding="utf-8"))["sha256"][name]
+        return sha256
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -232,6 +234,7 @@ def scaled_statistics(preparation: Preparation, statistics: np.ndarray) -> tuple
     """Return mean and standard deviation of the scaled latents that training samples."""
     count, total, squares = statistics.tolist()
     latents = preparation.encoder.latents
+    assert latents is not None, "pixels have no such statistics"
     mean = total / count
     deviation = max(squares / count - mean**2, 0.0) ** 0.5
     return (mean - latents.shift_factor) * latents.scaling_factor, deviation * latents.scaling_factor

@@ -96,8 +96,8 @@ def report_lines(report: dict[str, Any]) -> str:
 class _Sums:
     """Totals over all shards."""
 
-    labels: Counter = field(default_factory=Counter)
-    keys: Counter = field(default_factory=Counter)
+    labels: Counter[int] = field(default_factory=Counter)
+    keys: Counter[Any] = field(default_factory=Counter)
     latents: LatentFormat | None = None
     statistics: np.ndarray = field(default_factory=lambda: np.zeros(3))
     """Number of values, sum of means, sum of second moments."""
@@ -202,7 +202,7 @@ def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> li
     return problems
 
 
-def _label_problems(labels: Counter, classes: list[str] | None) -> list[str]:
+def _label_problems(labels: Counter[int], classes: list[str] | None) -> list[str]:
     problems = []
     if NO_LABEL in labels and len(labels) > 1:
         problems.append(f"{labels[NO_LABEL]} samples have no label, but others do")

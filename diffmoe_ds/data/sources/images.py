@@ -107,7 +107,8 @@ def _open(data: bytes, formats: tuple[str, ...], kind: str) -> Image.Image:
     _check_area(*picture.size)
     # MPO is a camera's JPEG followed by a second, smaller view of the same photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        raise ValueError(f"it is animated, with {picture.n_frames} frames; expected a still image")
+        frames = getattr(picture, "n_frames", "several")
+        raise ValueError(f"it is animated, with {frames} frames; expected a still image")
     return picture
 
 

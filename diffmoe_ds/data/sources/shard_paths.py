@@ -55,7 +55,7 @@ def expand(path: str | Path) -> list[str]:
             if not matches:
                 raise DataError(f"no shard {pattern} exists; expected a file, a directory or a pattern of tar files")
             shards += matches
-    except braceexpand.UnbalancedBracesError:
+    except braceexpand.UnbalancedBracesError:  # type: ignore[attr-defined]
         raise DataError(f"pattern {path} has unbalanced braces; write it like shards-{{000..127}}.tar") from None
     return shards
 

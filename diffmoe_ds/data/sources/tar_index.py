@@ -103,7 +103,8 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
             member is too large or has a name that leads out of the archive.
     """
-    rows, keys, latents = [], bytearray(), []
+    rows, keys = [], bytearray()
+    latents: list[LatentFormat] = []
     try:
         for key, members in _samples(shard, file, latents):
             where = f"sample {key!r} of shard {shard}"
@@ -151,9 +152,13 @@ def check_latents(index: Index) -> None:
         )
 
 
-def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, dict]]:
+Members = dict[str, tuple[int, int]]
+
+
+def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, Members]]:
     """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
-    current, members = None, {}
+    current = ""
+    members: Members = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
