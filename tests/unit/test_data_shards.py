@@ -184,3 +184,15 @@ def test_few_files_are_open_at_once(tmp_path, monkeypatch):
         assert dataset[i].label == i
         assert len(dataset._files) <= 2
     assert set(dataset._files) == {0, 3}
+
+
+def test_shards_of_webdatasets_own_writer_are_read(tmp_path):
+    with webdataset.ShardWriter(f"{tmp_path}/w-%02d.tar", maxcount=3, verbose=0) as writer:
+        for number in range(5):
+            writer.write(
+                {"__key__": f"a/{number}", "png": image_file(GREY + number), "cls": number % 3, "txt": "words"}
+            )
+    dataset = ShardDataset(expand(tmp_path))
+    assert dataset.shard_sizes == [3, 2] and [dataset.key(i) for i in range(5)] == [f"a/{n}" for n in range(5)]
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1]
+    assert all((dataset[n].image[0] == GREY + n).all() for n in range(5))
