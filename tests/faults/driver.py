@@ -1,11 +1,11 @@
-"""Break runs in every way that clusters do, start them again, and see whether anything was lost.
+"""Inject the faults that occur on clusters into a training run, restart it, and check that nothing was lost.
 
     python -m tests.faults.driver --seed 0 --kill 25 --kill-in-save 15 --others 10 --out table.md
 
-One run of two ranks (EP 2, ZeRO 2) goes undisturbed and is the reference.  A second run of the same configuration is
-disturbed again and again: each trial starts it, injects one fault at a random time, waits until every process has
-left, and checks what it left behind.  When it has reached its end, a new one begins.  After every start the rows of
-``metrics.jsonl`` must be those of the reference, digit for digit.
+An undisturbed run of two ranks (EP 2, ZeRO 2) is the reference. A second run of the same configuration is disturbed
+repeatedly: each trial starts it, injects one fault at a random time, waits until all processes have exited, and checks
+the run directory. When the run is complete, a new one begins. After every trial, the rows of ``metrics.jsonl`` must
+equal those of the reference, digit for digit.
 """
 
 from __future__ import annotations
@@ -13,173 +13,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.faults.campaign import LEAVE_LIMIT_S, Campaign, Row
 from tests.faults.processes import (
     BATCH,
     STEPS,
     Failed,
     Ranks,
     checkpoints,
-    done,
     metrics,
     mount_small_disk,
     saved,
     unmount,
     writing,
 )
-from tests.helpers.processes import REPOSITORY, free_port, rank_environment
-from tests.helpers.training import training_arguments, write_json
-
-SAVE_STEPS = 10
-RANK_TIMEOUT_S = 8
-FIRST_STEP = " ETA "
-"""What every step prints."""
-START_LIMIT_S = 120
-"""From the start to the first step; the machine may be busy."""
-LEAVE_LIMIT_S = RANK_TIMEOUT_S + 25
-"""From a fault until every process has left."""
 
 
-@dataclass
-class Row:
-    """One line of the table."""
-
-    fault: str
-    runs: int = 0
-    longest_s: float = 0.0
-    steps_lost: int = 0
-    codes: set[int] = field(default_factory=set)
-
-
-class Campaign:
-    """The reference run and the disturbed one."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder = folder
-        self.random = random.Random(seed)
-        self.rows: dict[str, Row] = {}
-        self.expected: dict[int, dict] = {}
-        self.directory = folder / "run"
-        self.config = write_json(folder / "ds.json", ep=2, zero=2, train_batch_size=BATCH)
-
-    def start(self, directory: Path, *overrides: str) -> Ranks:
-        log = self.folder / "log"
-        settings = (
-            f"run.total_images={STEPS * BATCH}", f"run.save_every_images={SAVE_STEPS * BATCH}",
-            f"run.log_every_images={BATCH}", f"run.rank_timeout_s={RANK_TIMEOUT_S}", *overrides,
-        )  # fmt: skip
-        arguments = training_arguments(self.config, directory, *settings)
-        port = free_port()
-        with log.open("w") as output:
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, "diffmoe_ds/train.py", *arguments], cwd=REPOSITORY, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True,
-                    env=rank_environment(rank, 2, port, PYTHONUNBUFFERED="1"),
-                )
-                for rank in range(2)
-            ]  # fmt: skip
-        return Ranks(processes, log)
-
-    def reference(self) -> None:
-        """The undisturbed run."""
-        ranks = self.start(self.folder / "reference")
-        try:
-            codes = ranks.wait(START_LIMIT_S + 300)
-        finally:
-            ranks.end()
-        if codes != [0, 0]:
-            raise Failed(ranks.text())
-        self.expected = {row["step"]: row for row in metrics(self.folder / "reference")}
-        assert len(self.expected) == STEPS
-
-    def trial(self, fault: str, inject: Callable[[Ranks], float | None], codes: set[int], *overrides: str) -> str:
-        """Start the disturbed run, inject, and check; counted unless the fault came too late.
-
-        Args:
-            fault: its name in the table.
-            inject: does it and returns when it did, None if it was too late.
-            codes: what a rank that could choose may leave with, besides 0.
-            overrides: settings of this trial.
-
-        Returns:
-            What the ranks printed.
-        """
-        if done(self.directory):
-            self.check_curve(complete=True)
-            shutil.rmtree(self.directory)
-        row = self.rows.setdefault(fault, Row(fault))
-        saved_before = saved(self.directory)
-        ranks = self.start(self.directory, *overrides)
-        try:
-            self._wait_for(ranks, FIRST_STEP)
-            if saved_before is not None and f"at {saved_before:,} images" not in ranks.text():
-                raise Failed(f"did not continue at {saved_before} images:\n{ranks.text()[-3000:]}")
-            began = inject(ranks)
-            found = ranks.wait(LEAVE_LIMIT_S)
-            left = time.monotonic()
-        finally:
-            ranks.end()
-        text = ranks.text()
-        if set(found) - codes - {0} or "Traceback" in text:
-            raise Failed(f"{fault}: exit codes {found}:\n{text[-3000:]}")
-        self.check_curve(complete=False)
-        seen = max((row["step"] for row in metrics(self.directory)), default=0)
-        completed = saved(self.directory) or 0
-        announced = [int(line.split("images_")[1].split()[0]) for line in text.splitlines() if "saved  " in line]
-        if announced and completed < max(announced):
-            raise Failed(f"{fault}: {max(announced)} images were saved, {completed} are there")
-        if began is not None and (any(found) or ranks.killed):  # else the run was complete before the fault reached it
-            row.runs += 1
-            row.longest_s = max(row.longest_s, left - began)
-            row.codes |= set(found)
-            row.steps_lost = max(row.steps_lost, seen - completed // BATCH)
-        return text
-
-    def until_counted(self, trial: Callable[[], None]) -> None:
-        """A try that comes too late is no trial."""
-        before = sum(row.runs for row in self.rows.values())
-        for _ in range(10):
-            trial()
-            if sum(row.runs for row in self.rows.values()) > before:
-                return
-        raise Failed("ten tries came too late")
-
-    def check_curve(self, complete: bool) -> None:
-        """Every row equals the reference's, in order and without a gap."""
-        rows = metrics(self.directory)
-        if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
-            raise Failed(f"steps {[row['step'] for row in rows]}")
-        for row in rows:
-            for key in ("loss", "grad_norm", "images", "capacity_loss"):
-                if row[key] != self.expected[row["step"]][key]:
-                    raise Failed(f"step {row['step']}: {key} {row[key]} != {self.expected[row['step']][key]}")
-        if complete and len(rows) != STEPS:
-            raise Failed(f"{len(rows)} of {STEPS} steps")
-
-    def _wait_for(self, ranks: Ranks, sign: str) -> None:
-        """Until the ranks have printed a sign, or the first of them has left."""
-        deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline:
-            if sign in ranks.text() or any(process.poll() is not None for process in ranks.processes):
-                return
-            time.sleep(0.01)
-        raise Failed(f"no {sign!r} after {START_LIMIT_S} s:\n{ranks.text()[-3000:]}")
-
-    # The faults.
+class Faults(Campaign):
+    """The faults that a trial can inject."""
 
     def kill(self) -> None:
-        """SIGKILL of a random rank at a random time."""
+        """Kill a random rank at a random time."""
 
         def inject(ranks: Ranks) -> float | None:
             time.sleep(self.random.uniform(0, 3))
@@ -190,10 +50,10 @@ class Campaign:
 
         text = self.trial("SIGKILL of a rank", inject, {85})
         if "complete" not in text and f"{STEPS * BATCH:,} of" not in text and " died in step " not in text:
-            raise Failed(f"nobody says who died:\n{text[-3000:]}")
+            raise Failed(f"the dead rank is not named:\n{text[-3000:]}")
 
     def kill_in_save(self) -> None:
-        """SIGKILL of a random rank while a checkpoint is written."""
+        """Kill a random rank while a checkpoint is being written."""
 
         def inject(ranks: Ranks) -> float | None:
             time.sleep(self.random.uniform(0, 2))
@@ -210,7 +70,7 @@ class Campaign:
         self.trial("SIGKILL inside a save", inject, {85})
 
     def stop(self) -> None:
-        """SIGSTOP of a random rank: the other leaves within the limit."""
+        """Freeze a random rank; the other one exits within the limit."""
 
         def inject(ranks: Ranks) -> float | None:
             time.sleep(self.random.uniform(0, 2))
@@ -221,16 +81,16 @@ class Campaign:
             try:
                 other.wait(LEAVE_LIMIT_S)
             except subprocess.TimeoutExpired:
-                raise Failed(f"hangs beside a frozen rank:\n{ranks.text()[-3000:]}") from None
+                raise Failed(f"hangs next to a frozen rank:\n{ranks.text()[-3000:]}") from None
             if other.returncode and "has not answered for" not in ranks.text():
-                raise Failed(f"nobody says who is frozen:\n{ranks.text()[-3000:]}")
+                raise Failed(f"the frozen rank is not named:\n{ranks.text()[-3000:]}")
             ranks.kill(frozen)
             return None if late else began
 
         self.trial("SIGSTOP of a rank", inject, {85})
 
     def usr1(self) -> None:
-        """SIGUSR1 to a random rank: saved, 85, and nothing lost."""
+        """Send SIGUSR1 to a random rank; the run saves, exits with 85 and loses no step."""
 
         def inject(ranks: Ranks) -> float:
             time.sleep(self.random.uniform(0, 2))
@@ -243,7 +103,7 @@ class Campaign:
             raise Failed("a step was lost after SIGUSR1")
 
     def damage(self, kind: str) -> None:
-        """Damage the newest checkpoint; the next start names the file and takes the one before."""
+        """Damage the newest checkpoint; the next start names the file and resumes from the previous checkpoint."""
         self.usr1()
         while len(checkpoints(self.directory)) < 2:
             self.usr1()
@@ -262,7 +122,7 @@ class Campaign:
         ranks = self.start(self.directory)
         row = self.rows.setdefault(kind, Row(kind))
         try:
-            self._wait_for(ranks, "saved  ")  # so that `latest` is a whole one again
+            self.wait_for(ranks, "saved  ")  # so that `latest` is valid again
             text = ranks.text()
             self.random.choice(ranks.processes).send_signal(signal.SIGUSR1)
             began = time.monotonic()
@@ -272,7 +132,7 @@ class Campaign:
             ranks.end()
         harmless = kind == "flipped byte" and file.name == "manifest.json" and "WARNING" not in text
         if not harmless and (str(file) not in text or "WARNING" not in text or f"at {expected:,} images" not in text):
-            raise Failed(f"{kind} of {file}: not named, or not continued at {expected:,}:\n{text[-3000:]}")
+            raise Failed(f"{kind} of {file}: not named, or not resumed at {expected:,}:\n{text[-3000:]}")
         if set(codes) - {0, 85}:
             raise Failed(f"{kind}: exit codes {codes}:\n{ranks.text()[-3000:]}")
         self.check_curve(complete=False)
@@ -281,13 +141,13 @@ class Campaign:
         row.steps_lost = max(row.steps_lost, (int(newest.name.split("_")[1]) - expected) // BATCH)
 
     def full_disk(self, disk: Path, on_error: str) -> None:
-        """The disk fills at a random time; the run stops with 5, or goes on until there is room again."""
+        """Fill the disk at a random time; the run exits with 5, or continues until there is space again."""
         directory, filler, name = disk / "run", disk / "filler", f"full disk, on_error={on_error}"
         disturbed, self.directory = self.directory, directory
 
         def inject(ranks: Ranks) -> float:
             if not checkpoints(directory):
-                self._wait_for(ranks, "saved  ")  # there has to be one that the fault could cost
+                self.wait_for(ranks, "saved  ")  # a checkpoint that the fault could destroy
             time.sleep(self.random.uniform(0.2, 1.5))
             began = time.monotonic()
             with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -309,7 +169,7 @@ class Campaign:
             settings = (f"checkpoint.on_error={on_error}", "checkpoint.keep_last=2")
             text = self.trial(name, inject, {5} if on_error == "stop" else {85}, *settings)
             if "No space left" not in text or not checkpoints(directory):
-                raise Failed(f"{name}: not said, or nothing kept:\n{text[-3000:]}")
+                raise Failed(f"{name}: not reported, or no checkpoint left:\n{text[-3000:]}")
             filler.unlink(missing_ok=True)
         finally:
             self.directory = disturbed
@@ -317,7 +177,7 @@ class Campaign:
 
 def table(rows: dict[str, Row]) -> str:
     lines = [
-        "| fault | runs | longest time until all had left | exit codes of those that could | most steps done again |",
+        "| fault | runs | longest time until all ranks had exited | exit codes | most steps repeated |",
         "|---|---|---|---|---|",
     ]
     for row in rows.values():
@@ -329,12 +189,20 @@ def table(rows: dict[str, Row]) -> str:
 def run(
     folder: Path, seed: int, kill: int, kill_in_save: int, others: int, report: Callable[[str, dict[str, Row]], None]
 ) -> dict[str, Row]:
-    """A whole campaign, the faults in random order; ``report`` hears of every trial, and what there is so far.
+    """Run a campaign with its faults in random order.
+
+    Args:
+        folder: where the runs are written.
+        seed: of the random choices.
+        kill: SIGKILLs at random times.
+        kill_in_save: SIGKILLs while a checkpoint is being written.
+        others: trials of every other fault.
+        report: called after every trial with the progress and the rows so far.
 
     Raises:
-        Failed: at the first broken promise, with what the ranks printed.
+        Failed: a check failed; the message contains the output of the ranks.
     """
-    campaign = Campaign(folder, seed)
+    campaign = Faults(folder, seed)
     campaign.reference()
     trials = [campaign.kill] * kill + [campaign.kill_in_save] * kill_in_save
     trials += [campaign.stop, campaign.usr1] * others
@@ -344,7 +212,7 @@ def run(
     has_disk = mount_small_disk(disk, 8)
     try:
         if has_disk:
-            for number in range(max(others, 2)):  # with each on_error at least once
+            for number in range(max(others, 2)):  # each on_error at least once
                 trials.append(lambda n=number: campaign.full_disk(disk, ("stop", "continue")[n % 2]))
         campaign.random.shuffle(trials)
         for number, trial in enumerate(trials):
@@ -354,7 +222,7 @@ def run(
         if has_disk:
             unmount(disk)
     if not has_disk:
-        campaign.rows["full disk"] = Row("full disk (not run: no right to mount a small disk)")
+        campaign.rows["full disk"] = Row("full disk (not run: mounting a small disk is not permitted)")
     return campaign.rows
 
 
