@@ -73,20 +73,20 @@ def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dic
     numel = megabytes * 10**6 // (4 * len(KINDS) * TENSORS)
     tensors = {f"w{i}": {kind: torch.randn(numel) for kind in KINDS} for i in range(TENSORS)}
     size_mb = numel * 4 * len(KINDS) * TENSORS / 1e6
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        times = _measure(tensors, Path(made), rounds)
+    with tempfile.TemporaryDirectory(dir=folder) as made, contextlib.ExitStack() as stack:
+        times = _measure(tensors, Path(made), rounds, stack)
     dist.destroy_process_group()
     methods = {name: _summarize(row, size_mb) for name, row in times.items()}
     return {"megabytes": size_mb, "rounds": rounds, "ways": methods, "ratios": _ratios(methods)}
 
 
-def _measure(tensors: Tensors, root: Path, rounds: int) -> Times:
+def _measure(tensors: Tensors, root: Path, rounds: int, stack: contextlib.ExitStack) -> Times:
     savers: dict[str, Save] = {
         OURS: _ours(tensors, root / "ours", wait=False),
         OURS_WAITING: _ours(tensors, root / "waiting", wait=True),
         TORCH_SAVE: _torch_save(tensors),
         DCP: _dcp(tensors),
-        DEEPSPEED: _deepspeed(tensors),
+        DEEPSPEED: _deepspeed(tensors, stack),
     }
     times: Times = defaultdict(lambda: defaultdict(list))
     for number in range(rounds + 1):
@@ -169,7 +169,7 @@ def _dcp(tensors: Tensors) -> Save:
     return save
 
 
-def _deepspeed(tensors: Tensors) -> Save:
+def _deepspeed(tensors: Tensors, stack: contextlib.ExitStack) -> Save:
     """Save a model with as many weights and the same states: fp32 weights, two moments, and one more copy."""
     model = nn.ParameterDict({name: nn.Parameter(kinds["fp32"]) for name, kinds in tensors.items()})
     ema = {name: nn.Parameter(kinds["ema"], requires_grad=False) for name, kinds in tensors.items()}
@@ -182,6 +182,7 @@ def _deepspeed(tensors: Tensors) -> Save:
     os.environ.update(LOCAL_SIZE="1", CROSS_SIZE="1", CROSS_RANK="0")  # set by its launcher
     with contextlib.redirect_stdout(sys.stderr):
         engine = seam.initialize(both, config)
+    stack.callback(engine.checkpoint_engine.cleanup)  # ends its writer process, which Python would wait for at exit
 
     def step() -> None:
         """Run an optimizer step, which waits for the writer because it changes the weights."""
