@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Protocol
 
 import pytest
 
@@ -62,7 +66,7 @@ def first_failure(codes: Sequence[int]) -> int:
 
 
 def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: float = LAUNCH_TIMEOUT) -> Finished:
-    """Run commands together until all have ended.
+    """Run commands together until all have ended, each in an interpreter or program of its own.
 
     When one fails the others have ``GRACE`` seconds left, and when time is up they have none; what still runs is
     killed, by process group.  A launch that is killed although no process has failed fails the test.
@@ -71,17 +75,40 @@ def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: flo
         commands: arguments and environment of each process.
         timeout: seconds for the whole launch.
     """
+    return run_together([lambda file, c=command: ColdProcess(*c, file) for command in commands], timeout)
+
+
+def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT, **extra: str) -> Finished:
+    """Run a Python script or module on ``world`` ranks of this machine, as `run_processes` does.
+
+    The ranks are forks of a process that has imported everything, unless ``extra`` or the test has changed the
+    environment, which may matter to what is imported.
+
+    Args:
+        world: the number of ranks.
+        arguments: ``SCRIPT ...`` or ``-m MODULE ...``.
+        timeout: seconds for the whole launch.
+        extra: environment variables.
+    """
+    port = free_port()
+    environments = [rank_environment(rank, world, port, **extra) for rank in range(world)]
+    if extra or not can_fork() or (arguments[0].startswith("-") and arguments[0] != "-m"):
+        return run_processes([([sys.executable, *arguments], environment) for environment in environments], timeout)
+    server = fork_server()
+    return run_together([lambda file, e=e: server.start(arguments, e, REPOSITORY, file) for e in environments], timeout)
+
+
+def run_together(starts: Sequence[Callable[[IO[str]], Process]], timeout: float) -> Finished:
+    """Start processes, each with a file for its output, and wait as `run_processes` says."""
     deadline = time.monotonic() + timeout
     # not pipes, which a process could fill and block on
-    files = [tempfile.TemporaryFile("w+") for _ in commands]  # noqa: SIM115 - closed below
-    processes = [
-        subprocess.Popen(
-            command, env=environment, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        for (command, environment), file in zip(commands, files, strict=True)
-    ]
+    files = [tempfile.TemporaryFile("w+") for _ in starts]  # noqa: SIM115 - closed below
+    processes: list[Process] = []
+    late: list[Process] = []
     failed_since = None
     try:
+        for start, file in zip(starts, files, strict=True):
+            processes.append(start(file))
         while any(p.poll() is None for p in processes):
             now = time.monotonic()
             if failed_since is None and any(p.poll() for p in processes):
@@ -90,24 +117,147 @@ def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: flo
                 break
             time.sleep(0.02)
     finally:
-        late = [p for p in processes if p.poll() is None]
+        late += [p for p in processes if p.poll() is None]
         for process in late:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.kill()
     outputs = []
     for file in files:
         with file:
             file.seek(0)
             outputs.append(file.read())
     text = "".join(outputs)
-    code = first_failure([p.returncode for p in processes if p not in late])
+    code = first_failure([p.poll() or 0 for p in processes if p not in late])
     if late and code == 0:
         pytest.fail(f"hung for {timeout} s:\n{text[-5000:]}")
     return Finished(code, text)
 
 
-def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT, **extra: str) -> Finished:
-    """Run a Python script or module on ``world`` ranks of this machine; ``extra`` are environment variables."""
-    port = free_port()
-    environments = [rank_environment(rank, world, port, **extra) for rank in range(world)]
-    return run_processes([([sys.executable, *arguments], environment) for environment in environments], timeout)
+class Process(Protocol):
+    """A process that was started here."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, or None while the process runs."""
+
+    def kill(self) -> None:
+        """Kill the process group and wait for the process."""
+
+
+class ColdProcess:
+    """A command in a process of its own."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], output: IO[str]) -> None:
+        self._process = subprocess.Popen(
+            command, env=environment, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@dataclass(frozen=True)
+class ForkedProcess:
+    """A fork of the fork server."""
+
+    server: ForkServer
+    number: int
+
+    def poll(self) -> int | None:
+        self.server.receive(wait=0)
+        return self.server.codes.get(self.number)
+
+    def kill(self) -> None:
+        self.server.send({"kill": self.number})
+        while self.poll() is None:
+            self.server.receive(wait=GRACE)
+
+
+class ForkServer:
+    """Starts `fork_server.py` and asks it for processes."""
+
+    def __init__(self) -> None:
+        self.codes: dict[int, int] = {}
+        self.environment = clean_environment()
+        self._count = 0
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
+                env={**self.environment, "TORCH_CPP_LOG_LEVEL": "ERROR"}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def is_alive(self) -> bool:
+        """Return whether the server can take requests."""
+        return self._process.poll() is None
+
+    def start(
+        self, arguments: list[str], environment: dict[str, str], directory: Path, output: IO[str]
+    ) -> ForkedProcess:
+        """Start ``python ARGUMENTS`` in a fork; stdout and stderr go to ``output``."""
+        self._count += 1
+        request = {
+            "number": self._count, "arguments": arguments, "environment": environment, "directory": str(directory),
+        }  # fmt: skip
+        self.send(request, output)
+        return ForkedProcess(self, self._count)
+
+    def send(self, request: dict[str, object], *files: IO[str]) -> None:
+        """Send a request with open files."""
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [file.fileno() for file in files])
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self, wait: float) -> None:
+        """Note the exit codes that the server has reported, waiting at most ``wait`` seconds for the first."""
+        while select.select([self._socket], [], [], wait)[0]:
+            try:
+                message = self._socket.recv(1 << 16)
+            except ConnectionError:
+                message = b""
+            if not message:
+                raise self._died()
+            answer = json.loads(message)
+            self.codes[answer["number"]] = answer["code"]
+            wait = 0
+
+    def close(self) -> None:
+        """End the server and, with it, what it has started."""
+        self._socket.close()
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _died(self) -> RuntimeError:
+        self._process.kill()
+        self._process.wait()
+        self._log.seek(0)
+        return RuntimeError(f"the fork server has died:\n{self._log.read()[-5000:]}")
+
+
+_servers: list[ForkServer] = []
+
+
+def fork_server() -> ForkServer:
+    """Return this process's fork server; start it if it does not run."""
+    if not (_servers and _servers[-1].is_alive()):
+        server = ForkServer()
+        _servers.append(server)
+        atexit.register(server.close)
+    return _servers[-1]
+
+
+def can_fork() -> bool:
+    """Return whether the environment is still that of the fork server."""
+    ignored = ("PYTEST_CURRENT_TEST",)
+    now, then = clean_environment(), fork_server().environment
+    return all(now.get(name) == then.get(name) for name in now.keys() | then.keys() if name not in ignored)

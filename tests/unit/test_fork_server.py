@@ -1,0 +1,112 @@
+"""Ranks that are forked run and end as if they had been started cold."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import processes
+from tests.helpers.processes import REPOSITORY, clean_environment, fork_server, run_processes, run_ranks
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+DESCRIBE = """
+import atexit, json, os, signal, sys
+atexit.register(print, "at exit")
+print(json.dumps([
+    os.environ, os.getcwd(), sys.path, sys.argv, __name__, os.getpid() == os.getpgid(0), sys.stdin.read(),
+    str(signal.getsignal(signal.SIGINT)), str(signal.getsignal(signal.SIGTERM)), len(os.listdir("/proc/self/task")),
+    sys.modules["__main__"].__dict__ is globals(), sys.flags, sorted(os.listdir("/proc/self/fd")),
+], default=str))
+print("warning", file=sys.stderr)
+sys.exit(int(os.environ["RANK"]) * 3)
+"""
+
+
+def test_a_forked_rank_sees_what_a_cold_one_sees(script, monkeypatch):
+    monkeypatch.setattr(processes, "free_port", lambda: 12345)
+    arguments = [script(DESCRIBE), "--a", "b c"]
+    forked = run_ranks(2, arguments)
+    monkeypatch.setattr(processes, "can_fork", lambda: False)
+    assert forked == run_ranks(2, arguments)
+    assert forked.code == 3 and forked.output.count("at exit") == forked.output.count("warning\n") == 2
+
+
+def test_ranks_are_forked(script):
+    finished = run_ranks(2, [script("import os, sys; print(os.getppid(), 'torch' in sys.modules)")])
+    assert finished.code == 0 and finished.output == f"{fork_server().pid} True\n" * 2
+
+
+def test_a_module_runs_as_main(tmp_path):
+    forked = run_ranks(1, ["-m", "diffmoe_ds.cli", "config", "--default"])
+    cold = run_processes([([sys.executable, "-m", "diffmoe_ds.cli", "config", "--default"], clean_environment())])
+    assert forked == cold
+
+
+def test_an_exception_is_code_1_with_a_traceback(script):
+    finished = run_ranks(1, [script("1 / 0")])
+    assert finished.code == 1 and finished.output.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_death_by_a_signal_is_a_failure(script):
+    finished = run_ranks(2, [script("import os; os.environ['RANK'] == '1' and os.kill(os.getpid(), 11)")])
+    assert finished.code == -signal.SIGSEGV
+
+
+def test_time_runs_out_for_the_whole_process_group(script, tmp_path):
+    text = (
+        "import subprocess, sys, time; p = subprocess.Popen(['sleep', '99']); print(p.pid, flush=True); time.sleep(99)"
+    )
+    with pytest.raises(pytest.fail.Exception, match=r"hung for 1 s") as failure:
+        run_ranks(1, [script(text)], timeout=1)
+    wait_for_end(int(str(failure.value).split("\n")[1]))
+
+
+def test_a_changed_environment_starts_cold(script, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    arguments = [script("import os, sys; print('torch' in sys.modules, os.environ['DS_ACCELERATOR'])")]
+    assert run_ranks(1, arguments).output == "False cpu\n"
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert run_ranks(1, arguments, DS_ACCELERATOR="cuda").output == "False cuda\n"
+
+
+def test_a_server_that_died_is_replaced_and_takes_its_ranks_along(script, tmp_path):
+    path = tmp_path / "pid"
+    text = (
+        f"import os, signal; open({str(path)!r}, 'w').write(str(os.getpid())); os.kill(os.getppid(), 9); signal.pause()"
+    )
+    with pytest.raises(RuntimeError, match="the fork server has died"):
+        run_ranks(1, [script(text)])
+    wait_for_end(int(path.read_text()))
+    assert run_ranks(1, [script("print(1)")]).output == "1\n"
+
+
+def test_the_server_ends_with_its_parent(tmp_path):
+    text = "from tests.helpers.processes import *; print(fork_server().pid, flush=True); {}"
+    for end in ("pass", "os.kill(os.getpid(), 9)"):
+        command = [sys.executable, "-c", text.format(end)]
+        finished = run_processes([(command, clean_environment(PYTHONPATH=str(REPOSITORY)))])
+        wait_for_end(int(finished.output))
+
+
+def wait_for_end(pid: int) -> None:
+    """Wait until a process has ended; fail after some seconds."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.05)
+    assert os.getpid() != pid
