@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
@@ -40,6 +39,7 @@ from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.fragments import Fragment
 from diffmoe_ds.distributed.launch import export_launch, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
+from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import sha256_of
 
@@ -75,7 +75,7 @@ def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dic
     size_mb = numel * 4 * len(KINDS) * TENSORS / 1e6
     with tempfile.TemporaryDirectory(dir=folder) as made, contextlib.ExitStack() as stack:
         times = _measure(tensors, Path(made), rounds, stack)
-    dist.destroy_process_group()
+    shutdown()
     methods = {name: _summarize(row, size_mb) for name, row in times.items()}
     return {"megabytes": size_mb, "rounds": rounds, "ways": methods, "ratios": _ratios(methods)}
 

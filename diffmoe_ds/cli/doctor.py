@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffmoe_ds.distributed.collectives import destroy_process_group, init_process_group, is_initialized
+from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.doctor.facts import OPS, rank_facts
@@ -99,8 +99,6 @@ def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any]
         except RuntimeError as error:  # gloo and NCCL raise many kinds of errors
             failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
     every = gather_facts(rendezvous, "timed", [failed, timed], args.timeout)
-    if is_initialized():
-        destroy_process_group()
     if ranks is None or every is None:
         return None
     return {

@@ -22,7 +22,7 @@ from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
 from diffmoe_ds.distributed import consensus
-from diffmoe_ds.distributed.collectives import destroy_process_group, gather_to_main, init_process_group
+from diffmoe_ds.distributed.collectives import gather_to_main, init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
@@ -81,12 +81,9 @@ def run_sampling(args: argparse.Namespace) -> None:
     if launch.rank == 0:
         print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
     init_process_group("gloo")
-    try:
-        every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
-        pixels = None if every is None else torch.cat(every).numpy()
-        _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
-    finally:
-        destroy_process_group()
+    every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
+    pixels = None if every is None else torch.cat(every).numpy()
+    _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
 
 
 def plan_sampling(args: argparse.Namespace) -> SamplingPlan:

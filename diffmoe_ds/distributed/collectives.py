@@ -12,6 +12,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+
+# Its defaults refer to the world's group as it is at import. Without this import, torch imports it after that group
+# was created, the first time anything needs torch._dynamo, and the group could not be destroyed any more.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 Group = dist.ProcessGroup
@@ -56,16 +60,6 @@ def init_process_group(backend: str, timeout_s: float | None = None) -> None:
         timeout_s: seconds after which a collective fails; torch's default if None.
     """
     dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
-
-
-def destroy_process_group() -> None:
-    """Destroy the default process group."""
-    dist.destroy_process_group()
-
-
-def is_initialized() -> bool:
-    """Return whether the default process group exists."""
-    return dist.is_initialized()
 
 
 def get_rank(group: Group | None = None) -> int:

@@ -4,7 +4,8 @@ Gloo's own threads drop the tensors of a collective after its caller has gone on
 interpreter finalizes in between, CPython ends the thread inside a C++ destructor, and the process dies by SIGABRT with
 "terminate called without an active exception" (https://github.com/pytorch/pytorch/issues/179291).  Only the destructor
 of a process group joins these threads, and ``destroy_process_group`` does not run it while anything still refers to the
-group: DeepSpeed's hooks, caches and module globals, or the frames of an exception.
+group: DeepSpeed's hooks, caches and module globals, the frames of an exception, or torch's own default arguments (see
+the import of ``torch.distributed.nn.functional`` in `diffmoe_ds.distributed.collectives`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ LIMIT_S = 20.0
 """Seconds after which a process whose groups cannot be destroyed ends anyway: a collective hangs."""
 SETTLE_S = 1.0
 """Seconds until the kernel has removed threads that were joined."""
+LEFT = "threads of process groups are left"
+"""What stderr says then; `tests.faults.ends` looks for it."""
 GROUP_THREAD = "pt_gloo_runloop"
 """The name that torch gives to the threads of a gloo process group."""
 
@@ -31,8 +34,8 @@ def shutdown(exit_code: int | None = None) -> None:
     Call this where no frame of the code that used the groups is left, and after its exceptions were handled.
 
     Args:
-        exit_code: the code with which this process is about to end.  If the groups cannot be destroyed, it ends here,
-            without finalizing the interpreter.  None if the process goes on.
+        exit_code: the code with which this process is about to end.  If the groups cannot be destroyed because a
+            collective hangs, it ends here, without finalizing the interpreter.  None if the process goes on.
     """
     if "torch.distributed" not in sys.modules:
         return
@@ -44,6 +47,8 @@ def shutdown(exit_code: int | None = None) -> None:
     deadline = time.monotonic() + SETTLE_S
     while (left := group_threads()) and time.monotonic() < deadline:
         time.sleep(0.005)
+    if left:
+        print(f"diffmoe: {left} {LEFT}; please report this.", file=sys.stderr, flush=True)
     if exit_code is not None:
         timer.cancel()
         timer.join()
