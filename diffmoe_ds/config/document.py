@@ -21,21 +21,21 @@ HEADER = f"""\
 
 A run is configured in three places:
 
-| place | decides | example |
+| place | defines | example |
 |---|---|---|
-| recipe, `--config NAME_OR_FILE` | model, routing, objective, data, length, checkpoints | `--config imagenet-256` |
-| `--set SECTION.KEY=VALUE ...` | single keys of the recipe; the value is YAML | `--set run.seed=3 ema.decay=0.999` |
+| recipe, `--config NAME_OR_FILE` | model, routing, objective, data, run length, checkpoints | `--config imagenet-256` |
+| `--set SECTION.KEY=VALUE ...` | individual keys of the recipe; values are YAML | `--set run.seed=3 ema.decay=0.999` |
 | DeepSpeed JSON | batch sizes, precision, ZeRO, schedule, expert-parallel size | `--deepspeed_config FILE` |
 
-A recipe is a YAML file with the sections below; a key that it leaves out has its default. The packaged recipes are
+A recipe is a YAML file with the sections below; omitted keys take their defaults. The packaged recipes are
 RECIPES. Every run writes its complete configuration to `resolved.yaml` in the run directory, and
 `--config` accepts that file. Unknown keys, wrong types and values out of range are rejected before training starts; the
 message names the nearest valid key or the valid values.
 
-The DeepSpeed JSON is DeepSpeed's own format. Without `--deepspeed_config`, the `deepspeed` section of the recipe takes
-its place; with it, that section is ignored. `"auto"` resolves to the recipe's value, or to what the number of ranks and
-the device require, or else to DeepSpeed's default. An optimizer value in the JSON takes precedence over the recipe's. The
-startup banner prints every value that was resolved this way.
+The DeepSpeed JSON is DeepSpeed's own format. Without `--deepspeed_config`, the `deepspeed` section of the recipe is
+used; otherwise, that section is ignored. `"auto"` resolves to the recipe's value, to a value derived from the number of
+ranks and the device, or to DeepSpeed's default. Optimizer values in the JSON take precedence over the recipe's. The
+startup banner prints every resolved value.
 
 The same information on the command line:
 
@@ -43,15 +43,15 @@ The same information on the command line:
 diffmoe config                          # all keys
 diffmoe config routing                  # one section
 diffmoe config routing.kind             # one key
-diffmoe config --recipe imagenet-256    # values of a recipe, marked where they differ from the default
+diffmoe config --recipe imagenet-256    # values of a recipe; differences from the defaults are marked
 diffmoe config --json-schema > recipe.schema.json
 ```
 
-Editors with a YAML language server complete and check a recipe whose first line is
+Editors with a YAML language server complete and validate recipes whose first line is
 `# yaml-language-server: $schema=recipe.schema.json`.
 
 Numbers may be written as `1e5` or `1e-4`, although YAML 1.1 reads those as text. `null` stands for "not set".
-"""  # noqa: E501  (one row of a table is one line)
+"""
 
 
 def markdown() -> str:

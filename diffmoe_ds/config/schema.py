@@ -76,7 +76,7 @@ class Config(Section):
     expert_parallel: ExpertParallelConfig = Field(default_factory=ExpertParallelConfig)
     """A cross-check of the DeepSpeed JSON."""
     deepspeed: Mapping = Field(default_factory=dict)
-    """DeepSpeed configuration for runs without `--deepspeed_config`, in the form of DeepSpeed's JSON."""
+    """DeepSpeed configuration for runs without `--deepspeed_config`, in the format of the DeepSpeed JSON."""
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:

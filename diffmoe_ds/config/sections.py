@@ -31,18 +31,18 @@ class ModelConfig(Section):
     """The diffusion transformer (DiT, arXiv 2212.09748)."""
 
     name: ModelName = "tiny-E8"
-    """Size and number of experts, `SIZE-E<experts>`: `S-E16`, `L-E8`, ...; `Dense-L`, the same as `L-E1`, has no
-    experts. The sizes are `nano`, `tiny`, `S`, `B`, `L` and `XL`; the numbers of experts are 1, 2, 4, 8 and 16."""
+    """Model size and number of experts as `SIZE-E<experts>`, such as `S-E16` or `L-E8`; `Dense-L`, the same as `L-E1`,
+    has no experts. Sizes: `nano`, `tiny`, `S`, `B`, `L`, `XL`; numbers of experts: 1, 2, 4, 8, 16."""
     init_from: Text | None = None
-    """Path of an exported model, a checkpoint or a run directory whose weights a new run starts from (fine-tuning)."""
+    """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning)."""
     hidden_size: PositiveInteger | None = None
-    """Width D of a token; by default that of the named size. Must be divisible by 4 and by `num_heads`."""
+    """Width D of a token; defaults to that of the named size. Must be divisible by 4 and by `num_heads`."""
     depth: PositiveInteger | None = None
-    """Number of transformer blocks; by default that of the named size."""
+    """Number of transformer blocks; defaults to that of the named size."""
     num_heads: PositiveInteger | None = None
-    """Number of attention heads; by default that of the named size."""
+    """Number of attention heads; defaults to that of the named size."""
     input_size: PositiveInteger = 32
-    """Height and width of the network's input: pixels of the image, or of the latent if the data are latents."""
+    """Height and width of the network's input: of the image in pixels or, for latents, of the latent."""
     in_channels: PositiveInteger = 4
     """Channels of the network's input: 4 for Stable Diffusion latents, 3 for RGB images, 1 for grayscale."""
     patch_size: PositiveInteger = 2
@@ -50,7 +50,7 @@ class ModelConfig(Section):
     num_classes: PositiveInteger = 1000
     """Number of class labels; 1 for a dataset without labels. The embedding has one extra row for "no label"."""
     label_dropout: Fraction = 0.1
-    """Fraction of training images whose label is dropped, which classifier-free guidance needs; 0 trains without it."""
+    """Fraction of training images whose label is dropped, as classifier-free guidance requires; 0 disables both."""
     mlp_ratio: PositiveNumber = 4.0
     """Hidden width of an FFN or expert, as a multiple of `hidden_size`."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -60,28 +60,28 @@ class ModelConfig(Section):
 
 
 class RoutingConfig(Section):
-    """Which tokens go to which expert."""
+    """How tokens are routed to experts."""
 
     kind: RoutingKind = "batch_pool"
     """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts."""
     pool: PoolScope = "world"
-    """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), on its
+    """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""
     num_experts: PositiveInteger | None = None
-    """Number of experts E per MoE layer; by default that of the named model."""
+    """Number of experts E per MoE layer; defaults to that of the named model."""
     capacity: PositiveNumber = 1.0
-    """Capacity C: experts per token, on average; at most the number of experts, and an integer for `token_choice`."""
+    """Capacity C, the average number of experts per token; at most E, and an integer for `token_choice`."""
     interleave: Flag = True
     """Use experts in every second block only (1, 3, ...); `false` uses them in every block."""
     shared_experts: NonNegativeInteger = 0
-    """Number of experts that every token visits besides the routed ones; built as one FFN of that many widths."""
+    """Number of shared experts, applied to every token in addition to the routed ones; implemented as one wider FFN."""
     capacity_predictor: Flag = True
     """Train the capacity predictor, which sampling with `dynamic` or `per_token` routing needs. Only `expert_choice`
     and `batch_pool` have one."""
     capacity_weight: NonNegativeNumber = 1.0
     """Weight of the capacity predictor's loss. Its input is detached, so this scales only its own gradient."""
     balance_weight: NonNegativeNumber = 0.01
-    """Weight of the load-balancing loss of `token_choice`."""
+    """Weight of the load-balance loss of `token_choice`."""
     threshold_decay: Fraction = 0.95
     """Decay per optimizer step of the moving average that sets the thresholds of `dynamic` and `per_token` routing."""
 
@@ -93,8 +93,8 @@ class ObjectiveConfig(Section):
     """`flow` is rectified flow (predicts velocity); `ddpm` is DDPM with learned variance (predicts noise and variance,
     so twice the output channels)."""
     flow_time_scale: PositiveNumber = 1.0
-    """Factor on the flow's time, which lies in [0, 1], before it is embedded. The reference implementation uses 1; 1000
-    gives it the range of DDPM's time steps, for which the embedding was designed, and trains faster."""
+    """Factor applied to the flow time, in [0, 1], before it is embedded. The reference implementation uses 1; 1000
+    matches the range of DDPM time steps, for which the embedding was designed, and trains faster."""
 
 
 class DataConfig(Section):
@@ -102,24 +102,25 @@ class DataConfig(Section):
 
     path: Text | None = None
     """WebDataset shards (a file, a directory, a pattern such as `shards-{000..127}.tar`, URLs, `pipe:` commands) or a
-    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). By default the embedded Fashion-MNIST. A dataset without labels
-    needs `model.num_classes: 1`."""
+    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST. A dataset without
+    labels needs `model.num_classes: 1`."""
     horizontal_flip: Flag = True
-    """Mirror half of the images at random; prepared latents contain the latent of the mirrored image for this."""
+    """Mirror each image with probability 0.5; prepared latents include the latent of the mirrored image for this."""
     num_workers: NonNegativeInteger = 0
     """Loader processes per rank; 0 loads in the training process."""
     shuffle: Literal["whole", "window"] = "whole"
-    """`whole` permutes the whole dataset every epoch: the best mixing, but random reads over all shards, so use it on a
-    local disk. `window` shuffles the shards, concatenates them and permutes within windows of `shuffle_window` images:
-    nearly sequential reads for network file systems and URLs, mixed only as well as the window and the shards are
-    (`diffmoe prepare` mixes shards). Both read every image once per epoch on any number of ranks and resume exactly."""
+    """`whole` permutes the whole dataset every epoch: the best mixing, but random access to all shards, so use it on a
+    local disk. `window` shuffles and concatenates the shards, then shuffles within windows of `shuffle_window` images:
+    nearly sequential reads, for network file systems and URLs; mixing depends on the window size and the shards
+    (`diffmoe prepare` shuffles across them). Both read every image once per epoch on any number of ranks and resume
+    exactly."""
     shuffle_window: PositiveInteger = 16_384
     """Window size for `shuffle: window`, in images; larger windows mix better and read from more shards at a time."""
     vae: Text | None = None
-    """Directory or hub name of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
+    """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
     worth preparing."""
     cache_dir: Text | None = None
-    """Directory for shards downloaded from URLs, shared by the ranks of a host; by default `~/.cache/diffmoe-ds`."""
+    """Directory for shards downloaded from URLs, shared by the ranks of a host; defaults to `~/.cache/diffmoe-ds`."""
     cache_gb: PositiveNumber = 100.0
     """Maximum size of `cache_dir` in GB (10^9 bytes); the least recently used shards are evicted."""
 
@@ -138,14 +139,14 @@ class OptimizerConfig(Section):
 
 
 class EMAConfig(Section):
-    """Exponential moving average of the weights, which sampling uses."""
+    """Exponential moving average of the weights, used for sampling."""
 
     decay: Fraction = 0.9999
     """Decay per optimizer step; averages over roughly the last 1 / (1 - decay) steps."""
 
 
 class RunConfig(Section):
-    """Length and intervals of a run, in images, so that they do not depend on the batch size."""
+    """Length, intervals and timeouts of a run. Intervals in images do not depend on the batch size."""
 
     total_images: PositiveInteger = 100_000
     """Length of training in images, rounded up to whole optimizer steps."""
@@ -154,20 +155,20 @@ class RunConfig(Section):
     save_every_images: NonNegativeInteger = 0
     """Checkpoint interval in images; 0 saves only at the end."""
     log_every_images: PositiveInteger = 2_000
-    """Interval in images between progress lines and TensorBoard entries."""
+    """Logging interval in images, for the console and TensorBoard."""
     sample_every_images: NonNegativeInteger = 0
-    """Interval in images between sample grids, written to TensorBoard and `samples/`, plus one at the end; 0 turns them
-    off."""
+    """Interval in images between sample grids, written to TensorBoard and `samples/`, plus one at the end; 0 disables
+    them."""
     start_timeout_s: PositiveNumber = 300.0
     """Seconds to wait at startup for all ranks; then the run fails and names the missing ranks."""
     straggler_steps: NonNegativeInteger = 100
-    """Interval in optimizer steps between comparisons of the ranks' compute times; 0 turns them off."""
+    """Interval in optimizer steps between comparisons of the ranks' compute times; 0 disables them."""
     straggler_ratio: PositiveNumber = 1.5
-    """Report the slowest rank if it needs more than this multiple of the other ranks' time."""
+    """Report the slowest rank if it takes more than this multiple of the median of the other ranks."""
     nonfinite_skips: NonNegativeInteger = 0
-    """Number of consecutive steps with a NaN or infinite loss or gradient to skip; one more ends the run (code 3)."""
+    """Number of consecutive steps with a non-finite loss or gradient to skip; one more ends the run (exit code 3)."""
     rank_timeout_s: PositiveNumber = 300.0
-    """Seconds without progress on a rank after which the other ranks exit (code 85)."""
+    """Seconds without progress on a rank after which the other ranks exit (exit code 85)."""
 
 
 class CheckpointConfig(Section):
@@ -176,11 +177,11 @@ class CheckpointConfig(Section):
     keep_last: NonNegativeInteger = 3
     """Number of most recent checkpoints to keep; 0 keeps all."""
     keep_every_images: NonNegativeInteger = 0
-    """Also keep, permanently, the first checkpoint after each multiple of this many images; 0 turns this off."""
+    """Also keep, permanently, the first checkpoint after each multiple of this many images; 0 disables this."""
     async_save: Flag = True
-    """Write checkpoints in the background from a copy in host memory; `false` pauses training meanwhile."""
+    """Write checkpoints in the background from a copy in host memory; `false` pauses training during the write."""
     on_error: Literal["stop", "continue"] = "stop"
-    """If a checkpoint cannot be written (for example, the disk is full): exit with code 5, or warn and train on."""
+    """If a checkpoint cannot be written (for example, the disk is full): exit with code 5, or warn and continue."""
 
 
 class SampleConfig(Section):
@@ -191,13 +192,13 @@ class SampleConfig(Section):
     steps: PositiveInteger = 25
     """Number of sampler steps."""
     sampler: Text | None = None
-    """Name of the sampler; by default `euler` for `flow` and `ddpm` for `ddpm`."""
+    """Name of the sampler; defaults to `euler` for `flow` and `ddpm` for `ddpm`."""
     cfg_scale: NonNegativeNumber = 1.0
-    """Scale of classifier-free guidance; 1 turns guidance off."""
+    """Scale of classifier-free guidance; 1 disables guidance."""
 
 
 class ExpertParallelConfig(Section):
     """A cross-check of the DeepSpeed JSON, where the expert-parallel size is set."""
 
     autoep_size: Integer | None = None
-    """If set, it must equal `expert_parallel.autoep_size` of the DeepSpeed JSON, else the run fails."""
+    """If set, it must equal `expert_parallel.autoep_size` of the DeepSpeed JSON; otherwise the run fails."""
