@@ -14,7 +14,7 @@ from diffmoe_ds.distributed.collectives import Group, all_reduce
 def clip_gradients(
     parameters: Iterable[nn.Parameter], experts: Collection[int], ep_group: Group | None, max_norm: float
 ) -> float:
-    """Scale all gradients down to a norm. Every rank must call.
+    """Scale all gradients down to a norm. Every rank must call this.
 
     Args:
         parameters: of the model on this rank.

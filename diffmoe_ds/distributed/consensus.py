@@ -56,10 +56,10 @@ def raise_agreed(winner: int, mine: DiffMoEError | None, rank: int) -> None:
 
 
 def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) -> tuple[bool, ...]:
-    """Agree on errors and flags, in one all-reduce. Every rank must call.
+    """Agree on errors and flags, in one all-reduce. Every rank must call this.
 
     Args:
-        device: where the process group's tensors live.
+        device: device for the tensors of the collectives.
         error: what this rank failed at.
         flags: this rank's answers to yes-or-no questions.
 
@@ -77,10 +77,10 @@ def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) 
 
 
 def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:
-    """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call.
+    """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call this.
 
     Args:
-        device: where the process group's tensors live.
+        device: device for the tensors of the collectives.
         action: may raise a `DiffMoEError`.
 
     Returns:

@@ -54,7 +54,7 @@ class Rendezvous:
         self._timeout = timedelta(seconds=timeout_s)
 
     def raise_on_all_ranks(self, name: str, action: Callable[[], T]) -> T:
-        """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call.
+        """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call this.
 
         Use it for everything between `join_ranks` and the process group, e.g.
         ``model = rendezvous.raise_on_all_ranks("model", lambda: load_model(path))``; with a process group,
@@ -93,7 +93,7 @@ class Rendezvous:
         return result
 
     def on_main(self, name: str, action: Callable[[], T]) -> T | None:
-        """Run an action on rank 0; if it fails there, all ranks raise. Every rank must call.
+        """Run an action on rank 0; if it fails there, all ranks raise. Every rank must call this.
 
         Args:
             name: a key of the store, different for each call.
@@ -120,7 +120,7 @@ class Rendezvous:
         return result
 
     def check_same(self, name: str, text: str, message: str) -> None:
-        """Verify that a text is equal on all ranks. Every rank must call.
+        """Verify that a text is equal on all ranks. Every rank must call this.
 
         Args:
             name: a key of the store, different for each call.

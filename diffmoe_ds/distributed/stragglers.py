@@ -56,7 +56,7 @@ class Stragglers:
             every_steps: optimizer steps between two comparisons; 0 turns them off.
             ratio: a rank this many times slower than the others is a straggler.
             hosts: the host of every rank.
-            device: where the process group's tensors live.
+            device: device for the tensors of the collectives.
         """
         self._every = every_steps if len(hosts) > 1 else 0
         self._ratio = ratio
@@ -84,7 +84,7 @@ class Stragglers:
             WAITING.on = False
 
     def compare(self, step: int) -> Comparison | None:
-        """Compare the ranks, every N steps. Every rank must call after each step.
+        """Compare the ranks, every N steps. Every rank must call this after each step.
 
         Args:
             step: optimizer steps finished.

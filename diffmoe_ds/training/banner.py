@@ -1,4 +1,4 @@
-"""What a run prints before its first step: enough to recognize the run at a glance, or one JSON object for scripts."""
+"""The startup banner of a run, and the same plan as JSON for scripts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffmoe_ds.training.plan import TrainPlan
 
 
 def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
-    """Return the banner's lines.
+    """Return the banner as text.
 
     Args:
         plan: the run.
@@ -62,8 +62,8 @@ def summary(plan: TrainPlan, hosts: tuple[str, ...]) -> dict[str, Any]:
         hosts: the host of every rank.
 
     Returns:
-        ``run_dir``; ``checkpoint`` that the run would resume from (``path`` and ``images``, or None); ``total_images``;
-        ``complete`` (the checkpoint has been trained on all of them); ``world``, ``ep_size``, ``zero_stage``, ``bf16``;
+        ``run_dir``; ``checkpoint`` to resume from (``path`` and ``images``, or None); ``total_images``;
+        ``complete`` (whether the checkpoint has reached them); ``world``, ``ep_size``, ``zero_stage``, ``bf16``;
         ``global_batch``, ``micro_batch``, ``accumulation``; ``dataset_images``; ``params_total``, ``params_activated``;
         ``notes`` and ``warnings`` (lists of sentences).
     """
@@ -90,7 +90,7 @@ def summary(plan: TrainPlan, hosts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def describe_start(plan: TrainPlan) -> str:
-    """Return where a run starts from, and what has changed since its checkpoint was saved."""
+    """Describe where a run starts from and what has changed since its checkpoint was saved."""
     reader, settings = plan.reader, plan.settings
     if reader is None:
         return "starting from scratch" if plan.initial is None else f"starting from the weights of {plan.initial.path}"
@@ -107,7 +107,7 @@ def describe_start(plan: TrainPlan) -> str:
         text += f", resharding: {', '.join(changed)}"
     if saved.began_from:
         text += f", begun with --resume {saved.began_from}"
-    # compare the resolved DeepSpeed settings, not the sections of the recipes, which may contain "auto"
+    # compare the resolved DeepSpeed settings, because the recipe's section may contain "auto"
     resolved = settings.beside_layout()
     recorded = resolved if saved.deepspeed is None else saved.deepspeed
     before = _flatten({**config_to_dict(reader.config), "deepspeed": recorded})
@@ -131,7 +131,7 @@ def _pool(plan: TrainPlan) -> str:
     if config.num_experts == 1:
         return "none: the model is dense"
     if config.routing.kind != "batch_pool":
-        return "none: each image or token is routed on its own"
+        return "none: each image or token is routed independently"
     tokens, rows = pool_rows(config, settings, world)
     batch = "one micro-batch" if settings.accumulation > 1 else "a batch"
     scope = {
@@ -148,7 +148,7 @@ def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return every value of nested sections, by its dotted name."""
+    """Flatten nested sections into a dict keyed by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})

@@ -1,4 +1,4 @@
-"""Micro-batches for the training loop: read by position, and fetched by all ranks together."""
+"""Micro-batches for the training loop, read by position and fetched in lockstep on all ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from diffmoe_ds.training.setup import Run
 
 
 class BatchSource:
-    """This rank's micro-batches from where the run stands, with the time spent waiting for them."""
+    """This rank's micro-batches from the run's current position, and the time spent waiting for them."""
 
     def __init__(self, run: Run, dataset: Dataset, lock: RunLock | None = None) -> None:
-        """Start reading.
+        """Start the data loader.
 
         Args:
             run: from `setup_run`.
             dataset: the images.
-            lock: the run lock, on the rank that holds it; a lock lost to another job stops the run at the next fetch.
+            lock: the run lock, on the rank that holds it; if another job takes the lock, the next fetch raises.
         """
         self._batches = iter(make_loader(run, dataset))
         self._device = run.device
@@ -33,11 +33,11 @@ class BatchSource:
         self._waited_s = 0.0
 
     def fetch(self, stop: bool = False, writing: bool = False) -> tuple[MicroBatch, bool, bool]:
-        """Return the next micro-batch, in one vote with all other ranks.
+        """Return the next micro-batch, after all ranks agreed on errors and flags.
 
         Args:
-            stop: this rank was asked to stop.
-            writing: this rank is still writing a checkpoint.
+            stop: whether this rank was asked to stop.
+            writing: whether this rank is still writing a checkpoint.
 
         Returns:
             The micro-batch on the run's device, and whether any rank has ``stop`` or ``writing`` set.
@@ -54,7 +54,7 @@ class BatchSource:
             batch = next(self._batches)
         except DiffMoEError as error:
             failure = error
-        except Exception as error:  # a loader process was killed, memory ran out, a file system disappeared
+        except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
             failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
         self._waited_s += time.perf_counter() - start
         stop, writing = vote(self._device, failure, stop, writing)

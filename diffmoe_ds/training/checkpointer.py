@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and what it says about it."""
+"""Checkpointing during training: save, wait, report, requeue."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from diffmoe_ds.training.setup import Run
 
 
 class Checkpointer:
-    """The checkpoints of a run.  Every rank calls the same methods at the same step."""
+    """Saves the checkpoints of a run.  Every rank must call the same methods at the same step."""
 
     def __init__(self, run: Run, watchdog: Watchdog, lock: RunLock | None) -> None:
-        """Remove what an earlier run left half-written.
+        """Remove incomplete checkpoints of an earlier run and get ready to save.
 
         Args:
-            run: what is saved.
-            watchdog: told about progress while a checkpoint is written.
+            run: the run to save.
+            watchdog: ticked while a checkpoint is written.
             lock: the run lock, on the rank that holds it; nothing is written once another job has taken it.
         """
         self._run = run
@@ -45,10 +45,10 @@ class Checkpointer:
         return self._saver.is_writing
 
     def start(self, wait: bool = False) -> None:
-        """Start saving the run as it is now; training goes on meanwhile unless ``checkpoint.async_save`` is off.
+        """Start saving the current state; training continues meanwhile unless ``checkpoint.async_save`` is off.
 
         Args:
-            wait: return only when the checkpoint is on disk, and raise if that fails whatever ``checkpoint.on_error``.
+            wait: block until the checkpoint is on disk, and raise on failure regardless of ``checkpoint.on_error``.
         """
         self.complete()
         raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check())
@@ -59,18 +59,18 @@ class Checkpointer:
             self._finish(must_succeed=wait)
 
     def complete(self) -> None:
-        """Finish the checkpoint that was started, if any, waiting for it if needed."""
+        """Finish the checkpoint in progress, if any; blocks until it is on disk."""
         if self._saver.is_open:
             self._finish()
 
     def save_rest(self) -> None:
-        """Finish what was started, and save what is not saved yet."""
+        """Finish the checkpoint in progress, then save any unsaved progress."""
         self.complete()
         if self._run.images > self._saved_images:
             self.start(wait=True)
 
     def save_and_requeue(self, signal: str) -> NoReturn:
-        """Save what is not saved yet and ask to be started again.
+        """Save unsaved progress and exit with the requeue code.
 
         Args:
             signal: the name of the signal that this rank received; empty if another rank did.
@@ -81,7 +81,7 @@ class Checkpointer:
         self.save_rest()
         where = f"saved {self.last}" if self.last else "nothing left to save"
         raise Requeue(
-            f"asked to stop ({signal or 'another rank was'}); {self._run.images:,} images seen, {where}; "
+            f"asked to stop ({signal or 'signal on another rank'}); {self._run.images:,} images seen, {where}; "
             f"{self._run.again} continues."
         )
 
@@ -97,8 +97,8 @@ class Checkpointer:
         except (CheckpointError, AlreadyReportedError) as error:
             if must_succeed or self._run.config.checkpoint.on_error == "stop":
                 raise
-            if isinstance(error, CheckpointError):  # the rank that failed says so
-                print(f"\n*** WARNING: {error} Training goes on without it. ***\n", file=sys.stderr, flush=True)
+            if isinstance(error, CheckpointError):  # AlreadyReportedError: another rank prints it
+                print(f"\n*** WARNING: {error} Training continues without it. ***\n", file=sys.stderr, flush=True)
             return
         self._pause_s += time.perf_counter() - start
         if self._run.is_main:

@@ -21,7 +21,7 @@ class EMA:
         Args:
             fragments: the pieces of the master weights that this rank keeps.
             parts: the part of every parameter that this rank computes with, by name.
-            decay: per optimizer step.
+            decay: decay per optimizer step.
         """
         self.fragments = fragments
         self.parts = parts
@@ -36,12 +36,12 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model: DiT, trained: DiT) -> None:
-        """Fill a model of the same layout with the averaged weights. Every rank must call.
+        """Fill a model of the same layout with the averaged weights. Every rank must call this.
 
         Args:
             model: the target; its expert layers hold this rank's experts.
-            trained: the model that is averaged. Its thresholds are copied: they are averages already, and averaging
-                them again from their initial 0 would bias early checkpoints.
+            trained: the model being averaged. Its thresholds are copied: they are already moving averages, and
+                averaging them again from their initial 0 would bias early checkpoints.
         """
         pieces: dict[str, list[tuple[Fragment, Tensor]]] = defaultdict(list)
         for fragment, value in zip(self.fragments, self.values, strict=True):

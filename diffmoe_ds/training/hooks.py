@@ -1,7 +1,7 @@
-"""What happens after an optimizer step.
+"""Hooks that run after each optimizer step.
 
-Hooks hold collectives, so every rank runs the same hooks in the same order; what only rank 0 writes goes to a `RunLog`,
-which does nothing on the other ranks.
+Hooks call collectives, so every rank runs the same hooks in the same order; output goes to a `RunLog`, which is a no-op
+on all ranks but rank 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_hooks(
 
 
 class Interval:
-    """True once for every multiple of ``period`` images that a run passes; never for a period of 0."""
+    """Callable that is true once for each multiple of ``period`` images; never true if ``period`` is 0."""
 
     def __init__(self, period: int, images: int) -> None:
         self._period = period
@@ -76,7 +76,7 @@ class LogStep:
 
 
 class CompareRanks:
-    """Now and then, compare the ranks' own work and log the slowest."""
+    """Compare the ranks' own work every ``run.straggler_steps`` steps and log the slowest rank."""
 
     def __init__(self, run: Run, log: RunLog, stragglers: Stragglers) -> None:
         self._run, self._log, self._stragglers = run, log, stragglers
@@ -88,7 +88,7 @@ class CompareRanks:
 
 
 class LogLine:
-    """Print a line and write TensorBoard's scalars and routing figures."""
+    """Print a log line and write scalars and routing statistics to TensorBoard."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self._run, self._log = run, log
@@ -139,5 +139,5 @@ class SampleGrid:
         try:
             folder.mkdir(exist_ok=True)
             save_png(grid_HWC, path)
-        except OSError as error:  # a picture is not worth a run
-            print(f"*** WARNING: {path} was not written: {error} ***", file=sys.stderr, flush=True)
+        except OSError as error:  # a failed preview must not end the run
+            print(f"*** WARNING: {path}: cannot be written: {error} ***", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The files that a run appends to.  A full disk does not end the run: rows wait in memory, TensorBoard gets a gap."""
+"""Log files of a run.  On a full disk, rows are buffered in memory and TensorBoard events are dropped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from diffmoe_ds.files import write_error, write_text
 
 
 class JsonlLog:
-    """``metrics.jsonl``: one strict JSON object per line.  Rows that a full disk refuses are retried later."""
+    """``metrics.jsonl``: one strict JSON object per line.  Rows that cannot be written are buffered and retried."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Open the file, dropping rows of an earlier attempt after ``step``, so that no step appears twice.
 
         Args:
             path: the file; created if it does not exist.
-            step: the last step that counts.
+            step: the last step to keep.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -48,7 +48,7 @@ class JsonlLog:
             self._file.truncate(end)  # a partial line would corrupt the next one
             self._file.seek(end)
             if not self._warned:
-                print(f"*** WARNING: {self._path}: {error}; rows wait in memory ***", file=sys.stderr, flush=True)
+                print(f"*** WARNING: {self._path}: {error}; buffering rows in memory ***", file=sys.stderr, flush=True)
             self._warned = True
             return
         self._warned = False
@@ -60,29 +60,29 @@ class JsonlLog:
 
 
 class TensorBoardLog:
-    """TensorBoard's writer, reopened after a failure; what is written in between is lost, the run goes on."""
+    """TensorBoard writer that is reopened after a write error; events in between are dropped."""
 
     def __init__(self, directory: Path, images: int) -> None:
-        """Open an event file; events of an earlier attempt after ``images`` are hidden by TensorBoard."""
+        """Open an event file; TensorBoard hides an earlier attempt's events after ``images``."""
         self._directory = directory
         self._purge: int | None = images + 1 if images else None
         self._writer: SummaryWriter | None = None
         self._open()
 
     def add_scalar(self, tag: str, value: float, images: int) -> None:
-        """A number at an image count."""
+        """Write a scalar at an image count."""
         self._tell("add_scalar", tag, value, images)
 
     def add_histogram(self, tag: str, values: Tensor, images: int) -> None:
-        """The distribution of some numbers at an image count."""
+        """Write a histogram at an image count."""
         self._tell("add_histogram", tag, values, images)
 
     def add_text(self, tag: str, text: str, images: int) -> None:
-        """A sentence at an image count."""
+        """Write text at an image count."""
         self._tell("add_text", tag, text, images)
 
     def add_image(self, tag: str, grid_HWC: Any, images: int) -> None:
-        """A uint8 picture at an image count."""
+        """Write a uint8 image at an image count."""
         self._tell("add_image", tag, grid_HWC, images, dataformats="HWC")
 
     def flush(self) -> None:
@@ -113,7 +113,7 @@ class TensorBoardLog:
             self._writer = None
 
     def _warn(self, error: OSError) -> None:
-        print(f"*** WARNING: {self._directory}: {error}; TensorBoard has a gap ***", file=sys.stderr, flush=True)
+        print(f"*** WARNING: {self._directory}: {error}; dropping TensorBoard events ***", file=sys.stderr, flush=True)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The training loop: fetch, step, hooks.  `training/step.py` is the second page."""
+"""The training loop: fetch, step, hooks.  `training/step.py` implements the step."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from diffmoe_ds.training.step import SkippedSteps, train_step
 def train(
     run: Run, dataset: Dataset, log: RunLog, watchdog: Watchdog, lock: RunLock | None, hosts: tuple[str, ...]
 ) -> Path | None:
-    """Train until the run has seen ``run.total_images`` images.  Every rank must call.
+    """Train until the run has seen ``run.total_images`` images.  Every rank must call this.
 
     Returns:
         The last checkpoint written, or None if nothing was left to do.
 
     Raises:
-        Requeue: a signal asked to stop; everything is saved.
-        DiffMoEError: on all ranks, when a step is not finite or any rank cannot read its images or save.
+        Requeue: a signal asked the run to stop; all progress is saved.
+        DiffMoEError: on all ranks, if a step is non-finite, or any rank cannot read its images or save.
     """
     batches = BatchSource(run, dataset, lock)
     checkpointer = Checkpointer(run, watchdog, lock)

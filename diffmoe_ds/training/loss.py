@@ -1,4 +1,4 @@
-"""From a micro-batch to one scalar: noise the images, run the model, weigh the losses.
+"""Training loss of a micro-batch: noise the images, run the model, weight the losses.
 
 Legend: B images of a micro-batch, T its tokens, E experts.
 """
@@ -32,7 +32,7 @@ class Losses(NamedTuple):
 
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Return what the model takes for a micro-batch: noisy images, times, labels and dropped labels."""
+    """Return the model's inputs for a micro-batch: noisy images, times, labels and label-drop flags."""
     t_B = run.objective.model_time(batch.time)
     return run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop
 
@@ -57,11 +57,11 @@ def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: 
     """Return the training losses of a micro-batch.
 
     Args:
-        output: what the model predicted and routed.
+        output: the model's predictions and routing.
         batch: clean images and their noise.
         t_B: the model's time of each image.
         objective: flow or DDPM.
-        config: for the weights of the parts.
+        config: for the loss weights.
     """
     diffusion = objective.loss(output.prediction, batch.x, batch.noise, t_B)["loss_B"].float().mean()
     zero = torch.zeros_like(diffusion)

@@ -1,7 +1,7 @@
-"""Where a NaN or an infinity came from: which rank, which layer.
+"""Locate the rank and layer where a NaN or Inf first appears.
 
-Nothing watches a healthy step.  When a step fails, its micro-batches run once more, with unchanged weights, and every
-layer's output or every parameter's gradient is checked.  All ranks take part, because the passes hold collectives.
+Finite steps pay nothing for this.  After a non-finite step, its micro-batches are rerun with unchanged weights, and
+every layer's output or every parameter's gradient is checked.  All ranks take part because the passes call collectives.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ NOWHERE = torch.iinfo(torch.int64).max
 
 
 class _OutputCheck:
-    """Forward hooks that note the first layer whose output is not finite."""
+    """Forward hooks that record the first layer with a non-finite output."""
 
     def __init__(self, model: nn.Module, is_input_finite: bool) -> None:
         self.layers: list[str] = []
-        """Layers in the order of computing, which is the same on all ranks."""
+        """Layers in execution order, which is the same on all ranks."""
         self.place = NOWHERE if is_input_finite else 0
-        """How many layers had run; 0 means that the inputs were not finite."""
+        """1-based index of the first non-finite layer; 0 for non-finite inputs, `NOWHERE` if all were finite."""
         self._handles = [m.register_forward_hook(partial(self._check, name)) for name, m in model.named_modules()]
 
     def _check(self, name: str, module: nn.Module, inputs: object, output: object) -> None:
@@ -43,7 +43,7 @@ class _OutputCheck:
 
 @torch.no_grad()
 def locate_in_forward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
-    """Return the rank and layer whose output is the first non-finite one, in words.  Every rank must call."""
+    """Describe the rank and layer of the first non-finite output.  Every rank must call this."""
     for batch in micro_batches:
         inputs = model_inputs(run, batch)
         check = _OutputCheck(run.model, all(bool(tensor.isfinite().all()) for tensor in inputs))
@@ -52,16 +52,15 @@ def locate_in_forward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
         first = _first(check.place, run)
         if first is not None:
             place, rank = first
-            what = "the images it read" if place == 0 else check.layers[place - 1] or "the prediction"
+            what = "its input images" if place == 0 else check.layers[place - 1] or "the prediction"
             return f"on rank {rank}, first in {what}"
     return "in the loss itself, not in any layer"
 
 
 def locate_in_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
-    """Return the rank and parameter of the first non-finite gradient, in words.  Every rank must call.
+    """Describe the rank and parameter of the first non-finite gradient.  Every rank must call this.
 
-    The gradients are asked for by `torch.autograd.grad`, which neither accumulates nor reduces them, so the engine's
-    state stays as it is.
+    Uses `torch.autograd.grad`, which neither accumulates nor reduces gradients, so the engine's state is unchanged.
     """
     named = [(name, parameter) for name, parameter in run.model.named_parameters() if parameter.requires_grad]
     for batch in micro_batches:
@@ -82,7 +81,7 @@ def locate_in_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
 def _first(place: int, run: Run) -> tuple[int, int] | None:
     """Return the (place, rank) of the lowest place over all ranks, or None if no rank found one.
 
-    Experts carry what one rank computed to the others, so the place counts before the rank.
+    Non-finite values spread to other ranks through the experts, so the earliest layer decides, then the lowest rank.
     """
     world = run.topology.world
     mine = place if place == NOWHERE else place * world + run.topology.rank

@@ -1,6 +1,6 @@
-"""The plan of a run: what its arguments resolve to.
+"""The plan of a run, resolved from its arguments.
 
-Making a plan only reads: it writes no files and joins no ranks, so it is all that ``--dry-run`` needs. torch and
+Planning is read-only: it writes no files and contacts no other rank, so ``--dry-run`` needs nothing else. torch and
 DeepSpeed are imported after the recipe is read, so that typos fail fast.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asked for; see ``diffmoe train --help``."""
+    """The arguments of ``diffmoe train``; see its ``--help``."""
 
     recipe: str
     """Name of a packaged recipe, or a YAML file."""
@@ -83,20 +83,20 @@ class TrainPlan:
         return None if self.reader is None else self.reader.metadata.began_from
 
     def fingerprint(self) -> str:
-        """Return a hash of what all ranks must have resolved to the same values."""
+        """Return a hash of everything that must be identical on all ranks."""
         versions = [version(name) for name in ("diffmoe_ds", "deepspeed", "torch")]
         resolved = [config_to_dict(self.config), self.settings.json, *versions]
         return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
     def with_launch(self, launch: Launch) -> TrainPlan:
-        """Return the plan with the launch that the rendezvous completed."""
+        """Return the plan with the launch that the rendezvous resolved."""
         return replace(self, launch=launch)
 
     def with_start(self) -> TrainPlan:
-        """Return the plan with its starting point looked up in the file system now.
+        """Return the plan with its starting point re-read from the file system.
 
         Raises:
-            CheckpointError: `resume` contradicts the files in the run directory, or a checkpoint is of another model.
+            CheckpointError: `resume` contradicts the run directory, or a checkpoint does not match the model.
         """
         choices = resume_choices(self.resume, self.directory)
         path = _first_complete(choices)
@@ -108,7 +108,7 @@ class TrainPlan:
         """Return the plan for resuming from another checkpoint; the same plan if it is the one already chosen.
 
         Raises:
-            CheckpointError: the checkpoint is of another model.
+            CheckpointError: the checkpoint does not match the model.
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
@@ -120,7 +120,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
 
     Raises:
         ConfigError: an argument, the recipe or the DeepSpeed JSON is invalid.
-        CheckpointError: the checkpoint to resume from is missing, damaged or of another model.
+        CheckpointError: the checkpoint to resume from is missing, damaged or does not match the model.
         DataError: the dataset is missing or damaged.
     """
     config = load_config(request.recipe, request.overrides)
@@ -146,14 +146,14 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
-    """Return the configuration with the DeepSpeed section that counts, and where that comes from."""
+    """Return the configuration with the effective DeepSpeed section, and the name of its source."""
     if request.deepspeed_json is None:
         if not config.deepspeed:
             raise ConfigError(f"{request.recipe}: the recipe has no deepspeed section; pass --deepspeed_config JSON.")
         return config, f"{request.recipe}: deepspeed"
     if any(override.startswith("deepspeed.") for override in request.overrides):
         raise ConfigError(
-            "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; use one."
+            "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; use only one."
         )
     raw = read_deepspeed_json(request.deepspeed_json)
     return config.model_copy(update={"deepspeed": raw}), str(request.deepspeed_json)
@@ -172,7 +172,7 @@ def _check_sampling(config: Config) -> None:
 
 
 def resume_choices(resume: str, directory: Path) -> list[Path]:
-    """Return the checkpoints to resume from, in order of preference; none starts a new run.
+    """Return the checkpoints to resume from, in order of preference; an empty list starts a new run.
 
     Args:
         resume: ``auto``, ``none`` or a path.
@@ -192,19 +192,19 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
         if own:
             raise CheckpointError(
                 f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which --resume none would mix "
-                "with its own; give another --run-dir, or use --resume auto."
+                "with its own; use another --run-dir, or use --resume auto."
             )
         return []
     newest = _first_complete(own)
     if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
-        return own  # the same command again: resume the run that it began
+        return own  # a rerun of the command that started this run
     found = candidates(Path(resume))
     if not found:
         raise CheckpointError(f"--resume {resume}: not a checkpoint or a run directory with one.")
     if own and found[0].resolve().parent != own[0].resolve().parent:
         raise CheckpointError(
             f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which would be mixed with those "
-            f"of {found[0]}; give another --run-dir."
+            f"of {found[0]}; use another --run-dir."
         )
     return found
 
@@ -213,7 +213,7 @@ def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> 
     """Open a checkpoint that this run can resume from.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or is of another model.
+        CheckpointError: the checkpoint is damaged or does not match the model.
     """
     from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_schedule
 
@@ -224,7 +224,7 @@ def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> 
 
 
 def _first_complete(choices: list[Path]) -> Path | None:
-    """Return the first choice whose files have the right sizes; all ranks verify the contents together, later."""
+    """Return the first choice whose files have the right sizes; the ranks verify the contents later."""
     from diffmoe_ds.checkpoint.verify import check_sizes
 
     for path in choices:

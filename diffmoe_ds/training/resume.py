@@ -1,4 +1,4 @@
-"""Agreement on the checkpoint to resume from: all ranks take the same one, after every byte of it was verified."""
+"""Agreement on the checkpoint to resume from: all ranks use the same one, and every byte of it is verified."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
 
 
 def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:
-    """Return the first choice that is undamaged. Every rank must call.
+    """Return the first undamaged choice. Every rank must call this.
 
-    The ranks share the reading. A damaged choice is skipped with a warning that names the file, printed by the lowest
+    The files are divided between the ranks. A damaged choice is skipped with a warning that names the file, printed by the lowest
     rank that found damage.
 
     Args:
-        choices: checkpoints in order of preference. Rank 0's count; the other ranks must see the same ones.
+        choices: checkpoints in order of preference. Rank 0's list is used; the other ranks must see the same ones.
         directory: the run directory, for error messages.
-        device: where the process group's tensors live.
+        device: device for the tensors of the collectives.
 
     Returns:
         The checkpoint; None if there are no choices.
 
     Raises:
-        CheckpointError: on all ranks, if there are choices but all are damaged.
+        CheckpointError: on all ranks, if all choices are damaged.
     """
     count = _from_main(len(choices), device)
     for number in range(count):
@@ -59,8 +59,8 @@ def _verify_share(path: Path | None, images: int, wanted: int, directory: Path) 
     rank = get_rank()
     if path is None or images != wanted:
         raise CheckpointError(
-            f"{directory}: rank 0 sees a checkpoint of {wanted:,} images but rank {rank} does not; all ranks need the "
-            "same file system."
+            f"{directory}: rank 0 sees a checkpoint of {wanted:,} images but rank {rank} does not; the run directory "
+            "must be on a shared file system."
         )
     check_contents(path, shares(check_sizes(path), rank, get_world_size()))
     return path

@@ -1,4 +1,4 @@
-"""How the tokens of one micro-batch were routed, counted over all ranks.
+"""Routing statistics of one micro-batch over all ranks.
 
 Legend: L MoE layers, E experts, T tokens, B images of this rank, N noise-level bins.
 """
@@ -19,19 +19,19 @@ NOISE_BINS = 10
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """How one micro-batch over all ranks was routed."""
+    """Routing statistics of one micro-batch over all ranks."""
 
     load_LE: Tensor
-    """Tokens of each expert over the mean of its layer; 1 is balanced."""
+    """Tokens per expert divided by the layer's mean; 1 is balanced."""
     taken_LT: Tensor
-    """Share of tokens that were taken by 0, 1, ... E experts, [L, E + 1]."""
+    """Fraction of tokens routed to 0, 1, ..., E experts, [L, E + 1]."""
     capacity_LN: Tensor
     """Mean number of experts per token, by the noise level of the image; NaN for a bin without images."""
 
 
 @torch.no_grad()
 def routing_report(routings: tuple[Routing, ...], noise_level_B: Tensor) -> RoutingReport:
-    """Count over all ranks what they routed.  A collective: every rank must call.
+    """Count the routing of all ranks.  Every rank must call this.
 
     Args:
         routings: the routing of each MoE layer on this rank.

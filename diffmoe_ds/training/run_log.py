@@ -1,4 +1,4 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard, and a line now and then."""
+"""The log of a run: ``metrics.jsonl``, TensorBoard and periodic console lines."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from diffmoe_ds.training.routing_report import NOISE_BINS, RoutingReport
 
 SPEED_STEPS = 50
-"""Steps over which the speed of the log line and its ETA are averaged."""
+"""Recent steps over which the log line's throughput and ETA are averaged."""
 
 
 class RunLog:
-    """Reports nothing: the log of every rank but rank 0, whose `MainLog` overrides all methods."""
+    """No-op log of all ranks but rank 0, which uses `MainLog`."""
 
     def step(self, row: dict[str, Any]) -> None:
         """Record an optimizer step.
 
         Args:
-            row: its figures; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added.
+            row: its metrics; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added.
         """
 
     def skipped(self, text: str) -> None:
-        """Report a step that was skipped because it was not finite."""
+        """Report a skipped non-finite step."""
 
     def line(self) -> None:
         """Print a line about the steps since the last line, and write their means to TensorBoard."""
@@ -48,13 +48,13 @@ class RunLog:
         """
 
     def ranks(self, comparison: Comparison, images: int) -> None:
-        """Write the slowest rank against the others, and print it if it is a straggler."""
+        """Write how much slower the slowest rank is than the others, and print it if it is a straggler."""
 
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
-        """Write a uint8 picture to TensorBoard."""
+        """Write a uint8 image to TensorBoard."""
 
     def pause(self) -> None:
-        """Leave the time since the last step out of the speed: it was not spent training."""
+        """Exclude the time since the last step from the throughput."""
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -66,10 +66,10 @@ def open_log(
     """Return the log of this rank.
 
     Args:
-        directory: the run's directory.
-        tensorboard_dir: where TensorBoard's files go; None writes none.
+        directory: the run directory.
+        tensorboard_dir: directory for TensorBoard files; None disables them.
         images: images seen so far.
-        step: optimizer steps made so far; what an earlier attempt wrote after it is dropped.
+        step: optimizer steps so far; rows of an earlier attempt after it are dropped.
         total_images: images of the whole run, for the ETA.
         is_main: whether this is rank 0.
 
@@ -173,7 +173,7 @@ class MainLog(RunLog):
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process so far in MiB: of the GPU if there is one, otherwise resident memory."""
+    """Return this process's peak memory so far in MiB: GPU memory if there is a GPU, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

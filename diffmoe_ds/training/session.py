@@ -1,4 +1,4 @@
-"""A training session: everything that lives as long as the ranks of one run work together."""
+"""A training session: the resources of a run, from the rendezvous to its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from diffmoe_ds.training.setup import Run, setup_run
 
 @dataclass
 class Session:
-    """The ranks of a run, joined."""
+    """A run whose ranks have joined, and its resources."""
 
     plan: TrainPlan
     """The plan, with the starting point that all ranks agreed on."""
@@ -40,7 +40,7 @@ class Session:
     """Closes what the session opened."""
 
     def prepare(self) -> Run:
-        """Agree on the checkpoint, set the run up and write ``resolved.yaml``. Every rank must call.
+        """Agree on the checkpoint, set the run up and write ``resolved.yaml``. Every rank must call this.
 
         Raises:
             CheckpointError: on all ranks, if no checkpoint can be read or the run directory cannot be written.
@@ -51,14 +51,14 @@ class Session:
         if self.plan is not plan and plan.is_main:
             print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
         run = setup_run(self.plan)
-        # not earlier: a run that is refused leaves the file as it was
+        # not earlier: a rejected run must not change the file
         raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, plan.config) if plan.is_main else None)
         return run
 
     def open_log(self, run: Run) -> RunLog:
-        """Open the log of the run, which the end of the session closes; off rank 0 it records nothing.
+        """Open the run log, which is closed with the session; a no-op on all ranks but rank 0.
 
-        Every rank must call.
+        Every rank must call this.
 
         Raises:
             CheckpointError: on all ranks, if the files cannot be written.
@@ -94,7 +94,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
     rendezvous = join_ranks(plan.launch, plan.fingerprint(), plan.config.run.start_timeout_s)
     with ExitStack() as resources:
         lock = rendezvous.on_main("lock", lambda: resources.enter_context(RunLock(plan.directory)))
-        # look again: an earlier job may have saved until it released the lock
+        # re-read: an earlier job may have saved until it released the lock
         start = rendezvous.raise_on_all_ranks("start", plan.with_start)
         plan = start.with_launch(rendezvous.launch)
         if plan.is_main:
@@ -105,7 +105,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
         try:
             yield Session(plan, rendezvous.hosts, watchdog, lock, resources)
-        except RuntimeError as error:  # a collective raises it when a peer is gone, among other reasons
+        except RuntimeError as error:  # raised by collectives when a peer is gone, among other reasons
             lost = watchdog.find_lost()
             if lost is None:
                 raise
@@ -113,7 +113,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
 
 
 def _write_resolved(directory: Path, config: Config) -> None:
-    """Write the resolved configuration, which ``--config`` accepts, and make the directory of checkpoints."""
+    """Write the resolved configuration, which ``--config`` accepts, and create the checkpoint directory."""
     try:
         checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

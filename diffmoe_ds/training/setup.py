@@ -24,7 +24,7 @@ from diffmoe_ds.training.ema import EMA
 from diffmoe_ds.training.plan import TrainPlan
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine  # at run time the seam imports it, which first chooses its accelerator
+    from deepspeed import DeepSpeedEngine  # at run time only the seam imports it, after choosing the accelerator
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Run:
     settings: DeepSpeedSettings
     """The resolved DeepSpeed JSON."""
     topology: Topology
-    """The ranks."""
+    """The ranks and the expert placement."""
     directory: Path
     """The run directory."""
     engine: DeepSpeedEngine
-    """The model, its optimizer and their shards."""
+    """The DeepSpeed engine: sharded model and optimizer."""
     model: DiT
     """The engine's model."""
     objective: Objective
@@ -56,7 +56,7 @@ class Run:
     began_from: str | None = None
     """The absolute PATH of the ``--resume PATH`` that the run began with; the same command resumes the run itself."""
     again: str = "the same command"
-    """What the user runs to resume."""
+    """How to resume, for messages."""
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +81,7 @@ class Run:
 
 
 def setup_run(plan: TrainPlan) -> Run:
-    """Build the model, shard it, and load the checkpoint if there is one. Every rank must call.
+    """Build the model, shard it, and load the checkpoint if there is one. Every rank must call this.
 
     The process group must exist. Weights are loaded before DeepSpeed sees the model, so that its low-precision copies
     are made from them; master weights and moments are written into its partitions afterwards.
@@ -124,7 +124,7 @@ def setup_run(plan: TrainPlan) -> Run:
 
 
 def build_model(config: Config, topology: Topology) -> DiT:
-    """Return the model with this rank's experts, on the CPU, its weights uninitialized."""
+    """Return the model with this rank's experts, on the CPU, with uninitialized weights."""
     ep_group = seam.expert_parallel_group(topology.ep_size)
     with torch.device("meta"):
         model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group))

@@ -29,11 +29,11 @@ class StepResult(NamedTuple):
     losses: Losses
     """Means over micro-steps and ranks."""
     grad_norm: float
-    """The 2-norm of the whole gradient, before clipping."""
+    """Global 2-norm of the gradient before clipping."""
     lr: float
     """The learning rate that was used."""
     routing: tuple[Routing, ...]
-    """What the last micro-step routed on this rank, one entry per MoE layer."""
+    """Routing of the last micro-step on this rank, one entry per MoE layer."""
     noise_level_B: Tensor
     """The noise levels of the last micro-step's images, in [0, 1]."""
 
@@ -41,17 +41,17 @@ class StepResult(NamedTuple):
 def train_step(
     run: Run, batch: MicroBatch, batches: BatchSource, watchdog: Watchdog, stragglers: Stragglers
 ) -> StepResult:
-    """Run all micro-steps of an optimizer step, the update, and what follows once per step.
+    """Run the micro-steps of one optimizer step, then update the weights, thresholds and EMA.
 
     Args:
         run: the run.
         batch: the first micro-batch.
-        batches: where the other micro-batches come from.
-        watchdog: told about progress.
+        batches: source of the remaining micro-batches.
+        watchdog: ticked after each micro-step.
         stragglers: measures this rank's own work.
 
     Raises:
-        NonFiniteError: on all ranks; the weights are those before the step.
+        NonFiniteError: on all ranks, if the loss or a gradient is non-finite; the weights are unchanged.
     """
     accumulation = run.settings.accumulation
     totals = torch.zeros(len(Losses._fields), device=run.device)
@@ -70,7 +70,7 @@ def train_step(
             totals = mean_over_ranks(totals)
             if not totals.isfinite().all():
                 problem = f"the loss is {totals[0].item()} {locate_in_forward(run, micro_batches)}"
-                loss = loss * float("nan")  # so that DeepSpeed discards the gradient, whatever the loss gave
+                loss = loss * float("nan")  # makes DeepSpeed discard the gradient
         run.engine.backward(loss)
         if not is_last:
             run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
@@ -79,7 +79,7 @@ def train_step(
     lr = run.engine.get_lr()[0]
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if not math.isfinite(grad_norm):
-        _discard(run, problem or f"a gradient is not finite {locate_in_backward(run, micro_batches)}")
+        _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
     run.thresholds.update()
     run.ema.update()
     watchdog.tick()
@@ -87,7 +87,7 @@ def train_step(
 
 
 def _discard(run: Run, problem: str) -> None:
-    """Forget a step whose gradient was not finite, and raise."""
+    """Discard a non-finite step and raise."""
     run.thresholds.discard()
     raise NonFiniteError(
         f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "
@@ -96,7 +96,7 @@ def _discard(run: Run, problem: str) -> None:
 
 
 class SkippedSteps:
-    """Counts steps in a row that were skipped because they were not finite."""
+    """Counts consecutive non-finite steps, which are skipped."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self._run = run
@@ -104,7 +104,7 @@ class SkippedSteps:
         self._in_a_row = 0
 
     def count(self, error: NonFiniteError, checkpointer: Checkpointer) -> None:
-        """Skip the images of a non-finite step; raise the error if there were too many such steps in a row."""
+        """Skip the images of a non-finite step; raise the error after too many consecutive ones."""
         self._in_a_row += 1
         allowed = self._run.config.run.nonfinite_skips
         if self._in_a_row > allowed:
@@ -114,5 +114,5 @@ class SkippedSteps:
         self._log.skipped(f"{error} ({self._in_a_row} of {allowed} in a row)")
 
     def reset(self) -> None:
-        """A step was finite."""
+        """Reset the count after a finite step."""
         self._in_a_row = 0
