@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
-# On a machine with an NVIDIA GPU the environment uses the torch of $(PYTHON); elsewhere it gets the CPU build.
+# With an NVIDIA GPU, the environment uses the torch of $(PYTHON); otherwise it installs the CPU build.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -34,21 +34,21 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 	@echo; echo "Images: $(abspath $(DEMO))/generated/grid.png"
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
-test: test-fast  ## all tests that need one host
+test: test-fast  ## all tests that run on one host
 	$(BIN)/python -m pytest -m "slow and not cluster and not long"
 
-test-fast: $(VENV)/installed-dev  ## the tests without several processes or training
+test-fast: $(VENV)/installed-dev  ## only fast tests in a single process
 	$(BIN)/python -m pytest -m "not slow and not long"
 
 $(VENV)/installed-cluster: $(VENV)/installed-dev
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
 	touch $@
 
-test-cluster: $(VENV)/installed-cluster  ## four simulated hosts: ssh, Slurm, Open MPI; as root installs their packages
+test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, Slurm, Open MPI; installs packages if run as root
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -rs -m "cluster and not long"
 
-test-long: $(VENV)/installed-dev  ## campaigns that take hours: faults, resume matrix, process ends
+test-long: $(VENV)/installed-dev  ## tests that take hours: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/installed-dev  ## style, formatting and types

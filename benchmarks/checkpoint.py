@@ -1,7 +1,7 @@
-"""Benchmark of saving and loading checkpoints: how long the training loop waits, and the throughput to disk.
+"""Benchmark of saving and loading checkpoints: pause of the training loop and disk throughput.
 
-Compared in one process, alternately: ``torch.save`` with fsync, PyTorch's distributed checkpoint (DCP) with
-``async_save``, and DeepSpeed's decoupled writer (its Python file writer; the fast one needs libaio and a compiler).
+Alternates in one process between our checkpoints, ``torch.save`` with fsync, PyTorch's distributed checkpoint (DCP)
+with ``async_save``, and DeepSpeed's decoupled writer (in Python; its fast writer needs libaio and a compiler).
 All write the same bytes: the weights, both moments and the averaged weights of a model in fp32.
 
     python -m benchmarks.checkpoint --megabytes 1000
@@ -48,7 +48,7 @@ OURS, OURS_WAITING = "diffmoe, async", "diffmoe, waiting"
 TORCH_SAVE, DCP, DEEPSPEED = "torch.save and fsync", "torch DCP async_save", "DeepSpeed decoupled writer"
 
 Tensors = dict[str, dict[str, Tensor]]
-"""By weight and kind (``fp32``, the moments, ``ema``)."""
+"""Tensors by weight and kind (``fp32``, the moments, ``ema``)."""
 Times = dict[str, dict[str, list[float]]]
 """Seconds by method and quantity, one per round."""
 Save = Callable[[Path], Callable[[], object]]
@@ -60,7 +60,7 @@ def bench_checkpoint(*, megabytes: int, rounds: int, folder: Path | None) -> dic
 
     Args:
         megabytes: size of a checkpoint, in units of 10^6 bytes.
-        rounds: how often each method saves and loads; one more round warms up and does not count.
+        rounds: number of saves and loads per method, after one warm-up round.
         folder: a directory on the disk to measure; None uses the system's temporary directory.
 
     Returns:
@@ -170,7 +170,7 @@ def _dcp(tensors: Tensors) -> Save:
 
 
 def _deepspeed(tensors: Tensors, stack: contextlib.ExitStack) -> Save:
-    """Save a model with as many weights and the same states: fp32 weights, two moments, and one more copy."""
+    """Save a model of the same size and state: fp32 weights, two moments and the averaged weights."""
     model = nn.ParameterDict({name: nn.Parameter(kinds["fp32"]) for name, kinds in tensors.items()})
     ema = {name: nn.Parameter(kinds["ema"], requires_grad=False) for name, kinds in tensors.items()}
     both = nn.ModuleList([model, nn.ParameterDict(ema)])

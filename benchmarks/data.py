@@ -43,7 +43,7 @@ CLASSES = 1000
 FORMAT = LatentFormat(4, 32, 256, "float16", 0.18215, 0.0, "0" * 64)
 WARM_UP_BATCHES = 20
 MEASURED_BATCHES = 20
-"""A minimum: with fewer, most of the batches were prefetched."""
+"""Minimum; with fewer, most batches would come from the prefetch queue."""
 MEMORY_LOOKS = 20
 OURS, OURS_TRAINING = "diffmoe (reading)", "diffmoe (training)"
 WEBDATASET, FILES = "webdataset pipeline", "DataLoader, one .npz per image"
@@ -58,7 +58,7 @@ def bench_data(
         samples: number of latents to create.
         workers: loader processes.
         batch_size: samples per batch.
-        rounds: alternating rounds; medians are reported.
+        rounds: rounds that alternate between the loaders; medians are reported.
         memory_samples: number of samples to read while memory is measured.
         folder: where to create the datasets; None uses the system's temporary directory.
 

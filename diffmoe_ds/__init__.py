@@ -6,7 +6,7 @@ __all__ = ["load_official"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and the model lazily so that ``diffmoe`` rejects a typo at once."""
+    """Import torch and the model lazily so that typos in a ``diffmoe`` command fail fast."""
     if name == "load_official":
         from diffmoe_ds.checkpoint.reference import load_official
 

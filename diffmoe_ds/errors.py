@@ -1,4 +1,4 @@
-"""Errors that users can cause or meet, each with the exit code that scripts rely on.
+"""Errors that are reported to users, each with the exit code that scripts rely on.
 
 A message is one sentence: the key or file, the value found, and what is valid. The command line prints it without a
 traceback and exits with ``exit_code``; `slurm/train.sbatch` decides from the code whether a restart can help.
@@ -14,7 +14,7 @@ class DiffMoEError(Exception):
 
 
 class ConfigError(DiffMoEError, ValueError):
-    """A recipe, ``--set`` or the DeepSpeed JSON has an unknown key, an invalid value or values that contradict."""
+    """A recipe, ``--set`` or the DeepSpeed JSON has an unknown key, an invalid value or conflicting values."""
 
     exit_code = 2
     same_on_all_ranks = True
@@ -38,7 +38,7 @@ class DataError(DiffMoEError):
 
 
 class CheckpointError(DiffMoEError):
-    """A checkpoint is missing, damaged or of another model, or could not be written."""
+    """A checkpoint is missing, damaged, does not match the model, or cannot be written."""
 
     exit_code = 5
 
@@ -66,6 +66,6 @@ class RankLostError(DiffMoEError):
 
 
 class Requeue(DiffMoEError):
-    """The run was asked to stop, has saved, and should be started again; not a failure."""
+    """The run was asked to stop, has saved, and should be requeued; not a failure."""
 
     exit_code = 85

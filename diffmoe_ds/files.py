@@ -1,8 +1,8 @@
 """Atomic writes, checksums and removal of files.
 
 A file is written under a temporary name beside its own, flushed to the disk and renamed, so a reader sees the old
-contents or the new ones and never a part.  A name that begins with `TMP_PREFIX` or `REMOVING_PREFIX` is garbage that a
-killed process left.
+contents or the new ones and never a part.  A name that begins with `TMP_PREFIX` or `REMOVING_PREFIX` was left
+behind by a killed process.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Digest(NamedTuple):
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
-    """Return the error that tells a user why a file could not be written.
+    """Return the error for a file that could not be written.
 
     Args:
-        path: the file, for errors that name none or the temporary one.
-        error: what the system reported.
+        path: the file, for system errors that name no file or the temporary one.
+        error: the system's error.
     """
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
     if named.name.startswith(TMP_PREFIX):
@@ -61,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
         A path in the same directory.  If the block raises, whatever it wrote there is removed.
 
     Raises:
-        OSError: the file could not be written or renamed; `path` is as it was.
+        OSError: the file could not be written or renamed; `path` is unchanged.
     """
     tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
@@ -73,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name, complete and on the disk, at the end of the block.
+    """Open a file that appears under its name, complete and on disk, at the end of the block.
 
     Args:
         path: the file to replace or create.
@@ -144,7 +144,7 @@ def write_together(directory: Path, writers: Mapping[str, Callable[[Path], objec
         The files, in the order of `writers`.
 
     Raises:
-        CheckpointError: a file cannot be written; the directory's files are as they were.
+        CheckpointError: a file cannot be written; the directory is unchanged.
     """
     tmp = directory / f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}"
     try:
@@ -225,8 +225,8 @@ def sha256_of(path: Path) -> str:
 def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
     """Remove a file, a link or a directory with its contents, if it exists.
 
-    A link is removed itself: neither `path` nor a link below it is followed, even if another process replaces a
-    directory with a link meanwhile (`shutil.rmtree` opens every directory without following links).
+    Links are removed, never followed, be it `path` or a link below it, even if another process replaces a directory
+    with a link meanwhile (`shutil.rmtree` opens every directory without following links).
 
     Args:
         path: what to remove.

@@ -26,7 +26,7 @@ class Topology:
     """Experts E of a MoE layer."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check that the sizes are compatible.
 
         Raises:
             TopologyError: P does not divide both W and E.
@@ -67,14 +67,14 @@ def check_world(name: str, world: int) -> None:
         world: its value.
 
     Raises:
-        TopologyError: it is not positive.
+        TopologyError: the number is not positive.
     """
     if world < 1:
         raise TopologyError(f"{name} must be a positive number of ranks, got {world}.")
 
 
 def largest_ep_size(num_experts: int, world: int, local_world: int) -> int:
-    """Return the EP size that ``"auto"`` stands for: the largest that divides experts, world and ranks of a host.
+    """Return the EP size that ``"auto"`` stands for: the largest that divides experts, world and ranks per host.
 
     Args:
         num_experts: E.

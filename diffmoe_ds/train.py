@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python puts the script's folder first on the path, where our modules would hide others of the same name.
+    # Python puts the script's directory first on sys.path, where our modules would shadow others of the same name.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from diffmoe_ds.cli import main
 

@@ -4,12 +4,12 @@
 #   launchers/deepspeed.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
-#   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile, DeepSpeed's default; see hostfile.example)
+#   HOSTFILE      file with lines "HOST slots=GPUS" (/job/hostfile, DeepSpeed's default; see hostfile.example)
 #   NODES         use only the first NODES hosts (all; not with openmpi)
 #   LAUNCHER      pdsh, openmpi or slurm (pdsh)
 #   LAUNCHER_ARGS options of that launcher, such as "--partition=gpu --ntasks-per-node=8" (none)
 #   MASTER_PORT   rendezvous port on the first host (29500)
-#   CHECK         0 skips checking every host over ssh before the start (1; pdsh only)
+#   CHECK         0 to skip the ssh check of every host before the start (1; pdsh only)
 #   PYTHON        the interpreter, at the same path on all hosts (python)
 # Put variables that ranks need (PATH, NCCL_SOCKET_IFNAME, ...) into .deepspeed_env in the current directory or your
 # home directory, because pdsh does not forward the environment.  See deepspeed_env.example.

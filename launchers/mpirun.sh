@@ -4,10 +4,10 @@
 #   launchers/mpirun.sh [--dry-run] [options of diffmoe train]
 #
 # Variables:
-#   HOSTFILE      lines "HOST slots=GPUS" (/job/hostfile; see hostfile.example)
+#   HOSTFILE      file with lines "HOST slots=GPUS" (/job/hostfile; see hostfile.example)
 #   RANKS         number of ranks (all slots)
-#   MPI_OPTIONS   additional options of mpirun, such as "--mca btl_tcp_if_include eth0" (none)
-#   CHECK         0 skips checking every host over ssh before the start (1)
+#   MPI_OPTIONS   additional mpirun options, such as "--mca btl_tcp_if_include eth0" (none)
+#   CHECK         0 to skip the ssh check of every host before the start (1)
 #   PYTHON        the interpreter, at the same path on all hosts (python)
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -17,23 +17,23 @@ from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
 COMMANDS = {
     "train": "train a model",
     "sample": "generate images",
-    "doctor": "examine these hosts and say what to fix",
+    "doctor": "check these hosts, their network and storage",
     "checkpoint": "inspect, reshard, export and import checkpoints",
-    "prepare": "make shards of images",
-    "config": "list the keys of a recipe with their meaning",
+    "prepare": "convert images to shards",
+    "config": "document the keys of a recipe",
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 
 
 def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = None) -> int:
-    """Run a command and return its exit code; a user's mistake is one sentence on stderr, without a traceback.
+    """Run a command and return its exit code; user errors are one sentence on stderr, without a traceback.
 
     Args:
         argv: the arguments after the program's name; those of this process if None.
         handle_signals: whether this process exits afterwards, so that ``train`` may handle the signals that ask a run
-            to stop, and a collective that hangs cannot delay the exit; by default, if ``argv`` is None.
+            to stop, and a hung collective cannot delay the exit. Default: True if ``argv`` is None.
     """
-    # torch would print a page of C++ frames for every attempt to reach a peer that is gone
+    # otherwise torch prints a C++ stack trace for every attempt to reach a lost peer
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parser().parse_args(argv)
     if handle_signals is None:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Run what a parser chose (``args.run``) and return the exit code; benchmarks and examples use it too."""
+    """Run the parsed command (``args.run``) and return the exit code; benchmarks and examples use it too."""
     try:
         args.run(args)
     except Requeue as stop:
@@ -78,7 +78,7 @@ def _should_print(error: DiffMoEError) -> bool:
         return False
     try:
         return not error.same_on_all_ranks or resolve_launch().rank == 0
-    except DiffMoEError:  # the launcher's variables are what is wrong
+    except DiffMoEError:  # the launcher's variables are invalid
         return True
 
 

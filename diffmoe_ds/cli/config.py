@@ -1,4 +1,4 @@
-"""``diffmoe config``: every key of a recipe, what it means, and what a recipe sets."""
+"""``diffmoe config``: document the keys of a recipe and show the values of one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("key", nargs="?", metavar="SECTION[.KEY]", help="show only this section or key")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--recipe", metavar="NAME|FILE", help="show the values of a packaged recipe or a YAML file")
-    choice.add_argument("--json-schema", action="store_true", help="print a JSON schema (draft 2020-12) of recipes")
+    choice.add_argument("--json-schema", action="store_true", help="print the JSON schema (draft 2020-12) of recipes")
     choice.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
 
 
@@ -58,7 +58,7 @@ def config_command(args: argparse.Namespace) -> None:
     try:
         print(text.rstrip(), flush=True)
     except BrokenPipeError:  # diffmoe config | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
 
 
 def _select(key: str | None) -> list[SectionKeys]:

@@ -1,4 +1,4 @@
-"""``diffmoe doctor``: find problems of hosts and of the cluster before a run does."""
+"""``diffmoe doctor``: find host and cluster problems before a run does."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="check the hosts of this file over ssh instead, without a launcher",
+        help="check the hosts in this file over ssh; needs no launcher",
     )
     add("--nodes", type=int, metavar="N", help="check only the first N hosts of the hostfile")
     add("--quiet", action="store_true", help="print only problems")
@@ -53,7 +53,7 @@ def doctor_command(args: argparse.Namespace) -> None:
     """Run ``diffmoe doctor``.
 
     Raises:
-        LaunchError: there are problems to fix; they were printed.
+        LaunchError: problems were found and printed.
     """
     if args.hostfile is not None:
         _ask_hosts(args)
@@ -68,7 +68,7 @@ def doctor_command(args: argparse.Namespace) -> None:
     else:
         print(_text(report, quiet=args.quiet), flush=True)
     if report["to_fix"]:
-        raise LaunchError(f"{len(report['to_fix'])} thing(s) to fix, see above.")
+        raise LaunchError(f"{len(report['to_fix'])} problem(s) found, see above.")
 
 
 def _ask_hosts(args: argparse.Namespace) -> None:

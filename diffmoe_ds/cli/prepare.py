@@ -1,4 +1,4 @@
-"""`diffmoe prepare`: write shards from images, on one process or many, and verify a dataset."""
+"""`diffmoe prepare`: convert images to shards, in one or more processes, and verify a dataset."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, DiffMoEError
 
 REPORT_TIME = 3.0
-"""Seconds that the other ranks of a host wait before they exit with an error that all of them have found.
+"""Seconds that the other ranks of a host wait before they exit with an error that all of them hit.
 
-Only one of them reports it, and torchrun terminates it as soon as any other rank exits."""
+Only local rank 0 reports it, and torchrun would terminate it as soon as another rank exits."""
 EXAMPLES = """examples:
   diffmoe prepare latents --images imagenet/train --vae sd-vae-ft-ema --size 256 --out latents
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
@@ -35,7 +35,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffmoe prepare`."""
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="latents|images|check")
     latents = kinds.add_parser("latents", help="encode images with a VAE", description="Encode images with a VAE.")
-    images = kinds.add_parser("images", help="crop images", description="Crop images into shards of PNG.")
+    images = kinds.add_parser("images", help="crop images", description="Crop images and write them to shards as PNG.")
     check = kinds.add_parser(
         "check",
         help="verify a dataset",
@@ -52,7 +52,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (latents, images):
         add_output_arguments(sub)
     check.add_argument("path", type=Path, metavar="DIR", help="directory of shards, or one shard")
-    check.add_argument("--json", action="store_true", help="print one object instead of lines")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def prepare_command(args: argparse.Namespace) -> None:
@@ -64,14 +64,14 @@ def prepare_command(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch], Preparation]) -> None:
-    """Write this rank's shards of a set.
+    """Write this rank's shards of a dataset.
 
     Args:
         args: has the options of `add_output_arguments`.
-        make: describes the set; is given the arguments and this rank's place.
+        make: returns the preparation for the arguments and this rank's launch.
 
     Raises:
-        DiffMoEError: an option is invalid, the images cannot be read, or the set cannot be written.
+        DiffMoEError: an option is invalid, the images cannot be read, or the shards cannot be written.
     """
     for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
         if getattr(args, option, 1) < 1:
@@ -81,8 +81,8 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
     if not 0 <= args.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable must be between 0 and 1, got {args.max_unreadable}.")
     launch = resolve_launch()
-    # The number of threads may change the last bits of a latent, and launchers set it differently.  Ranks are the way
-    # to use more cores.
+    # The number of threads may change the last bits of a latent, and launchers set it differently.  To use more
+    # cores, start more ranks.
     torch.set_num_threads(1)
     try:
         preparation = make(args, launch)
@@ -150,7 +150,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = Non
         type=float,
         default=1800,
         metavar="SECONDS",
-        help="give up when the other ranks finish no shard within this time (default: %(default)s)",
+        help="give up when no other rank finishes a shard within this time (default: %(default)s)",
     )
 
 

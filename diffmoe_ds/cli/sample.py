@@ -1,4 +1,4 @@
-"""``diffmoe sample``: generate images from a checkpoint, on one process or many."""
+"""``diffmoe sample``: generate images from a checkpoint, in one or more processes."""
 
 from __future__ import annotations
 

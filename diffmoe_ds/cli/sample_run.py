@@ -1,6 +1,6 @@
-"""What ``diffmoe sample`` does: plan, join the other ranks, generate a share of the images on each, write on rank 0.
+"""Implementation of ``diffmoe sample``: plan, join the ranks, generate a share of the images on each, write on rank 0.
 
-After each phase the ranks agree on errors, so that no rank waits for one that failed and the user reads one message.
+The ranks agree on errors after each phase, so that no rank waits for a failed one and the user reads one message.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     rendezvous = join_ranks(launch)
     plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args))
     same = f"{plan.reader.path} {plan.settings.sampler}"
-    rendezvous.check_same("model", same, "samples another checkpoint than rank 0; pass the path of one checkpoint.")
+    rendezvous.check_same("model", same, "samples a different checkpoint than rank 0; pass the path of one checkpoint.")
     device = local_device(launch)
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
     decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
@@ -137,7 +137,7 @@ def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
 
 
 def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from what the model generates to pixels in about [-1, 1].
+    """Return the function that decodes the model's output to pixels in about [-1, 1].
 
     Raises:
         ConfigError: the VAE cannot be loaded or decodes another number of channels.
@@ -156,10 +156,10 @@ def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor],
 
 
 def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch) -> Pixels:
-    """Generate this rank's share of the images; with several ranks, all fail together.
+    """Generate this rank's share of the images; if any rank fails, all raise.
 
     Returns:
-        uint8 [n, H, W, C], the same n on all ranks; beyond the last image it goes on with further seeds.
+        uint8 [n, H, W, C], the same n on all ranks; shares past the last image are padded with further seeds.
     """
     seeds = share_of_rank(plan.num_images, plan.seed, launch.rank, launch.world)
     starts = range(0, len(seeds), plan.batch_size)
@@ -183,7 +183,7 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
 
 
 def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
-    """Write ``samples.npz`` and ``grid.png``; both appear when they are complete.
+    """Write ``samples.npz`` and ``grid.png``; both files appear only once complete.
 
     Args:
         plan: the plan.

@@ -47,8 +47,8 @@ def train_command(args: argparse.Namespace) -> None:
     """Run ``diffmoe train``.
 
     Raises:
-        DiffMoEError: see `resolve_plan`, `session.join` and `loop.train`. Before the ranks join, errors that one rank
-            may meet alone are reported through the rendezvous.
+        DiffMoEError: see `resolve_plan`, `session.join` and `loop.train`. Before the ranks join, errors of a
+            single rank are reported through the rendezvous.
     """
     if args.json and not args.dry_run:
         raise ConfigError("--json needs --dry-run.")

@@ -7,7 +7,7 @@ from diffmoe_ds.config.sections import ModelConfig, RoutingConfig
 from diffmoe_ds.errors import ConfigError
 
 MAX_TOKENS = 2**20
-"""Most tokens per image: more than attention can handle, yet few enough for the table of positions."""
+"""Maximum tokens per image: more than attention can handle, yet small enough for the position table."""
 
 
 def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
@@ -19,7 +19,7 @@ def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
         tokens_per_image: tokens S.
 
     Raises:
-        ConfigError: widths, heads, patches or the number of tokens do not fit together.
+        ConfigError: widths, heads, patches or the number of tokens are incompatible.
     """
     width, heads = size.hidden_size, size.num_heads
     hidden = width * model.mlp_ratio
@@ -50,7 +50,7 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
         tokens_per_image: tokens S.
 
     Raises:
-        ConfigError: a capacity that the router cannot have.
+        ConfigError: the capacity is invalid for the router.
     """
     capacity = routing.capacity
     if routing.kind != "dense" and capacity > num_experts:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read strictly, checked, and resolved completely before DeepSpeed sees it.
+"""The DeepSpeed JSON: parsed strictly, validated and fully resolved before it is passed to DeepSpeed.
 
 DeepSpeed itself accepts misspelled keys silently, drops ``"auto"`` or fails on it, and clips gradients at 1.0 by
 default. Here an unknown key is an error that names the nearest known one, clipping is off by default, and every
@@ -20,7 +20,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
 
 STEPS_PER_PRINT = 10**9
-"""Default interval of DeepSpeed's own progress line: never, because the training loop prints its own."""
+"""Default interval of DeepSpeed's progress line: practically never, because the training loop prints its own."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DeepSpeedSettings:
     """A fully resolved DeepSpeed configuration."""
 
     json: dict[str, Any]
-    """What `deepspeed.initialize` gets."""
+    """The configuration passed to `deepspeed.initialize`."""
     global_batch: int
     """Images per optimizer step, over all ranks."""
     micro_batch: int
@@ -42,7 +42,7 @@ class DeepSpeedSettings:
     bf16: bool
     """Weights and activations in bf16 with fp32 master weights; otherwise everything in fp32."""
     gradient_clipping: float
-    """Maximum 2-norm of the gradient; 0 turns clipping off."""
+    """Maximum 2-norm of the gradient; 0 disables clipping."""
     tensorboard: bool
     """Whether to write TensorBoard files."""
     tensorboard_dir: str | None
@@ -62,7 +62,7 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file; duplicate keys and NaN are errors.
 
     Raises:
-        ConfigError: the file cannot be read or is not such JSON.
+        ConfigError: the file cannot be read or is invalid.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def resolve_deepspeed(
         The settings, without any ``"auto"``.
 
     Raises:
-        ConfigError: unknown or unsupported keys, invalid values, batch sizes that do not work out.
+        ConfigError: unknown or unsupported keys, invalid values, inconsistent batch sizes.
         TopologyError: an expert-parallel size that does not divide the experts or the ranks.
     """
     check_keys(raw, source)
@@ -128,8 +128,8 @@ def resolve_deepspeed(
         train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accumulation,
-        # At ZeRO 0 DeepSpeed's norm covers only the experts on this rank, so each rank would clip differently; the
-        # engine's set-up clips by the true norm instead.
+        # At ZeRO 0, DeepSpeed's norm covers only this rank's experts, so each rank would clip differently;
+        # `deepspeed_seam.step` clips by the global norm instead.
         gradient_clipping=clipping if zero_stage else 0.0,
         steps_per_print=tree.get("steps_per_print", STEPS_PER_PRINT),
     )

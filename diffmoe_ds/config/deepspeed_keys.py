@@ -1,6 +1,6 @@
 """The keys of DeepSpeed's JSON that this project passes on or reads itself, and the valid values of each.
 
-DeepSpeed accepts misspelled keys silently and answers many wrong values with a traceback, some of them after minutes.
+DeepSpeed accepts misspelled keys silently and rejects many invalid values with a traceback, some only after minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ AUTO = "auto"
 
 
 class Value(NamedTuple):
-    """What a key may hold."""
+    """The valid values of a key."""
 
     expected: str
     """Completes "must be ..." in errors."""
@@ -63,7 +63,7 @@ def _one_of(*values: str, auto: bool = True) -> Value:
 
 
 LARGEST = 3e38
-"""About the largest float32."""
+"""Approximately the largest float32."""
 BETA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 
 FLAG = Value("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})

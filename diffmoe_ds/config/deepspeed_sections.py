@@ -1,4 +1,4 @@
-"""Each section of the DeepSpeed JSON: what must hold beyond `check_keys`, and what ``"auto"`` resolves to.
+"""Sections of the DeepSpeed JSON: the checks beyond `check_keys`, and the values of ``"auto"``.
 
 The functions fill `Resolution.tree` in place and append a note for each value that they resolve or change.
 """
@@ -22,7 +22,7 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 
 @dataclass(frozen=True)
 class Resolution:
-    """A DeepSpeed configuration while it is resolved, and what decides about it."""
+    """A DeepSpeed configuration that is being resolved, and the inputs that determine it."""
 
     tree: dict[str, Any]
     """The JSON's content; modified in place."""
@@ -40,7 +40,7 @@ class Resolution:
     """One sentence for each value that was resolved or changed."""
 
     def error(self, message: str) -> ConfigError:
-        """Return the error for this file."""
+        """Return an error that names this file."""
         return ConfigError(f"{self.source}: {message}")
 
     def fill(self, section: dict[str, Any], key: str, value: Any, where: str = "") -> None:
@@ -51,13 +51,13 @@ class Resolution:
 
 
 def resolve_batch(job: Resolution) -> tuple[int, int, int]:
-    """Solve train_batch_size = micro-batch x accumulation x W, with up to two of the three open.
+    """Solve train_batch_size = micro-batch x accumulation x W, with up to two of the three unknown.
 
     Returns:
         Images per optimizer step, images per forward pass of a rank, and forward passes per optimizer step.
 
     Raises:
-        ConfigError: too little is given, or the product does not work out.
+        ConfigError: too few values are given, or they are inconsistent.
     """
     given = [job.tree.get(name, AUTO) for name in BATCH_KEYS]
     total: Any
@@ -93,13 +93,13 @@ def check_zero(job: Resolution) -> int:
     """Return the ZeRO stage.
 
     Raises:
-        ConfigError: settings with which DeepSpeed would train experts wrongly or not at all.
+        ConfigError: with these settings, DeepSpeed would train experts incorrectly or not at all.
     """
     zero = job.tree.setdefault("zero_optimization", {"stage": 0})
     stage: int = zero.setdefault("stage", 0)
     if zero.get("reduce_scatter", True) not in (True, AUTO):
         raise job.error(
-            "zero_optimization.reduce_scatter must be true, got false, with which DeepSpeed adds up the gradients of "
+            "zero_optimization.reduce_scatter must be true, got false; otherwise DeepSpeed sums the gradients of "
             "different experts."
         )
     if stage == 2 and zero.get("contiguous_gradients", True) not in (True, AUTO):
@@ -127,7 +127,7 @@ def resolve_precision(job: Resolution) -> bool:
     if bf16 == AUTO:
         bf16 = job.device != "cpu"
         job.notes.append(f"bf16.enabled: auto is {str(bf16).lower()} on {job.device}")
-    # Otherwise DeepSpeed applies non-finite bf16 gradients; in fp32 it discards them without being told.
+    # Otherwise DeepSpeed applies non-finite bf16 gradients; in fp32 it always discards them.
     job.tree["bf16"] = {"enabled": bf16, "check_grad_overflow": True}
     return bool(bf16)
 
@@ -163,7 +163,7 @@ def resolve_scheduler(job: Resolution, known: dict[str, Any]) -> None:
 
     Args:
         job: the configuration.
-        known: what ``"auto"`` resolves to, for the parameters that the run decides.
+        known: values of ``"auto"`` for the parameters that depend on the run.
 
     Raises:
         ConfigError: an unknown schedule or parameter, or a required parameter without a value.
@@ -193,7 +193,7 @@ def resolve_expert_parallel(job: Resolution) -> int:
     """Return the expert-parallel size P.
 
     Raises:
-        ConfigError: the recipe states another size.
+        ConfigError: the recipe sets a different size.
         TopologyError: P does not divide the experts and the ranks.
     """
     section = job.tree.setdefault("expert_parallel", {})
@@ -217,7 +217,7 @@ def resolve_expert_parallel(job: Resolution) -> int:
 
 
 def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
-    """Remove the section, as DeepSpeed would write a second set of files, and return what it asks for.
+    """Remove the section, as DeepSpeed would write a second set of files, and return its settings.
 
     Returns:
         Whether to write TensorBoard files, and the directory if the JSON names one.

@@ -11,7 +11,7 @@ from diffmoe_ds.config.load import recipes
 from diffmoe_ds.config.reference import Key, SectionKeys, sections
 
 LISTED_CHOICES = 10
-"""Most valid values that are listed one by one; model names are more."""
+"""Maximum number of valid values that are listed; there are more model names than this."""
 REGENERATE = "diffmoe config --markdown > docs/configuration.md"
 
 HEADER = f"""\
@@ -55,7 +55,7 @@ Numbers may be written as `1e5` or `1e-4`, although YAML 1.1 reads those as text
 
 
 def markdown() -> str:
-    """Return the page."""
+    """Return ``docs/configuration.md``."""
     names = ", ".join(f"`{name}`" for name in recipes())
     parts = [HEADER.replace("RECIPES", names)]
     for section in sections().values():

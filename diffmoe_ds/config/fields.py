@@ -1,4 +1,4 @@
-"""Field types of the configuration: what YAML may write for each, and the range that a value must lie in.
+"""Field types of the configuration: accepted YAML and valid range of each.
 
 YAML 1.1 reads ``1e5`` and ``1e-4`` as text and ``5`` as an integer, so an integer field accepts ``1e5`` and ``5.0``,
 and a number field accepts ``5``. Nothing else is converted: ``true`` is not 1, and 1 is not "1".
@@ -41,7 +41,7 @@ def short_repr(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a key as it is, quoted if it contains line breaks or control characters."""
+    """Return a key unchanged, or quoted if it contains line breaks or control characters."""
     return name if name.isprintable() else repr(name)
 
 
@@ -80,7 +80,7 @@ def _integer(value: Any) -> int:
             value = float(value)
         except ValueError:
             raise _wrong("an integer") from None
-        if not value.is_integer():  # neither are NaN and the infinities
+        if not value.is_integer():  # NaN and Inf are not integers either
             raise _wrong("an integer")
     whole = int(value)
     if whole.bit_length() > MAX_BITS:
@@ -109,7 +109,7 @@ def _model_name(value: str) -> str:
     return value
 
 
-# The range stands before the validator: pydantic then puts it into the type itself, and so into the JSON schema.
+# The range precedes the validator, so that pydantic includes it in the JSON schema.
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 Integer = Annotated[int, BeforeValidator(_integer)]
@@ -119,7 +119,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_integer)]
 PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
-LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer holds it as float32
+LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer stores it as float32
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 ModelName = Annotated[

@@ -1,6 +1,6 @@
-"""The JSON schema of a recipe, for completion and checks in editors.
+"""The JSON schema of a recipe, for completion and validation in editors.
 
-It refuses what `load_config` refuses about a single key: unknown keys, wrong types, values out of range. Checks between
+It rejects what `load_config` rejects about single keys: unknown keys, wrong types, values out of range. Checks across
 keys and against the ranks are left to `load_config` and `resolve_deepspeed`.
 """
 
@@ -29,12 +29,12 @@ def recipe_schema() -> dict[str, Any]:
         "$schema": DRAFT,
         **tree,
         "title": "diffmoe recipe",
-        "description": "A recipe of diffmoe train --config; every section and every key may be left out.",
+        "description": "A recipe of diffmoe train --config; all sections and keys are optional.",
     }
 
 
 def _finish(node: Any) -> None:
-    """Drop titles that only repeat the key, and bound each number by what a field can hold."""
+    """Drop titles that only repeat the key, and limit each number to the range of its field type."""
     if isinstance(node, list):
         for item in node:
             _finish(item)

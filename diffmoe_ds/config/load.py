@@ -1,4 +1,4 @@
-"""From a recipe, ``--set`` and defaults to a checked `Config`, and back to YAML."""
+"""Load a validated `Config` from a recipe, ``--set`` and defaults, and dump it as YAML."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply ``--set a.b=value`` in order.
 
     Args:
-        recipe: name of a packaged recipe or path of a YAML file; `None` takes the embedded recipe.
+        recipe: name of a packaged recipe or path of a YAML file; None for the default recipe.
         overrides: ``section.key=value`` with the value in YAML.
 
     Returns:
-        The checked configuration.
+        The validated configuration.
 
     Raises:
         ConfigError: unknown file, section or key, wrong type, or values that do not fit together.
@@ -66,20 +66,20 @@ def recipe_path(recipe: str) -> Path:
         return known[recipe]
     if Path(recipe).is_file():
         return Path(recipe)
-    raise ConfigError(unknown("--config", recipe, known) + " The path of a YAML file works too.")
+    raise ConfigError(unknown("--config", recipe, known) + " It can also be the path of a YAML file.")
 
 
 def dump_config(config: Config) -> str:
-    """Return the complete configuration as YAML, which `load_config` reads back to an equal one."""
+    """Return the complete configuration as YAML, which `load_config` reads back unchanged."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def config_from_dict(tree: dict[str, Any], source: str) -> Config:
-    """Return the checked `Config` of plain data, such as what a checkpoint stores.
+    """Build a validated `Config` from plain data, such as that in a checkpoint.
 
     Args:
-        tree: sections with their keys; what is missing takes its default.
-        source: where the data come from, for errors.
+        tree: sections with their keys; missing ones take their defaults.
+        source: origin of the data, for errors.
 
     Raises:
         ConfigError: unknown section or key, wrong type, or values that do not fit together.

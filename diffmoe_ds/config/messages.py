@@ -1,4 +1,4 @@
-"""From pydantic's validation errors to one sentence: the key, what is valid, and the value found."""
+"""Convert pydantic's validation errors to one sentence: the key, the valid values, and the value found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sentence(error: ValidationError) -> str:
 def _sentence(detail: ErrorDetails) -> str:
     kind, place, value = detail["type"], detail["loc"], detail["input"]
     name = _name(place)
-    if kind == "value_error":  # a ConfigError of ours, complete
+    if kind == "value_error":  # our own ConfigError, already complete
         return str(detail["ctx"]["error"])
     if kind in UNKNOWN_KEY:
         return unknown(name, place[-1], _siblings(place))
@@ -46,7 +46,7 @@ def _name(place: tuple[int | str, ...]) -> str:
 
 
 def _siblings(place: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are valid where an unknown one was found."""
+    """Return the valid keys in the section of an unknown one."""
     owner = schema() if len(place) == 1 else definition(str(place[0]))
     return list(owner["properties"])
 

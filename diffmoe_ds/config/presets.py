@@ -1,6 +1,6 @@
 """The model sizes, as one table. A model is named ``SIZE-E<experts>``, for example ``L-E8`` or ``tiny-E8``.
 
-S, B, L and XL are the sizes of DiT (arXiv 2212.09748, table 1); the experts are DiffMoE's (arXiv 2503.14487).
+S, B, L and XL are the sizes of DiT (arXiv 2212.09748, table 1); the expert counts are DiffMoE's (arXiv 2503.14487).
 ``E1`` is the dense transformer, which is also called ``Dense-L`` and so on.
 """
 
@@ -15,7 +15,7 @@ from diffmoe_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Size:
-    """Width and depth of one transformer size."""
+    """Depth, width and heads of one transformer size."""
 
     depth: int
     """Number of blocks."""

@@ -49,7 +49,7 @@ INFERENCE_CHOICES: dict[str, tuple[str, ...]] = {
     "expert_choice": ("static", "dynamic"),
     "batch_pool": ("per_token", "dynamic", "static"),
 }
-"""How a trained router can route at inference; the first is the default."""
+"""Inference rules of each router; the first is the default."""
 
 
 class Config(Section):
@@ -80,14 +80,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
-        """Check what no single field can: `ConfigError` with the key, the value and what is valid."""
+        """Run the checks that involve several fields."""
         check_shapes(self.model, self.size, self.tokens_per_image)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
         return self
 
     @property
     def size(self) -> Size:
-        """Size of the transformer: the named one, with the recipe's changes."""
+        """Size of the transformer: the preset with the recipe's overrides."""
         named, model = parse_name(self.model.name)[0], self.model
         return Size(
             depth=named.depth if model.depth is None else model.depth,

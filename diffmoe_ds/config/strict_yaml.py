@@ -1,4 +1,4 @@
-"""YAML of recipes and ``--set``: plain data only, with duplicate keys and malformed values refused."""
+"""YAML of recipes and ``--set``: plain data only, rejecting duplicate keys and malformed values."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ KINDS = {"int": f"integer of at most {MAX_BITS} bits", "float": "number", "bool"
 
 
 class MalformedValueError(yaml.constructor.ConstructorError):
-    """A value looks like a number, a date, ... or is tagged as one, but is not a valid one."""
+    """A value that looks like a number, date, etc. or is tagged as one, but is invalid."""
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what the YAML text says, as dicts, lists, strings and numbers.
+    """Parse YAML text into dicts, lists, strings and numbers.
 
     Raises:
         MalformedValueError: a value that is invalid for its type, such as ``2024-13-45``.
-        yaml.YAMLError: other errors of syntax, and duplicate keys.
+        yaml.YAMLError: other syntax errors, and duplicate keys.
         RecursionError: deeper nesting than Python can parse.
     """
     return yaml.load(text, _StrictLoader)
@@ -33,7 +33,7 @@ class _StrictLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
-                raise OverflowError  # valid for no key, and Python refuses to print the longest
+                raise OverflowError  # no key accepts it, and Python refuses to print very long ones
         except (ValueError, KeyError, IndexError, AttributeError, OverflowError):
             # 2024-13-45, 0b_, !!bool x, !!int "", !!timestamp x, a number of 5,000 digits
             tag = node.tag.rpartition(":")[2]

@@ -1,7 +1,7 @@
-"""Gaussian diffusion with noise prediction and a learned variance, as DiT trains and samples it.
+"""Gaussian diffusion with noise prediction and a learned variance, as used by DiT.
 
 Sources: DDPM (arXiv 2006.11239), Improved DDPM (2102.09672) for the learned variance and the shortened process, DDIM
-(2010.02502), DiT (2212.09748) for the choice among their options: 1000 linear betas, loss = MSE of the noise + the
+(2010.02502), DiT (2212.09748) for the options: 1000 linear betas, loss = MSE of the noise + the
 unscaled variational term, whose gradient reaches only the variance.
 
 Legend: B images, C channels, H, W height and width, N steps of a process. A model's output has 2C channels: the noise,
@@ -56,7 +56,7 @@ class GaussianDiffusion:
 
     timesteps_N: Table
     """What the model is given at each step: 0..N-1 for the process it is trained on, a subset of those for a process
-    shortened by `respaced`. Everywhere else ``t_B`` (int64) is the step index 0..N-1 itself."""
+    shortened by `respaced`. Everywhere else, ``t_B`` (int64) is the step index 0..N-1."""
     betas_N: Table
     alphas_cumprod_N: Table
     sqrt_alphas_cumprod_N: Table
@@ -100,7 +100,7 @@ class GaussianDiffusion:
 
     @property
     def num_steps(self) -> int:
-        """N."""
+        """Number of steps N."""
         return len(self.betas_N)
 
     def respaced(self, steps: int) -> GaussianDiffusion:
@@ -223,7 +223,7 @@ class GaussianDiffusion:
         xt = at_least_float32(xt_BCHW)
         xstart = self.p_mean_variance(model_output, xt, t_B).pred_xstart
         signal, sigma = self._at("sqrt_alphas_cumprod_N", t_B, xt), self._at("sqrt_one_minus_alphas_cumprod_N", t_B, xt)
-        noise = (xt - signal * xstart) / sigma  # from the clean image and not from the output, as the reference does
+        noise = (xt - signal * xstart) / sigma  # from the clean image, not from the output, as in the reference
         direction = self._at("one_minus_alphas_cumprod_prev_N", t_B, xt).sqrt()
         return self._at("sqrt_alphas_cumprod_prev_N", t_B, xt) * xstart + direction * noise
 
@@ -240,19 +240,19 @@ def check_steps(num_steps: int, steps: object) -> None:
     """Check the number of steps of a shortened process.
 
     Raises:
-        ConfigError: it is not an integer from 1 to ``num_steps``.
+        ConfigError: the number is not an integer from 1 to ``num_steps``.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= num_steps:
         raise ConfigError(f"steps must be an integer from 1 to {num_steps}, got {steps!r}.")
 
 
 def spaced_steps(num_steps: int, steps: int) -> Table:
-    """Return which steps a shortened process keeps.
+    """Return the steps that a shortened process keeps.
 
     Args:
         num_steps: N of the full process.
-        steps: how many to keep: evenly spaced from the first to the last (Improved DDPM, section 4), or the noisiest
-            if it is one.
+        steps: number of steps to keep: evenly spaced from the first to the last (Improved DDPM, section 4), or only
+            the noisiest if 1.
 
     Returns:
         Ascending int64.

@@ -1,4 +1,4 @@
-"""Objectives: what training and sampling need to know about rectified flow and DDPM, behind one interface.
+"""Objectives: one interface for training and sampling with rectified flow and DDPM.
 
 Legend: B images, C channels, H, W height and width.
 """
@@ -17,7 +17,7 @@ from diffmoe_ds.diffusion.flow import flow_interpolate, flow_loss
 from diffmoe_ds.errors import ConfigError
 
 SAMPLERS: dict[str, str] = {"euler": "flow", "heun": "flow", "ddpm": "ddpm", "ddim": "ddpm"}
-"""Sampler -> the objective whose models it samples; the first of an objective is its default."""
+"""Sampler -> the objective whose models it samples; the first sampler of an objective is its default."""
 
 
 class Objective(Protocol):
@@ -34,11 +34,11 @@ class Objective(Protocol):
         ...
 
     def out_channels(self, in_channels: int) -> int:
-        """Return how many channels the model predicts for images or latents of ``in_channels``."""
+        """Return the number of channels that the model predicts for images or latents of ``in_channels``."""
         ...
 
     def model_time(self, time_B: Tensor) -> Tensor:
-        """Return the ``t_B`` for the model and for the methods below.
+        """Convert times to the ``t_B`` of the model and of the methods below.
 
         Args:
             time_B: times drawn uniformly from [0, 1).
@@ -58,7 +58,7 @@ class Objective(Protocol):
         ...
 
     def noise_level(self, t_B: Tensor) -> Tensor:
-        """Return float32 in [0, 1], where 1 is pure noise: one axis for plots of both objectives."""
+        """Return float32 in [0, 1], where 1 is pure noise, for plots of both objectives on one axis."""
         ...
 
 
@@ -134,13 +134,13 @@ class DDPMObjective:
 
 
 def make_objective(kind: str) -> Objective:
-    """Return the objective of a name.
+    """Return the objective with a name.
 
     Args:
         kind: ``flow`` or ``ddpm``.
 
     Raises:
-        ConfigError: the name is another one.
+        ConfigError: the name is unknown.
     """
     objectives: dict[str, Callable[[], Objective]] = {"flow": FlowObjective, "ddpm": DDPMObjective}
     if kind not in objectives:

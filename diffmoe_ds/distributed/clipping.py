@@ -14,16 +14,16 @@ from diffmoe_ds.distributed.collectives import Group, all_reduce
 def clip_gradients(
     parameters: Iterable[nn.Parameter], experts: Collection[int], ep_group: Group | None, max_norm: float
 ) -> float:
-    """Scale all gradients down to a norm. Every rank must call this.
+    """Clip all gradients to a global norm. Every rank must call this.
 
     Args:
         parameters: of the model on this rank.
         experts: ``id`` of those that are expert weights; their squares are summed over the EP group.
         ep_group: the EP group; None if there are no experts.
-        max_norm: the largest norm to keep; 0 does not clip.
+        max_norm: the norm to clip to; 0 disables clipping.
 
     Returns:
-        The 2-norm of the whole gradient before clipping; the same on all ranks.
+        The global 2-norm of the gradient before clipping; the same on all ranks.
     """
     gradients = [(id(p) in experts, p.grad) for p in parameters if p.grad is not None]
     squares = torch.zeros(2, dtype=torch.float64, device=gradients[0][1].device)  # dense, experts held here

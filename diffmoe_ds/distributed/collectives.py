@@ -1,4 +1,4 @@
-"""Collectives of `torch.distributed`, timed: how long a rank waits for the others.
+"""`torch.distributed` collectives with timers that measure how long a rank waits for the others.
 
 All ranks finish a step together, so the length of a step does not show which rank is slow; the time a rank spends
 outside collectives does (`diffmoe_ds.distributed.stragglers`). Timing is off by default and then costs nothing.
@@ -42,7 +42,7 @@ class Waiting:
 
 
 def now() -> float:
-    """Return a time in seconds, after all work submitted to the GPU has finished."""
+    """Synchronize the GPU and return a time in seconds."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -2,7 +2,7 @@
 
 A rank that raises alone leaves the others waiting in their next collective. So anything that a single rank can fail at
 (read its images, write its part of a checkpoint, take the run lock) ends in a vote that carries the most severe error
-of any rank. The rank that met that error raises it; all others raise `AlreadyReportedError` with the same exit code and
+of any rank. The rank that hit that error raises it; all others raise `AlreadyReportedError` with the same exit code and
 print nothing, so the user reads one message, once.
 
 Two transports carry the same encoding: `vote` uses one all-reduce and needs the process group;
@@ -27,7 +27,7 @@ _RANKS = 1 << 16
 
 
 def encode_error(error: DiffMoEError | None, rank: int) -> int:
-    """Return an error as a number that a maximum over ranks can merge.
+    """Encode an error as a number, so that a maximum over ranks picks the one to report.
 
     Returns:
         0 for no error, otherwise the exit code above 16 bits of rank: the largest exit code wins, then the lowest rank.
@@ -36,7 +36,7 @@ def encode_error(error: DiffMoEError | None, rank: int) -> int:
 
 
 def raise_agreed(winner: int, mine: DiffMoEError | None, rank: int) -> None:
-    """Raise what the ranks agreed on.
+    """Raise the error that the ranks agreed on.
 
     Args:
         winner: the maximum of `encode_error` over the ranks.
@@ -50,7 +50,7 @@ def raise_agreed(winner: int, mine: DiffMoEError | None, rank: int) -> None:
     if winner == 0:
         return
     if mine is not None and winner == encode_error(mine, rank):
-        mine.same_on_all_ranks = False  # reported here, whatever this rank is
+        mine.same_on_all_ranks = False  # reported here, even if this is not rank 0
         raise mine
     raise AlreadyReportedError(winner // _RANKS)
 
@@ -60,7 +60,7 @@ def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) 
 
     Args:
         device: device for the tensors of the collectives.
-        error: what this rank failed at.
+        error: this rank's error, if any.
         flags: this rank's answers to yes-or-no questions.
 
     Returns:

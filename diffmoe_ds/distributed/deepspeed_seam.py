@@ -1,6 +1,6 @@
 """Every private name of DeepSpeed that this project uses, in one place.
 
-After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` names those that are gone or have changed. They are:
+After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` reports those that are gone or have changed. They are:
 
 - `AutoEPMoELayer`: a layer of this class gets expert gradients reduced over its replicas only, expert
   optimizer state partitioned over them, and is allowed under ZeRO 3.
@@ -71,7 +71,7 @@ def device() -> torch.device:
 
 def init_process_group() -> None:
     """Create the default process group through DeepSpeed, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
-    # On a CPU, DeepSpeed would compile a shared-memory all-reduce for a minute and hardly use it.
+    # On a CPU, DeepSpeed would spend a minute compiling a shared-memory all-reduce that it hardly uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
         # DeepSpeed uses LOCAL_RANK as the device index; where each task sees only its own GPU, that is always 0.
@@ -106,7 +106,7 @@ def adopt_layer(layer: AutoEPMoELayer, topology: Topology, ep_group: dist.Proces
 
 
 def tag_expert_weights(model: nn.Module) -> None:
-    """Mark the expert weights of all AutoEP layers. Call once the parameters are the final objects."""
+    """Mark the expert weights of all AutoEP layers. Call this after the last change of parameter objects."""
     for layer in model.modules():
         if not isinstance(layer, AutoEPMoELayer):
             continue
@@ -148,7 +148,7 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
         ValueError,
     ) as error:  # not RuntimeError: failed collectives
         reason = " ".join(str(error).split())[:500]
-        raise ConfigError(f"DeepSpeed rejects its configuration: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"DeepSpeed rejected the configuration: {type(error).__name__}: {reason}") from error
     _engines.add(engine)
     return engine
 
@@ -156,7 +156,7 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
 def release_engines() -> None:
     """Remove the hooks of all engines: through autograd's graph they keep an engine and its groups alive."""
     for engine in list(_engines):
-        with contextlib.suppress(RuntimeError):  # its set-up was interrupted
+        with contextlib.suppress(RuntimeError):  # initialization was interrupted
             engine.destroy()
     _engines.clear()
     for method in vars(PartitionedParameterCoordinator).values():  # one cache over the modules of all instances
@@ -191,7 +191,7 @@ def parts(engine: deepspeed.DeepSpeedEngine) -> dict[str, Part]:
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> list[Fragment]:
-    """Return all pieces that this rank keeps, in the order of the parameters; at every ZeRO stage."""
+    """Return all fragments that this rank keeps, in parameter order; works at every ZeRO stage."""
     _ensure_moments(engine)
     found = []
     every = parts(engine)
@@ -267,7 +267,7 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper creates its states with a step of zero gradients, which counts
+    set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper takes a zero-gradient step to create its state
 
 
 def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -276,7 +276,7 @@ def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """Return what Adam updates on this rank: flat fp32 partitions, or the parameters themselves (ZeRO 0, fp32)."""
+    """Return the tensors that Adam updates on this rank: flat fp32 partitions, or the parameters (ZeRO 0, fp32)."""
     if engine.zero_optimization_stage() == 3:  # where Adam's groups are filled only during a step
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [flat for group in _adam(engine).param_groups for flat in group["params"]]
@@ -286,18 +286,18 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
     """Clip at ``max_norm`` (0: never) and take the optimizer step at the end of accumulation.
 
     Returns:
-        The 2-norm of the whole gradient before clipping. If it is not finite, nothing was updated, the gradients were
-        dropped and the learning rate did not change.
+        The global 2-norm of the gradient before clipping. If it is non-finite, the gradients were discarded, and the
+        weights and the learning rate did not change.
     """
     if engine.zero_optimization_stage():
-        engine.step()  # DeepSpeed clips, and discards a gradient whose norm is not finite
+        engine.step()  # DeepSpeed clips, and discards non-finite gradients
         norm = engine.get_global_grad_norm()
         return float("nan") if norm is None or norm < 0 else float(norm)
     norm = _clip_unpartitioned(engine, max_norm)
     if math.isfinite(norm):
         engine.step()
         return norm
-    # DeepSpeed cannot skip this step, but must count it and drop the gradients.
+    # DeepSpeed cannot skip this step, but has to count it and discard the gradients.
     scheduler = engine.lr_scheduler
     before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
     engine.optimizer.step = lambda: None
@@ -318,13 +318,13 @@ def _clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> f
 
 
 def scheduled(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """Return what a scheduler has set in the optimizer; the scheduler's own state does not contain it."""
+    """Return the values that a scheduler has set in the optimizer; its own state does not contain them."""
     group = _adam(engine).param_groups[0]
     return {"lr": float(group["lr"]), "betas": list(group["betas"])}
 
 
 def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Restore a scheduler and what it had set in the optimizer."""
+    """Restore a scheduler and the values it had set in the optimizer."""
     engine.lr_scheduler.load_state_dict(state)
     for optimizer in {id(o): o for o in (engine.optimizer, _adam(engine))}.values():
         for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What a rank keeps of each parameter: the part it computes with, and the pieces of master weights it updates."""
+"""Parameter sharding: the part a rank computes with, and the fragments of the master weights it updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank computes with of one parameter: all of it, or the experts held here."""
+    """The part of a parameter that this rank computes with: all of it, or the experts held here."""
 
     logical_shape: tuple[int, ...]
     """Shape of the whole tensor; for expert weights with all E experts."""

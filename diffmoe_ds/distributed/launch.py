@@ -1,4 +1,4 @@
-"""This process's rank, and the address of the rendezvous, from the variables of whichever launcher started it.
+"""Resolve this process's rank and the rendezvous address from its launcher's environment variables.
 
 Order: ``RANK`` (deepspeed, torchrun), Open MPI (mpirun), a Slurm step (srun), any other MPI through mpi4py, else a
 single process. An mpirun inside a Slurm job passes the variables of its own step on to its ranks, so MPI takes
@@ -30,7 +30,7 @@ LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Set by torchrun and by deepspeed's launcher, perhaps inside a Slurm step or batch script, whose variables then do not
 describe this process."""
 OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-"""Set if an MPI launcher started this process; mpi4py knows the rest."""
+"""Set if an MPI launcher started this process; mpi4py provides the rest."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Launch:
     local_world: int
     """Number of processes on this host."""
     source: str
-    """Where the values above come from, for people."""
+    """Source of the values above, for messages."""
     master_addr: str | None = None
     """Host of rank 0, which serves the rendezvous; None until rank 0 has sent it over MPI."""
     master_port: int | None = None
     """Port of the rendezvous; None as above."""
     master_source: str = ""
-    """Where address and port come from, for people."""
+    """Source of address and port, for messages."""
 
     @property
     def address(self) -> str:
-        """``host:port`` of the rendezvous, for people."""
+        """``host:port`` of the rendezvous, for messages."""
         return f"{self.master_addr}:{self.master_port}"
 
     def describe(self) -> str:
-        """Return one line for people about the ranks and where each value comes from."""
+        """Return one line with the ranks, the rendezvous address and their sources."""
         if self.world == 1:
             return f"rank 0 of 1 ({self.source})"
         return (
@@ -70,7 +70,7 @@ class Launch:
 
 
 def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """Return this process's place, from the environment.
+    """Resolve this process's place among the ranks from the environment.
 
     Raises:
         TopologyError: a variable is missing or not a number, the rank is outside the world, or two launchers
@@ -132,7 +132,7 @@ def _launcher(env: Mapping[str, str]) -> str:
 
 
 def _is_step_of_an_mpirun(env: Mapping[str, str]) -> bool:
-    """Return whether the Slurm step is that of an mpirun: srun also sets PMI variables, but consistent with its own."""
+    """Return whether mpirun started the Slurm step; srun also sets PMI variables, but consistent with its own."""
     pairs = (("PMI_RANK", "SLURM_PROCID"), ("PMIX_RANK", "SLURM_PROCID"), ("PMI_SIZE", "SLURM_STEP_NUM_TASKS"))
     return any(mpi in env and env[mpi] != env.get(slurm) for mpi, slurm in pairs)
 
@@ -212,7 +212,7 @@ def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
 def first_host(nodelist: str) -> str:
     """Return the first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``."""
     head = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodelist)
-    assert head is not None, f"a Slurm node list never starts like {nodelist!r}"
+    assert head is not None, f"unexpected Slurm node list {nodelist!r}"
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
 
 

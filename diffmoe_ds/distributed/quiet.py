@@ -1,4 +1,4 @@
-"""Keep the log of a run to its own lines."""
+"""Silence log messages and warnings of DeepSpeed and torch."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from diffmoe_ds.distributed.launch import Launch, export_launch
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, LaunchError
 
 START_TIMEOUT_S = 300.0
-"""Seconds that ranks wait for each other: importing Python and torch from a slow shared disk takes long."""
+"""Seconds that ranks wait for each other: importing torch from a slow shared disk can take minutes."""
 TELL_AFTER_S = 15.0
 """Seconds after which rank 0 prints which ranks it is waiting for."""
 LINGER_S = 5.0
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 
 class Rendezvous:
-    """All ranks, after they joined: who they are, and a store for messages between them."""
+    """The joined ranks: their hosts, and a store for messages between them."""
 
     def __init__(self, launch: Launch, hosts: tuple[str, ...], store: dist.Store | None, timeout_s: float) -> None:
-        """Bind what `join_ranks` found.
+        """Wrap the result of `join_ranks`.
 
         Args:
             launch: this process's place among the ranks, with the address of the rendezvous.
@@ -181,7 +181,7 @@ def join_ranks(
         launch: from `resolve_launch`.
         fingerprint: what must be equal on all ranks, such as a hash of the resolved configuration.
         timeout_s: seconds to wait.
-        error: what this rank has failed at already; see `fail_together`.
+        error: an error that this rank has already hit; see `fail_together`.
 
     Raises:
         LaunchError: a rank did not join, rank 0 cannot be reached, or a rank's fingerprint differs.
@@ -211,18 +211,18 @@ def join_ranks(
 
 
 def fail_together(launch: Launch, error: DiffMoEError) -> None:
-    """Report an error that this rank met alone before it joined, so that the other ranks do not wait for it.
+    """Report an error that this rank alone hit before joining, so that the other ranks do not wait for it.
 
     Args:
         launch: from `resolve_launch`.
-        error: what this rank failed at.
+        error: this rank's error.
 
     Raises:
         DiffMoEError: the error, or `AlreadyReportedError` if another rank reports one.
     """
     try:
         join_ranks(launch, error=error)
-    except LaunchError:  # this rank's own error says more
+    except LaunchError:  # this rank's own error is more specific
         raise error from None
 
 
@@ -277,7 +277,7 @@ def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[st
                 raise LaunchError(
                     f"{_absent(missing, joined)} did not join within {timeout_s:g} s; run `diffmoe doctor`."
                 )
-            print(f"{'waiting':>11}  {_absent(missing, joined)} did not join yet", file=sys.stderr, flush=True)
+            print(f"{'waiting':>11}  {_absent(missing, joined)} have not joined yet", file=sys.stderr, flush=True)
             told = True
         if missing:
             time.sleep(0.05)

@@ -3,8 +3,8 @@
 The lock is a small file that its holder rewrites every few seconds with a higher count. It only requires that linking
 and renaming a file are atomic (NFS, Lustre, ...), not a lock daemon or synchronized clocks. A holder that was killed or
 whose host lost power stops counting, and the next job reclaims the stale lock: at once if the holder is known to be
-gone, otherwise after the count has not changed for a while. A holder that was only suspended finds another job's name
-in the file when it wakes, and exits.
+gone, otherwise after the count has not changed for a while. A holder that was only suspended finds another job's token
+in the file when it resumes, and exits.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class RunLock:
     """Context manager that locks a run directory; rank 0 only."""
 
     def __init__(self, directory: Path, environ: Mapping[str, str] | None = None) -> None:
-        """Describe the lock; does not take it yet.
+        """Prepare the lock without acquiring it.
 
         Args:
             directory: the run directory.
-            environ: where Slurm's variables are; the process's own by default.
+            environ: environment with Slurm's variables; ``os.environ`` if None.
         """
         env = os.environ if environ is None else environ
         self._path = directory / LOCK_FILE
@@ -60,7 +60,7 @@ class RunLock:
         self._lost_to: dict[str, Any] | None = None
 
     def __enter__(self) -> RunLock:
-        """Take the lock.
+        """Acquire the lock.
 
         Raises:
             RunDirectoryBusyError: a running job holds it.
@@ -119,7 +119,7 @@ class RunLock:
         time.sleep(SETTLE_S)
         holder = _read(self._path)
         if holder is None or holder["token"] != self._me["token"]:
-            raise RunDirectoryBusyError(f"{self._path.parent}: {_who(holder or {})} has just started in it.")
+            raise RunDirectoryBusyError(f"{self._path.parent}: was just locked by {_who(holder or {})}.")
 
     def _is_gone(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder is known to be gone."""
@@ -155,7 +155,7 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of the lock file; None if there is none, or if no holder wrote it."""
+    """Return the contents of the lock file; None if it is missing or invalid."""
     try:
         with path.open(encoding="utf-8") as file:
             found, modified = json.load(file), os.fstat(file.fileno()).st_mtime_ns
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _signs_of_life(holder: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what an active holder changes. File times come from one server, so hosts' clocks do not matter."""
+    """Return the fields that an active holder changes. File times come from one server: clock skew is harmless."""
     return holder["token"], holder["beat"], holder["modified"]
 
 

@@ -1,6 +1,6 @@
 """Destroy the process groups before the interpreter finalizes.
 
-Gloo's own threads drop the tensors of a collective after its caller has gone on, for which they need the GIL.  If the
+Gloo's threads release the tensors of a collective after its caller has returned, for which they need the GIL.  If the
 interpreter finalizes in between, CPython ends the thread inside a C++ destructor, and the process dies by SIGABRT with
 "terminate called without an active exception" (https://github.com/pytorch/pytorch/issues/179291).  Only the destructor
 of a process group joins these threads, and ``destroy_process_group`` does not run it while anything still refers to the
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 LIMIT_S = 20.0
-"""Seconds after which a process whose groups cannot be destroyed ends anyway: a collective hangs."""
+"""Seconds after which the process exits even if a hung collective prevents the destruction of its groups."""
 SETTLE_S = 1.0
-"""Seconds until the kernel has removed threads that were joined."""
+"""Seconds to wait for the kernel to remove joined threads."""
 LEFT = "threads of process groups are left"
-"""What stderr says then; `tests.faults.ends` looks for it."""
+"""Printed to stderr if threads remain; `tests.faults.ends` searches for it."""
 GROUP_THREAD = "pt_gloo_runloop"
 """The name that torch gives to the threads of a gloo process group."""
 
@@ -31,11 +31,11 @@ GROUP_THREAD = "pt_gloo_runloop"
 def shutdown(exit_code: int | None = None) -> None:
     """Destroy all process groups and wait until their threads have ended.
 
-    Call this where no frame of the code that used the groups is left, and after its exceptions were handled.
+    Call this once no stack frame or pending exception refers to code that used the groups.
 
     Args:
-        exit_code: the code with which this process is about to end.  If the groups cannot be destroyed because a
-            collective hangs, it ends here, without finalizing the interpreter.  None if the process goes on.
+        exit_code: the code with which this process is about to exit.  If a hung collective prevents the destruction of
+            the groups, it exits here, without finalizing the interpreter.  None if the process continues.
     """
     if "torch.distributed" not in sys.modules:
         return
@@ -57,7 +57,7 @@ def shutdown(exit_code: int | None = None) -> None:
 
 
 def leave(exit_code: int) -> None:
-    """End this process at once; nothing is finalized, what was printed and logged is flushed."""
+    """Exit immediately after flushing output and logs, without finalizing the interpreter."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

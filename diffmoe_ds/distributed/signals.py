@@ -28,7 +28,7 @@ def listen() -> None:
 def ignore() -> None:
     """Ignore the signals while the process exits, so that they do not change its exit code.
 
-    Python removes its handlers long before the process is gone, but keeps ignored signals ignored.
+    Python removes its handlers long before the process exits, but keeps ignored signals ignored.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

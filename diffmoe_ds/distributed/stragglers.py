@@ -16,7 +16,7 @@ import torch
 from diffmoe_ds.distributed.collectives import WAITING, all_gather, now
 
 MEASURED_STEPS = 5
-"""Steps measured before each comparison; their median is compared, so that one slow step does not count."""
+"""Steps measured before each comparison; their median is compared, so that a single slow step is ignored."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Comparison:
     others: float
     """The median of the same over the other ranks."""
     is_straggler: bool
-    """Whether the ratio exceeds the configured one."""
+    """Whether `ratio` exceeds ``run.straggler_ratio``."""
 
     @property
     def ratio(self) -> float:
@@ -53,7 +53,7 @@ class Stragglers:
         """Configure the measurement.
 
         Args:
-            every_steps: optimizer steps between two comparisons; 0 turns them off.
+            every_steps: optimizer steps between two comparisons; 0 disables them.
             ratio: a rank this many times slower than the others is a straggler.
             hosts: the host of every rank.
             device: device for the tensors of the collectives.
@@ -90,7 +90,7 @@ class Stragglers:
             step: optimizer steps finished.
 
         Returns:
-            The comparison, on all ranks; None if this step has none.
+            The comparison, on all ranks; None if none is due at this step.
         """
         if self._step:
             self._steps.append(self._step)

@@ -1,8 +1,8 @@
 """Watchdog: when a rank dies or stops responding, all other ranks exit and name it, instead of hanging.
 
 A thread of every rank writes heartbeats into the rendezvous store; rank 0's thread reads all of them, the others read
-rank 0's. It works while the main thread is blocked in a collective, and uses none itself. The store stops responding
-together with rank 0, which serves it, so a second thread only checks the clock.
+rank 0's. It works while the main thread is blocked in a collective, and uses none itself. The store goes down
+with rank 0, which serves it, so a second thread only checks the clock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_BEAT_S = 1.0
 CONNECT_S = 4.0
 """Seconds to reconnect to the store after a collective failed."""
 JOIN_S = 1.0
-"""Seconds that the threads have to end; one whose store does not respond is left behind."""
+"""Seconds that the threads have to end; a thread that is blocked on the store is abandoned."""
 MISSED_BEATS = 4
 """After a collective failed, a rank that misses this many heartbeats is the lost one."""
 
@@ -37,7 +37,7 @@ class Watchdog:
         Args:
             rank: this rank.
             world: number of ranks.
-            timeout_s: seconds that a rank may miss heartbeats, or that all may make no progress.
+            timeout_s: seconds that a rank may go without heartbeats, or all ranks without progress.
         """
         self._rank, self._world, self._timeout = rank, world, timeout_s
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)

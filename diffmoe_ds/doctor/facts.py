@@ -1,4 +1,4 @@
-"""Facts about one rank and its host, as plain data that ranks can send to each other."""
+"""Facts about one rank and its host, as plain data that ranks can exchange."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmoe_ds.distributed.launch import Launch
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "mpi4py")
 ENVIRONMENT = ("NCCL_", "GLOO_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")
-"""Prefixes of the variables that decide how ranks communicate and compute."""
+"""Prefixes of the variables that control how ranks communicate and compute."""
 OPS: dict[str, str] = {
     "fused_adam": 'on a GPU without "torch_adam": true',
     "cpu_adam": 'with offload_optimizer without "torch_adam": true',
@@ -28,7 +28,7 @@ OPS: dict[str, str] = {
 
 
 def rank_facts(launch: Launch, directory: Path) -> dict[str, Any]:
-    """Return everything that needs no other rank.
+    """Collect the facts that require no communication.
 
     Args:
         launch: this process's place among the ranks, with the rendezvous address.
@@ -68,7 +68,7 @@ def interface_bytes() -> dict[str, int]:
 
 
 def existing(directory: Path) -> Path:
-    """Return the directory, or its nearest parent that exists."""
+    """Return the directory, or its nearest existing parent."""
     path = directory.absolute()
     while not path.exists():
         path = path.parent
@@ -110,7 +110,7 @@ def _device(local_rank: int) -> dict[str, Any]:
 
 
 def _towards(host: str, port: int) -> tuple[str, str]:
-    """Return the (address, interface) from which this host reaches another; sends nothing."""
+    """Return the (address, interface) used to reach another host; sends nothing."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))
@@ -124,7 +124,7 @@ def _towards(host: str, port: int) -> tuple[str, str]:
 
 
 def _own_name() -> str:
-    """Return the address of this host's name, where gloo listens by default."""
+    """Return the address that this host's name resolves to, where gloo listens by default."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -1,4 +1,4 @@
-"""What to fix: pure functions over the report of `diffmoe doctor`."""
+"""Problems to fix, as pure functions of the report of `diffmoe doctor`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import defaultdict
 from typing import Any
 
 FREE_GB = 5.0
-"""Less free space than this does not hold a few checkpoints."""
+"""Minimum free disk space, enough for a few checkpoints."""
 CLOCK_S = 1.0
-"""Clocks that differ by more seconds than this mix up logs and TensorBoard files."""
+"""Maximum clock skew in seconds; more scrambles the order of logs and TensorBoard files."""
 SHM_GB = 0.5
 """Free shared memory that NCCL and data loader processes need."""
 
@@ -27,7 +27,7 @@ def to_fix(report: dict[str, Any]) -> list[str]:
 
 
 def _on(ranks: list[dict[str, Any]]) -> str:
-    """Return the hosts of some ranks, each once."""
+    """Return the distinct hosts of some ranks as text."""
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
     return ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more" if len(hosts) > 8 else "")
 
@@ -39,7 +39,7 @@ def _differences(ranks: list[dict[str, Any]]) -> list[str]:
         if others:
             theirs = others[0]["versions"].get(package, "missing")
             found.append(
-                f"{_on(others)}: {package} is {theirs}, but {expected} on {ranks[0]['host']}; install the same."
+                f"{_on(others)}: {package} is {theirs}, but {expected} on {ranks[0]['host']}; install the same version."
             )
     for key, what in (("python", "Python"), ("package", "the package folder")):
         others = [rank for rank in ranks if rank[key] != ranks[0][key]]
@@ -54,12 +54,12 @@ def _devices(ranks: list[dict[str, Any]]) -> list[str]:
     if len(kinds) > 1:
         without = [rank for rank in ranks if rank["device"]["kind"] == "cpu"]
         if without and len(without) < len(ranks):
-            found.append(f"{_on(without)}: no GPU is visible there, unlike on other hosts; check the driver.")
+            found.append(f"{_on(without)}: no GPU visible, unlike on other hosts; check the driver.")
         else:
-            found.append(f"different devices ({', '.join(sorted(kinds))}): the slowest one determines the speed.")
+            found.append(f"different devices ({', '.join(sorted(kinds))}): the slowest device limits the speed.")
     crowded = [r for r in ranks if r["device"]["kind"] == "cuda" and r["local_rank"] >= r["device"]["count"]]
     if crowded:
-        found.append(f"{_on(crowded)}: more ranks than the {crowded[0]['device']['count']} GPU(s) visible there.")
+        found.append(f"{_on(crowded)}: more ranks than the {crowded[0]['device']['count']} visible GPU(s).")
     for name in ranks[0]["ops"]:
         failing = [rank for rank in ranks if rank["ops"].get(name, "").startswith("cannot be compiled")]
         if failing and failing[0]["device"]["kind"] == "cuda":
@@ -75,9 +75,7 @@ def _directory(ranks: list[dict[str, Any]]) -> list[str]:
     path = ranks[0]["disk"]["path"]
     blind = [rank for rank in ranks if not rank["shared"]["reads"]]
     if blind:
-        found.append(
-            f"{_on(blind)}: does not see {path} of {ranks[0]['host']}; runs need a file system that all hosts share."
-        )
+        found.append(f"{_on(blind)}: does not see {path} of {ranks[0]['host']}; runs need a shared file system.")
     silent = [rank for rank in ranks if rank["shared"]["reads"] and not rank["shared"]["writes"]]
     if silent:
         found.append(f"{_on(silent)}: cannot write to {path}; check permissions, quota and free space.")
@@ -85,7 +83,7 @@ def _directory(ranks: list[dict[str, Any]]) -> list[str]:
     if full:
         disk = full[0]["disk"]
         left = "no free file entry" if disk["free_files"] == 0 else f"{disk['free_gb']} GB free"
-        found.append(f"{_on(full)}: {left} in {disk['path']}; make room for checkpoints.")
+        found.append(f"{_on(full)}: {left} in {disk['path']}; free up space for checkpoints.")
     return found
 
 

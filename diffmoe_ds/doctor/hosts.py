@@ -1,4 +1,4 @@
-"""Checks over ssh, before any launcher: whether each host of a hostfile is reachable and can start a rank."""
+"""Checks over ssh, without a launcher: whether each host of a hostfile is reachable and can start a rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from diffmoe_ds.errors import ConfigError
 
 SSH_TIMEOUT_S = 10
-"""Timeout of a connection."""
+"""Timeout of one ssh connection."""
 HOST_TIMEOUT_S = 60
-"""Timeout of everything on one host."""
+"""Timeout of the whole check of one host."""
 AT_ONCE = 32
 """Simultaneous connections."""
 PROBE = (
     "import json,sys,os;from importlib.metadata import version;"
     "print('probe '+json.dumps([version(n) for n in ('diffmoe_ds','torch','deepspeed')]+[os.path.exists(sys.argv[1])]))"
 )
-"""Run by each host: prints versions, and whether our file exists there. Imports nothing heavy."""
+"""Runs on each host: prints versions, and whether our file exists there. Imports nothing heavy."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -54,7 +54,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def check_hosts(hosts: list[str]) -> list[str]:
-    """Check every host over ssh and return one sentence for each that would not work, naming it."""
+    """Check every host over ssh and return one sentence for each host with a problem."""
     token = Path.cwd() / f".diffmoe-doctor-{secrets.token_hex(4)}"
     try:
         token.touch()
@@ -100,5 +100,5 @@ def _check(host: str, token: Path) -> str | None:
         return f"{host}: {token.parent} is not the same directory as on this host; it must be shared by all hosts."
     for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=True):
         if theirs != version(name):
-            return f"{host}: has {name} {theirs}, but this host has {version(name)}; install the same."
+            return f"{host}: has {name} {theirs}, but this host has {version(name)}; install the same version."
     return None

@@ -1,6 +1,6 @@
-"""Checks that need all ranks: whether the disk is shared, clocks agree, and how fast the network is.
+"""Checks that need all ranks: shared disk, clock skew and network throughput.
 
-Messages go through the rendezvous store, so that they arrive even where collectives fail.
+Messages go through the rendezvous store, so that they arrive even if collectives fail.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from diffmoe_ds.errors import AlreadyReportedError, LaunchError
 from diffmoe_ds.files import remove_tree
 
 SEEN_WITHIN_S = 5.0
-"""Seconds within which a file written on one host must appear on the others; NFS caches for a while."""
+"""Seconds within which a file written on one host must appear on the others; NFS caches directories."""
 PINGS = 5
-"""Round trips per clock measurement; the fastest counts."""
+"""Round trips per clock measurement; the fastest is used."""
 REPEATS = 5
-"""Runs of each timed collective; the median counts."""
+"""Runs of each timed collective; the median is used."""
 BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 """Size of the timed tensors per rank."""
 
 
 def gather_facts(rendezvous: Rendezvous, name: str, mine: Any, timeout_s: float) -> list[Any] | None:
-    """Return the plain data of all ranks on rank 0; None on the other ranks."""
+    """Gather plain data of all ranks on rank 0; return None on the other ranks."""
     if rendezvous.store is None:
         return [mine]
     rendezvous.store.set(f"{name}/{rendezvous.launch.rank}", json.dumps(mine))
@@ -57,7 +57,7 @@ def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> lis
         AlreadyReportedError: rank 0 is gone and has reported the reason.
     """
     store = rendezvous.store
-    assert store is not None, "a single process has nobody to listen to"
+    assert store is not None, "a single process has no store"
     patience = timeout_s if rendezvous.launch.rank == 0 else 2 * timeout_s  # rank 0 names who is silent
     try:
         store.wait(list(keys), timedelta(seconds=patience))
@@ -69,8 +69,8 @@ def _hear(rendezvous: Rendezvous, keys: dict[str, int], timeout_s: float) -> lis
             raise AlreadyReportedError(LaunchError.exit_code) from None
     names = ", ".join(f"rank {rank} on {rendezvous.hosts[rank]}" for rank in silent)
     raise LaunchError(
-        f"{names}: no answer for {patience:g} s after the ranks joined; check for a hanging file system or a dead "
-        "process there."
+        f"{names}: no answer for {patience:g} s after the ranks joined; check those hosts for a hung file system or a "
+        "dead process."
     )
 
 
@@ -105,7 +105,7 @@ def clock_offsets(rendezvous: Rendezvous, timeout_s: float) -> dict[str, float]:
     for host, leader in first.items():
         if leader == 0 or rank not in (0, leader):
             continue
-        assert store is not None, "several hosts have a store"
+        assert store is not None, "several hosts imply a store"
         best = float("inf")
         for ping in range(PINGS):
             asked, answered = f"asked/{leader}/{ping}", f"answered/{leader}/{ping}"

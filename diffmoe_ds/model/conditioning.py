@@ -1,8 +1,8 @@
 """Conditioners: modules that turn a condition into one vector per image.
 
-A conditioner has ``forward(condition, drop_B) -> [B, D]`` and ``null_like(condition)``, which returns the condition
-for "none". The transformer adds the vector to the time embedding and passes the sum to every block, so another kind of
-condition, such as text, needs another conditioner and no change to the blocks.
+A conditioner has ``forward(condition, drop_B) -> [B, D]`` and ``null_like(condition)``, which returns the null
+condition. The transformer adds the vector to the time embedding and passes the sum to every block, so another kind of
+condition, such as text, needs only another conditioner, not a change to the blocks.
 
 Legend: B images, D width.
 """

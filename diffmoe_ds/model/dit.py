@@ -35,7 +35,7 @@ from diffmoe_ds.moe.layer import MoELayer, Routing
 
 
 class DiTOutput(NamedTuple):
-    """What the transformer returns."""
+    """Output of the transformer."""
 
     prediction: Tensor
     """fp32 [B, C, height, width]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
@@ -120,7 +120,7 @@ class DiT(nn.Module):
             x_BCHW: noisy images or latents, any float dtype.
             t_B: fp32 in [0, 1] for flow, int64 timesteps 0..999 for DDPM.
             y_B: int64 labels.
-            drop_B: bool, the images whose label to drop; None drops none.
+            drop_B: bool, images whose label is dropped; None drops no labels.
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
@@ -144,7 +144,7 @@ class DiT(nn.Module):
         return {i: block.mlp for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoELayer)}
 
     def set_inference(self, choice: str) -> None:
-        """Choose the routing rule of eval mode; the same weights serve all rules.
+        """Choose the routing rule of eval mode; all rules use the same weights.
 
         Args:
             choice: ``static``, ``dynamic`` or ``per_token``.

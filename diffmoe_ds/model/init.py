@@ -1,7 +1,7 @@
 """Initial weights that are the same on any number of ranks.
 
-Every tensor has its own random stream, keyed by the seed and the parameter's name, and every expert one that is also
-keyed by its global index, so 1, 2 or 64 ranks start from the same weights.
+Every tensor has its own random stream, keyed by the seed and the parameter's name, and every expert has one that is
+also keyed by its global index, so 1, 2 or 64 ranks start from the same weights.
 
 Source of the values: DiT (arXiv 2212.09748) and the DiffMoE reference (router weights).
 """

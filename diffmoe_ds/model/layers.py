@@ -19,12 +19,12 @@ TIME_FREQUENCIES = 256
 
 
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """Scale and shift all tokens of an image as its conditioning determines (adaLN)."""
+    """Scale and shift all tokens of an image by its conditioning (adaLN)."""
     return x_BSD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    """Return a LayerNorm without weights, which adaLN supplies."""
+    """Return a LayerNorm without affine parameters, which adaLN provides."""
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
@@ -97,7 +97,7 @@ def time_frequencies(device: torch.device) -> Tensor:
 
     The reference uses a float32 exp, whose last bit differs between CPUs (and with it, at step 999, the fifth digit of
     a gradient). Here a float64 exp of the same float32 exponents is rounded to float32. The factor, 1/64 of a float32
-    rounding step, only decides near-ties, in the way that agrees with the golden numbers.
+    rounding step, only decides near-ties, so that they agree with the golden numbers.
     """
     half = TIME_FREQUENCIES // 2
     exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half

@@ -1,4 +1,4 @@
-"""The capacity predictor learns whether an expert would take a token, so that sampling need not compare tokens.
+"""Capacity predictor: learns whether an expert takes a token, so that sampling does not have to compare tokens.
 
 Legend: T tokens of this rank, E experts, K tokens of an expert over the pool.
 Source: DiffMoE (arXiv 2503.14487), section 3.3.
@@ -23,7 +23,7 @@ def capacity_loss(logits_TE: Tensor, mask_TE: Tensor) -> Tensor:
 
     Args:
         logits_TE: the predictor's logits, any float dtype.
-        mask_TE: bool, the tokens that each expert took.
+        mask_TE: bool, the tokens that each expert selected.
 
     Returns:
         Scalar, fp32: the mean over T and E.

@@ -1,4 +1,4 @@
-"""All-to-all dispatch and combine: rows travel to the ranks that hold their experts, and back.
+"""All-to-all dispatch and combine: send rows to the ranks that hold their experts, and their outputs back.
 
 Legend: P ranks of the EP group, E experts, L = E / P experts held by a rank, R rows, D width.
 """
@@ -15,7 +15,7 @@ from diffmoe_ds.distributed.collectives import all_to_all
 
 
 class DispatchState(NamedTuple):
-    """What `AllToAllDispatcher.combine` needs to send rows back."""
+    """State that `AllToAllDispatcher.combine` needs to send rows back."""
 
     sent_P: list[int]
     """Rows that this rank sent to each rank."""
@@ -29,7 +29,7 @@ class AllToAllDispatcher:
     """The `plan.Dispatcher` of an EP group. Any split works, zero rows included."""
 
     def __init__(self, group: dist.ProcessGroup, equal_counts: bool) -> None:
-        """Bind the group.
+        """Set the group.
 
         Args:
             group: the EP group.
@@ -44,7 +44,7 @@ class AllToAllDispatcher:
         """Send rows to their experts; see `plan.Dispatcher`."""
         sent_PL = tokens_per_expert_E.view(self.ranks, -1)
         received_PL = sent_PL if self.equal_counts else all_to_all(sent_PL, group=self.group)
-        # one copy to the host for all numbers that the exchange needs
+        # copy all split sizes to the host at once
         splits = torch.stack([sent_PL, received_PL]).tolist()
         sent_P, received_P = ([sum(counts) for counts in part] for part in splits)
         tokens_per_expert_L = [sum(counts) for counts in zip(*splits[1], strict=True)]

@@ -1,4 +1,4 @@
-"""The MoE layer with experts sharded over an EP group, in the form that DeepSpeed recognizes as its own."""
+"""The MoE layer with experts sharded over an EP group, as a layer type that DeepSpeed recognizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
         self.pool = make_pool(config.routing.pool, topology, ep_group)
         is_pool = config.routing.kind == "batch_pool"
         if is_pool and config.routing.pool == "world" and topology.edp_size > 1:
-            self.equal_counts_in_training = False  # an expert's K tokens of the world split unevenly over its replicas
+            self.equal_counts_in_training = False  # an expert's K tokens are split unevenly over its replicas
         if topology.ep_size > 1:
             self.counts_known_in_training = is_pool and config.routing.pool == "rank"
             self.dispatcher = AllToAllDispatcher(ep_group, self.counts_known_in_training)

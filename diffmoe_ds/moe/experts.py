@@ -1,9 +1,9 @@
-"""The experts of one layer that this process holds, as stacked weights.
+"""The local experts of one layer, as stacked weights.
 
 Legend: E experts held here, R rows sorted by expert, K rows of each expert if all have the same number, D width,
 H hidden width. Names and shapes of the weights are DeepSpeed's for grouped experts: ``w1 [E, H, D]``, ``w2 [E, D, H]``
-and ``w3``, which is SwiGLU's second input matrix ``[E, H, D]`` or, for GELU experts, both biases side by side
-``[E, 1, H + D]``.
+and ``w3``, which is SwiGLU's second input matrix ``[E, H, D]`` or, for GELU experts, both biases
+concatenated, ``[E, 1, H + D]``.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Experts(nn.Module):
 
         Args:
             rows_RD: rows sorted by expert, in the dtype of the weights.
-            tokens_per_expert: rows of each expert; zeros are fine.
+            tokens_per_expert: rows of each expert; may be 0.
             equal_counts: all experts have the same number of rows. In training this must follow from the routing rule,
-                not from the counts: the two code paths finish their gradients in different orders, and DeepSpeed fills
+                not from the counts: the two code paths compute their gradients in different orders, and DeepSpeed fills
                 its buckets in the order in which gradients are ready, which must be the same on all ranks.
 
         Returns:
             [R, D].
         """
         assert not equal_counts or len(set(tokens_per_expert)) == 1, tokens_per_expert
-        if equal_counts:  # a dense batch without padding or a loop
+        if equal_counts:  # one batched matmul, without padding or a loop
             x_EKD = rows_RD.view(len(tokens_per_expert), tokens_per_expert[0], rows_RD.shape[1])
             return self._ffn(x_EKD, self.w1, self.w2, self.w3).flatten(0, 1)
-        # unbind, not w[e]: autograd makes the gradient of each slice as large as all experts together
+        # unbind, not w[e]: autograd would allocate a gradient of all experts for each slice
         weights = zip(self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True)
         parts = [self._ffn(x, *w) for x, w in zip(rows_RD.split(tokens_per_expert), weights, strict=True)]
         return torch.cat(parts)

@@ -32,10 +32,10 @@ from diffmoe_ds.moe.top_k import LocalPool, Pool, select_top_k
 
 
 class Routing(NamedTuple):
-    """What a layer routed, for losses, thresholds and logs; everything but the losses is detached."""
+    """Routing of a layer, for losses, thresholds and logs; everything but the losses is detached."""
 
     mask_TE: Tensor
-    """bool: the tokens that each expert took."""
+    """bool: the tokens that each expert selected."""
     capacity_logits_TE: Tensor | None
     """The capacity predictor's logits, with gradient; None without a predictor."""
     balance_loss: Tensor | None
@@ -73,7 +73,7 @@ class MoELayer(nn.Module):
             )
             self.register_buffer("expert_threshold", torch.empty(self.num_experts, dtype=torch.float32))
         self.equal_counts_in_training = routing.kind in ("batch_pool", "expert_choice")
-        """By the training rule every expert held here gets the same number of rows, on every rank."""
+        """Whether the training rule gives every local expert the same number of rows, on every rank."""
         self.inference = "static"
         self.pool: Pool = LocalPool()
         self.dispatcher: Dispatcher = LocalDispatcher()
@@ -85,7 +85,7 @@ class MoELayer(nn.Module):
             x_BSD: tokens, in the dtype of the weights.
 
         Returns:
-            [B, S, D], and what was routed.
+            [B, S, D], and the routing.
         """
         tokens_TD = x_BSD.flatten(0, 1)
         scores_TE = F.linear(tokens_TD.float(), self.gate_weight.float()).softmax(dim=-1)
@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
         return expert_choice(scores_TE, expert_choice_dynamic(logits_TE, self.expert_threshold, images))
 
     def _compute(self, tokens_TD: Tensor, plan: RoutePlan) -> Tensor:
-        """Send every routed row through its expert; sum per token, weighted, in fp32."""
+        """Run every routed row through its expert and sum the weighted outputs of each token in fp32."""
         rows_RD, tokens_per_expert, state = self.dispatcher.dispatch(tokens_TD[plan.token_R], plan.tokens_per_expert_E)
         equal_counts = self.equal_counts_in_training if self.training else len(set(tokens_per_expert)) == 1
         out_RD = self.dispatcher.combine(self.experts(rows_RD, tokens_per_expert, equal_counts), state)

@@ -1,4 +1,4 @@
-"""The routing plan, and the interface of the dispatcher that carries it out.
+"""The routing plan, and the interface of the dispatchers that execute it.
 
 Legend: T tokens of this rank, E experts, R routed rows, one for each pair of a token and an expert that takes it,
 D width.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class RoutePlan(NamedTuple):
-    """Which token goes to which expert with which weight; rows are sorted by expert, then by token."""
+    """Token, expert and weight of each routed row; rows are sorted by expert, then by token."""
 
     token_R: Tensor
     """int64: the token of each row."""
@@ -23,7 +23,7 @@ class RoutePlan(NamedTuple):
 
 
 def make_plan(mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
-    """Return the plan of a selection.
+    """Build the plan of a selection.
 
     Args:
         mask_TE: bool, expert e takes token t.
@@ -44,8 +44,8 @@ class Dispatcher(Protocol):
             tokens_per_expert_E: int64, rows of each global expert.
 
         Returns:
-            The rows for the experts held here, sorted by expert; their number for each of these experts; and the
-            state that `combine` needs.
+            The rows for the local experts, sorted by expert; the number of rows of each local expert; and the state
+            that `combine` needs.
         """
         ...
 
@@ -57,13 +57,13 @@ class Dispatcher(Protocol):
             state: from `dispatch`.
 
         Returns:
-            The outputs in the order of the rows that were given to `dispatch`.
+            The outputs in the order of the rows passed to `dispatch`.
         """
         ...
 
 
 class LocalDispatcher:
-    """The `Dispatcher` of a process that holds all experts: rows stay where they are."""
+    """The `Dispatcher` of a process that holds all experts, without communication."""
 
     def dispatch(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple[Tensor, list[int], None]:
         """Return the rows unchanged."""

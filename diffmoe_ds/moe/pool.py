@@ -10,7 +10,7 @@ from diffmoe_ds.distributed.collectives import all_gather, all_reduce
 
 
 class GroupPool:
-    """The `Pool` of a process group. Counts travel as int32: a pool holds fewer than 2^31 tokens."""
+    """The `Pool` of a process group. Counts are sent as int32: a pool holds fewer than 2^31 tokens."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -18,10 +18,10 @@ class GroupPool:
         self._rank = dist.get_rank(group)
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Sum over the ranks of the group, one all-reduce."""
+        """Return the sum over the ranks of the group, with one all-reduce."""
         return all_reduce(counts.to(torch.int32), group=self.group).to(counts.dtype)
 
     def sum_before(self, counts: Tensor) -> Tensor:
-        """Sum over the ranks before this one, one all-gather."""
+        """Return the sum over the ranks before this one, with one all-gather."""
         every = all_gather(counts.to(torch.int32), self.group)
         return torch.stack(every)[: self._rank].sum(0).to(counts.dtype)

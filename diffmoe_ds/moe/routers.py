@@ -1,4 +1,4 @@
-"""Routing rules as pure functions of the router's scores: which expert takes which token.
+"""Routing rules, as pure functions that assign tokens to experts from the router's scores.
 
 `token_choice` and `expert_choice` decide from the tokens of one rank. Under `batch_pool` all tokens of a pool of ranks
 compete: the two rules here give the number of tokens K of each expert, and `moe/top_k.py` finds the K best exactly.
@@ -26,7 +26,7 @@ def token_choice(scores_TE: Tensor, k: int) -> Tensor:
         k: experts per token.
 
     Returns:
-        bool mask_TE; of equal scores the lower expert index wins.
+        bool mask_TE; ties go to the lower expert index.
     """
     best_Tk = scores_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
@@ -36,8 +36,8 @@ def balance_loss(scores_TE: Tensor, mask_TE: Tensor, pool: Pool) -> Tensor:
     """Return the load-balance loss of the Switch Transformer (arXiv 2101.03961, eq. 4).
 
     E * sum_e f_e * P_e, where f_e is the fraction of the pool's routed tokens that went to expert e and P_e the mean
-    score of this rank's tokens. f is counted over the whole pool, so the mean of the loss over the ranks, and its
-    gradient, equal those of a single rank that holds all tokens.
+    score of this rank's tokens. f is counted over the whole pool, so the loss averaged over the ranks, and its
+    gradient, equal those of a single rank with all tokens.
 
     Args:
         scores_TE: fp32 router scores, with gradient.
@@ -59,11 +59,11 @@ def expert_choice(scores_TE: Tensor, tokens_per_expert_BE: Tensor) -> Tensor:
     """Select for each expert its best tokens of each image.
 
     Args:
-        scores_TE: fp32 router scores, one image after the other.
+        scores_TE: fp32 router scores, image by image.
         tokens_per_expert_BE: int64, how many tokens of each image an expert takes.
 
     Returns:
-        bool mask_TE; of equal scores the earlier token wins.
+        bool mask_TE; ties go to the earlier token.
     """
     scores_BSE = scores_TE.detach().view(len(tokens_per_expert_BE), -1, scores_TE.shape[1])
     order_BSE = scores_BSE.sort(dim=1, descending=True, stable=True).indices

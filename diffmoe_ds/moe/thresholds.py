@@ -23,7 +23,7 @@ class Thresholds:
     """Updates the thresholds of all layers of a model."""
 
     def __init__(self, layers: Iterable[MoELayer], routing: RoutingConfig) -> None:
-        """Bind the layers.
+        """Collect the layers.
 
         Args:
             layers: all MoE layers of a model, in the order of its blocks (``model.moe_layers().values()``).
@@ -36,7 +36,7 @@ class Thresholds:
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
-        """Record the pool's quantiles of one micro-batch; a single search serves all layers."""
+        """Record the pool's quantiles of one micro-batch, with one search for all layers."""
         if not self._layers:
             return
         logits = [r.capacity_logits_TE.float() for r in routings if r.capacity_logits_TE is not None]
@@ -46,7 +46,7 @@ class Thresholds:
         self._quantiles.append(pool_quantile(logits_TN, k, pool).view(-1, num_experts))
 
     def discard(self) -> None:
-        """Drop what was recorded since the last update, because the step is skipped."""
+        """Discard the quantiles recorded since the last update, for a skipped step."""
         self._quantiles.clear()
 
     @torch.no_grad()

@@ -1,12 +1,12 @@
-"""The exact K largest scores of a pool of tokens, which may be spread over many ranks, without gathering scores.
+"""Exact top-k over a pool of tokens that may be spread over many ranks, without gathering scores.
 
 The bits of a float, read as an integer, sort like the float. So the K-th largest score of each expert is found digit by
 digit, most significant first (a radix search): count how many keys have each value of the digit, sum the counts over
-the ranks, and keep the digit that contains the K-th key. Only a table of counts travels, [E, 2048], three times,
+the ranks, and keep the digit that contains the K-th key. Only a table of counts, [E, 2048], is sent, three times,
 regardless of the number of tokens. Ties are broken by rank and, within a rank, by token index, so exactly K tokens are
 selected: the result equals gathering all scores and sorting them with a stable sort.
 
-Legend: T tokens of this rank, E experts, N values of a digit, K how many tokens an expert takes from the whole pool.
+Legend: T tokens of this rank, E experts, N values of a digit, K tokens that an expert takes from the whole pool.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def kth_largest(keys_TE: Tensor, k_E: Tensor, pool: Pool) -> tuple[Tensor, Tenso
         pool: the ranks that compete.
 
     Returns:
-        int64 ``kth_E``, above every key where K is 0, and int64 ``ties_E``: how many keys equal to it belong to the K
-        largest.
+        int64 ``kth_E``, above every key where K is 0, and int64 ``ties_E``: the keys equal to it that are among the
+        K largest.
     """
     num_experts = keys_TE.shape[1]
     columns_E = torch.arange(num_experts, device=keys_TE.device)

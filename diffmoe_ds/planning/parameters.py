@@ -1,4 +1,4 @@
-"""Parameter counts: how many a model has, and how many of them a token activates."""
+"""Parameter counts of a model: total, and activated per token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffmoe_ds.model.dit import empty_model
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of weights."""
+    """Parameter counts of a model."""
 
     total: int
     """All trained weights, including all experts, routers and capacity predictors."""

@@ -1,4 +1,4 @@
-"""Sizes of the routing pool: how many tokens compete, and how many of them each expert takes."""
+"""Sizes of the routing pool: competing tokens, and tokens per expert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
     """Return (tokens T of a pool, rows K that each expert takes from it) for one micro-batch.
 
     Raises:
-        ConfigError: the pool is too small for an expert to take one token.
+        ConfigError: the pool is too small for each expert to take at least one token.
     """
     ranks = {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
     tokens = settings.micro_batch * ranks * config.tokens_per_image
@@ -20,6 +20,6 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
     if rows < 1:
         raise ConfigError(
             f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives each of "
-            f"{config.num_experts} experts less than one; raise the capacity or the micro-batch."
+            f"{config.num_experts} experts less than one token; raise the capacity or the micro-batch."
         )
     return tokens, rows

@@ -1,4 +1,4 @@
-"""Expert traffic between nodes: there is none if every EP group fits on one node."""
+"""Expert-parallel traffic between nodes; zero if every EP group fits on one node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffmoe_ds.config.schema import Config
 
 
 def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
-    """Return host names for ranks that have not joined yet, assuming that hosts are filled one after another.
+    """Return host names for ranks that have not joined yet, assuming that ranks fill one host after another.
 
     Args:
         world: number of ranks W.
@@ -22,7 +22,7 @@ def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
 
 
 def crossing_share(hosts: Sequence[str], ep_size: int) -> float:
-    """Return the share of routed rows whose expert is on another node than the token.
+    """Return the fraction of routed rows whose expert is on a different node than the token.
 
     Args:
         hosts: the host of each rank.
@@ -55,7 +55,7 @@ def all_to_all_bytes(config: Config, settings: DeepSpeedSettings, world: int) ->
 
 
 def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequence[str]) -> str | None:
-    """Return a warning about expert traffic between nodes, or None if there is none.
+    """Return a warning about expert traffic between nodes, or None without such traffic.
 
     Args:
         config: the run.
@@ -68,9 +68,9 @@ def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequenc
     total = share * all_to_all_bytes(config, settings, len(hosts))
     per_node = max(hosts.count(host) for host in hosts)
     if settings.ep_size > per_node:
-        advice = f"set autoep_size to at most {per_node}, the ranks of a node, to keep them inside"
+        advice = f"set autoep_size to at most {per_node}, the ranks per node, to keep each group on one node"
     else:
-        advice = "start the ranks node by node (srun --distribution=block, mpirun --map-by slot) to keep them inside"
+        advice = "start the ranks node by node (srun --distribution=block, mpirun --map-by slot) to avoid this"
     return (
         f"EP groups of {settings.ep_size} span nodes: about {_size(total)} of all-to-all traffic crosses nodes per "
         f"step; {advice}"

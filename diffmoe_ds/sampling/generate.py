@@ -26,19 +26,19 @@ PIXEL_CHANNELS = (1, 3)
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How images are generated."""
+    """Settings of the sampler and of guidance."""
 
     sampler: str
     """A sampler of the model's objective."""
     steps: int
     """Sampler steps."""
     cfg_scale: float = 1.0
-    """Guidance scale; 1 is without guidance."""
+    """Guidance scale; 1 disables guidance."""
     guide_channels: GuideChannels = "all"
-    """Channels that guidance of a DDPM model acts on; the reference takes the first 3."""
+    """Guided channels of a DDPM model; the reference guides the first 3."""
 
     def check(self, config: Config) -> None:
-        """Check that a model can be sampled like this.
+        """Check that the settings are valid for a model.
 
         Raises:
             ConfigError: a setting does not fit the model.
@@ -57,7 +57,7 @@ def share_of_rank(num_images: int, seed: int, rank: int, world: int) -> range:
         world: number of ranks.
 
     Returns:
-        A contiguous share, equally long on all ranks; beyond the last image it goes on with further seeds.
+        A contiguous share, equally long on all ranks; shares past the last image are padded with further seeds.
     """
     share = math.ceil(num_images / world)
     return range(seed + rank * share, seed + (rank + 1) * share)
@@ -78,8 +78,8 @@ def generate(
         model: in eval mode.
         label_B: int64 labels, on the model's device.
         seeds: one per image; all noise of an image comes from its own stream.
-        settings: how.
-        progress: called after each step with (steps done, all steps).
+        settings: sampler and guidance.
+        progress: called after each step with (steps done, total steps).
 
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.

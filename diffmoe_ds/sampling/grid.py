@@ -57,7 +57,7 @@ def save_png(grid_HWC: Pixels, path: Path, min_width: int = 600) -> None:
     Args:
         grid_HWC: uint8 [height, width, 3].
         path: the file.
-        min_width: the smallest factor is taken that gives this width.
+        min_width: width to reach, with the smallest possible factor.
     """
     picture = Image.fromarray(grid_HWC)
     scale = max(1, math.ceil(min_width / picture.width))

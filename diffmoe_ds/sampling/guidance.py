@@ -19,11 +19,11 @@ GuideChannels = int | Literal["all"]
 
 
 def check_guidance(cfg_scale: float, guide_channels: GuideChannels, config: Config) -> None:
-    """Check that a model can be guided like this.
+    """Check that guidance settings are valid for a model.
 
     Args:
-        cfg_scale: guidance scale; 1 is without guidance.
-        guide_channels: channels that guidance of a DDPM model acts on.
+        cfg_scale: guidance scale; 1 disables guidance.
+        guide_channels: guided channels of a DDPM model.
         config: the model's configuration.
 
     Raises:
@@ -60,11 +60,11 @@ def guided(
     Args:
         forward: the model, called as ``forward(x_BCHW, t_B, cond)``.
         cond: the condition: a tensor [B, ...], or a tuple or mapping of them.
-        null_cond: the condition for "none", with the same structure; unused if ``scale`` is 1.
+        null_cond: the null condition, with the same structure; unused if ``scale`` is 1.
         scale: guidance scale.
         kind: the objective, ``flow`` or ``ddpm``.
         channels: C.
-        guide_channels: how many noise channels are guided under ``ddpm``.
+        guide_channels: number of guided noise channels under ``ddpm``.
     """
     if scale == 1:
         return lambda x, t_B: forward(x, t_B, cond)

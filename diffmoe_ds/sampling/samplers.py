@@ -22,13 +22,13 @@ from diffmoe_ds.errors import ConfigError
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BCHW, t_B) -> prediction."""
 NoiseFn = Callable[[], Tensor]
-"""() -> standard normal noise of the shape of the images, new at each call."""
+"""() -> standard normal noise with the shape of the images, different at each call."""
 Progress = Callable[[int, int], object]
-"""(steps done, all steps) -> anything."""
+"""(steps done, total steps) -> anything."""
 
 
 def check_sampling(objective: str, sampler: str, steps: int) -> None:
-    """Check that models of an objective can be sampled like this.
+    """Check that a sampler and a number of steps are valid for an objective.
 
     Args:
         objective: ``flow`` or ``ddpm``.
@@ -36,7 +36,7 @@ def check_sampling(objective: str, sampler: str, steps: int) -> None:
         steps: sampler steps.
 
     Raises:
-        ConfigError: the sampler is unknown or belongs to the other objective, or it cannot take this number of steps.
+        ConfigError: the sampler is unknown or belongs to the other objective, or the number of steps is invalid.
     """
     valid = make_objective(objective).samplers
     if sampler not in valid:

@@ -153,7 +153,7 @@ def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Co
         return config, f"{request.recipe}: deepspeed"
     if any(override.startswith("deepspeed.") for override in request.overrides):
         raise ConfigError(
-            "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; use only one."
+            "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; omit either."
         )
     raw = read_deepspeed_json(request.deepspeed_json)
     return config.model_copy(update={"deepspeed": raw}), str(request.deepspeed_json)

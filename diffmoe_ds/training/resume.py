@@ -17,8 +17,8 @@ from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
 def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:
     """Return the first undamaged choice. Every rank must call this.
 
-    The files are divided between the ranks. A damaged choice is skipped with a warning that names the file, printed by the lowest
-    rank that found damage.
+    The files are divided between the ranks. A damaged choice is skipped with a warning that names the file, printed by
+    the lowest rank that found damage.
 
     Args:
         choices: checkpoints in order of preference. Rank 0's list is used; the other ranks must see the same ones.

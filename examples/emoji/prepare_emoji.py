@@ -3,8 +3,8 @@
     npm pack emoji-datasource-google@16.0.0
     python -m examples.emoji.prepare_emoji emoji-datasource-google-16.0.0.tgz    # writes the directory emoji
 
-The images are Google's Noto Emoji (Apache-2.0), 64x64 pixels; alpha is composited onto white.  Labels are Unicode's
-categories, captions the names of the emoji.
+The images are Google's Noto Emoji (Apache-2.0), 64x64 pixels; alpha is composited onto white.  Labels are Unicode
+categories; captions are the emoji names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffmoe_ds.errors import DataError
 
 SIZE = 64
 NO_CLASS = "Component"
-"""Isolated skin tones; the other nine categories of Unicode are the classes."""
+"""Isolated skin tones; the other nine Unicode categories are the classes."""
 PICTURES = f"img/google/{SIZE}"
 MAX_JSON_BYTES = 64 << 20
 
@@ -45,7 +45,7 @@ class Emoji:
             skin_tones: add the skin tone variants, which double the number of images.
 
         Raises:
-            DataError: the package is missing or has another form.
+            DataError: the package is missing or has an unexpected layout.
         """
         self._read = _reader(package)
         entries = self._entries(package)
@@ -147,7 +147,7 @@ class _Archive:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the emoji, on one process or many, and return the exit code."""
+    """Prepare the emoji, in one or more processes, and return the exit code."""
     parser = argparse.ArgumentParser(description="Prepare 64x64 colour images with 9 classes and captions.")
     parser.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or as .tgz")
     parser.add_argument("--skin-tones", action="store_true", help="include skin tone variants")

@@ -60,7 +60,7 @@ def test_report_of_two_ranks(report):
     (
         (("ranks", 1, "versions", "torch"), "2.9", "node2: torch is 2.9"),
         (("ranks", 1, "python"), "3.9 /usr/bin/python", "node2: Python is 3.9"),
-        (("ranks", 1, "device"), {"kind": "cuda", "name": "H100", "count": 1}, "node1: no GPU is visible there"),
+        (("ranks", 1, "device"), {"kind": "cuda", "name": "H100", "count": 1}, "node1: no GPU visible"),
         (("ranks", 1, "shared", "reads"), False, "node2: does not see"),
         (("ranks", 1, "shared", "writes"), False, "node2: cannot write to"),
         (("ranks", 1, "disk", "free_gb"), 0.5, "node2: 0.5 GB free in"),
