@@ -87,7 +87,7 @@ class ModelFileReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter; see `WeightsReader.shape`."""
         if name not in self._shapes:
-            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is a file of another model.")
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it does not match its config.")
         return self._shapes[name]
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -119,7 +119,7 @@ def _read_description(path: Path) -> tuple[str, int, Config]:
     if weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold unhashable values
         raise CheckpointError(f"{path}: weights is {weights!r}; valid: {', '.join(WEIGHTS)}.")
     if type(images) is not int or images < 0:
-        raise CheckpointError(f"{path}: images is {images!r}, but it must be a whole number that is not negative.")
+        raise CheckpointError(f"{path}: images must be a non-negative integer, got {images!r}.")
     return weights, images, stored_config(config, str(path))
 
 

@@ -15,7 +15,7 @@ from diffmoe_ds.errors import CheckpointError
 
 
 def describe(path: Path, *, full: bool) -> dict[str, Any]:
-    """Describe what a path holds.
+    """Describe the contents of a path.
 
     Args:
         path: a run directory, a checkpoint, or an exported model (its directory or its file).

@@ -112,7 +112,7 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the logical shape of a parameter; see `WeightsReader.shape`."""
         if name not in self.metadata.shapes:
-            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is a checkpoint of another model.")
+            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it is from a different model.")
         return self.metadata.shapes[name]
 
     def kinds(self) -> list[str]:

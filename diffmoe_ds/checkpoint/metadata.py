@@ -74,7 +74,7 @@ class CheckpointMetadata:
     adam_step: int
     """Step count of the optimizer (Adam's bias correction)."""
     shapes: dict[str, tuple[int, ...]]
-    """Logical shape of every parameter, all experts together, in the order of the model."""
+    """Logical shape of every parameter, with all experts, in model order."""
     config: Config
     """Configuration of the run."""
     lr_now: ScheduledValues
@@ -205,7 +205,7 @@ def write_manifest(path: Path, files: Mapping[str, Digest]) -> None:
 
 
 def _listed_sha256(files: Mapping[str, Any]) -> str:
-    """Return the checksum of a manifest's own list, so that damage to the list is not blamed on the files it names."""
+    """Return the checksum of a manifest's own list, to tell damage to the list from damage to the files."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -186,7 +186,7 @@ def _heads(depth: int, hidden: int) -> int:
 
 
 def _kind(state: dict[str, Tensor], has_experts: bool) -> str:
-    """Return the model class that weights look like."""
+    """Infer the model class from the weights."""
     if not has_experts:
         return "dense"
     if any(name.endswith(".mlp.gate.weight") for name in state):
@@ -210,7 +210,7 @@ def read_reference(path: Path, weights: str) -> dict[str, Tensor]:
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    except Exception as error:  # the type depends on what is wrong with the file
+    except Exception as error:  # the type depends on the defect
         # torch's own message advises loading the file without this protection
         refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         found = f"holds {refused[1]}, which is neither a tensor nor plain data" if refused else "is not a tensor file"

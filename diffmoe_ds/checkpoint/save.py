@@ -1,4 +1,4 @@
-"""Save checkpoints atomically while training goes on.
+"""Save checkpoints atomically while training continues.
 
 At a step boundary every rank copies its state into host memory (`CheckpointSaver.start`), and a thread writes the copy
 into a temporary directory.  At a later boundary, when all ranks know that all threads are done, rank 0 adds metadata
@@ -55,7 +55,7 @@ class CheckpointSaver:
     """
 
     def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device) -> None:
-        """Remove what an earlier run of this directory left incomplete.
+        """Remove incomplete checkpoints of an earlier run in this directory.
 
         Args:
             run_directory: on a file system that all ranks share.

@@ -51,11 +51,11 @@ def check_contents(path: Path, files: Mapping[str, Digest]) -> None:
         except OSError as error:
             raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
         if found != digest.sha256:
-            raise CheckpointError(f"{path / name}: is damaged: its SHA-256 is not the one in {MANIFEST}.")
+            raise CheckpointError(f"{path / name}: is damaged: its SHA-256 differs from {MANIFEST}.")
 
 
 def candidates(path: Path) -> list[Path]:
-    """Return the checkpoints that a path stands for, the first choice first.
+    """Return the checkpoints of a path in order of preference.
 
     A checkpoint stands for itself.  A run directory or its ``checkpoints`` stands for the checkpoint that ``latest``
     names, followed by the others from the newest to the oldest.

@@ -22,32 +22,32 @@ LIMIT_MS = 60_000
 
 
 class Board:
-    """A page of TensorBoard."""
+    """A TensorBoard page in a browser."""
 
     def __init__(self, url: str, page: object) -> None:
         self._url, self._page = url, page
 
     def steps(self, plugin: str, tag: str) -> list[int]:
-        """Steps of a tag, as the page's own requests get them."""
+        """Steps of a tag, from the requests that the page itself makes."""
         query = urllib.parse.urlencode({"run": RUN, "tag": tag})
         with urllib.request.urlopen(f"{self._url}/data/plugin/{plugin}/{plugin}?{query}", timeout=20) as answer:
             return [point[1] for point in json.load(answer)]
 
     def drawn_line(self, tag: str) -> list[float]:
-        """Horizontal places of the points of the line that is drawn for a tag."""
+        """X coordinates of the points of a tag's line."""
         self._open("scalars", tag)
         self._page.wait_for_selector("vz-line-chart2 path.line[d*=L]", state="attached", timeout=LIMIT_MS)
         drawn = self._page.locator("vz-line-chart2 path.line").first.get_attribute("d")
         return [float(x) for x in re.findall(r"[ML]\s*(-?[\d.]+)", drawn)]
 
     def drawn_histograms(self, tag: str) -> int:
-        """Number of the shapes that are drawn for a tag."""
+        """Number of shapes drawn for a tag."""
         self._open("histograms", tag)
         self._page.wait_for_selector("vz-histogram-timeseries path", state="attached", timeout=LIMIT_MS)
         return self._page.locator("vz-histogram-timeseries path").count()
 
     def image_widths(self, tag: str) -> list[int]:
-        """Widths of the pictures that the browser has decoded, in pixels."""
+        """Widths in pixels of the images that the browser has decoded."""
         self._open("images", tag)
         pictures = self._page.locator("tf-image-loader img")
         pictures.first.wait_for(state="attached", timeout=LIMIT_MS)

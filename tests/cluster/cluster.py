@@ -81,7 +81,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptM
 
 
 def unusable() -> str | None:
-    """Why no cluster can be made here; none if it can."""
+    """Why a cluster cannot be created here; None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root, for namespaces"
     missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
@@ -96,13 +96,13 @@ def unusable() -> str | None:
 
 @dataclass(frozen=True)
 class Job:
-    """What ``scontrol show job`` says."""
+    """Output of ``scontrol show job``, parsed."""
 
     state: str
     reason: str
     restarts: int
     exit_code: str
-    """``CODE``, or ``CODE:SIGNAL`` after a death by a signal."""
+    """``CODE``, or ``CODE:SIGNAL`` if killed by a signal."""
     num_nodes: int
     nodes: str
 
@@ -118,7 +118,7 @@ class Cluster:
         self._made: list[str] = []
 
     def start(self) -> None:
-        """Write the configuration, start the hosts, wait until every node takes jobs and ssh."""
+        """Write the configuration, start the hosts and wait until every node accepts jobs and ssh."""
         self._configure()
         for point in MOUNT_POINTS:
             if not os.path.isdir(point):
@@ -175,7 +175,7 @@ class Cluster:
         return self.output(f"nsenter -t {pid} -n -m -p -u -i -- bash -c {shlex.quote(command)}")
 
     def power(self, node: str, state: str) -> None:
-        """Power ``off`` without a word to anybody, or ``on`` again."""
+        """Power a node ``off`` without a shutdown, or ``on`` again."""
         request = self.dir / "power" / node
         aside = self.dir / f"power-{node}"
         aside.write_text(state)
@@ -185,7 +185,7 @@ class Cluster:
             self.until_idle((node,))
 
     def until_idle(self, nodes: tuple[str, ...]) -> None:
-        """Wait until nodes take jobs and ssh."""
+        """Wait until nodes accept jobs and ssh."""
         names = ",".join(nodes)
         self.until(
             lambda: self.run(f"sinfo -h -p all -N -n {names} -o %T").output.split() == ["idle"] * len(nodes),
@@ -195,11 +195,11 @@ class Cluster:
             self.until(lambda node=node: self.run(f"ssh {node} true").code == 0, 20, f"ssh to {node}")
 
     def submit(self, arguments: str, cwd: Path, **environment: str) -> int:
-        """Submit a job; its number."""
+        """Submit a job and return its number."""
         return int(self.output(f"sbatch --parsable {arguments}", cwd=cwd, **environment).split(";")[0])
 
     def job(self, number: int | str) -> Job:
-        """How a job is, or a task ``JOB_TASK`` of an array."""
+        """State of a job, or of a task ``JOB_TASK`` of an array."""
         fields = dict(re.findall(r"(\w+)=(\S*)", self.output(f"scontrol show job {number}")))
         return Job(
             fields["JobState"], fields["Reason"], int(fields["Restarts"]), fields["ExitCode"].removesuffix(":0"),

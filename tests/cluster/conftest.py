@@ -50,5 +50,5 @@ def cluster(hosts) -> Iterator[Cluster]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A checkout of one's own."""
+    """A separate checkout."""
     return checkout(tmp_path)

@@ -27,7 +27,7 @@ def unreachable(cluster: Cluster) -> Iterator[None]:
 
 @contextmanager
 def wrong_key(cluster: Cluster) -> Iterator[None]:
-    """node3 does not know the key that the others know."""
+    """node3 lacks the ssh key of the other nodes."""
     cluster.inside("node3", "mount -t tmpfs tmpfs /root/.ssh")
     try:
         yield
@@ -75,7 +75,7 @@ def test_launchers_name_the_host_before_they_start_anything(
 
 
 def test_plain_deepspeed_does_not_wait_for_a_host_that_cannot_come(cluster: Cluster, project: Path):
-    """No check stands before it: the ranks that came find out who did not, and leave."""
+    """Without the ssh check, the joined ranks name the missing ones and exit."""
     with no_python(cluster):
         command = f"deepspeed --num_nodes 4 diffmoe_ds/train.py {options(project)}"
         finished = cluster.run(command, cwd=project, timeout=100)
@@ -96,7 +96,7 @@ def test_missing_python_under_srun(cluster: Cluster, project: Path):
 
 @pytest.mark.parametrize("when", ("at the start", "at a checkpoint"))
 def test_a_full_shared_disk(cluster: Cluster, project: Path, when: str):
-    """Every rank leaves with code 5, one message names the host, and what was half-written is gone."""
+    """Every rank exits with code 5, one message names the host, and incomplete files are removed."""
     small = cluster.dir / "small"
     room = 0 if when == "at the start" else 200
     cluster.output(
@@ -120,13 +120,13 @@ def test_a_full_shared_disk(cluster: Cluster, project: Path, when: str):
 
 
 def printed_report(output: str) -> dict:
-    """Rank 0's object, behind whatever a launcher puts before each line."""
+    """Rank 0's JSON object, without the prefix that launchers add to each line."""
     line = next(line for line in output.splitlines() if '{"launch"' in line)
     return json.loads(line[line.index('{"launch"') :])
 
 
 def test_doctor_over_four_nodes(cluster: Cluster, project: Path):
-    """Under two launchers; node4 lacks the file system that the others share."""
+    """Under two launchers; node4 lacks the shared file system."""
     doctor = "-m diffmoe_ds.cli doctor --json --timeout 30 --run-dir"
     finished = cluster.run(f"OMP_NUM_THREADS=1 srun -N4 -n4 python {doctor} runs", cwd=project, timeout=100)
     assert finished.code == 0, finished.output

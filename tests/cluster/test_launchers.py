@@ -25,7 +25,7 @@ LIMIT = 150
 
 
 def few_steps(project: Path, ep: int) -> None:
-    """The shipped JSON with a batch that two cores can do, and an EP size."""
+    """The shipped JSON with an EP size and a batch small enough for two cores."""
     tree = json.loads((REPOSITORY / "ds_configs/zero2.json").read_text())
     assert tree["zero_optimization"]["stage"] == 2
     tree |= {"train_batch_size": BATCH, "expert_parallel": {"autoep_size": ep}}
@@ -49,7 +49,7 @@ def assert_trained(rows: list[dict], one_process: list[dict]) -> None:
 
 
 def test_deepspeed_over_four_nodes_as_the_readme_types_it(cluster: Cluster, project: Path, one_process):
-    """It trains until its launcher is interrupted, and leaves nobody behind."""
+    """Training runs until its launcher is interrupted, and leaves no processes behind."""
     command = "deepspeed --num_nodes 4 diffmoe_ds/train.py --deepspeed_config ds_configs/zero2.json"
     assert command in (REPOSITORY / "README.md").read_text()
     few_steps(project, 4)
@@ -91,7 +91,7 @@ def test_deepspeed_over_four_nodes_as_the_readme_types_it(cluster: Cluster, proj
     ),
 )
 def test_four_nodes(cluster: Cluster, project: Path, one_process, start: str):
-    """DeepSpeed's Slurm launcher sets no RANK and no MASTER_ADDR, its Open MPI launcher neither."""
+    """DeepSpeed's Slurm and Open MPI launchers set neither RANK nor MASTER_ADDR."""
     few_steps(project, 4)
     root = "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
     finished = cluster.run(f"{root} PYTHON={cluster.python} {start} {OPTIONS}", cwd=project, timeout=LIMIT)

@@ -34,7 +34,7 @@ def test_shellcheck_over_every_script():
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_dry_run_prints_the_command_and_documents_every_variable(path: Path):
-    """Short, runnable from anywhere, with the options as they were given."""
+    """Scripts are short, run from any directory, and pass options on unchanged."""
     variables = {
         "HOSTFILE": "my hosts", "NODES": "3", "NODE_RANK": "1", "PROCESSES": "5", "MASTER_ADDR": "node7",
         "MASTER_PORT": "29999", "PYTHON": "/opt/py thon", "LAUNCHER": "openmpi", "RANKS": "6",

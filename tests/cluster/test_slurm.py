@@ -59,7 +59,7 @@ class Sbatch:
             return []
 
     def until_steps(self, steps: int) -> int:
-        """Wait until so many steps were made in total; how many there are."""
+        """Wait until a number of steps is reached; return the current number."""
         self.cluster.until(lambda: len(self.rows()) >= steps, LIMIT, f"{steps} steps", lambda: self.text()[-4000:])
         return len(self.rows())
 
@@ -69,7 +69,7 @@ class Sbatch:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[dict]:
-    """The same run on two ranks that nobody disturbs."""
+    """The same run on two ranks without interruptions."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_json(folder / "ds.json", ep=1, zero=2)
     finished = run_ranks(2, ["diffmoe_ds/train.py", *training_arguments(config, folder / "run", *overrides(STEPS, 0))])
@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory) -> list[dict]:
 
 
 def assert_undisturbed(rows: list[dict], undisturbed: list[dict], exact: int) -> None:
-    """Every step and image once, and the losses of the run that nobody stopped: the first ones to 1e-5."""
+    """Every step and image once, with the losses of the uninterrupted run (the first ones to 1e-5)."""
     undisturbed = undisturbed[: len(rows)]
     assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
     assert [row["images"] for row in rows] == [row["images"] for row in undisturbed]
@@ -102,7 +102,7 @@ def test_a_failing_configuration_is_not_requeued(cluster: Cluster, project: Path
 
 
 def test_a_loss_that_is_no_number_is_not_requeued(cluster: Cluster, project: Path):
-    """A mistake that shows only when the ranks train."""
+    """A mistake that shows up only during training."""
     sbatch = Sbatch(cluster, project)
     ended = sbatch.until_ended(sbatch.submit("2", after="optimizer.lr=1e30"))
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "3", 0), sbatch.text()
@@ -111,7 +111,7 @@ def test_a_loss_that_is_no_number_is_not_requeued(cluster: Cluster, project: Pat
 
 @pytest.fixture(scope="module")
 def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
-    """A run that was asked to stop by USR1, then preempted; in between a second job knocked and was refused."""
+    """A run is stopped by USR1, then preempted; in between, a second job is rejected by the run lock."""
     project = checkout(tmp_path_factory.mktemp("requeued"))
     pictures = " run.sample_every_images=3200 sample.num_images=4 sample.steps=1"
     sbatch = Sbatch(hosts, project)
@@ -162,7 +162,7 @@ def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch
 
 
 def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
-    """What Chromium draws: a line over all steps that never turns back, histograms and images."""
+    """Chromium renders one monotonic line over all steps, histograms and images."""
     with open_tensorboard(requeued.project / "runs") as board:
         steps = board.steps("scalars", "loss/loss")
         assert steps == sorted(set(steps)) and steps[-1] == STEPS * STEP and len(steps) >= STEPS // 20
@@ -178,7 +178,7 @@ TASKS = "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --tim
 
 
 def test_samples_of_four_tasks_are_those_of_one_process(cluster: Cluster, requeued: Sbatch):
-    """`slurm/sample.sbatch`; and with mpirun, through mpi4py's meeting point."""
+    """`slurm/sample.sbatch`, and mpirun with a rendezvous through mpi4py."""
     options = "--checkpoint runs/test --num-images 8 --steps 2 --routing per_token --out"
     job = cluster.submit(f"{TASKS} --output=drawing slurm/sample.sbatch {options} drawn", requeued.project)
     ended = cluster.until_ended(job, LIMIT, requeued.project / "drawing")
@@ -193,7 +193,7 @@ def test_samples_of_four_tasks_are_those_of_one_process(cluster: Cluster, requeu
 
 
 def test_prepare_on_four_tasks(cluster: Cluster, project: Path):
-    """`slurm/prepare.sbatch`: every task its shards, and the set is whole."""
+    """`slurm/prepare.sbatch`: the tasks share the shards, and the dataset is complete."""
     for number in range(24):
         folder = project / f"images/class_{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, project: Path):
 
 @pytest.mark.parametrize("lost", ("node2", "node1"), ids=("another node", "the batch node with rank 0"))
 def test_a_node_without_power(cluster: Cluster, project: Path, undisturbed, lost: str):
-    """Three of four nodes are left, of which a batch of 16 images takes two."""
+    """Three of four nodes remain; a batch of 16 images uses two of them."""
     steps = 200
     sbatch = Sbatch(cluster, project, steps, save_every=20)
     job = sbatch.submit("2-4")

@@ -15,7 +15,7 @@ KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
 
 
 def tensors(run: Trained) -> dict[str, torch.Tensor]:
-    """Every tensor of the run's last checkpoint, whole: weights, moments, EMA, thresholds."""
+    """Every full tensor of the run's last checkpoint: weights, moments, EMA, thresholds."""
     reader = CheckpointReader(newest_valid(run.directory, full=True))
     found = {}
     for name, shape in reader.metadata.shapes.items():

@@ -28,7 +28,7 @@ def test_selection_over_ranks_is_exact_and_its_traffic_constant(world):
 
 @pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_exchange_and_skewed_layers(world):
-    """Dispatch, compute and combine equal one process, forward and backward, whatever rank sends nothing."""
+    """Dispatch, compute and combine match a single process, forward and backward, even if ranks send no rows."""
     finished = run_ranks(world, [str(WORKERS / "exchange.py")], timeout=90)
     assert finished.code == 0, finished.output
     assert "all equal" in finished.output
@@ -154,7 +154,7 @@ def test_share_of_rows_that_leave_their_node(hosts, ep, share):
 
 @pytest.mark.parametrize("mlp", ("gelu", "swiglu"))
 def test_gradients_finish_in_an_order_that_counts_do_not_change(mlp):
-    """DeepSpeed's buckets hold gradients as they come: replicas of an expert with other rows must finish alike."""
+    """DeepSpeed fills buckets in gradient order, so replicas of an expert must use the same order for any rows."""
     orders = set()
     for rows in ([4, 4], [3, 5], [0, 8], [0, 0]):
         experts = Experts(mlp, 2, 8, 16)

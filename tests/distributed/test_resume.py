@@ -119,7 +119,7 @@ def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
 
 
 def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):
-    """(exit code, what was printed) of a dry run in this process."""
+    """(exit code, output) of a dry run in this process."""
     config = write_json(tmp_path / "dry.json", ep=1, zero=zero, **changes)
     capsys.readouterr()
     code = main(["train", *training_arguments(config, directory, *overrides, options=("--dry-run", *options))])
@@ -128,7 +128,7 @@ def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **chang
 
 
 def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
-    """By a dry run too, where one process can know; whatever refuses them, ``resolved.yaml`` stays as it was."""
+    """Also in a dry run if a single process can detect it; ``resolved.yaml`` is never changed."""
     run = train_tiny(1, 1, 1, "run.total_images=16")
     resolved = (run.directory / "resolved.yaml").read_text()
     assert "gradient_clipping: 0.5" in resolved
@@ -206,7 +206,7 @@ WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))
 
 @pytest.mark.slow
 def test_every_image_of_an_epoch_is_seen_exactly_once(tmp_path):
-    """240 images, three resumes, on 1, 2, 4 and 3 ranks; the keys are written down by those who train on them."""
+    """240 images, three resumes, on 1, 2, 4 and 3 ranks; every rank records the keys it trains on."""
     shard = tmp_path / "shard.tar"
     with tarfile.open(shard, "w") as tar:
         for number in range(240):

@@ -45,7 +45,7 @@ def test_private_names_exist(module, names):
 
 
 def test_layer_attributes_that_deepspeed_reads_are_set():
-    """What AutoEPMoELayer's own methods and the engine read from a layer, `adopt_layer` must set."""
+    """`adopt_layer` must set every attribute that AutoEPMoELayer's methods and the engine read."""
     from deepspeed.module_inject import auto_ep_layer
     from deepspeed.runtime import engine
 

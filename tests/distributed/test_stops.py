@@ -30,7 +30,7 @@ SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero, bf16 in ((0, 
 
 @pytest.mark.parametrize(("zero", "bf16"), [(3, True), *SLOW])
 def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
-    """At step 3, in every way DeepSpeed keeps weights; the last checkpoint is that of step 2, with finite weights."""
+    """At step 3, with ZeRO 0, 2 and 3; the last checkpoint is that of step 2, with finite weights."""
     changes = {"bf16": {"enabled": bf16}}
     finished = poisoned(tmp_path, "gradient", "3", zero, "run.save_every_images=16", **changes)
     assert finished.code == 3, finished.output
@@ -90,7 +90,7 @@ def test_two_skips_in_a_row_are_one_too_many(tmp_path):
 
 
 def test_a_full_disk_of_another_rank_is_named(tmp_path):
-    """By the one warning of a run that goes on, and by the error when its last save fails too."""
+    """By the single warning of a run that continues, and by the error if its last save fails, too."""
     config = write_json(tmp_path / "ds.json", ep=2, zero=1)
     length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
     arguments = training_arguments(config, tmp_path / "run", *length)
@@ -123,7 +123,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, a
 
 @pytest.mark.slow
 def test_a_signal_after_the_end_changes_nothing(tmp_path):
-    """Signals all the way from the last step until the process has gone."""
+    """Signals are sent from the last step until the process has exited."""
     process, directory = _start(tmp_path, "run.total_images=160")
     deadline = time.monotonic() + 90
     while not (directory / "checkpoints" / "latest").exists() and time.monotonic() < deadline:

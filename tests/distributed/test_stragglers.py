@@ -22,7 +22,7 @@ def test_slowest_against_the_median_of_the_others(seconds, rank, is_straggler):
 
 
 def test_slow_rank_and_traffic_between_hosts(tmp_path):
-    """Two ranks on hosts of their own, EP 2; rank 1 is slow in its forward pass."""
+    """Two ranks on different hosts, EP 2; rank 1 has a slow forward pass."""
     steps, images = 14, 16
     config = write_json(tmp_path / "ds.json", ep=2, zero=1, tensorboard={"enabled": True})
     overrides = [f"run.total_images={steps * images}", "run.straggler_steps=7", "run.straggler_ratio=2"]

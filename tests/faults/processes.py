@@ -15,7 +15,7 @@ BATCH = 16
 
 
 class Failed(AssertionError):
-    """A promise was broken."""
+    """A guarantee was violated."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ def writing(directory: Path) -> bool:
 
 
 def mount_small_disk(folder: Path, megabytes: int) -> bool:
-    """A tmpfs; false where this is not allowed."""
+    """Mount a tmpfs; return False if not permitted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     return subprocess.run(command, capture_output=True, timeout=20).returncode == 0

@@ -62,7 +62,7 @@ def take(count: int, iterable) -> list:
 
 
 def by_position(batches) -> dict[int, list[torch.Tensor]]:
-    """Every image's fields under its position; a position read twice is an error."""
+    """Fields of every image by position; a position read twice is an error."""
     images = {}
     for batch in batches:
         for row, position in enumerate(batch.position.tolist()):

@@ -23,7 +23,7 @@ from diffmoe_ds.topology import Topology
 
 
 def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
-    """One model three ways: a checkpoint, the same cut for 4 ranks, a single file; all hold the same numbers."""
+    """One model in three forms with the same values: a checkpoint, the same for 4 ranks, a single file."""
     moved = tmp_path / "moved" / "checkpoints" / checkpoint_name(96)
     assert main(["checkpoint", "reshard", str(run_directory), "--world", "4", "--ep", "2", "--out", str(moved)]) == 0
     for weights in ("ema", "raw"):

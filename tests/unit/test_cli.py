@@ -62,7 +62,7 @@ def test_unreadable_shard_is_named(capsys, tmp_path):
 
 
 def test_all_ranks_leave_when_one_cannot_read_its_images(tmp_path):
-    """One broken image among good ones: an exit code, its name, no traceback and nobody left waiting."""
+    """One damaged image: exit code and file name, without a traceback or hung ranks."""
     shard = tmp_path / "broken.tar"
     with tarfile.open(shard, "w") as tar:
         for number in range(40):
@@ -261,7 +261,7 @@ def test_a_loss_that_is_no_number_stops_with_code_3(train_tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_json_trains_a_step(path, tmp_path):
-    """As the README types it, on two CPU ranks, one step of the embedded recipe with a tiny model."""
+    """The README's command on two CPU ranks: one step of the embedded recipe with a tiny model."""
     arguments = training_arguments(path, tmp_path, "run.total_images=1", base=SMALLEST_MODEL)
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 0, finished.output

@@ -245,7 +245,7 @@ def test_wrong_arguments_are_one_sentence(capsys, arguments, message):
 
 @pytest.mark.parametrize("arguments", ([], ["--recipe", "fashion"], ["--json-schema"]), ids=str)
 def test_it_runs_without_torch(arguments):
-    """It answers in tenths of a second, not after the seconds of importing torch."""
+    """The command does not import torch, so it answers in tenths of a second."""
     code = (
         f"import sys\nfrom diffmoe_ds.cli import main\nassert main({['config', *arguments]}) == 0\n"
         "print([name for name in ('torch', 'deepspeed', 'numpy') if name in sys.modules])"

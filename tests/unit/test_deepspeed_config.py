@@ -109,7 +109,7 @@ AUTO_ZERO = (
 
 
 def test_every_auto_is_resolved_and_reported():
-    """A file as DeepSpeed users have them, with "auto" wherever it can stand."""
+    """A typical DeepSpeed JSON, with "auto" wherever it is valid."""
     raw = {
         "train_batch_size": 16,
         "train_micro_batch_size_per_gpu": "auto",

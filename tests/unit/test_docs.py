@@ -41,7 +41,7 @@ def prose(page: str) -> str:
 
 @cache
 def anchors(page: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub derives from a page's headings."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -118,7 +118,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def parsed_by(words: list[str]) -> tuple[str, list[str]] | None:
-    """(module, arguments) of the program of ours that a command line starts; none if it starts another."""
+    """(module, arguments) of our program in a command line; None for other programs."""
     text = " ".join(words)
     if words[0] == "diffmoe":
         return "diffmoe_ds.cli", words[1:]
@@ -137,7 +137,7 @@ OURS = ("diffmoe_ds", "benchmarks", "examples", "tools", "tests")
 
 
 class Parsed(BaseException):
-    """The arguments were accepted."""
+    """Raised once the arguments were accepted."""
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -146,7 +146,7 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stuck", (0, 1))
 def test_rank_that_stops_answering_is_named(tmp_path, stuck):
-    """As one whose file system hangs."""
+    """As on a hung file system."""
     sleeper = (
         "import time; from diffmoe_ds.distributed.launch import resolve_launch; "
         "from diffmoe_ds.distributed.rendezvous import join_ranks; _ = join_ranks(resolve_launch()); time.sleep(20)"

@@ -162,7 +162,7 @@ def test_links_are_removed_and_not_followed(tmp_path, precious):
 
 
 def test_a_directory_that_becomes_a_link_is_not_followed(tmp_path, precious, monkeypatch):
-    """Another process replaces it between the look and the removal."""
+    """Another process replaces it between the check and the removal."""
     tree = tmp_path / "tree"
     tree.symlink_to(precious)
     monkeypatch.setattr(Path, "is_symlink", lambda self: False)
@@ -187,7 +187,7 @@ def test_errors_of_removal_are_raised_or_ignored(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_killed_processes(tmp_path, precious):
-    """The names are those that every version has used; nothing else goes."""
+    """The names are those that every version has used; nothing else is removed."""
     for name in (f"{TMP_PREFIX}images_000000000016", ".removing-images_000000000032", "images_000000000048"):
         (tmp_path / "root" / name).mkdir(parents=True)
         (tmp_path / "root" / name / "rank_00000.safetensors").touch()

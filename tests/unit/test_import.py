@@ -88,7 +88,7 @@ def test_a_file_of_an_old_torch_is_read(tmp_path, state):
 
 
 class Hostile:
-    """Unpickled, it would change the disk."""
+    """Unpickling it would modify the disk."""
 
     def __init__(self, function: Callable, folder: str) -> None:
         self.call = function, (folder,)

@@ -29,7 +29,7 @@ def fast(monkeypatch):
 
 
 def elsewhere(directory: Path, **changes: object) -> Path:
-    """The lock as a process of another host has left it."""
+    """The lock as left behind by a process on another host."""
     holder = {
         "token": "theirs", "host": "node9", "pid": 7, "process": {"started": "1", "boot": "b", "namespace": "n"},
         "since": "then", "job": None, "restarts": 0, "beat": 3, **changes,

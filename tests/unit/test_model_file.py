@@ -21,7 +21,7 @@ from diffmoe_ds.model.init import init_weights
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
-    """A small model, never trained."""
+    """A small untrained model."""
     torch.manual_seed(0)
     model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
     init_weights(model, 0, 0)
@@ -31,7 +31,7 @@ def exported(tmp_path) -> Path:
 
 
 def refused(folder: Path, capsys, *messages: str) -> None:
-    """Both commands that read an export say the same, in one sentence."""
+    """Both commands that read an export print the same one-sentence error."""
     drawn = ["sample", "--checkpoint", str(folder), "--num-images", "2", "--steps", "1", "--out", str(folder / "out")]
     for command in (["checkpoint", "inspect", str(folder)], drawn):
         assert main(command) == 5
@@ -59,9 +59,9 @@ def test_a_whole_export_is_read(exported, capsys):
         ("weights", [], "weights is []; valid: ema, raw"),
         ("weights", {}, "weights is {}; valid: ema, raw"),
         ("weights", None, "weights is None"),
-        ("images", "many", "images is 'many', but it must be a whole number"),
-        ("images", -1, "images is -1"),
-        ("images", True, "images is True"),
+        ("images", "many", "images must be a non-negative integer, got 'many'"),
+        ("images", -1, "images must be a non-negative integer, got -1"),
+        ("images", True, "images must be a non-negative integer, got True"),
         ("config", [], "must be a section with keys"),
     ),
 )

@@ -25,7 +25,7 @@ from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k,
 
 
 class ThreadPool:
-    """A pool whose ranks are threads, so that hypothesis can try many pools in no time."""
+    """A pool whose ranks are threads, so that hypothesis can try many pools quickly."""
 
     def __init__(self, shared: list, barrier: threading.Barrier, rank: int) -> None:
         self._shared, self._barrier, self._rank = shared, barrier, rank
@@ -67,7 +67,7 @@ def on_ranks(function, parts: list[torch.Tensor]) -> list:
 
 
 def gather_and_sort(scores_TE: torch.Tensor, k_E: torch.Tensor) -> torch.Tensor:
-    """What the selection must equal: all scores in one place, sorted stably (numpy, on keys of its own)."""
+    """Expected selection: a stable numpy sort of all gathered scores, with independently computed keys."""
     mask = np.zeros(scores_TE.shape, dtype=bool)
     for expert, k in enumerate(k_E.tolist()):
         order = np.argsort(-scores_TE[:, expert].double().numpy(), kind="stable")

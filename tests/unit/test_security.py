@@ -20,7 +20,7 @@ from tests.helpers.processes import REPOSITORY
 
 
 class Hostile:
-    """Unpickled, it leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

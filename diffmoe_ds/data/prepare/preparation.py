@@ -40,7 +40,7 @@ class Preparation:
     source: Source
     """Images to read."""
     encoder: Encoder
-    """Decides what is stored for each image."""
+    """Encodes each image for storage."""
     out: Path
     """Output directory."""
     shard_images: int
@@ -73,7 +73,7 @@ class Preparation:
         return self.part(shard).exists() and (self.out / self.name(shard)).exists()
 
     def lost(self) -> set[int] | None:
-        """Return the shards of a finished dataset that are missing or have another size; None if it is not finished."""
+        """Return the shards of a finished dataset that are missing or of the wrong size; None if it is not finished."""
         try:
             infos = load_index(self.out).shards
         except DataError:  # the index does not exist, or it is damaged and will be rebuilt

@@ -14,7 +14,7 @@ from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.errors import CheckpointError, DataError
 
 POLL_INTERVAL = 1.0
-"""Seconds between two looks at the records of the other ranks."""
+"""Seconds between checks of the other ranks' records."""
 
 
 class Progress:

@@ -125,7 +125,7 @@ def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any
 
 
 def _bytes_problems(shard: Path, hashes: dict[str, str] | None) -> list[str]:
-    """Return what is wrong with a shard as a file; `hashes` come from the index, if there is one."""
+    """Return the problems of a shard's file; `hashes` come from the index, if there is one."""
     expected = None if hashes is None else hashes.get(shard.name)
     if hashes is not None and expected is None:
         return [f"shard {shard.name} is not in {INDEX}"]
@@ -142,7 +142,7 @@ def _bytes_problems(shard: Path, hashes: dict[str, str] | None) -> list[str]:
 
 
 def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
-    """Return what is wrong with a shard's samples, and add them to the sums.
+    """Return the problems of a shard's samples, and add them to the sums.
 
     The shard is opened alone and without the index, which could hide its contents, and closed again: a dataset may have
     more shards than a process may open files.
@@ -180,7 +180,7 @@ def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list
 
 
 def _decode(dataset: ShardDataset, indices: range, statistics: np.ndarray) -> list[str]:
-    """Return what is wrong with these samples; add to (number of values, sum of means, sum of second moments)."""
+    """Return the problems of some samples; add to (number of values, sum of means, sum of second moments)."""
     problems = []
     if dataset.latents is None:
         for index in indices:

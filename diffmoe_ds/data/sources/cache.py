@@ -71,7 +71,7 @@ class ShardCache:
         return descriptor
 
     def prefetch(self, urls: Iterable[str]) -> None:
-        """Start to download in the background what is missing, unless an earlier prefetch is still running."""
+        """Start downloading missing shards in the background, unless an earlier prefetch is still running."""
         if self._prefetching is not None and self._prefetching.is_alive():
             return
         self._prefetching = threading.Thread(target=self._prefetch, args=(list(urls),), daemon=True)
@@ -89,7 +89,7 @@ class ShardCache:
         descriptor = os.open(path, os.O_RDONLY)
         if size not in (None, os.fstat(descriptor).st_size):
             os.close(descriptor)
-            raise FileNotFoundError(f"{path} has another size than the index says")
+            raise FileNotFoundError(f"{path} differs in size from the index")
         # Update the access time only: a new modification time tells readers that the shard has changed.
         os.utime(descriptor, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
         return descriptor

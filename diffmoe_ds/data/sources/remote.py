@@ -1,4 +1,4 @@
-"""Download what a URL names, with fsspec: `https://`, `s3://`, `gs://`, `hf://`, or the output of a `pipe:COMMAND`.
+"""Download URLs with fsspec: `https://`, `s3://`, `gs://`, `hf://`, or the output of a `pipe:COMMAND`.
 
 `cache.py` decides what is downloaded and keeps it.
 """
@@ -98,7 +98,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _reason(error: Exception, scheme: str) -> str:
-    """Return one line that says why a download failed, and what to do if the scheme is the reason."""
+    """Return one line with the reason of a failed download, and a fix if the scheme is the reason."""
     if isinstance(error, ImportError) and scheme in INSTALL:
         return f"{scheme}:// needs {INSTALL[scheme]}"
     if isinstance(error, ValueError) and "Protocol not known" in str(error):

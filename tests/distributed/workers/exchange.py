@@ -48,7 +48,7 @@ def layers(mlp: str, pool: str, ep: int, capacity: float = 1.0) -> tuple[MoELaye
 
 
 def masks() -> dict[str, torch.Tensor]:
-    """Selections over all ranks' tokens, [WORLD * T, E], the ugly ones first."""
+    """Selections over all ranks' tokens, [WORLD * T, E], edge cases first."""
     total = WORLD * IMAGES * TOKENS
     rank_of = torch.arange(total) // (IMAGES * TOKENS)
     nobody = torch.zeros(total, EXPERTS, dtype=torch.bool)
@@ -93,7 +93,7 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
 
 
 def skewed_forward(pool: str, ep: int) -> None:
-    """A whole layer, scores and all: rank 0's tokens are wanted by every expert, the others' by none."""
+    """A full layer, scores included: every expert selects only tokens of rank 0."""
     _, layer = layers("gelu", pool, ep, capacity=0.25)
     with torch.no_grad():
         layer.gate_weight.zero_()

@@ -39,7 +39,7 @@ def start(arguments: list[str], world: int, output: Path) -> list[subprocess.Pop
 
 
 def kill(processes: list[subprocess.Popen]) -> None:
-    """End what still runs, at once."""
+    """Kill all running processes."""
     for process in processes:
         if process.poll() is None:
             process.kill()
@@ -60,7 +60,7 @@ def finish(arguments: list[str], world: int, output: Path) -> float:
 
 
 def interrupt(arguments: list[str], output: Path, parts: Path, shards: int, delay: float) -> int:
-    """Start, wait until so many shards are done and a moment longer, kill; returns how many were done then."""
+    """Start, wait until a number of shards is done plus a moment, then kill; return the number of finished shards."""
     began = time.monotonic()
     processes = start(arguments, WORLD, output)
     try:
@@ -74,7 +74,7 @@ def interrupt(arguments: list[str], output: Path, parts: Path, shards: int, dela
 
 
 def seconds_per_shard(prepared: Path) -> float:
-    """How fast a finished launch wrote its shards, without the time it took to start."""
+    """Shard throughput of a finished launch, excluding startup."""
     times = sorted(path.stat().st_mtime for path in prepared.glob("*.tar"))
     return (times[-1] - times[0]) / (len(times) - 1)
 
