@@ -159,9 +159,10 @@ def release_engines() -> None:
         with contextlib.suppress(RuntimeError):  # initialization was interrupted
             engine.destroy()
     _engines.clear()
-    for method in vars(PartitionedParameterCoordinator).values():  # one cache over the modules of all instances
-        if hasattr(method, "cache_clear"):
-            method.cache_clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # DeepSpeed wraps the methods for NVTX
+            if hasattr(cell.cell_contents, "cache_clear"):  # one cache over the modules of all instances
+                cell.cell_contents.cache_clear()
 
 
 def forget_groups() -> None:
