@@ -161,8 +161,7 @@ def release_engines() -> None:
     _engines.clear()
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():  # DeepSpeed wraps the methods for NVTX
-            if hasattr(cell.cell_contents, "cache_clear"):  # one cache over the modules of all instances
-                cell.cell_contents.cache_clear()
+            getattr(cell.cell_contents, "cache_clear", list)()  # one cache over the modules of all instances
 
 
 def forget_groups() -> None:
