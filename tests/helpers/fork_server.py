@@ -24,7 +24,9 @@ from typing import Any
 REPOSITORY = str(Path(__file__).resolve().parents[2])
 MODULES = (
     "torch._dynamo",  # torch imports it at the first tensor on the device "meta"
+    "torch._inductor.compile_fx",  # and this one in the optimizer
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
     "diffmoe_ds.cli.train",
     "diffmoe_ds.cli.sample",

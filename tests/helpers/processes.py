@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -37,11 +38,27 @@ class Finished:
     """stdout and stderr of all processes."""
 
 
+_held_ports: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free on the loopback interface and that no other pytest process gets from here.
+
+    Outside the range from which the kernel takes ports for connections; a name of an abstract socket, which lasts as
+    long as this process, reserves it among pytest processes.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10000, 29000)
+        name = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                name.bind(f"\0diffmoe-test-port-{port}")
+            except OSError:
+                name.close()
+                continue
+        _held_ports.append(name)
+        return port
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
