@@ -1,8 +1,9 @@
 """A process that has imported torch, DeepSpeed and this package, and forks a rank for every request.
 
-``fork_server.py FD``: requests arrive on the socket FD, each with an open file for the rank's output.  A rank that
-starts cold spends seconds importing; a forked one begins at once, and then runs and ends like any interpreter.
-Only a process with a single thread can fork safely: the server starts no others, and checks that before each fork.
+``fork_server.py FD PARENT MODULE ...``: requests arrive on the socket FD, each with an open file for the rank's
+output; the server ends with the process PARENT.  A rank that starts cold spends seconds importing; a forked one begins
+at once, and then runs and ends like any interpreter.  Only a process with a single thread can fork safely: the server
+starts no others, and checks that before each fork.
 """
 
 from __future__ import annotations
@@ -22,28 +23,13 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
-MODULES = (
-    "torch._dynamo",  # torch imports it at the first tensor on the device "meta"
-    "torch._inductor.compile_fx",  # and this one in the optimizer
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "torch.utils.tensorboard",
-    "diffmoe_ds.cli.train",
-    "diffmoe_ds.cli.sample",
-    "diffmoe_ds.cli.sample_run",
-    "diffmoe_ds.cli.doctor",
-    "diffmoe_ds.cli.prepare",
-    "diffmoe_ds.training.session",
-    "diffmoe_ds.training.loop",
-)
 POLL_SECONDS = 0.02
 MAX_REQUEST_BYTES = 1 << 18
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, of that process id, ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
@@ -53,7 +39,7 @@ def check_single_thread() -> None:
     """Raise an error if this process has more than one thread."""
     count = max(threading.active_count(), len(os.listdir("/proc/self/task")))
     if count != 1:
-        raise RuntimeError(f"the fork server has {count} threads and cannot fork; an import in MODULES starts them")
+        raise RuntimeError(f"the fork server has {count} threads and cannot fork; an import starts them")
 
 
 def report_ends(connection: socket.socket, running: dict[int, int]) -> None:
@@ -80,20 +66,21 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
                     os.killpg(pid, signal.SIGKILL)
             else:
                 check_single_thread()
+                server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
                     connection.close()
-                    enter(request, files[0])
+                    enter(request, files[0], server)
                     return request
                 running[pid] = request["number"]
                 os.close(files[0])
         report_ends(connection, running)
 
 
-def enter(request: dict[str, Any], output: int) -> None:
-    """Give a child its own process group, environment, directory and files."""
+def enter(request: dict[str, Any], output: int, server: int) -> None:
+    """Give a child of the process ``server`` its own process group, environment, directory and files."""
     os.setsid()
-    die_with_parent()
+    die_with_parent(server)
     for target in (1, 2):
         os.dup2(output, target)
     os.close(output)
@@ -115,9 +102,9 @@ def run_main(arguments: list[str], directory: str) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    die_with_parent(int(sys.argv[2]))
     sys.path[0] = REPOSITORY
-    for name in MODULES:
+    for name in sys.argv[3:]:
         import_module(name)
     gc.collect()
     gc.freeze()  # the children share these pages

@@ -24,6 +24,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKERS = REPOSITORY / "tests" / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
+MODULES = (
+    "torch._dynamo",  # torch imports it at the first tensor on the device "meta"
+    "torch._inductor.compile_fx",  # and this one in the optimizer
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.tensorboard",
+    "diffmoe_ds.cli.train",
+    "diffmoe_ds.cli.sample",
+    "diffmoe_ds.cli.sample_run",
+    "diffmoe_ds.cli.doctor",
+    "diffmoe_ds.cli.prepare",
+    "diffmoe_ds.training.session",
+    "diffmoe_ds.training.loop",
+)
+"""What ranks import; none of it starts a thread."""
 GRACE = 10
 """Seconds that the other processes have to end after one has failed."""
 
@@ -193,17 +208,18 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Starts `fork_server.py` and asks it for processes."""
+    """Starts `fork_server.py`, which imports ``modules``, and asks it for processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES) -> None:
         self.codes: dict[int, int] = {}
         self.environment = clean_environment()
         self._count = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
+        script = str(Path(__file__).with_name("fork_server.py"))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
+                [sys.executable, script, str(theirs.fileno()), str(os.getpid()), *modules],
                 env={**self.environment, "TORCH_CPP_LOG_LEVEL": "ERROR"}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             )  # fmt: skip

@@ -84,23 +84,36 @@ def test_a_changed_environment_starts_cold(script, monkeypatch):
     assert run_ranks(1, arguments, DS_ACCELERATOR="cuda").output == "False cuda\n"
 
 
-def test_a_server_that_died_is_replaced_and_takes_its_ranks_along(script, tmp_path):
+@pytest.fixture
+def quick_servers(monkeypatch):
+    """Servers that import nothing, in place of this process's server."""
+    monkeypatch.setattr(processes, "_servers", [])
+    monkeypatch.setattr(processes.ForkServer.__init__, "__defaults__", ((),))
+
+
+def test_a_server_that_died_is_replaced_and_takes_its_ranks_along(script, tmp_path, quick_servers):
     path = tmp_path / "pid"
-    text = (
-        f"import os, signal; open({str(path)!r}, 'w').write(str(os.getpid())); os.kill(os.getppid(), 9); signal.pause()"
-    )
+    text = f"""
+import os, signal, time
+with open({str(path)!r}, "w") as file:
+    file.write(str(os.getpid()))
+os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(99)
+"""
     with pytest.raises(RuntimeError, match="the fork server has died"):
         run_ranks(1, [script(text)])
     wait_for_end(int(path.read_text()))
     assert run_ranks(1, [script("print(1)")]).output == "1\n"
 
 
-def test_the_server_ends_with_its_parent(tmp_path):
-    text = "from tests.helpers.processes import *; print(fork_server().pid, flush=True); {}"
-    for end in ("pass", "os.kill(os.getpid(), 9)"):
-        command = [sys.executable, "-c", text.format(end)]
-        finished = run_processes([(command, clean_environment(PYTHONPATH=str(REPOSITORY)))])
-        wait_for_end(int(finished.output))
+@pytest.mark.parametrize("end", ("pass", "os.kill(os.getpid(), 9)"))
+def test_the_server_ends_with_its_parent(end):
+    text = (
+        "from tests.helpers.processes import *; s = ForkServer(()); atexit.register(s.close); print(s.pid, flush=True)"
+    )
+    command = [sys.executable, "-c", f"{text}; {end}"]
+    finished = run_processes([(command, clean_environment(PYTHONPATH=str(REPOSITORY)))])
+    wait_for_end(int(finished.output))
 
 
 def wait_for_end(pid: int) -> None:
