@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   diffmoe checkpoint import-official DiffMoE-L-E8.pt --out imported
   diffmoe sample --checkpoint exported --out samples
 """
-WEIGHTS_HELP = "averaged or last weights (default: %(default)s)"
+WEIGHTS_HELP = "EMA or last weights (default: %(default)s)"
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,13 +31,13 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     text = "channels guided in ddpm models; the reference code guides the first 3 (default: %(default)s)"
     add("--guide-channels", type=_channels, default="all", metavar="all|C", help=text)
     text = (
-        "how experts choose tokens (default: the best that the model supports). per_token decides for each token "
+        "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
         "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
         "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
     add("--vae", metavar="PATH|HUB_ID", help="AutoencoderKL that decodes the latents of a latent model")
-    add("--weights", choices=("ema", "raw"), help="averaged or last weights (default: ema if present)")
+    add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
     text = "images that a rank generates at once (default: %(default)s)"
     add("--batch-size", type=int, default=50, metavar="B", help=text)
     text = "output directory for samples.npz (arr_0: images, arr_1: labels) and grid.png"

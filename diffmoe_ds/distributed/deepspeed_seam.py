@@ -142,11 +142,7 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
     """
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    except (
-        AssertionError,
-        TypeError,
-        ValueError,
-    ) as error:  # not RuntimeError: failed collectives
+    except (AssertionError, TypeError, ValueError) as error:  # not RuntimeError: failed collectives
         reason = " ".join(str(error).split())[:500]
         raise ConfigError(f"DeepSpeed rejected the configuration: {type(error).__name__}: {reason}") from error
     _engines.add(engine)
@@ -161,7 +157,8 @@ def release_engines() -> None:
     _engines.clear()
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():  # DeepSpeed wraps the methods for NVTX
-            getattr(cell.cell_contents, "cache_clear", list)()  # one cache over the modules of all instances
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()  # one cache over the modules of all instances
 
 
 def forget_groups() -> None:

@@ -55,6 +55,7 @@ def shutdown(exit_code: int | None = None) -> None:
         timer.cancel()
         timer.join()
         if left:
+            _finalize_mpi()
             leave(exit_code)
 
 
@@ -76,6 +77,13 @@ def group_threads() -> int:
         except OSError:  # it has ended
             continue
     return count
+
+
+def _finalize_mpi() -> None:
+    """Finalize MPI as the interpreter would; mpirun counts a process that exits without it as failed."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def _destroy_groups() -> None:
