@@ -37,8 +37,8 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 test: test-fast  ## all tests that run on one host
 	$(BIN)/python -m pytest -m "slow and not cluster and not long"
 
-test-fast: $(VENV)/installed-dev  ## only fast tests in a single process
-	$(BIN)/python -m pytest -m "not slow and not long"
+test-fast: $(VENV)/installed-dev  ## only the fast tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
 $(VENV)/installed-cluster: $(VENV)/installed-dev
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[cluster]'

@@ -98,7 +98,7 @@ def test_a_full_disk_of_another_rank_is_named(tmp_path):
     assert finished.code == 5, finished.output
     file = tmp_path / "run" / "checkpoints" / ".writing-images_0000000000{}" / "rank_00001.safetensors"
     why = f"rank 1 on {socket.gethostname()}: {file}: cannot be written: No space left on device."
-    warning = f"*** WARNING: the checkpoint images_000000000032 was not saved: {why.format(32)} Training goes on"
+    warning = f"*** WARNING: the checkpoint images_000000000032 was not saved: {why.format(32)} Training continues"
     assert finished.output.count(warning) == 1, finished.output
     assert f"error: the checkpoint images_000000000048 was not saved: {why.format(48)}" in finished.output
 

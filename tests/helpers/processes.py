@@ -39,6 +39,8 @@ MODULES = (
     "diffmoe_ds.training.loop",
 )
 """What ranks import; none of it starts a thread."""
+IGNORED = ("PYTEST_CURRENT_TEST", "TORCH_CPP_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR")
+"""Variables that tests change without effect on a rank; ``diffmoe`` and torch set the last two themselves."""
 GRACE = 10
 """Seconds that the other processes have to end after one has failed."""
 
@@ -82,6 +84,10 @@ def clean_environment(**extra: str) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+ENVIRONMENT = clean_environment()
+"""That of the fork server, taken before any test can change it."""
 
 
 def rank_environment(rank: int, world: int, port: int, **extra: str) -> dict[str, str]:
@@ -212,7 +218,6 @@ class ForkServer:
 
     def __init__(self, modules: Sequence[str] = MODULES) -> None:
         self.codes: dict[int, int] = {}
-        self.environment = clean_environment()
         self._count = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
@@ -220,7 +225,7 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, script, str(theirs.fileno()), str(os.getpid()), *modules],
-                env={**self.environment, "TORCH_CPP_LOG_LEVEL": "ERROR"}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
+                env={**ENVIRONMENT, "TORCH_CPP_LOG_LEVEL": "ERROR"}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
                 stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             )  # fmt: skip
         self.pid = self._process.pid
@@ -290,7 +295,10 @@ def fork_server() -> ForkServer:
 
 
 def can_fork() -> bool:
-    """Return whether the environment is still that of the fork server."""
-    ignored = ("PYTEST_CURRENT_TEST",)
-    now, then = clean_environment(), fork_server().environment
-    return all(now.get(name) == then.get(name) for name in now.keys() | then.keys() if name not in ignored)
+    """Return whether the environment is still that in which the fork server has imported its modules."""
+    return _relevant(clean_environment()) == _relevant(ENVIRONMENT)
+
+
+def _relevant(environment: dict[str, str]) -> dict[str, str]:
+    """Return what may matter to an import; our DeepSpeed seam sets ``DS_ACCELERATOR`` where nobody has."""
+    return {"DS_ACCELERATOR": "cpu", **{k: v for k, v in environment.items() if k not in IGNORED}}

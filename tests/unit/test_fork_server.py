@@ -77,11 +77,13 @@ def test_time_runs_out_for_the_whole_process_group(script, tmp_path):
 
 
 def test_a_changed_environment_starts_cold(script, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    arguments = [script("import os, sys; print('torch' in sys.modules, os.environ['DS_ACCELERATOR'])")]
-    assert run_ranks(1, arguments).output == "False cpu\n"
-    monkeypatch.delenv("DS_ACCELERATOR")
-    assert run_ranks(1, arguments, DS_ACCELERATOR="cuda").output == "False cuda\n"
+    monkeypatch.setenv("DS_BUILD_OPS", "0")
+    arguments = [script("import os, sys; print('torch' in sys.modules, os.environ['DS_BUILD_OPS'])")]
+    assert run_ranks(1, arguments).output == "False 0\n"
+    monkeypatch.delenv("DS_BUILD_OPS")
+    assert run_ranks(1, arguments, DS_BUILD_OPS="1").output == "False 1\n"
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert not processes.can_fork()
 
 
 @pytest.fixture
