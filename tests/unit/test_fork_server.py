@@ -99,7 +99,7 @@ def test_a_server_that_died_is_replaced_and_takes_its_ranks_along(script, tmp_pa
 import os, signal, time
 with open({str(path)!r}, "w") as file:
     file.write(str(os.getpid()))
-os.kill(os.getppid(), signal.SIGKILL)
+os.kill({fork_server().pid}, signal.SIGKILL)
 time.sleep(99)
 """
     with pytest.raises(RuntimeError, match="the fork server has died"):
