@@ -34,6 +34,7 @@ from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, ScheduledValues
 from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.cli import run_command
+from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.fragments import Fragment
@@ -240,9 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    for option in ("megabytes", "rounds"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option} must be positive, got {getattr(args, option)}.")
+    require_positive(args, "megabytes", "rounds")
     if args.folder is not None and not args.folder.is_dir():
         raise ConfigError(f"--folder {args.folder} is not a directory; create it, or omit --folder.")
     report = bench_checkpoint(megabytes=args.megabytes, rounds=args.rounds, folder=args.folder)

@@ -28,6 +28,7 @@ import torch
 import webdataset
 
 from diffmoe_ds.cli import run_command
+from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.sources.index_files import save_index
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, LatentFormat
@@ -256,9 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    for option in ("samples", "workers", "batch_size", "rounds"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}.")
+    require_positive(args, "samples", "workers", "batch_size", "rounds")
     if args.folder is not None and not args.folder.is_dir():
         raise ConfigError(f"--folder {args.folder} is not a directory; create it, or omit --folder.")
     needed = (WARM_UP_BATCHES + MEASURED_BATCHES) * args.batch_size

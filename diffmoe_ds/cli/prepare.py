@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.prepare.preparation import Preparation, begin
 from diffmoe_ds.data.prepare.run import run
@@ -73,9 +74,7 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
     Raises:
         DiffMoEError: an option is invalid, the images cannot be read, or the shards cannot be written.
     """
-    for option in ("size", "batch_size", "shard_images", "threads", "timeout"):
-        if getattr(args, option, 1) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}.")
+    require_positive(args, "size", "batch_size", "shard_images", "threads", "timeout")
     if getattr(args, "cache_gb", 1.0) <= 0:
         raise ConfigError(f"--cache-gb must be positive, got {args.cache_gb:g}.")
     if not 0 <= args.max_unreadable <= 1:

@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -58,9 +59,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a number is out of range.
     """
-    for option in ("num_images", "batch_size", "steps"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option)}.")
+    require_positive(args, "num_images", "batch_size", "steps")
     last_seed = 2**64 - 2 * args.num_images  # ranks may use further seeds to fill their shares
     if not 0 <= args.seed <= last_seed:
         raise ConfigError(f"--seed must be from 0 to {last_seed} with --num-images {args.num_images}, got {args.seed}.")

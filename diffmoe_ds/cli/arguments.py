@@ -1,0 +1,23 @@
+"""Checks of options that several commands and benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+
+from diffmoe_ds.errors import ConfigError
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Check numeric options; those that a subcommand does not have are skipped.
+
+    Args:
+        args: the parsed options.
+        names: attributes of ``args``, such as ``batch_size`` for ``--batch-size``.
+
+    Raises:
+        ConfigError: an option is less than 1.
+    """
+    for name in names:
+        value = getattr(args, name, 1)
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}.")
