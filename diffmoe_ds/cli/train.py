@@ -64,8 +64,8 @@ def train_command(args: argparse.Namespace) -> None:
 
     with join(plan) as session:
         run = session.prepare()
-        log = session.open_log(run)
-        saved = train(run, plan.dataset, log, session.watchdog, session.lock, session.hosts)
+        log, batches = session.open_log(run), session.open_batches(run)
+        saved = train(run, batches, log, session.watchdog, session.lock, session.hosts)
         session.finish(run, saved)
 
 

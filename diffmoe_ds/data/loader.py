@@ -84,7 +84,9 @@ class PositionLoader:
     """An endless iterable of one rank's micro-batches; each `iter()` starts at `start_position` again.
 
     The workers live as long as the iterator, which is as long as the run.  Each holds at most `PREFETCHED_PER_WORKER`
-    micro-batches; only the index and the shuffle of an epoch grow with the dataset.
+    micro-batches; only the index and the shuffle of an epoch grow with the dataset.  Drop an unfinished iterator while
+    the process still runs: the garbage collector finalizes the workers' queues first, and the workers then have to time
+    out.
     """
 
     def __init__(self, dataset: Dataset, settings: LoaderSettings, draws: Callable[[int], TrainingDraws]) -> None:
@@ -137,18 +139,28 @@ class PositionLoader:
             worker_init_fn=functools.partial(_ignore_signals, closing),
             generator=torch.Generator(),  # otherwise each new iterator draws from the global generator
         )
-        for number, item in enumerate(loader):
-            if isinstance(item, DataError):
-                raise item
-            large = item.large
-            if large is None:
-                slot = reader.slot(number)
-                large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
-                np.copyto(large.numpy(), slot.numpy())  # torch's copy would wake its thread pool
-            x, noise, *posterior = reader.split(large)
-            small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
-            label, time, drop, position = small
-            yield MicroBatch(x, label, noise, time, drop, position, *posterior)
+        items = iter(loader)
+        try:
+            for number, item in enumerate(items):
+                if isinstance(item, DataError):
+                    raise item
+                yield _micro_batch(reader, number, item)
+        finally:
+            _close(closing)
+            del items  # ends the workers even if a traceback refers to this frame
+
+
+def _micro_batch(reader: Reader, number: int, item: Any) -> MicroBatch:
+    """Return micro-batch ``number`` from what a worker has sent, and from its slot of the shared memory."""
+    large = item.large
+    if large is None:
+        slot = reader.slot(number)
+        large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
+        np.copyto(large.numpy(), slot.numpy())  # torch's copy would wake its thread pool
+    x, noise, *posterior = reader.split(large)
+    small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
+    label, time, drop, position = small
+    return MicroBatch(x, label, noise, time, drop, position, *posterior)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` reports those th
   parameter are in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
 - `ALL_OPS`, `installed_ops`: which compiled operators exist, and which of them were built with DeepSpeed.
 - `groups`: the EP and EDP process groups, created by DeepSpeed so that there is only one of each.
-- `cdb`, `PartitionedParameterCoordinator`: they keep process groups alive, see `shutdown`.
+- `cdb`, `PartitionedParameterCoordinator`, `FWD_MODULE_STACK`: they keep process groups alive, see `shutdown`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -159,6 +160,7 @@ def release_engines() -> None:
         for cell in getattr(method, "__closure__", None) or ():  # DeepSpeed wraps the methods for NVTX
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()  # one cache over the modules of all instances
+    parameter_offload.FWD_MODULE_STACK.clear()  # the last model stays in it, and its parameters refer to their groups
 
 
 def forget_groups() -> None:

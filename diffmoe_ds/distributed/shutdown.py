@@ -48,6 +48,7 @@ def shutdown(exit_code: int | None = None) -> None:
     _destroy_groups()
     deadline = time.monotonic() + SETTLE_S
     while (left := group_threads()) and time.monotonic() < deadline:
+        gc.collect()  # again: freeing autograd's graph leaves new cycles
         time.sleep(0.005)
     if left and os.environ.get(TELL):
         print(f"diffmoe: {left} {LEFT}", file=sys.stderr, flush=True)

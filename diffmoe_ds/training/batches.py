@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from diffmoe_ds.data.dataset import image_shape
@@ -27,7 +27,7 @@ class BatchSource:
             dataset: the images.
             lock: the run lock, on the rank that holds it; if another job takes the lock, the next fetch raises.
         """
-        self._batches = iter(make_loader(run, dataset))
+        self._batches: Iterator[MicroBatch] = iter(make_loader(run, dataset))
         self._device = run.device
         self._lock = lock
         self._waited_s = 0.0
@@ -59,6 +59,10 @@ class BatchSource:
         self._waited_s += time.perf_counter() - start
         stop, writing = vote(self._device, failure, stop, writing)
         return batch.to(self._device), stop, writing
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        self._batches = iter(())
 
     def waited_s(self) -> float:
         """Return the seconds spent waiting for images since the last call."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.stragglers import Stragglers
@@ -19,7 +18,7 @@ from diffmoe_ds.training.step import SkippedSteps, train_step
 
 
 def train(
-    run: Run, dataset: Dataset, log: RunLog, watchdog: Watchdog, lock: RunLock | None, hosts: tuple[str, ...]
+    run: Run, batches: BatchSource, log: RunLog, watchdog: Watchdog, lock: RunLock | None, hosts: tuple[str, ...]
 ) -> Path | None:
     """Train until the run has seen ``run.total_images`` images.  Every rank must call this.
 
@@ -30,7 +29,6 @@ def train(
         Requeue: a signal asked the run to stop; all progress is saved.
         DiffMoEError: on all ranks, if a step is non-finite, or any rank cannot read its images or save.
     """
-    batches = BatchSource(run, dataset, lock)
     checkpointer = Checkpointer(run, watchdog, lock)
     stragglers = Stragglers(run.config.run.straggler_steps, run.config.run.straggler_ratio, hosts, run.device)
     skipped = SkippedSteps(run, log)

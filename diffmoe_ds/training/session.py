@@ -18,6 +18,7 @@ from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.files import write_error, write_text
 from diffmoe_ds.training.banner import banner, describe_start
+from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.plan import TrainPlan
 from diffmoe_ds.training.resume import agree_on_checkpoint
 from diffmoe_ds.training.run_log import RunLog, open_log
@@ -70,6 +71,12 @@ class Session:
         )
         self.resources.callback(log.close)
         return log
+
+    def open_batches(self, run: Run) -> BatchSource:
+        """Start this rank's data loader, whose workers end with the session."""
+        batches = BatchSource(run, self.plan.dataset, self.lock)
+        self.resources.callback(batches.close)
+        return batches
 
     def finish(self, run: Run, last: Path | None) -> None:
         """Report a run that had nothing left to do.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffmoe_ds.distributed.shutdown import LEFT, TELL
+from diffmoe_ds.distributed.shutdown import LEFT
 from tests.helpers.data import photographs
 from tests.helpers.processes import WORKERS, Finished, free_port, rank_environment, run_processes
 from tests.helpers.training import training_arguments, write_json
@@ -93,9 +93,7 @@ def start_ranks(world: int, arguments: list[str]) -> Finished:
     A fork of a process that has imported everything, as `run_ranks` starts it, has other references to its groups.
     """
     port = free_port()
-    commands = [
-        ([sys.executable, *arguments], rank_environment(rank, world, port, **{TELL: "1"})) for rank in range(world)
-    ]
+    commands = [([sys.executable, *arguments], rank_environment(rank, world, port)) for rank in range(world)]
     return run_processes(commands, LIMIT_S)
 
 

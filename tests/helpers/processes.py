@@ -20,6 +20,8 @@ from typing import IO, Protocol
 
 import pytest
 
+from diffmoe_ds.distributed.shutdown import LEFT, TELL
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKERS = REPOSITORY / "tests" / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
@@ -99,7 +101,7 @@ def rank_environment(rank: int, world: int, port: int, **extra: str) -> dict[str
     """Return the environment of one rank of this machine, as torchrun would set it."""
     return clean_environment(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{TELL: "1"}, **extra,
     )  # fmt: skip
 
 
@@ -124,6 +126,8 @@ def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: flo
 def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT, **extra: str) -> Finished:
     """Run a Python script or module on ``world`` ranks of this machine, as `run_processes` does.
 
+    A rank that could not end the threads of its process groups fails the test, whatever its exit code.
+
     The ranks are forks of a process that has imported everything, unless ``extra`` or the test has changed the
     environment, which may matter to what is imported.
 
@@ -136,9 +140,13 @@ def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT,
     port = free_port()
     environments = [rank_environment(rank, world, port, **extra) for rank in range(world)]
     if extra or not can_fork() or (arguments[0].startswith("-") and arguments[0] != "-m"):
-        return run_processes([([sys.executable, *arguments], environment) for environment in environments], timeout)
-    server = fork_server()
-    return run_together([lambda file, e=e: server.start(arguments, e, REPOSITORY, file) for e in environments], timeout)
+        finished = run_processes([([sys.executable, *arguments], e) for e in environments], timeout)
+    else:
+        server = fork_server()
+        starts = [lambda file, e=e: server.start(arguments, e, REPOSITORY, file) for e in environments]
+        finished = run_together(starts, timeout)
+    assert LEFT not in finished.output, finished.output
+    return finished
 
 
 def run_together(starts: Sequence[Callable[[IO[str]], Process]], timeout: float) -> Finished:

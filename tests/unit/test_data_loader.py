@@ -1,5 +1,6 @@
 """The loader: the same stream on every layout, from every start, with any workers."""
 
+import multiprocessing
 import re
 import sys
 
@@ -136,6 +137,18 @@ def test_global_random_state_is_left_alone(small):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     take(2, loader(small))
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+
+
+def test_workers_end_with_an_unfinished_iterator(small):
+    """Also if an exception whose traceback refers to the loader is still alive, and without being terminated."""
+    batches = iter(loader(small, num_workers=2))
+    next(batches), next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    with pytest.raises(RuntimeError) as caught:
+        batches.throw(RuntimeError("the caller failed"))
+    assert caught.traceback[-1].path.name == "loader.py"
+    assert multiprocessing.active_children() == [] and [worker.exitcode for worker in workers] == [0, 0]
 
 
 SIGNALLED = """
