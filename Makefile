@@ -35,18 +35,18 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
 test: test-fast  ## all tests that run on one host
-	$(BIN)/python -m pytest -m "slow and not cluster and not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not long"
 
-test-fast: $(VENV)/installed-dev  ## only the fast tests, in two processes
+test-fast: $(VENV)/installed-dev  ## only the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
 
 $(VENV)/installed-cluster: $(VENV)/installed-dev
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e '.[cluster]'
 	touch $@
 
-test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, Slurm, Open MPI; installs packages if run as root
+test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, Slurm, Open MPI; root installs packages
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -rs -m "cluster and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "cluster and not long"
 
 test-long: $(VENV)/installed-dev  ## tests that take hours: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long

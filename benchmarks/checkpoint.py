@@ -249,7 +249,7 @@ def _run(args: argparse.Namespace) -> None:
         print(json.dumps(report))
         return
     print(f"{report['megabytes']:,.0f} MB, medians of {report['rounds']} rounds")
-    units = {"pause_s": "s that the training loop waits", "save_mb_per_s": "MB/s saved", "load_mb_per_s": "MB/s loaded"}
+    units = {"pause_s": "s pause of the training loop", "save_mb_per_s": "MB/s saved", "load_mb_per_s": "MB/s loaded"}
     for name, row in report["ways"].items():
         print(
             f"  {name:<28}" + "".join(f" {row[key]:>10.3f} {unit}," for key, unit in units.items() if key in row)[:-1]

@@ -64,8 +64,8 @@ def bench_data(
         folder: where to create the datasets; None uses the system's temporary directory.
 
     Returns:
-        A report for JSON. A megabyte is 10^6 bytes of the part of a stored latent that is used: one orientation, mean
-        and log-variance, 16 KiB.
+        A JSON-serializable report. A megabyte is 10^6 bytes of the part of a stored latent that is used: one
+        orientation, mean and log-variance, 16 KiB.
     """
     with tempfile.TemporaryDirectory(dir=folder) as made:
         shards, files = Path(made) / "shards", Path(made) / "files"

@@ -45,7 +45,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (latents, images):
         _add_source(sub)
         sub.add_argument("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
-    latents.add_argument("--vae", required=True, metavar="PATH|HUB_ID", help="folder or hub name of an AutoencoderKL")
+    latents.add_argument("--vae", required=True, metavar="PATH|HUB_ID", help="directory or hub ID of an AutoencoderKL")
     latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
     latents.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="images per batch (default: %(default)s)"
@@ -104,11 +104,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="read all images of DIR, at any depth, or SHARDS, without labels",
+        help="read all images in DIR, at any depth, or in SHARDS, without labels",
     )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="cache for shards behind URLs (default: ~/.cache/diffmoe-ds)"
-    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="cache for remote shards (default: ~/.cache/diffmoe-ds)")
     parser.add_argument(
         "--cache-gb",
         type=float,

@@ -37,7 +37,11 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
-    add("--vae", metavar="PATH|HUB_ID", help="AutoencoderKL that decodes the latents of a latent model")
+    add(
+        "--vae",
+        metavar="PATH|HUB_ID",
+        help="directory or hub ID of the AutoencoderKL that decodes the latents of a latent model",
+    )
     add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
     text = "images that a rank generates at once (default: %(default)s)"
     add("--batch-size", type=int, default=50, metavar="B", help=text)

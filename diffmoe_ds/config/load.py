@@ -49,7 +49,7 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
     for override in overrides:
         _apply(tree, override)
-    return config_from_dict(tree, str(path))
+    return config_from_dict(tree, f"{path} with --set" if overrides else str(path))
 
 
 def recipe_path(recipe: str) -> Path:

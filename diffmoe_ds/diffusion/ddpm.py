@@ -236,14 +236,14 @@ def dit_diffusion() -> GaussianDiffusion:
     return GaussianDiffusion.from_betas(np.linspace(1e-4, 0.02, TRAIN_STEPS), np.arange(TRAIN_STEPS))
 
 
-def check_steps(num_steps: int, steps: object) -> None:
-    """Check the number of steps of a shortened process.
+def check_steps(num_steps: int, steps: object, name: str = "steps") -> None:
+    """Check the number of steps of a shortened process; ``name`` is its name in the message.
 
     Raises:
         ConfigError: the number is not an integer from 1 to ``num_steps``.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= num_steps:
-        raise ConfigError(f"steps must be an integer from 1 to {num_steps}, got {steps!r}.")
+        raise ConfigError(f"{name} must be an integer from 1 to {num_steps}, got {steps!r}.")
 
 
 def spaced_steps(num_steps: int, steps: int) -> Table:

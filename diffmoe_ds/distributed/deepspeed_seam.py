@@ -62,14 +62,6 @@ _engines: weakref.WeakSet[deepspeed.DeepSpeedEngine] = weakref.WeakSet()
 """Engines that may still hold process groups."""
 
 
-def device() -> torch.device:
-    """Return the device of this rank: its GPU, or the CPU."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    return torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
-
-
 def init_process_group() -> None:
     """Create the default process group through DeepSpeed, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     # On a CPU, DeepSpeed would spend a minute compiling a shared-memory all-reduce that it hardly uses.

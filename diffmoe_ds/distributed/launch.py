@@ -63,10 +63,10 @@ class Launch:
         """Return one line with the ranks, the rendezvous address and their sources."""
         if self.world == 1:
             return f"rank 0 of 1 ({self.source})"
-        return (
-            f"{self.world} ranks, {self.local_world} on this host ({self.source}); "
-            f"rendezvous at {self.address} ({self.master_source})"
-        )
+        ranks = f"{self.world} ranks, {self.local_world} on this host ({self.source})"
+        if self.master_addr is None:
+            return f"{ranks}; rank 0 will choose the rendezvous"
+        return f"{ranks}; rendezvous at {self.address} ({self.master_source})"
 
 
 def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:

@@ -90,10 +90,13 @@ def _finalize_mpi() -> None:
 def _destroy_groups() -> None:
     import torch.distributed as dist
 
+    initialized = dist.is_available() and dist.is_initialized()
+    if not initialized and not group_threads():
+        return  # most commands use no groups, and collecting garbage takes a quarter of a second
     seam = sys.modules.get("diffmoe_ds.distributed.deepspeed_seam")
     if seam is not None:
         seam.release_engines()  # first: DeepSpeed asks for the rank
-    if dist.is_available() and dist.is_initialized():
+    if initialized:
         dist.destroy_process_group()
     if seam is not None:
         seam.forget_groups()

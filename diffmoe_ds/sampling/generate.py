@@ -38,12 +38,12 @@ class SamplingSettings:
     """Guided channels of a DDPM model; the reference guides the first 3."""
 
     def check(self, config: Config) -> None:
-        """Check that the settings are valid for a model.
+        """Check that the settings, which are options of ``diffmoe sample``, are valid for a model.
 
         Raises:
             ConfigError: a setting does not fit the model.
         """
-        check_sampling(config.objective.kind, self.sampler, self.steps)
+        check_sampling(config.objective.kind, self.sampler, self.steps, prefix="--")
         check_guidance(self.cfg_scale, self.guide_channels, config)
 
 

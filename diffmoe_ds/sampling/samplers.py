@@ -27,28 +27,29 @@ Progress = Callable[[int, int], object]
 """(steps done, total steps) -> anything."""
 
 
-def check_sampling(objective: str, sampler: str, steps: int) -> None:
+def check_sampling(objective: str, sampler: str, steps: int, prefix: str = "") -> None:
     """Check that a sampler and a number of steps are valid for an objective.
 
     Args:
         objective: ``flow`` or ``ddpm``.
         sampler: one of `SAMPLERS`.
         steps: sampler steps.
+        prefix: of the names in messages, ``--`` for options and ``sample.`` for a recipe's keys.
 
     Raises:
         ConfigError: the sampler is unknown or belongs to the other objective, or the number of steps is invalid.
     """
     valid = make_objective(objective).samplers
     if sampler not in valid:
-        raise ConfigError(f"sampler must be {' or '.join(valid)} for a {objective} model, got {sampler!r}.")
-    _check_steps(sampler, steps)
+        raise ConfigError(f"{prefix}sampler must be {' or '.join(valid)} for a {objective} model, got {sampler!r}.")
+    _check_steps(sampler, steps, f"{prefix}steps")
 
 
-def _check_steps(sampler: str, steps: int) -> None:
+def _check_steps(sampler: str, steps: int, name: str = "steps") -> None:
     if SAMPLERS[sampler] == "ddpm":
-        check_steps(TRAIN_STEPS, steps)
+        check_steps(TRAIN_STEPS, steps, name)
     elif not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ConfigError(f"steps must be a positive integer for the sampler {sampler}, got {steps!r}.")
+        raise ConfigError(f"{name} must be a positive integer for the sampler {sampler}, got {steps!r}.")
 
 
 @torch.no_grad()

@@ -166,7 +166,7 @@ def _check_sampling(config: Config) -> None:
     from diffmoe_ds.sampling.samplers import check_sampling
 
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
-    check_sampling(config.objective.kind, sampler, config.sample.steps)
+    check_sampling(config.objective.kind, sampler, config.sample.steps, prefix="sample.")
     if config.run.sample_every_images:
         check_guidance(config.sample.cfg_scale, "all", config)
 

@@ -12,6 +12,7 @@ from diffmoe_ds.config.load import dump_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
+from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
@@ -46,7 +47,7 @@ class Session:
         Raises:
             CheckpointError: on all ranks, if no checkpoint can be read or the run directory cannot be written.
         """
-        plan, device = self.plan, seam.device()
+        plan, device = self.plan, local_device(self.plan.launch)
         path = agree_on_checkpoint(plan.choices, plan.directory, device)
         self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
         if self.plan is not plan and plan.is_main:

@@ -15,6 +15,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
+from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
@@ -91,7 +92,7 @@ def setup_run(plan: TrainPlan) -> Run:
     """
     config, settings, reader = plan.config, plan.settings, plan.reader
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
-    device = seam.device()
+    device = local_device(plan.launch)
     model = build_model(config, topology)
     if reader is not None:
         raise_on_all_ranks(device, lambda: restore_weights(model, reader, topology, "fp32"))

@@ -1,4 +1,4 @@
-"""A running TensorBoard, looked at with the system's Chromium."""
+"""A running TensorBoard, viewed in the system's Chromium."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Board:
         return pictures.evaluate_all("images => images.map(image => image.naturalWidth)")
 
     def _open(self, tab: str, tag: str) -> None:
-        self._page.goto("about:blank")  # a new fragment alone would load nothing
+        self._page.goto("about:blank")  # changing only the fragment would not reload the page
         self._page.goto(f"{self._url}/?tagFilter=^{urllib.parse.quote(tag)}$#{tab}", timeout=LIMIT_MS)
 
 
 @contextmanager
 def open_tensorboard(logdir: Path) -> Iterator[Board]:
-    """``tensorboard --logdir LOGDIR`` and a browser; both end with the context."""
+    """Run ``tensorboard --logdir LOGDIR`` and a browser; both stop when the context exits."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         skip_or_fail("needs chromium")

@@ -1,7 +1,7 @@
-"""Four hosts on one machine: a login node and node1..node4, with ssh, Slurm and Open MPI, sharing one file system.
+"""A login node and four compute nodes on one machine, with ssh, Slurm and Open MPI, sharing one file system.
 
-Each host has its own network, processes, hostname and mounts (Linux namespaces); `hosts.sh` is their process 1.
-Nothing here needs systemd and nothing outlives the session: killing one process ends everything.
+Each host has its own network, processes, hostname and mounts (Linux namespaces); `hosts.sh` is PID 1 of each.
+Nothing here needs systemd, and nothing outlives the session: killing one process kills everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from tests.cluster.mounts import make_mount_points, remove_mount_points
 from tests.helpers.processes import REPOSITORY, Finished, clean_environment
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "sshd", "pdsh", "mpirun", "ip", "unshare", "nsenter")
@@ -91,7 +93,7 @@ def unusable() -> str | None:
         ["unshare", "-n", "-m", "-p", "-u", "-i", "-f", "--mount-proc", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
         capture_output=True, text=True, timeout=20, check=False,
     )  # fmt: skip
-    return None if probe.returncode == 0 else f"no namespaces here: {probe.stderr.strip()}"
+    return None if probe.returncode == 0 else f"cannot create namespaces: {probe.stderr.strip()}"
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,19 @@ class Job:
 
 
 class Cluster:
-    """The hosts; `start` first, `stop` in any case."""
+    """The hosts. Call `start` first, and always call `stop`."""
 
     def __init__(self, folder: Path) -> None:
         self.dir = folder
         self.python = sys.executable
         self._world: subprocess.Popen | None = None
         self._inside = 0
-        self._made: list[str] = []
+        self._mount_points: IO[str] | None = None
 
     def start(self) -> None:
         """Write the configuration, start the hosts and wait until every node accepts jobs and ssh."""
         self._configure()
-        for point in MOUNT_POINTS:
-            if not os.path.isdir(point):
-                os.makedirs(point)
-                self._made.append(point)
+        self._mount_points = make_mount_points(MOUNT_POINTS)
         self._world = subprocess.Popen(
             ["unshare", "-n", "-m", "-p", "-u", "-i", "-f", "--kill-child=KILL", "--mount-proc",
              "bash", str(Path(__file__).with_name("hosts.sh")), "world", str(self.dir), str(len(NODES))],
@@ -136,12 +135,12 @@ class Cluster:
         self.until_idle(NODES)
 
     def stop(self) -> None:
-        """End every process of every host."""
+        """Kill every process on every host."""
         if self._world is not None:
             self._world.kill()
             self._world.wait(timeout=20)
-        for point in self._made:
-            os.rmdir(point)
+        if self._mount_points is not None:
+            remove_mount_points(self._mount_points)
 
     def command(self, command: str, cwd: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
         """A shell command on the login node, for `run_processes` and `subprocess`."""
@@ -149,7 +148,8 @@ class Cluster:
         binaries = Path(self.python).parent
         base = clean_environment(
             PATH=f"{binaries}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", PYTHONPATH=str(REPOSITORY), HOME="/root",
-            DS_ENV_FILE=str(self.dir / "deepspeed_env"), **environment,
+            DS_ENV_FILE=str(self.dir / "deepspeed_env"), OMPI_MCA_orte_tmpdir_base=str(self.dir / "ompi"),
+            **environment,
         )  # fmt: skip
         return [*inside, "setpriv", "--pdeathsig", "KILL", "bash", "-c", command], base
 
@@ -168,7 +168,7 @@ class Cluster:
         return done.output.strip()
 
     def inside(self, node: str, command: str) -> str:
-        """Run a shell command as process 1 of a node would, for breaking things there."""
+        """Run a shell command in the namespaces of a node's PID 1, to break things there."""
         world = Path(f"/proc/{self._inside}/ns/pid")
         assert world.exists()
         pid = self.output(f"pgrep -P $(cat {self.dir}/pids/{node})")
@@ -177,9 +177,9 @@ class Cluster:
     def power(self, node: str, state: str) -> None:
         """Power a node ``off`` without a shutdown, or ``on`` again."""
         request = self.dir / "power" / node
-        aside = self.dir / f"power-{node}"
-        aside.write_text(state)
-        aside.rename(request)
+        tmp = self.dir / f"power-{node}"
+        tmp.write_text(state)
+        tmp.rename(request)
         self.until(lambda: not request.exists(), 10, f"{node} to go {state}")
         if state == "on":
             self.until_idle((node,))
@@ -195,7 +195,7 @@ class Cluster:
             self.until(lambda node=node: self.run(f"ssh {node} true").code == 0, 20, f"ssh to {node}")
 
     def submit(self, arguments: str, cwd: Path, **environment: str) -> int:
-        """Submit a job and return its number."""
+        """Submit a job and return its ID."""
         return int(self.output(f"sbatch --parsable {arguments}", cwd=cwd, **environment).split(";")[0])
 
     def job(self, number: int | str) -> Job:
@@ -220,7 +220,7 @@ class Cluster:
     def until(
         self, condition: Callable[[], bool], timeout: float, what: str, note: Callable[[], str] | None = None
     ) -> None:
-        """Wait for something to become true."""
+        """Wait until a condition is true."""
         deadline = time.monotonic() + timeout
         while not condition():
             if self._world is not None and self._world.poll() is not None:
@@ -243,6 +243,7 @@ class Cluster:
             "power",
             "job",
             "small",
+            "ompi",
         ):
             (self.dir / name).mkdir(parents=True)
         for name in ("munge", "home-ssh"):
@@ -250,7 +251,7 @@ class Cluster:
         self.dir.chmod(0o755)
         for node in NODES:
             (self.dir / "spool" / node).mkdir()
-        for number in range(GPUS):  # twins of /dev/null
+        for number in range(GPUS):  # the same device as /dev/null
             os.mknod(self.dir / f"dev/gpu{number}", 0o600 | 0o020000, os.makedev(1, 3))
         addresses = {node: f"10.99.0.{i}" for i, node in enumerate(NODES, 1)}
         write = {

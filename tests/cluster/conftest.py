@@ -1,4 +1,4 @@
-"""The cluster of a test session: made once, gone with the session."""
+"""The cluster of a test session, started once and stopped at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def skip_or_fail(reason: str) -> None:
 
 
 def checkout(folder: Path) -> Path:
-    """The repository's files under the names that commands use, and room for ``runs`` of its own."""
+    """Link the repository's files into a folder, which gets a ``runs`` directory of its own."""
     for name in ("diffmoe_ds", "ds_configs", "launchers", "slurm"):
         (folder / name).symlink_to(REPOSITORY / name)
     return folder
@@ -42,7 +42,7 @@ def hosts(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(hosts) -> Iterator[Cluster]:
-    """All nodes powered and idle, before and after."""
+    """The cluster, with all nodes powered on and idle before and after the test."""
     yield hosts
     hosts.run("scancel --state=PENDING --user=root; scancel --user=root")
     hosts.until_idle(NODES)

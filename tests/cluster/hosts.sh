@@ -1,7 +1,7 @@
 #!/bin/bash
-# Real hosts on one machine, out of namespaces.  Started by cluster.py, which has written the configuration into DIR.
-#   hosts.sh world DIR COUNT   process 1 of "login": a bridge, slurmctld, and the nodes as children
-#   hosts.sh node DIR NAME     process 1 of a node: its own hostname, network, processes and mounts
+# Simulated hosts on one machine, built from namespaces.  Started by cluster.py, which writes the configuration to DIR.
+#   hosts.sh world DIR COUNT   PID 1 of "login": a bridge, slurmctld, and the nodes as children
+#   hosts.sh node DIR NAME     PID 1 of a node: its own hostname, network, processes and mounts
 # DIR is the file system that all hosts share.
 set -eu
 role=$1 dir=$2
@@ -37,13 +37,13 @@ if [ "$role" = node ]; then
 fi
 
 count=$3
-mount -t sysfs sysfs /sys # the network devices of this world, not of the machine
+mount -t sysfs sysfs /sys # the network devices of this namespace, not of the machine
 hostname login
 ip link set lo up
 ip link add br0 type bridge
 ip addr add 10.99.0.254/24 dev br0
 ip link set br0 up
-mount -t tmpfs -o size=16m tmpfs "$dir/small" # a shared disk that is soon full
+mount -t tmpfs -o size=16m tmpfs "$dir/small" # a shared disk that fills up quickly
 for pair in hosts:/etc/hosts slurm:/etc/slurm munge:/etc/munge home-ssh:/root/.ssh job:/job; do
   mount --bind "$dir/${pair%%:*}" "${pair#*:}"
 done
@@ -67,12 +67,12 @@ power_on() { # I
 
 for i in $(seq "$count"); do power_on "$i"; done
 touch "$dir/ready"
-while :; do # cluster.py asks for power by files: a process that it started itself would not be this one's child
+while :; do # cluster.py switches power through files: a process that it started itself would not be a child of this one
   for request in "$dir"/power/*; do
     [ -e "$request" ] || continue
     node=${request##*/}
     if [ "$(cat "$request")" = off ]; then
-      ip link set "v${node#node}" down # first, so that no closed connection is announced to anybody
+      ip link set "v${node#node}" down # first, so that no peer is told that its connection was closed
       kill -KILL "$(cat "$dir/pids/$node")"
     else
       power_on "${node#node}"

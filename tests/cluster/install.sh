@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs the system packages that tests/cluster needs, when run by root on a system with apt.  Otherwise it says why it
-# does not, and the tests skip what they cannot do.
+# Installs the system packages that tests/cluster needs, when run by root on a system with apt.  Otherwise it says why
+# not, and tests that need a missing package are skipped.
 set -euo pipefail
 packages=(slurmctld slurmd slurm-client munge openssh-server openssh-client pdsh numactl openmpi-bin iproute2 procps
   util-linux shellcheck chromium)
@@ -10,7 +10,7 @@ for package in "${packages[@]}"; do
 done
 [[ ${#missing[@]} -gt 0 ]] || exit 0
 if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
-  echo "test-cluster: ${missing[*]} would be installed by root with apt; tests that need them are skipped" >&2
+  echo "test-cluster: missing ${missing[*]}; run as root with apt to install them. Tests that need them are skipped" >&2
   exit 0
 fi
 if [[ ! -e /usr/sbin/policy-rc.d ]]; then # packages must not start their daemons here

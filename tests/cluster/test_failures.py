@@ -1,4 +1,4 @@
-"""What is broken on one host ends in one message that names the host, under any launcher, and soon."""
+"""A fault on one host soon gives one message that names the host, under any launcher."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def no_python(cluster: Cluster) -> Iterator[None]:
         cluster.inside("node3", f"umount {folder}")
 
 
+START_S = 30
+"""Seconds within which ranks must join; two cores start four of them, and another cluster may be running."""
+
 FAULTS = {
     unreachable: "cannot be reached over ssh",
     wrong_key: "refuses our ssh key",
@@ -54,7 +57,7 @@ FAULTS = {
 
 def options(project: Path, run_dir: str = "runs/test") -> str:
     config = write_json(project / "ds.json", ep=1, zero=2)
-    return shlex.join(training_arguments(config, run_dir, "run.start_timeout_s=12"))
+    return shlex.join(training_arguments(config, run_dir, f"run.start_timeout_s={START_S}"))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +77,13 @@ def test_launchers_name_the_host_before_they_start_anything(
     assert not (project / "runs").exists()
 
 
-def test_plain_deepspeed_does_not_wait_for_a_host_that_cannot_come(cluster: Cluster, project: Path):
+def test_plain_deepspeed_does_not_wait_for_a_host_that_cannot_join(cluster: Cluster, project: Path):
     """Without the ssh check, the joined ranks name the missing ones and exit."""
     with no_python(cluster):
         command = f"deepspeed --num_nodes 4 diffmoe_ds/train.py {options(project)}"
-        finished = cluster.run(command, cwd=project, timeout=100)
+        finished = cluster.run(command, cwd=project, timeout=150)
     assert finished.code != 0
-    message = "diffmoe: error: rank(s) 2 (nothing from node3) of 4 did not join within 12 s"
+    message = f"diffmoe: error: rank(s) 2 (nothing from node3) of 4 did not join within {START_S} s"
     assert finished.output.count("diffmoe: error: ") == 1 and message in finished.output, finished.output
     assert "Traceback" not in finished.output
     assert not (project / "runs").exists()

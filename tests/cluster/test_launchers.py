@@ -1,4 +1,4 @@
-"""The same command line under every launcher, on hosts of their own, trains what one process trains."""
+"""The same command line trains the same on several hosts, under every launcher, as in one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_trained(rows: list[dict], one_process: list[dict]) -> None:
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in one_process], abs=1e-5), key
 
 
-def test_deepspeed_over_four_nodes_as_the_readme_types_it(cluster: Cluster, project: Path, one_process):
+def test_deepspeed_on_four_nodes_with_the_readme_command(cluster: Cluster, project: Path, one_process):
     """Training runs until its launcher is interrupted, and leaves no processes behind."""
     command = "deepspeed --num_nodes 4 diffmoe_ds/train.py --deepspeed_config ds_configs/zero2.json"
     assert command in (REPOSITORY / "README.md").read_text()
@@ -102,7 +102,7 @@ def test_four_nodes(cluster: Cluster, project: Path, one_process, start: str):
     assert finished.output.count(f"({source})") == 1
 
 
-def test_mpi4py_is_asked_where_no_variable_tells(cluster: Cluster, project: Path, one_process):
+def test_mpi4py_provides_the_rank_if_no_variable_does(cluster: Cluster, project: Path, one_process):
     few_steps(project, 2)
     hide = "env -u OMPI_COMM_WORLD_RANK -u OMPI_COMM_WORLD_SIZE"
     command = f"mpirun --allow-run-as-root -n 2 --host node1:1,node2:1 -x PYTHONPATH {hide} {cluster.python} {TRAIN}"
@@ -133,7 +133,7 @@ def test_srun_two_by_two(cluster: Cluster, project: Path, one_process):
     assert "srun's SLURM_PROCID" in finished.output and "first of SLURM_STEP_NODELIST" in finished.output
 
 
-def test_contradictions_are_found_before_ranks_meet(cluster: Cluster, project: Path):
+def test_contradictions_are_found_before_the_rendezvous(cluster: Cluster, project: Path):
     few_steps(project, 4)
     finished = cluster.run(f"RANK=0 WORLD_SIZE=2 srun -N2 -n2 python -u {TRAIN}", cwd=project, timeout=60)
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output

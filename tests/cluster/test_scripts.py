@@ -1,4 +1,4 @@
-"""The scripts themselves: shellcheck over every one, and what they would run."""
+"""The shell scripts: shellcheck on each one, and the commands that they would run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPTS = sorted(
 )
 
 
-def test_shellcheck_over_every_script():
+def test_every_script_passes_shellcheck():
     if shutil.which("shellcheck") is None:
         skip_or_fail("needs shellcheck: tests/cluster/install.sh installs it")
     assert len(SCRIPTS) >= 11
@@ -71,7 +71,7 @@ STUBS = {
 )
 @pytest.mark.parametrize("resume", ("--resume none", "--resume=none", "--resume none_1"))
 def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, state, requeued, resume):
-    """After a crash of an array's task, on a cluster whose modules read variables that are not set."""
+    """After an array task has crashed, on a cluster whose setup script reads an unset variable."""
     for name, text in STUBS.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -91,6 +91,6 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, stat
     calls = (tmp_path / "calls").read_text().splitlines()
     assert finished.returncode == 85 and finished.stderr == "", finished.stdout + finished.stderr
     again = "" if resume.endswith("1") else " --resume auto"
-    assert calls[0].endswith(f"train.py {resume}{again}"), "a restart continues what was saved"
+    assert calls[0].endswith(f"train.py {resume}{again}"), "a restart resumes from the checkpoint"
     assert all("36_1" in call for call in calls[1:]) and any("squeue" in call for call in calls)
     assert (calls[-1] == "scontrol requeue 36_1") == requeued

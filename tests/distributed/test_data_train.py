@@ -1,4 +1,4 @@
-"""From photographs to samples, through the command line and on two ranks: the whole way that a user goes."""
+"""From photographs to samples through the command line, on two ranks: the complete workflow of a user."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_bench_refuses_what_it_cannot_measure(options, message, capsys):
 
 
 @pytest.mark.slow
-def test_bench_prints_what_its_table_needs(tmp_path, capsys):
+def test_bench_reports_throughput_ratios_and_memory(tmp_path, capsys):
     arguments = ["--samples", "2500", "--rounds", "1", "--workers", "1", "--memory-samples", "4000"]
     assert bench_main([*arguments, "--folder", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

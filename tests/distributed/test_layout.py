@@ -1,4 +1,4 @@
-"""Layout invariance: the same global batch gives the same losses and weights, whatever the ranks, EP size and ZeRO."""
+"""Layout invariance: a global batch gives the same losses and weights for any world size, EP size and ZeRO stage."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_layout_trains_the_same(train_tiny):
 
 
 def test_two_ranks_train_like_one(train_tiny):
-    """The fast one: sharded experts, ZeRO 2, SwiGLU, shared expert, recomputed activations against none of it."""
+    """The fast one, with SwiGLU and a shared expert: EP 2, ZeRO 2 and activation checkpointing against one rank."""
     swiglu = ("model.mlp=swiglu", "routing.shared_experts=1", "run.total_images=48")
     reference = train_tiny(1, 1, 0, *swiglu)
     assert_same(train_tiny(2, 2, 2, *swiglu, "model.activation_checkpointing=true"), reference)
@@ -72,8 +72,8 @@ def test_accumulated_micro_steps_do_not_depend_on_the_ranks(train_tiny):
 
 
 @pytest.mark.slow
-def test_smaller_pools_are_pools_of_their_ranks(train_tiny):
-    """With EP 2 of 4 ranks the `ep` pool is two ranks; a `rank` pool is one: both train, and differently."""
+def test_smaller_pools_span_fewer_ranks(train_tiny):
+    """With EP 2 on 4 ranks, an `ep` pool spans two ranks and a `rank` pool one; the losses differ."""
     losses = {pool: train_tiny(4, 2, 2, f"routing.pool={pool}").column("loss") for pool in ("world", "ep", "rank")}
     assert len({tuple(values) for values in losses.values()}) == 3
     one_rank = train_tiny(1, 1, 0, "routing.pool=rank").column("loss")

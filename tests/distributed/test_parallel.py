@@ -1,4 +1,4 @@
-"""What needs real ranks: the pool over process groups, the exchange of rows, and steps that nobody may hang in."""
+"""Selection and all-to-all over process groups, topologies, and the variables of every launcher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_selection_over_ranks_is_exact_and_its_traffic_constant(world):
 
 @pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_exchange_and_skewed_layers(world):
-    """Dispatch, compute and combine match a single process, forward and backward, even if ranks send no rows."""
+    """Dispatch, compute and combine match a single process, forward and backward, even if some ranks send no rows."""
     finished = run_ranks(world, [str(WORKERS / "exchange.py")], timeout=90)
     assert finished.code == 0, finished.output
     assert "all equal" in finished.output
@@ -53,7 +53,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_SIZE": "2"}
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}  # sbatch's script itself, not a step of it
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-TORCHRUN_IN_STEP = {**SRUN, **TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}  # one torchrun a node, started by srun
+TORCHRUN_IN_STEP = {**SRUN, **TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}  # one torchrun per node, started by srun
 INTERACTIVE = {  # what `srun --pty bash` leaves in the shell
     "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1",
     "SLURM_STEP_NODELIST": "node1",
@@ -83,7 +83,7 @@ def test_every_launcher_is_understood(environment, expected):
     assert (found.rank, found.world, found.local_rank, found.local_world) == expected
 
 
-def test_another_mpi_inside_a_slurm_job_is_asked(monkeypatch):
+def test_another_mpi_in_a_slurm_job_is_queried_through_mpi4py(monkeypatch):
     """Hydra's daemons are tasks of a step, whose variables their ranks inherit."""
     asked = launch.Launch(6, 24, 2, 8, "MPI through mpi4py")
     monkeypatch.setattr(launch, "_from_mpi", lambda: asked)
@@ -106,7 +106,7 @@ def test_another_mpi_inside_a_slurm_job_is_asked(monkeypatch):
         ({"MASTER_PORT": "ssh"}, "MASTER_PORT must be a port from 1 to 65535, got 'ssh'"),
     ),
 )
-def test_broken_launchers_are_named(environment, message):
+def test_invalid_launcher_variables_are_named(environment, message):
     with pytest.raises(TopologyError, match=message):
         resolve_launch(environment)
 
@@ -127,7 +127,7 @@ STEP = {**SRUN, "SLURM_STEP_NODELIST": "rack2-node[003-5,9],other", "SLURM_JOB_I
         ({**DAEMON, **MPIRUN}, None, None),
     ),
 )
-def test_where_the_ranks_meet(environment, address, port):
+def test_rendezvous_address(environment, address, port):
     found = resolve_launch(environment)
     assert (found.master_addr, found.master_port) == (address, port)
     assert address is None or f"rendezvous at {address}:{port}" in found.describe()
@@ -153,7 +153,7 @@ def test_share_of_rows_that_leave_their_node(hosts, ep, share):
 
 
 @pytest.mark.parametrize("mlp", ("gelu", "swiglu"))
-def test_gradients_finish_in_an_order_that_counts_do_not_change(mlp):
+def test_gradient_order_does_not_depend_on_token_counts(mlp):
     """DeepSpeed fills buckets in gradient order, so replicas of an expert must use the same order for any rows."""
     orders = set()
     for rows in ([4, 4], [3, 5], [0, 8], [0, 0]):

@@ -1,4 +1,4 @@
-"""A run that stops and starts again is the run that never stopped."""
+"""A run that is interrupted and resumed matches a run that never stopped."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, 
             shutil.rmtree(folder)
     (interrupted / "checkpoints" / "latest").write_text("images_000000000032\n")
     with (interrupted / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 99, "ima')  # what a killed run leaves
+        file.write('{"step": 99, "ima')  # what a killed run leaves behind
     resumed = train_tiny(world, ep, zero, "run.save_every_images=32", directory=interrupted, **changes)
     assert "continues" in resumed.output and "at 32 images" in resumed.output
-    assert resumed.column("step") == [1, 2, 3, 4, 5], "no step twice, none lost"
+    assert resumed.column("step") == [1, 2, 3, 4, 5], "no step repeated or lost"
     for key in ("loss", "grad_norm", "lr"):
         assert resumed.column(key) == straight.column(key)
     ours, theirs = tensors(resumed), tensors(straight)
@@ -70,7 +70,7 @@ def test_ema_follows_the_weights_and_thresholds_are_copied(train_tiny):
 
 LAYOUTS = ((1, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (4, 2, 2), (4, 4, 3))
 RING = [(layout, LAYOUTS[(number + 1) % len(LAYOUTS)]) for number, layout in enumerate(LAYOUTS)]
-"""Every layout is left once and entered once."""
+"""Each layout is resumed from once and resumed in once."""
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ RING = [(layout, LAYOUTS[(number + 1) % len(LAYOUTS)]) for number, layout in enu
         pytest.param(list(permutations(LAYOUTS, 2)), id="all", marks=(pytest.mark.slow, pytest.mark.long)),
     ),
 )
-def test_every_layout_continues_every_other(train_tiny, tmp_path, pairs):
-    """3 steps in one layout, saved, 3 more in another: losses, weights, moments, EMA, thresholds of 6 straight ones."""
+def test_every_layout_resumes_from_every_other(train_tiny, tmp_path, pairs):
+    """3 steps in one layout and 3 in another give the losses, weights, moments, EMA and thresholds of 6 in one."""
     assert {before for before, _ in pairs} == {after for _, after in pairs} == set(LAYOUTS)
     length = "run.total_images=96"
     straight = train_tiny(1, 1, 0, length)
@@ -94,8 +94,8 @@ def test_every_layout_continues_every_other(train_tiny, tmp_path, pairs):
 
 
 @pytest.mark.slow
-def test_batch_arithmetic_and_ranks_may_change_and_the_images_stay(train_tiny, tmp_path):
-    """Resumed with 2 x 4 images a rank, then 1 x 16: another pool, so other losses, but the same length and images."""
+def test_batch_sizes_and_ranks_may_change_on_resume(train_tiny, tmp_path):
+    """Resume with 4 x 4 images per rank, then 1 x 16: the pools and losses change, but the image count continues."""
     directory = tmp_path / "run"
     train_tiny(2, 2, 1, "run.total_images=32", directory=directory)
     train_tiny(1, 1, 0, "run.total_images=64", directory=directory, gradient_accumulation_steps=4)
@@ -104,8 +104,9 @@ def test_batch_arithmetic_and_ranks_may_change_and_the_images_stay(train_tiny, t
     assert "global_batch 16 -> 32" in last.output and "accumulation 4 -> 1" in last.output
 
 
-def test_a_new_run_begins_with_an_exported_model(train_tiny, tmp_path):
-    """Fine-tuning: the first loss is the one that the exported weights give, also with other classes."""
+@pytest.mark.slow
+def test_a_new_run_starts_from_an_exported_model(train_tiny, tmp_path):
+    """Fine-tuning: after a step with a tiny learning rate, the weights are the exported ones."""
     source = train_tiny(1, 1, 1, "run.total_images=48")
     assert main(["checkpoint", "export", str(source.directory), "--out", str(tmp_path / "model")]) == 0
     tuned = train_tiny(2, 2, 2, f"model.init_from={tmp_path / 'model'}", "run.total_images=16", "optimizer.lr=1e-12")
@@ -127,6 +128,7 @@ def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **chang
     return code, printed.out + printed.err
 
 
+@pytest.mark.slow
 def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
     """Also in a dry run if a single process can detect it; ``resolved.yaml`` is never changed."""
     run = train_tiny(1, 1, 1, "run.total_images=16")
@@ -160,7 +162,8 @@ def test_foreign_checkpoints_are_refused(train_tiny, tmp_path, capsys):
     assert (run.directory / "resolved.yaml").read_text() == resolved
 
 
-def test_the_banner_says_what_became_of_the_deepspeed_json(train_tiny, tmp_path, capsys):
+@pytest.mark.slow
+def test_the_banner_lists_changes_to_the_deepspeed_json(train_tiny, tmp_path, capsys):
     run = train_tiny(1, 1, 0, "run.total_images=16")
     assert "changed since" not in dry_run(tmp_path, capsys, run.directory, "run.total_images=16", zero=0)[1]
     optimizer = {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.1}}
@@ -172,8 +175,9 @@ def test_the_banner_says_what_became_of_the_deepspeed_json(train_tiny, tmp_path,
     assert code == 0 and expected in printed
 
 
-def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, capsys):
-    """Back from 48 images to 16 with --resume PATH, and on to 32: the next start continues those 32, not the 16."""
+@pytest.mark.slow
+def test_the_same_command_resumes_from_the_newest_checkpoint(train_tiny, tmp_path, capsys):
+    """After --resume PATH goes back from 48 images to 16 and trains to 32, the next start resumes at 32, not at 16."""
     run = train_tiny(1, 1, 1, "run.save_every_images=16", "run.total_images=48")
     path = run.directory / "checkpoints" / "images_000000000016"
     resume = ("--resume", str(path))
@@ -190,7 +194,7 @@ def test_the_same_command_goes_on_where_it_has_come_to(train_tiny, tmp_path, cap
     code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", str(other)))
     assert code == 0 and f"continues {other} at 48 images" in printed
 
-    # begun from another run, which may be gone by now; a third one is refused
+    # started from another run, which may have been deleted since; a third run is refused
     meta = json.loads((newest / META).read_text())
     reseal(newest, {**meta, "began_from": str(tmp_path / "gone")})
     code, printed = dry_run(tmp_path, capsys, run.directory, options=("--resume", f"{tmp_path / 'gone'}/"))

@@ -1,4 +1,4 @@
-"""``diffmoe sample`` on several ranks: an error of any phase is reported once, and all ranks exit with its code."""
+"""``diffmoe sample`` on several ranks: an error in any phase is reported once, and all ranks exit with its code."""
 
 from __future__ import annotations
 

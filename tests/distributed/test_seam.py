@@ -103,7 +103,7 @@ def test_expert_weights_must_be_stacked():
 
 
 def test_schedules_have_the_parameters_that_the_configuration_knows():
-    """`config/deepspeed_keys.py` has them as a table, so that checking a configuration does not import DeepSpeed."""
+    """`config/deepspeed_keys.py` lists them in a table, so that checking a configuration does not import DeepSpeed."""
     from deepspeed.runtime import lr_schedules
 
     found = {}

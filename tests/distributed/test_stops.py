@@ -1,4 +1,4 @@
-"""Runs that must stop, or go on, for a reason: infinities, signals."""
+"""Runs that must stop or continue: non-finite values, full disks, signals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero", "bf16"), [(0, False), (0, True), (1, False), (2, True), (3, False)])
 def test_allowed_skips_leave_no_trace(tmp_path, zero, bf16):
-    """Steps 2 and 4 of 5 are infinite and skipped: three updates, five batches of images, and finite weights."""
+    """Steps 2 and 4 of 5 are non-finite and skipped: three updates, five batches of images, and finite weights."""
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
     changes = {"bf16": {"enabled": bf16}, "scheduler": scheduler}
     finished = poisoned(tmp_path, "gradient", "2,4", zero, "run.nonfinite_skips=1", **changes)
@@ -73,7 +73,7 @@ def test_an_infinite_activation_is_traced_to_its_layer(tmp_path, zero):
 
 @pytest.mark.parametrize("save_every", (48, pytest.param(0, marks=pytest.mark.slow)))
 def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
-    """Also when the save of the step before is still being written."""
+    """Also while the previous checkpoint is still being written."""
     length = ("run.total_images=64", "run.nonfinite_skips=2", f"run.save_every_images={save_every}")
     finished = poisoned(tmp_path, "gradient", "4", 1, *length)
     assert finished.code == 0 and "(1 of 2 in a row)" in finished.output, finished.output
@@ -84,13 +84,13 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
 
 
 @pytest.mark.slow
-def test_two_skips_in_a_row_are_one_too_many(tmp_path):
+def test_two_skips_in_a_row_exceed_the_limit_of_one(tmp_path):
     finished = poisoned(tmp_path, "forward", "2,3", 2, "run.nonfinite_skips=1", gradient_accumulation_steps=2)
     assert finished.code == 3 and "(1 of 1 in a row)" in finished.output, finished.output
 
 
-def test_a_full_disk_of_another_rank_is_named(tmp_path):
-    """By the single warning of a run that continues, and by the error if its last save fails, too."""
+def test_a_full_disk_on_another_rank_is_reported(tmp_path):
+    """By a single warning while the run continues, and by the error if its last save also fails."""
     config = write_json(tmp_path / "ds.json", ep=2, zero=1)
     length = ("run.total_images=48", "run.save_every_images=32", "checkpoint.on_error=continue")
     arguments = training_arguments(config, tmp_path / "run", *length)
@@ -110,7 +110,7 @@ def test_a_full_disk_of_another_rank_is_named(tmp_path):
         pytest.param(signal.SIGTERM, "auto", "the same command continues", marks=pytest.mark.slow),
     ),
 )
-def test_a_signal_saves_and_asks_to_be_started_again(tmp_path, number, resume, again):
+def test_a_signal_saves_and_requests_a_requeue(tmp_path, number, resume, again):
     process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
     _wait_for_rows(directory)
     process.send_signal(number)
@@ -136,7 +136,7 @@ def test_a_signal_after_the_end_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
+def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
     process, directory = _start(tmp_path, "run.total_images=100000")
     _wait_for_rows(directory)
     process.send_signal(signal.SIGINT)
@@ -144,7 +144,7 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
     assert process.returncode == 85 and "press Ctrl-C again to exit now" in output
     assert newest_valid(directory, full=True) is not None
 
-    # The second time: a run whose step takes for ever.
+    # The second time, in a run whose step never ends.
     stuck = "import time\nfrom diffmoe_ds.distributed.signals import listen\nlisten()\n"
     stuck += "print('ready', flush=True)\ntime.sleep(100)\ntime.sleep(100)"
     process = subprocess.Popen(
@@ -154,8 +154,8 @@ def test_ctrl_c_saves_once_and_leaves_at_once_the_second_time(tmp_path):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-        process.send_signal(signal.SIGINT)  # what a launcher passes on is the same press
-        time.sleep(0.4)  # a second press comes so soon
+        process.send_signal(signal.SIGINT)  # forwarded by a launcher: counts as the same press
+        time.sleep(0.4)  # long enough for the next one to count as a second press
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -183,4 +183,4 @@ def _wait_for_rows(directory, seconds=90):
         if path.exists() and os.path.getsize(path) > 500:
             return
         time.sleep(0.02)
-    pytest.fail("no step was made")
+    pytest.fail("no step was completed")

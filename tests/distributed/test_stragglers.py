@@ -1,4 +1,4 @@
-"""The rank that others wait for is named, and so are the bytes that cross between hosts."""
+"""The rank that the others wait for is named, and traffic between hosts is estimated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A campaign of faults: an undisturbed reference run, a disturbed one, and the checks between them."""
+"""A fault-injection campaign: an undisturbed reference run, a disturbed run, and the checks that compare them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.training import training_arguments, write_json
 SAVE_STEPS = 10
 RANK_TIMEOUT_S = 8
 FIRST_STEP = " ETA "
-"""Printed by every step."""
+"""Printed at every step."""
 START_LIMIT_S = 120
 """From the start to the first step, on a busy machine."""
 LEAVE_LIMIT_S = RANK_TIMEOUT_S + 25

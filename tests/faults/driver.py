@@ -27,6 +27,7 @@ from tests.faults.processes import (
     Failed,
     Ranks,
     checkpoints,
+    done,
     metrics,
     mount_small_disk,
     saved,
@@ -104,8 +105,7 @@ class Faults(Campaign):
 
     def damage(self, kind: str) -> None:
         """Damage the newest checkpoint; the next start names the file and resumes from the previous checkpoint."""
-        self.usr1()
-        while len(checkpoints(self.directory)) < 2:
+        while len(checkpoints(self.directory)) < 2 or done(self.directory):
             self.usr1()
         newest, second = checkpoints(self.directory)[:2]
         file = self.random.choice(sorted(newest.iterdir()))

@@ -1,7 +1,7 @@
-"""End many processes that used process groups, and count those that did not end with code 0.
+"""Run many processes that use process groups, and count those that do not exit with code 0.
 
-A process whose gloo threads outlive the interpreter dies from SIGABRT in some of its ends only (see
-`diffmoe_ds.distributed.shutdown`), so this starts the same commands again and again:
+A process whose gloo threads outlive the interpreter is killed by SIGABRT only on some exits (see
+`diffmoe_ds.distributed.shutdown`), so this runs the same commands repeatedly:
 
     python -m tests.faults.ends --ends 200 --ranks 2 3 4
 """
@@ -25,24 +25,25 @@ COMMAND = ("-m", "diffmoe_ds.cli")
 LIMIT_S = 120
 """Seconds for one launch."""
 STAGES = (0, 1, 2, 3)
+WORKERS_THAT_END = ("selection", "exchange")
 
 
 @dataclass
 class Ends:
-    """The process ends of one command so far."""
+    """How the processes of one command have exited so far."""
 
     command: str
     processes: int = 0
     failures: list[str] = field(default_factory=list)
     """Output of each launch in which a process failed or hung."""
     left: int = 0
-    """Launches after which threads of process groups were left, so that a process skipped its finalization."""
+    """Launches in which threads of process groups remained at exit, so that a process skipped its finalization."""
     longest_s: float = 0.0
     """The longest launch."""
 
 
 class Campaign:
-    """Launches of every command, all below one folder."""
+    """Launches of every command, all in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,18 +51,18 @@ class Campaign:
         self.rows: dict[str, Ends] = {}
 
     def commands(self, world: int) -> dict[str, list[str]]:
-        """Return the arguments of Python by the name of each command."""
+        """Return the Python arguments of each command by name."""
         found = {f"train, ZeRO {stage}": self._train(world, stage) for stage in STAGES}
         sampling = ("--checkpoint", str(self.checkpoint), "--num-images", "5", "--steps", "1")
         found["sample"] = [*COMMAND, "sample", *sampling, "--out", str(self.folder / "samples")]
         preparing = ("--images", str(self.folder / "photographs"), "--size", "8", "--shard-images", "3")
         found["prepare"] = [*COMMAND, "prepare", "images", *preparing, "--out", str(self._new("prepared"))]
-        for name in ("selection", "exchange"):
+        for name in WORKERS_THAT_END:
             found[name] = [str(WORKERS / f"{name}.py")]
         return found
 
     def launch(self, name: str, world: int, arguments: list[str]) -> None:
-        """Start a command on ``world`` ranks and note how its processes ended."""
+        """Start a command on ``world`` ranks and record how its processes exited."""
         row = self.rows.setdefault(name, Ends(name))
         start = time.monotonic()
         try:
@@ -88,7 +89,7 @@ class Campaign:
 
 
 def start_ranks(world: int, arguments: list[str]) -> Finished:
-    """Run Python on ``world`` ranks, each in an interpreter of its own: the order of imports matters here.
+    """Run Python on ``world`` ranks, each in its own interpreter: the order of imports matters here.
 
     A fork of a process that has imported everything, as `run_ranks` starts it, has other references to its groups.
     """
@@ -98,10 +99,12 @@ def start_ranks(world: int, arguments: list[str]) -> Finished:
 
 
 def run(folder: Path, ends: int, ranks: Sequence[int]) -> dict[str, Ends]:
-    """Start every command until at least ``ends`` of its processes have ended, on each number of ranks in turn.
+    """Start commands until ``ends`` processes of each have ended, on each number of ranks in turn.
+
+    ``train`` and the workers have several kinds, which share that number.
 
     Returns:
-        What was counted, by command.
+        The counts by command.
     """
     campaign = Campaign(folder)
     arguments = training_arguments(None, campaign.checkpoint, "run.total_images=16")
@@ -109,14 +112,20 @@ def run(folder: Path, ends: int, ranks: Sequence[int]) -> dict[str, Ends]:
     assert prepared.code == 0, prepared.output
     photographs(folder / "photographs", 12, size=16)
     turn = 0
-    while turn < len(ranks) or min(row.processes for row in campaign.rows.values()) < ends:
+    while turn < len(ranks) or any(row.processes < share(name, ends) for name, row in campaign.rows.items()):
         world = ranks[turn % len(ranks)]
         for name, command in campaign.commands(world).items():
-            if name not in campaign.rows or campaign.rows[name].processes < ends:
+            if name not in campaign.rows or campaign.rows[name].processes < share(name, ends):
                 campaign.launch(name, world, command)
         turn += 1
         print(f"{sum(row.processes for row in campaign.rows.values())} processes have ended", flush=True)
     return campaign.rows
+
+
+def share(name: str, ends: int) -> int:
+    """Return how many processes of one kind have to end, for ``ends`` of its command."""
+    kinds = len(STAGES) if name.startswith("train") else len(WORKERS_THAT_END) if name in WORKERS_THAT_END else 1
+    return -(-ends // kinds)
 
 
 def table(rows: dict[str, Ends]) -> str:

@@ -1,4 +1,4 @@
-"""The processes of a run that is to be broken, the files it leaves, and a small disk."""
+"""The processes of a run under fault injection, the files that it writes, and a small disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ranks:
     """Process ids of those that the campaign killed while they ran."""
 
     def kill(self, process: subprocess.Popen) -> None:
-        """Send SIGKILL to a rank and wait for its end; one that has ended by itself keeps its exit code."""
+        """Send SIGKILL to a rank and wait for it; one that had already exited keeps its exit code."""
         process.kill()
         if process.wait() == -signal.SIGKILL:
             self.killed.add(process.pid)
@@ -37,17 +37,17 @@ class Ranks:
         return self.log.read_text(errors="replace")
 
     def wait(self, limit_s: float) -> list[int]:
-        """Return the exit codes of the ranks that the campaign did not kill; a death by a signal is negative.
+        """Return the exit codes of the ranks that the campaign did not kill; negative for a signal.
 
         Raises:
-            Failed: a rank still runs after ``limit_s`` seconds.
+            Failed: a rank is still running after ``limit_s`` seconds.
         """
         deadline = time.monotonic() + limit_s
         for process in self.processes:
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                raise Failed(f"a rank still runs after {limit_s} s:\n{self.text()[-3000:]}") from None
+                raise Failed(f"a rank is still running after {limit_s} s:\n{self.text()[-3000:]}") from None
         return [process.returncode for process in self.processes if process.pid not in self.killed]
 
     def end(self) -> None:

@@ -11,7 +11,7 @@ from tests.faults import driver
 @pytest.mark.parametrize(
     ("kill", "others"), (pytest.param(1, 1, id="short"), pytest.param(15, 10, id="long", marks=pytest.mark.long))
 )
-def test_faults_lose_nothing_and_hang_nowhere(tmp_path, kill, others):
+def test_faults_lose_nothing_and_never_hang(tmp_path, kill, others):
     """One trial per fault in CI, 15 kills of each kind and 10 of every other fault in the long campaign."""
     rows = driver.run(
         tmp_path, seed=7, kill=kill, kill_in_save=kill, others=others, report=lambda text, rows: print(text)

@@ -110,7 +110,7 @@ def test_samples(name, sampler, scale):
     assert_close(out, file[f"sample/{sampler}8_cfg{scale:g}"], f"{sampler} cfg {scale}")
 
 
-def test_missing_and_left_over_weights_are_named():
+def test_missing_and_unexpected_weights_are_named():
     file = golden("diffmoe_flow")
     config = json.loads(str(file["config"]))
     state = {key[len("state/") :]: torch.from_numpy(value) for key, value in file.items() if key.startswith("state/")}

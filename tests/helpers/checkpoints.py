@@ -17,7 +17,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def reseal(path: Path, meta: dict | None = None) -> None:
-    """Make a manifest for changed contents, as a person who edits a checkpoint could."""
+    """Write a manifest for changed contents, as a person who edits a checkpoint could."""
     if meta is not None:
         (path / META).write_text(json.dumps(meta))
     digests = {name: (file.stat().st_size, sha256_of(file)) for name in read_manifest(path) for file in [path / name]}

@@ -1,4 +1,4 @@
-"""What the tests of data share: small images, tar files, loaders, and a VAE in diffusers' format."""
+"""Shared by the data tests: small images, tar files, loaders, and a VAE in diffusers' format."""
 
 import functools
 import io
@@ -95,7 +95,7 @@ def tiny_vae(folder: Path, scaling_factor: float = 0.5) -> Path:
 
 
 def photographs(folder: Path, count: int, size: int = 40, classes: int = 3) -> Path:
-    """JPEG crops of the photographs that scikit-image ships, in class folders; the same for the same numbers."""
+    """JPEG crops of the photographs that scikit-image ships, in class folders; deterministic."""
     from skimage import data
 
     pictures = [data.astronaut(), data.cat(), data.coffee()]

@@ -1,8 +1,8 @@
 """A process that has imported torch, DeepSpeed and this package, and forks a rank for every request.
 
 ``fork_server.py FD PARENT MODULE ...``: requests arrive on the socket FD, each with an open file for the rank's
-output; the server ends with the process PARENT.  A rank that starts cold spends seconds importing; a forked one begins
-at once, and then runs and ends like any interpreter.  Only a process with a single thread can fork safely: the server
+output; the server exits with the process PARENT.  A rank that starts cold spends seconds importing; a forked one starts
+at once, and then runs and exits like any interpreter.  Only a process with a single thread can fork safely: the server
 starts no others, and checks that before each fork.
 """
 
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, of that process id, ends."""
+    """Have the kernel kill this process when its parent, the process ``parent``, exits."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

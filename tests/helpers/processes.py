@@ -49,7 +49,7 @@ IGNORED = (
 )
 """Variables that change in the test process without effect on a rank."""
 GRACE = 10
-"""Seconds that the other processes have to end after one has failed."""
+"""Seconds for the other processes to exit after one has failed."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ _held_ports: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface and that no other pytest process gets from here.
+    """Return a TCP port that is free on the loopback interface and that no other pytest process is given.
 
-    Outside the range from which the kernel takes ports for connections; a name of an abstract socket, which lasts as
-    long as this process, reserves it among pytest processes.
+    The port is outside the kernel's ephemeral range.  An abstract socket, which lasts as long as this process, reserves
+    it among pytest processes.
     """
     while True:
         port = random.SystemRandom().randrange(10000, 29000)
@@ -94,11 +94,11 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 ENVIRONMENT = clean_environment()
-"""That of the fork server, taken before any test can change it."""
+"""The fork server's environment, captured before any test can change it."""
 
 
 def rank_environment(rank: int, world: int, port: int, **extra: str) -> dict[str, str]:
-    """Return the environment of one rank of this machine, as torchrun would set it."""
+    """Return the environment of one rank on this machine, as torchrun would set it."""
     return clean_environment(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{TELL: "1"}, **extra,
@@ -106,15 +106,15 @@ def rank_environment(rank: int, world: int, port: int, **extra: str) -> dict[str
 
 
 def first_failure(codes: Sequence[int]) -> int:
-    """Return the first exit code that is not 0, or 0; a death by a signal (negative) is a failure."""
+    """Return the first exit code that is not 0, or 0; death by a signal (negative) is a failure."""
     return next((code for code in codes if code != 0), 0)
 
 
 def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: float = LAUNCH_TIMEOUT) -> Finished:
-    """Run commands together until all have ended, each in an interpreter or program of its own.
+    """Run commands in parallel until all have exited, each in a process of its own.
 
-    When one fails the others have ``GRACE`` seconds left, and when time is up they have none; what still runs is
-    killed, by process group.  A launch that is killed although no process has failed fails the test.
+    After one has failed, the others have ``GRACE`` seconds to exit.  What is still running then, or at the timeout, is
+    killed by process group.  A launch that is killed although no process has failed fails the test.
 
     Args:
         commands: arguments and environment of each process.
@@ -124,12 +124,12 @@ def run_processes(commands: list[tuple[list[str], dict[str, str]]], timeout: flo
 
 
 def run_ranks(world: int, arguments: list[str], timeout: float = LAUNCH_TIMEOUT, **extra: str) -> Finished:
-    """Run a Python script or module on ``world`` ranks of this machine, as `run_processes` does.
+    """Run a Python script or module on ``world`` ranks on this machine, as `run_processes` does.
 
-    A rank that could not end the threads of its process groups fails the test, whatever its exit code.
+    A rank that could not stop the threads of its process groups fails the test, whatever its exit code.
 
     The ranks are forks of a process that has imported everything, unless ``extra`` or the test has changed the
-    environment, which may matter to what is imported.
+    environment in a way that may affect an import.
 
     Args:
         world: the number of ranks.
@@ -266,7 +266,7 @@ class ForkServer:
             raise self._died() from error
 
     def receive(self, wait: float) -> None:
-        """Note the exit codes that the server has reported, waiting at most ``wait`` seconds for the first."""
+        """Record the exit codes that the server has reported, waiting at most ``wait`` seconds for the first."""
         while select.select([self._socket], [], [], wait)[0]:
             try:
                 message = self._socket.recv(1 << 16)
@@ -279,7 +279,7 @@ class ForkServer:
             wait = 0
 
     def close(self) -> None:
-        """End the server and, with it, what it has started."""
+        """Stop the server and, with it, the processes that it has started."""
         self._socket.close()
         try:
             self._process.wait(GRACE)
@@ -299,7 +299,7 @@ _servers: list[ForkServer] = []
 
 
 def fork_server() -> ForkServer:
-    """Return this process's fork server; start it if it does not run."""
+    """Return this process's fork server; start it if it is not running."""
     if not (_servers and _servers[-1].is_alive()):
         server = ForkServer()
         _servers.append(server)
@@ -308,10 +308,10 @@ def fork_server() -> ForkServer:
 
 
 def can_fork() -> bool:
-    """Return whether the environment is still that in which the fork server has imported its modules."""
+    """Return whether the environment is still the one in which the fork server imported its modules."""
     return _relevant(clean_environment()) == _relevant(ENVIRONMENT)
 
 
 def _relevant(environment: dict[str, str]) -> dict[str, str]:
-    """Return what may matter to an import; our DeepSpeed seam sets ``DS_ACCELERATOR`` where nobody has."""
+    """Return the variables that may affect an import; our DeepSpeed seam sets ``DS_ACCELERATOR`` if it is unset."""
     return {"DS_ACCELERATOR": "cpu", **{k: v for k, v in environment.items() if k not in IGNORED}}

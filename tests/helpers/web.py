@@ -15,9 +15,9 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves a folder.
 
     Attributes:
-        requests: method and path of each request, as they arrived.
-        faults: what the next GET requests meet, in order: a status, "cut" for a body that breaks off, or "stall" for
-            one that stops until the client goes away.
+        requests: method and path of each request, in order of arrival.
+        faults: responses to the next GET requests, in order: a status, "cut" for a truncated body, or "stall" for one
+            that pauses for three seconds before it is cut.
     """
 
     def __init__(self, folder: Path) -> None:

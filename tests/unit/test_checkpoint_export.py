@@ -62,7 +62,7 @@ def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
 
 
 def test_export_holds_one_piece_in_memory(tmp_path):
-    """The peak of what is read at once, counted: pieces, not tensors."""
+    """Count the values read at once: a piece, not a tensor."""
     largest = 0
 
     class Counting:
@@ -98,7 +98,7 @@ def test_a_header_that_lies_is_refused(tmp_path, run_directory):
         ModelFileReader(out)
 
 
-def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_directory):
+def test_a_model_with_other_classes_may_start_a_run_but_not_resume_one(run_directory):
     reader = CheckpointReader(newest_valid(run_directory, full=True))
     other = reader.config.model_copy(update={"model": reader.config.model.model_copy(update={"num_classes": 7})})
     check_same_model(reader, other, except_for=("num_classes",))
@@ -106,8 +106,8 @@ def test_models_of_other_classes_may_begin_a_run_but_not_continue_one(run_direct
         check_same_model(reader, other)
 
 
-def test_a_model_without_label_dropout_may_begin_from_one_with(run_directory):
-    """Its embedding has one row less, so that it keeps its own, as with other classes."""
+def test_a_model_without_label_dropout_may_start_from_one_with_it(run_directory):
+    """Its embedding has one row fewer, so it keeps its own, as with other classes."""
     reader = CheckpointReader(newest_valid(run_directory, full=True))
     other = reader.config.model_copy(update={"model": reader.config.model.model_copy(update={"label_dropout": 0.0})})
     check_same_model(reader, other, except_for=("num_classes", "label_dropout"))

@@ -1,4 +1,4 @@
-"""``meta.json``: what is written is read back, what old versions wrote keeps its meaning, damage is one sentence."""
+"""``meta.json``: round trips, files of older versions, and one-sentence errors for damaged files."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_every_key_of_the_file_is_tested():
     assert {*REQUIRED, *OPTIONAL} == TREE.keys()
 
 
-def test_the_file_is_the_one_that_older_versions_wrote_and_read():
-    """Key for key: both directions work across this version."""
+def test_the_format_is_the_one_that_older_versions_write_and_read():
+    """Key for key, so that files stay compatible in both directions."""
     assert TREE["format"] == 1 and TREE["shapes"] == {"w": [4, 2], "b": []}
     assert TREE["lr_now"] == {"lr": 3e-3, "betas": [0.9, 0.99]}
     assert TREE["layout"] == {
@@ -77,14 +77,14 @@ def test_the_file_is_the_one_that_older_versions_wrote_and_read():
 
 
 @pytest.mark.parametrize("key", REQUIRED)
-def test_a_missing_key_is_one_sentence(key):
+def test_a_missing_key_gives_a_one_sentence_error(key):
     tree = {name: value for name, value in TREE.items() if name != key}
     with pytest.raises(CheckpointError, match=rf"^meta\.json: (has )?{key} (is )?None, but"):
         parse_metadata(tree, META)
 
 
-def test_keys_that_old_checkpoints_lack_keep_their_meaning():
-    """No scheduler, begun from nothing, DeepSpeed settings and some of the layout unknown."""
+def test_keys_that_old_checkpoints_lack_have_defaults():
+    """No scheduler, not started from another run, DeepSpeed settings and parts of the layout unknown."""
     tree = {name: value for name, value in TREE.items() if name not in OPTIONAL}
     tree["layout"] = {"world": 2, "ep_size": 1, "zero_stage": 1, "global_batch": 32}
     found = parse_metadata({**tree, "from_a_later_version": [1]}, META)
@@ -125,7 +125,7 @@ def test_a_newer_format_says_what_to_do():
 
 
 @pytest.mark.parametrize("text", ("", "{", "[" * 100_000, '{"format": 1e999}', "\udc80"))
-def test_a_file_that_is_not_json_is_one_sentence(tmp_path, text):
+def test_a_file_that_is_not_json_gives_a_one_sentence_error(tmp_path, text):
     (tmp_path / META).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"meta\.json: (cannot be read|has format)"):
         read_metadata(tmp_path)

@@ -47,7 +47,7 @@ def test_streamed_files_are_safetensors(tmp_path_factory, shapes, dtype, cut):
     period=st.integers(0, 20),
     broken=st.sets(st.integers(1, 60)),
 )
-def test_retention_keeps_the_newest_whole_the_permanent_and_never_nothing(images, keep_last, period, broken):
+def test_retention_keeps_the_newest_valid_and_the_permanent_checkpoints(images, keep_last, period, broken):
     names = sorted(map(checkpoint_name, images), reverse=True)
     newest = names[0]
     removed = surplus(
@@ -83,7 +83,7 @@ def metadata(images: int) -> CheckpointMetadata:
 
 @pytest.fixture
 def save(tmp_path):
-    """Save a checkpoint of so many images and no weights, as the only rank of a group."""
+    """Save a checkpoint with a given image count and no weights, as the only rank of a group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def save(images: int, **keep: int) -> Path:
@@ -99,8 +99,8 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "checkpoints").iterdir())
 
 
-def test_checkpoints_of_a_branch_that_was_left_count_no_more(save, tmp_path, capsys):
-    """Back from 80 to 32 and on: 48 and 64 are kept, 80 is neither the newest nor one of the two newest; twice."""
+def test_checkpoints_of_an_abandoned_branch_no_longer_count(save, tmp_path, capsys):
+    """Go back from 80 images to 48 and on to 80, then back to 72: each time, the later checkpoints are set aside."""
     for images in (16, 32, 64, 80):
         save(images, keep_last=4)
     assert not capsys.readouterr().out
@@ -117,8 +117,8 @@ def test_checkpoints_of_a_branch_that_was_left_count_no_more(save, tmp_path, cap
 
 
 @pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", "latest"))
-def test_a_disk_that_is_full_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, file):
-    """The pointer's too: a checkpoint that is reported as not saved does not exist."""
+def test_a_full_disk_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, file):
+    """Also at the pointer: a checkpoint that is reported as not saved does not exist."""
     save(16)
     before = names(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Damaged and foreign checkpoints: the file is named and the next checkpoint taken."""
+"""Damaged and foreign checkpoints: the file is named and the next checkpoint is used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", ("rank_00000.safetensors", "meta.json", "manifest.json"))
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(run_copy, capsys, name, damage):
+def test_a_damaged_file_is_named_and_the_next_checkpoint_used(run_copy, capsys, name, damage):
     broken = run_copy / "checkpoints" / checkpoint_name(96)
     DAMAGE[damage](broken / name)
     found = newest_valid(run_copy, full=True)
@@ -49,7 +49,7 @@ def test_every_flipped_byte_of_a_file_is_found(run_copy):
 
 
 def test_damage_to_the_manifest_is_not_blamed_on_others(run_copy):
-    """Whatever byte of it flips, either nothing is lost or the manifest is named."""
+    """Whichever byte of it is flipped, either nothing is lost or the manifest is named."""
     path = run_copy / "checkpoints" / checkpoint_name(96)
     for position in range(0, (path / "manifest.json").stat().st_size, 3):
         flip(path / "manifest.json", position)
@@ -68,12 +68,12 @@ def test_no_valid_checkpoint_is_an_error_not_a_new_run(run_copy, capsys):
 
 
 @pytest.mark.parametrize("text", ("../../x\n", "/etc\n", "", "images_000000000999\n", "\xff\xfe", "a" * 5000))
-def test_a_pointer_to_nowhere_is_passed_over(run_copy, text):
+def test_an_invalid_pointer_is_ignored(run_copy, text):
     (run_copy / "checkpoints" / "latest").write_bytes(text.encode("latin-1"))
     assert newest_valid(run_copy, full=True).name == checkpoint_name(96)
 
 
-def test_the_pointer_decides_among_whole_ones(run_copy):
+def test_the_pointer_decides_among_valid_checkpoints(run_copy):
     (run_copy / "checkpoints" / "latest").write_text(checkpoint_name(64))
     assert [p.name for p in candidates(run_copy)] == [checkpoint_name(n) for n in (64, 96, 32)]
 
@@ -89,7 +89,7 @@ def test_the_pointer_decides_among_whole_ones(run_copy):
         ("[" * 100_000, "cannot be read"),
     ),
 )
-def test_a_foreign_description_is_refused(run_copy, content, message):
+def test_foreign_metadata_is_refused(run_copy, content, message):
     path = newest_valid(run_copy, full=True)
     (path / META).write_text(content)
     reseal(path)
@@ -99,7 +99,7 @@ def test_a_foreign_description_is_refused(run_copy, content, message):
 
 @pytest.mark.parametrize("key", ("files", "images", "step", "adam_step", "shapes", "layout", "config", "lr_now"))
 @pytest.mark.parametrize("value", (None, "x", -1, [1]))
-def test_a_description_with_a_wrong_value_is_refused(run_copy, key, value):
+def test_metadata_with_a_wrong_value_is_refused(run_copy, key, value):
     path = newest_valid(run_copy, full=True)
     meta = json.loads((path / META).read_text())
     reseal(path, {**meta, key: value})

@@ -30,7 +30,7 @@ def test_parameter_totals(name, kind, total):
 @pytest.mark.parametrize(
     ("name", "total", "activated"), (("S-E16", 139, 32), ("B-E16", 555, 130), ("L-E8", None, 458), ("L-E16", None, 458))
 )
-def test_activated_parameters_are_the_papers(name, total, activated):
+def test_activated_parameters_match_the_paper(name, total, activated):
     """Millions in the paper's tables (eq. 40, C = 1), which leave out routers and capacity predictors."""
     counts = count_parameters(load_config("imagenet-256", [f"model.name={name}"]))
     assert counts.activated / 1e6 == pytest.approx(activated, abs=1)
@@ -44,7 +44,7 @@ def test_every_name_parses_and_dense_is_e1():
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
-def test_shipped_recipes_load_and_come_back(name, tmp_path):
+def test_shipped_recipes_survive_a_round_trip(name, tmp_path):
     config = load_config(name)
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_config(config))
@@ -52,11 +52,11 @@ def test_shipped_recipes_load_and_come_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
-def test_shipped_recipes_draw_grids_that_cost_little(name):
+def test_sample_grids_of_shipped_recipes_are_cheap(name):
     run, sample = load_config(name).run, load_config(name).sample
     grids = run.total_images // run.sample_every_images
     forwards = grids * sample.num_images * sample.steps * (1 if sample.cfg_scale == 1 else 2)
-    assert grids >= 2 and forwards < 0.05 * 3 * run.total_images, "training is a forward pass and twice that backward"
+    assert grids >= 2 and forwards < 0.05 * 3 * run.total_images, "a training step costs about three forward passes"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_numbers_in_scientific_notation_are_numbers():
 
 
 @pytest.mark.parametrize("value", ("2024-13-45", "0b_", "!!bool x", "!!timestamp x", "9" * 5000, "!!map x", "[0x_]"))
-def test_a_value_that_is_none_is_named_with_its_file_and_line(tmp_path, value):
+def test_an_invalid_value_is_named_with_its_file_and_line(tmp_path, value):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"run:\n  seed: {value}\n")
     with pytest.raises(ConfigError) as error:

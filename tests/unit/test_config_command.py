@@ -80,7 +80,7 @@ def test_every_field_is_documented():
     for section in sections().values():
         assert section.meaning.endswith("."), section.name
     for key in KEYS:
-        assert len(key.meaning) > 15 and key.meaning.endswith("."), f"{key.name} needs a docstring, with a period"
+        assert len(key.meaning) > 15 and key.meaning.endswith("."), f"{key.name} needs a docstring ending in a period"
         assert "|" not in key.meaning, f"{key.name}: the page's tables are separated by |"
 
 
@@ -107,7 +107,7 @@ ACROSS = {
     "model.hidden_size", "model.num_heads", "model.input_size", "model.patch_size", "model.mlp_ratio",
     "routing.capacity", "routing.kind", "model.depth", "routing.num_experts", "model.name",
 }  # fmt: skip
-"""Keys with checks across keys, which a JSON schema cannot state."""
+"""Keys with checks across keys, which a JSON schema cannot express."""
 
 
 def accepted_alone(name: str, value: object) -> bool:
@@ -210,7 +210,7 @@ def test_a_recipe_is_shown_as_yaml_with_marks(capsys, tmp_path, name):
     code, out, _ = run(capsys, "--recipe", name)
     path = tmp_path / "shown.yaml"
     path.write_text(out)
-    assert code == 0 and load_config(str(path)) == load_config(name), "what is shown is a recipe itself"
+    assert code == 0 and load_config(str(path)) == load_config(name), "the output is itself a recipe"
     values = config_to_dict(load_config(name))
     for key in KEYS:
         section, _, short = key.name.partition(".")
@@ -238,7 +238,7 @@ def test_a_recipe_section_and_key(capsys):
         (["run", "--markdown"], "--markdown prints all sections; remove 'run'."),
     ),
 )
-def test_wrong_arguments_are_one_sentence(capsys, arguments, message):
+def test_wrong_arguments_give_a_one_sentence_error(capsys, arguments, message):
     code, _, err = run(capsys, *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
 
@@ -254,7 +254,7 @@ def test_it_runs_without_torch(arguments):
     assert done.stdout.endswith("\n[]\n"), done.stdout[-200:] + done.stderr
 
 
-def test_output_into_a_closed_pipe_is_no_traceback():
+def test_output_to_a_closed_pipe_gives_no_traceback():
     code = "import sys\nfrom diffmoe_ds.cli import main\nsys.exit(main(['config', '--json-schema']))"
     done = subprocess.run(f'{sys.executable} -c "{code}" | head -1', shell=True, capture_output=True, text=True)
     assert done.stdout == "{\n" and "Error" not in done.stderr

@@ -1,4 +1,4 @@
-"""What ``prepare check`` finds, and what training refuses: unfinished sets, an index that is not that of its shards."""
+"""What ``prepare check`` finds and training refuses: unfinished datasets, an index that does not match its shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_FINISHED = "is not finished; run the same diffmoe prepare again to finish it
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Photographs and the four shards that are made of them."""
+    """Photographs and the four shards made from them."""
     folder = tmp_path_factory.mktemp("made")
     photographs(folder / "photographs", 12, size=16)
     assert prepare(folder, folder / "set") == 0
@@ -38,7 +38,7 @@ def prepare(made: Path, out: Path) -> int:
 
 
 def check(folder: Path, capsys) -> list[str]:
-    """The problems that ``prepare check`` finds; its exit code must fit."""
+    """The problems that ``prepare check`` finds; its exit code must match."""
     capsys.readouterr()
     code = main(["prepare", "check", str(folder), "--json"])
     problems = json.loads(capsys.readouterr().out)["problems"]
@@ -47,7 +47,7 @@ def check(folder: Path, capsys) -> list[str]:
 
 
 @pytest.mark.parametrize("lost", ["parts", "settings.json", None])
-def test_an_unfinished_preparation_is_no_set(made, monkeypatch, tmp_path, lost, capsys):
+def test_an_unfinished_preparation_is_not_a_dataset(made, monkeypatch, tmp_path, lost, capsys):
     out = tmp_path / "set"
     with monkeypatch.context() as rank:  # one of two ranks has done its shards
         for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
@@ -67,15 +67,15 @@ def test_an_unfinished_preparation_is_no_set(made, monkeypatch, tmp_path, lost, 
         assert prepare(made, out) == 0 and check(out, capsys) == []
 
 
-def test_others_settings_are_no_preparation(tmp_path):
+def test_a_foreign_settings_file_is_not_a_preparation(tmp_path):
     write_tar(tmp_path / "a.tar", [("a.png", PNG)])
     (tmp_path / "settings.json").write_text('{"size": 3}')
     assert len(ShardDataset(expand(tmp_path))) == 1
 
 
 @pytest.mark.parametrize("column", ["label", "offset", "key_offset"])
-def test_an_index_that_is_not_that_of_its_shards(made, tmp_path, column, capsys):
-    """With its checksum it is refused when it is opened; without one only a look into the shards shows it."""
+def test_an_index_that_does_not_match_its_shards(made, tmp_path, column, capsys):
+    """With its checksum it is refused on opening; without one, only reading the shards reveals it."""
     shutil.copytree(made / "set", tmp_path / "set")
     samples = np.load(tmp_path / "set" / SAMPLES)
     samples[:, Entry._fields.index(column)] = samples[::-1, Entry._fields.index(column)]
@@ -104,7 +104,7 @@ def test_an_index_with_other_sizes_or_without_hashes(made, tmp_path, capsys):
         assert "lacks the table sha256 of the shards" in check(tmp_path / "set", capsys)[0]
 
 
-def test_more_shards_than_a_process_may_have_files(tmp_path, capsys):
+def test_more_shards_than_a_process_may_open(tmp_path, capsys):
     for number in range(80):
         write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.png", PNG)])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -116,7 +116,7 @@ def test_more_shards_than_a_process_may_have_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loss", ["gone", "cut"])
-def test_a_lost_shard_is_missed_and_made_again(made, tmp_path, loss, capsys):
+def test_a_lost_shard_is_detected_and_regenerated(made, tmp_path, loss, capsys):
     out = tmp_path / "set"
     shutil.copytree(made / "set", out)
     kept, shard = tree(out), out / "shards-00002.tar"
@@ -126,13 +126,13 @@ def test_a_lost_shard_is_missed_and_made_again(made, tmp_path, loss, capsys):
         os.truncate(shard, 512)
     with pytest.raises(DataError, match=r"shards-00002.tar (cannot be read: No such file|has 512 bytes)"):
         open_source(out)
-    assert len(ShardDataset(expand(f"{out}/shards-0000[01].tar"))) == 6, "a pattern asks for no more"
+    assert len(ShardDataset(expand(f"{out}/shards-0000[01].tar"))) == 6, "a pattern needs only its matches"
     assert any("shards-00002.tar" in problem for problem in check(out, capsys))
     assert prepare(made, out) == 0 and tree(out) == kept and not (out / "parts").exists()
     assert "is complete again, 1 shard(s) regenerated" in capsys.readouterr().out
 
 
-def test_a_shard_that_can_no_longer_be_made_is_not_replaced(made, tmp_path, capsys):
+def test_a_shard_that_cannot_be_reproduced_is_not_replaced(made, tmp_path, capsys):
     shutil.copytree(made / "photographs", tmp_path / "photographs")
     shutil.copytree(made / "set", tmp_path / "set")
     for path in (tmp_path / "photographs").rglob("*.jpg"):
@@ -143,7 +143,7 @@ def test_a_shard_that_can_no_longer_be_made_is_not_replaced(made, tmp_path, caps
     assert not (tmp_path / "set" / "shards-00001.tar").exists()
 
 
-def test_a_damaged_index_is_made_anew(made, tmp_path, capsys):
+def test_a_damaged_index_is_regenerated(made, tmp_path, capsys):
     shutil.copytree(made / "set", tmp_path / "set")
     os.truncate(tmp_path / "set" / SAMPLES, 100)
     assert prepare(made, tmp_path / "set") == 0 and tree(tmp_path / "set") == tree(made / "set")

@@ -1,7 +1,8 @@
-"""Shards that are cut off, damaged, too big or changing: an error that names them, never a wrong sample."""
+"""Shards that are truncated, damaged, too big or changing: an error that names them, never a wrong sample."""
 
 import os
 import pickle
+import random
 import tarfile
 
 import pytest
@@ -40,7 +41,7 @@ SIX_MEMBERS = [(f"{key}.{suffix}", PNG if suffix == "png" else b"1") for key in 
 @given(data=st.data())
 def test_a_truncated_shard_is_refused(tmp_path_factory, name, data):
     path = write_tar(tmp_path_factory.mktemp("truncated") / name, SIX_MEMBERS)
-    # Of a plain tar only the zeros that fill up the file may be missing; each member takes two blocks of 512 bytes.
+    # Only the zero padding at the end of a plain tar may be missing; each member takes two blocks of 512 bytes.
     needed = 6 * 1024 + 512 if name == "a.tar" else path.stat().st_size
     os.truncate(path, data.draw(st.integers(0, needed - 1)))
     with pytest.raises(DataError, match=UNREADABLE):
@@ -58,7 +59,7 @@ def test_a_damaged_header_is_refused(tmp_path_factory, member, byte, change):
         ShardDataset([path])
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8bhello", bytes(100), os.urandom(2000)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8bhello", bytes(100), random.Random(0).randbytes(2000)])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(DataError, match=UNREADABLE):
@@ -87,7 +88,7 @@ def test_a_name_that_leads_out_of_the_archive(tmp_path, name):
 @pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize(("name", "refused"), [("a.webp", True), ("b.cls", True), ("a.txt", False)])
 def test_a_member_of_ten_gigabytes(tmp_path, name, refused, complete):
-    """It is never read: as a file with a hole it takes no space, and as a claim alone it is a shard cut off."""
+    """It is never read: as a sparse file it takes no space, and without its contents the shard is truncated."""
     path, size = tmp_path / "a.tar", 10 << 30
     small = write_tar(tmp_path / "small.tar", LABELLED).read_bytes()
     info = tarfile.TarInfo(name)

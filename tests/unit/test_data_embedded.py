@@ -1,4 +1,4 @@
-"""The embedded data set and the script that makes it."""
+"""The embedded dataset and the script that builds it."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ def test_embedded_shard_is_the_documented_one():
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_make_shard_gives_the_same_bytes_again(tmp_path, suffix, capsys):
+def test_make_shard_is_reproducible(tmp_path, suffix, capsys):
     images = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
     labels = np.array([1, 0, 1, 1, 0, 2, 2, 2, 0, 1, 0, 2], np.uint8)
     opener = gzip.open if suffix else open

@@ -1,4 +1,4 @@
-"""The emoji recipe: a package made here of the form of emoji-datasource-google, unpacked and packed."""
+"""The emoji recipe: a synthetic package in the layout of emoji-datasource-google, unpacked and as .tgz."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_pictures_labels_and_captions(tmp_path):
     assert index["classes"] == ["Activities", "Flags", "Symbols"]
 
 
-def test_skin_tones_are_asked_for(tmp_path):
+def test_skin_tones_are_included_on_request(tmp_path):
     made = package(tmp_path / "package")
     assert main([str(made), "--skin-tones", "--out", str(tmp_path / "out")]) == 0
     dataset = ShardDataset(expand(tmp_path / "out"))
@@ -92,8 +92,8 @@ def test_no_package(tmp_path, content, capsys):
     assert "emoji-datasource-google" in capsys.readouterr().err
 
 
-def test_the_recipe_is_for_these_pictures():
+def test_the_recipe_fits_these_images():
     config = load_config("emoji")
     model = config.model
     assert (model.in_channels, model.input_size, model.num_classes) == (3, 64, 9) and config.data.path == "emoji"
-    assert not config.data.horizontal_flip, "a mirrored flag or letter is another"
+    assert not config.data.horizontal_flip, "a mirrored flag or letter is a different one"

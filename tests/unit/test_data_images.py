@@ -1,4 +1,4 @@
-"""Raw images: every kind that cameras and the web produce is read rightly or refused, and folders give right labels."""
+"""Raw images: every kind that cameras and the web produce is read correctly or refused; folders give the labels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     assert np.asarray(open_rgb(data))[0, 0].tolist() == [0x80, 0xFF, 0x12]
 
 
-def test_transparency_is_laid_on_white():
+def test_alpha_is_composited_onto_white():
     clear = np.zeros((2, 2, 4), np.uint8)
     clear[0, 0] = 10, 20, 30, 255
     pixels = np.asarray(open_rgb(image_file(clear)))
@@ -71,11 +71,11 @@ def test_transparency_is_laid_on_white():
     assert (found[np.asarray(palette) == 0] == 255).all()
     grey = saved(Image.merge("LA", [Image.new("L", (2, 2), 40), Image.fromarray(clear[..., 3])]), "PNG")
     assert decode_pixels(grey, "png").tolist() == [[[40, 255], [255, 255]]]  # grey stays one channel
-    for data in (image_file(clear), saved(palette, "PNG", transparency=0), grey):  # shards are read alike
+    for data in (image_file(clear), saved(palette, "PNG", transparency=0), grey):  # shards are decoded alike
         assert (decode_pixels(data, "png") == np.asarray(open_rgb(data)).transpose(2, 0, 1)).all()
 
 
-def test_the_second_view_of_a_camera_is_left_out():
+def test_only_the_first_view_of_a_camera_is_read():
     pictures = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     photograph = saved(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
     assert np.asarray(open_rgb(photograph))[0, 0].tolist() == [254, 0, 0]
@@ -142,7 +142,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 
 
 def reference_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """ADM's rule, as its paper's code states it: halve by BOX, resize by BICUBIC, cut the middle."""
+    """ADM's crop, as in its published code: halve with BOX, resize with BICUBIC, crop the centre."""
     while min(*picture.size) >= 2 * size:
         picture = picture.resize(tuple(side // 2 for side in picture.size), resample=Image.Resampling.BOX)
     scale = size / min(*picture.size)
@@ -153,7 +153,7 @@ def reference_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (31, 90), (200, 77), (16, 16), (5, 9), (33, 32)])
-def test_the_crop_is_adms(shape):
+def test_the_crop_matches_adm(shape):
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8))
     crop = centre_crop(picture, 16)
     assert crop.shape == (3, 16, 16) and crop.dtype == np.uint8 and crop.flags.c_contiguous
@@ -211,7 +211,7 @@ def test_folders_that_are_refused(tmp_path, names, message, capsys):
 
 
 def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
-    """One of each kind: right pixels or a line in the report, nothing else."""
+    """One of each kind: stored or listed in the report."""
     monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 1 << 16)
     folder = put(tmp_path / "images", "a/good.png")
     exif = Image.Exif()
@@ -223,7 +223,7 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
     (folder / "a" / "moving.gif").write_bytes(frames("GIF"))
     (folder / "a" / "huge.png").write_bytes(PNG + bytes(1 << 16))
     (folder / "a" / "secret.png").symlink_to("/nowhere")
-    os.mkfifo(folder / "a" / "pipe.png")  # would be waited for
+    os.mkfifo(folder / "a" / "pipe.png")  # opening it would block
     (folder / "a" / "strip.png").write_bytes(saved(Image.new("RGB", (1_500_000, 1)), "PNG"))
     arguments = ["--images", str(folder), "--size", "8", "--out", str(tmp_path / "out"), "--max-unreadable", "0.6"]
     assert main(["prepare", "images", *arguments]) == 0
@@ -236,7 +236,7 @@ def test_odd_files_among_good_ones_are_counted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("image", ["a/1.png", "1.png", "a/b/1.png"])
 def test_a_folder_of_both_shards_and_images_is_refused(tmp_path, image, capsys):
-    """A stray tar beside class folders would otherwise be the whole set, or the class folders be missed."""
+    """Otherwise a stray tar next to class folders would pass for the whole dataset, or be ignored."""
     folder = put(tmp_path / "images", image)
     write_tar(folder / "stray.tar", [("s.png", PNG)])
     message = rf"holds both shards, such as stray.tar, and images, such as {image}; give .*/\*.tar for the shards"
@@ -248,7 +248,7 @@ def test_a_folder_of_both_shards_and_images_is_refused(tmp_path, image, capsys):
 
 
 def test_tars_as_users_pack_them(tmp_path):
-    """Links are counted, rare kinds are read as in folders, and labels are ignored where that is asked."""
+    """Links are reported, rare kinds are read as in folders, and labels are ignored on request."""
     members = [("x.png", PNG), ("x.cls", b"7"), ("z.gif", image_file(GREY, "GIF")), ("z.cls", b"7")]
     write_tar(tmp_path / "in.tar", members)
     with tarfile.open(tmp_path / "in.tar", "a") as tar:
@@ -275,7 +275,7 @@ def test_names_that_lead_out_of_an_archive(tmp_path, name, capsys):
     assert sorted(os.listdir(tmp_path.parent)) == before and sorted(os.listdir(tmp_path)) == ["in.tar"]
 
 
-def test_a_latent_shard_is_no_source_of_images(tmp_path, capsys):
+def test_a_latent_shard_is_not_a_source_of_images(tmp_path, capsys):
     write_tar(tmp_path / "in.tar", [("a.npy", npy(np.zeros((4, 2, 2), np.float32))), ("a.cls", b"0")])
     arguments = ["prepare", "images", "--images", str(tmp_path / "in.tar"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 4

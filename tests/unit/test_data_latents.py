@@ -1,4 +1,4 @@
-"""Prepared latents in the loader: mirror, posterior, scaling, windows; and raw images that are encoded on the way."""
+"""Prepared latents in the loader: mirror, posterior, scaling, windows; and raw images that are encoded on the fly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_latents(folder: Path, count: int, shards: int = 3, form: LatentFormat 
 
 
 def index_of(folder: Path) -> Path:
-    """Give a folder of shards its index."""
+    """Write the index of a folder of shards and return the folder."""
     parts = []
     for path in sorted(folder.glob("*.tar")):
         with open(path, "rb") as file:
@@ -87,7 +87,7 @@ def test_posterior_noise_is_normal_and_leaves_the_other_draws_alone():
     assert with_noise[:3] == without[:3] and (with_noise.noise == without.noise).all() and without.posterior is None
     assert len({draws(p).posterior.tobytes() for p in range(40)}) == 40
     assert posterior_noise(philox(1, 1, 1), SHAPE).shape == SHAPE
-    known = training_draws(7, 12348, (1, 1, 3), 0.5, posterior=True).posterior.ravel()  # old runs continue
+    known = training_draws(7, 12348, (1, 1, 3), 0.5, posterior=True).posterior.ravel()  # old runs depend on it
     np.testing.assert_allclose(known, KNOWN_POSTERIOR, 1e-6)
 
 
@@ -119,7 +119,7 @@ def test_an_index_opens_without_reading_the_shards(folder, tmp_path, monkeypatch
     assert len(ShardDataset(expand("s-1.tar"))) == 7
 
 
-def test_scanned_shards_of_a_big_set_keep_their_index(folder, tmp_path, monkeypatch):
+def test_the_index_of_a_big_scanned_dataset_is_kept(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "set")
     monkeypatch.setattr(shards, "KEEP_INDEX_FROM_BYTES", 1)
     first = ShardDataset(expand(tmp_path / "set"))
@@ -158,7 +158,7 @@ def test_a_damaged_index_is_refused(folder, tmp_path, name, how):
         ShardDataset(expand(tmp_path / "set"))
 
 
-def test_a_shard_that_is_not_the_indexed_one(folder, tmp_path):
+def test_a_shard_that_does_not_match_its_index(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "set")
     index_of(tmp_path / "set")
     with open(tmp_path / "set" / "s-1.tar", "ab") as file:
@@ -230,7 +230,7 @@ def test_subset_needs_all_names(folder, tmp_path):
 # --- raw images ----------------------------------------------------------------------------------------------
 
 
-def test_raw_images_are_encoded_on_the_way(tmp_path):
+def test_raw_images_are_encoded_on_the_fly(tmp_path):
     from diffmoe_ds.data.vae import VAE, EncodingLoader
 
     photographs(tmp_path / "photographs", 10, size=24)

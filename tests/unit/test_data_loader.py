@@ -1,4 +1,4 @@
-"""The loader: the same stream on every layout, from every start, with any workers."""
+"""The loader: the same stream for every layout, start position and number of workers."""
 
 import multiprocessing
 import re
@@ -139,7 +139,7 @@ def test_global_random_state_is_left_alone(small):
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
 
 
-def test_workers_end_with_an_unfinished_iterator(small):
+def test_workers_exit_with_an_unfinished_iterator(small):
     """Also if an exception whose traceback refers to the loader is still alive, and without being terminated."""
     batches = iter(loader(small, num_workers=2))
     next(batches), next(batches)
@@ -159,7 +159,7 @@ from functools import partial
 from diffmoe_ds.rng import training_draws
 draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
 batches = iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=2))
-next(batches), next(batches)  # one of each worker: both have begun
+next(batches), next(batches)  # one from each worker, so both have started
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, number)
@@ -171,6 +171,6 @@ sys.exit(7)
 """
 
 
-def test_workers_outlive_what_stops_a_run_gently_and_end_with_it():
+def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it():
     finished = run_processes([([sys.executable, "-c", SIGNALLED], clean_environment())], timeout=60)
     assert "went on" in finished.output and finished.code == 7 and "Traceback" not in finished.output

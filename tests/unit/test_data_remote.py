@@ -1,4 +1,4 @@
-"""Shards behind URLs: fetched once for all readers, never a part of one, and room is made in the cache."""
+"""Remote shards: fetched once for all readers, never partially, and evicted when the cache is full."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_a_url():
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_the_stream_is_that_of_the_files(served, url, tmp_path, window):
+def test_the_stream_is_the_same_as_from_local_files(served, url, tmp_path, window):
     local = by_position(take(3, loader(ShardDataset(expand(served)), shuffle_window=window)))
     for number, path in enumerate((f"{url}/s-{{0..3}}.tar", f"pipe:cat {served}/s-{{0..3}}.tar")):
         dataset = ShardDataset(expand(path), ShardCache(tmp_path / f"cache-{number}", 10**9))
@@ -71,7 +71,7 @@ def test_the_stream_is_that_of_the_files(served, url, tmp_path, window):
         assert dataset.remote_bytes() == sum(path.stat().st_size for path in served.glob("*.tar"))
 
 
-def test_an_index_beside_the_shards_is_used_and_shards_are_fetched_when_needed(served, url, tmp_path):
+def test_an_index_next_to_the_shards_is_used_and_shards_are_fetched_on_demand(served, url, tmp_path):
     index_of(served)
     cache = ShardCache(tmp_path / "cache", 10**9)
     dataset = ShardDataset(expand(f"{url}/s-{{0..3}}.tar"), cache)
@@ -88,7 +88,7 @@ def test_an_index_beside_the_shards_is_used_and_shards_are_fetched_when_needed(s
         dataset[7]
 
 
-def test_a_kept_shard_of_another_size_than_the_index_says_is_fetched_again(served, url, tmp_path):
+def test_a_cached_shard_whose_size_differs_from_the_index_is_fetched_again(served, url, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10**9)
     assert len(ShardDataset(expand(f"{url}/s-{{0..3}}.tar"), cache)) == COUNT  # fetches all
     members = []
@@ -106,7 +106,7 @@ def read_all(folder: Path) -> None:
     assert [dataset[i].label for i in range(COUNT)] == [n % 4 for n in range(COUNT)]
 
 
-def test_processes_of_a_host_fetch_each_shard_once(served, tmp_path):
+def test_processes_on_a_host_fetch_each_shard_once(served, tmp_path):
     context = get_context("fork")
     processes = [context.Process(target=read_all, args=(tmp_path,)) for _ in range(3)]
     for process in processes:
@@ -161,7 +161,7 @@ def test_what_cannot_be_fetched_is_named_and_not_kept(served, url, tmp_path, pat
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_file() and p.suffix not in (".tar", ".lock")]
 
 
-def test_the_cache_must_hold_what_is_read_at_a_time(served, tmp_path, capsys):
+def test_the_cache_must_hold_what_is_read_at_once(served, tmp_path, capsys):
     path = f"data.path=pipe:cat {served}/s-{{0..3}}.tar"
     small = ["data.cache_gb=1e-5", f"data.cache_dir={tmp_path / 'cache'}", "model.num_classes=4"]
     with pytest.raises(ConfigError, match=r"data.cache_gb is 1e-05, .* or set data.shuffle=window"):

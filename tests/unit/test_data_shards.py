@@ -85,7 +85,7 @@ def test_groups_members_as_webdataset_does(tmp_path):
 
 
 def test_links_and_devices_are_not_followed(tmp_path):
-    """A picture that is one cannot be read, and is not silently missed; anything else is passed over."""
+    """An image that is a link or device cannot be read, and is not silently skipped; anything else is ignored."""
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         for name, kind in (
@@ -102,8 +102,8 @@ def test_links_and_devices_are_not_followed(tmp_path):
             dataset[index]
 
 
-def test_masks_beside_photographs(tmp_path):
-    """Kinds that are rare in shards are the image where there is no other."""
+def test_masks_next_to_photographs(tmp_path):
+    """A kind that is rare in shards is the image only if there is no other."""
     members = [("a.png", PNG), ("a.tif", b"a mask")]
     for name, kind in (("b.gif", "GIF"), ("c.BMP", "BMP"), ("d.tiff", "TIFF")):
         members.append((name, image_file(GREY, kind)))

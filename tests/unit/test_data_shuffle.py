@@ -19,7 +19,7 @@ def test_a_shuffle_is_a_pure_permutation(seed, epoch, n):
     assert sample_index(seed, epoch * n + n - 1, n) == shuffle[-1]
 
 
-def test_every_image_once_an_epoch_in_another_shuffle():
+def test_every_epoch_has_every_image_once_in_a_new_order():
     epochs = [[sample_index(3, epoch * 50 + i, 50) for i in range(50)] for epoch in range(4)]
     assert all(sorted(shuffle) == list(range(50)) for shuffle in epochs)
     assert len({tuple(shuffle) for shuffle in epochs}) == 4
@@ -37,7 +37,7 @@ def test_a_window_reads_every_image_once_and_few_shards_at_a_time(seed, sizes, w
     shuffle = WindowShuffle(seed, sizes, window)
     read = [shuffle(epoch * n + i) for i in range(n)]
     assert sorted(read) == list(range(n))
-    assert [WindowShuffle(seed, sizes, window)(epoch * n + i) for i in reversed(range(n))] == read[::-1], "no memory"
+    assert [WindowShuffle(seed, sizes, window)(epoch * n + i) for i in reversed(range(n))] == read[::-1], "stateless"
     shard_of = np.searchsorted(ends, read, side="right")
     left = np.array(sizes)
     for start in range(0, n, window):
@@ -46,16 +46,16 @@ def test_a_window_reads_every_image_once_and_few_shards_at_a_time(seed, sizes, w
         assert ahead is None or ahead - {s for s in ahead if sizes[s] == 0} == found
         np.subtract.at(left, shard_of[start : start + window], 1)
         started = [s for s in range(len(sizes)) if 0 < left[s] < sizes[s]]
-        assert len(started) <= 1, "only the shard across the window's end is half read"
+        assert len(started) <= 1, "only the shard that straddles the window's end is partially read"
 
 
-def test_windows_of_old_runs_continue():
+def test_window_shuffles_of_old_runs_can_be_resumed():
     shuffle = WindowShuffle(7, [3, 4, 5], 5)
     assert [shuffle(36 + i) for i in range(12)] == [8, 1, 7, 2, 0, 4, 9, 11, 10, 3, 6, 5]
 
 
-def test_old_runs_continue():
-    """A release that changes these numbers cannot continue a run begun before it."""
+def test_old_runs_can_be_resumed():
+    """A release that changes these numbers cannot resume runs started before it."""
     assert epoch_shuffle(7, 3, 10).tolist() == [2, 8, 9, 4, 0, 6, 7, 5, 1, 3]
     draws = training_draws(7, 12348, (1, 1, 3), 0.5)
     assert (draws.flip, draws.drop, draws.time) == (True, False, 0.31956297159194946)
@@ -82,7 +82,7 @@ def test_draws_have_their_distributions():
 
 
 def test_streams_never_coincide():
-    """Training noise, sampling noise and the shuffle, of neighbouring seeds and positions, share no 64-bit word."""
+    """Neighbouring seeds and positions share no noise, and sampling streams share no 64-bit word."""
     generators = [image_stream(seed).bit_generator for seed in range(4)]
     words = np.concatenate([generator.random_raw(1000) for generator in generators])
     noises = [training_draws(seed, position, SHAPE, 0.0).noise.ravel() for seed in range(4) for position in range(4)]

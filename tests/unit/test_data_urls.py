@@ -1,4 +1,4 @@
-"""Downloads through fsspec: https and s3, retries, and one sentence for whatever goes wrong."""
+"""Downloads through fsspec: https and s3, retries, and one sentence for every failure."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_retries_end(server, tmp_path):
     assert len(server.requests) == remote.ATTEMPTS
 
 
-def test_a_server_that_stalls_is_given_up(server, tmp_path, monkeypatch):
+def test_a_stalled_download_is_retried(server, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "READ_TIMEOUT", 0.3)
     server.faults = ["stall"]
     fetch(f"{server.url}/bucket/a.tar", tmp_path / "a")
@@ -65,7 +65,7 @@ def test_a_signed_url_is_sent_as_it_is(server, tmp_path):
     assert server.requests == [("GET", "/bucket/a.tar?signature=a%2Fb%3D&x=1%2B1")]
 
 
-def test_a_server_that_is_not_there_is_not_retried(server, tmp_path):
+def test_an_unreachable_server_is_an_error(server, tmp_path):
     port = server.server_port
     server.shutdown()
     server.server_close()

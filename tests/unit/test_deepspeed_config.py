@@ -21,7 +21,7 @@ def resolve(raw: dict, *overrides: str, world: int = 1, local_world: int | None 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world", (1, 2, 4, 32))
-def test_shipped_json_resolves_at_many_sizes(path, world):
+def test_shipped_json_resolves_for_many_world_sizes(path, world):
     raw = read_deepspeed_json(path)
     settings = resolve(raw, world=world, local_world=min(world, 8))
     assert settings.micro_batch * settings.accumulation * world == settings.global_batch
@@ -184,7 +184,7 @@ def test_strict_json(tmp_path, text, message):
         read_deepspeed_json(path)
 
 
-def test_tensorboard_section_places_the_files():
+def test_tensorboard_section_sets_the_directory():
     section = {"enabled": True, "output_path": "logs", "job_name": "mine"}
     settings = resolve({"train_batch_size": 8, "tensorboard": section})
     assert (settings.tensorboard, settings.tensorboard_dir) == (True, "logs/mine")

@@ -137,7 +137,7 @@ def test_losses_are_float32_and_per_image(kind):
         torch.testing.assert_close(one, values_B[3:4])
 
 
-def test_tables_first_used_while_sampling_can_be_trained_with():
+def test_tables_first_used_in_inference_mode_work_in_training():
     process = dit_diffusion()
     x, noise, t = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4), torch.tensor([0, 400])
     output = torch.randn(2, 4, 4, 4, requires_grad=True)
@@ -167,7 +167,7 @@ def test_even_respacing(count):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, "", "10", "ddim10", 2.5, True, None])
-def test_respacing_refuses(steps):
+def test_respacing_refuses_invalid_counts(steps):
     with pytest.raises(ConfigError, match="steps must be an integer from 1 to 1000, got"):
         DIFFUSION.respaced(steps)
 
@@ -196,7 +196,7 @@ def test_objectives():
 
 
 @pytest.mark.parametrize("kind", ["flow", "ddpm"])
-def test_noise_level_orders_how_noisy_images_are(kind):
+def test_noise_level_orders_images_by_noise(kind):
     objective = make_objective(kind)
     x, noise = torch.ones(50, 1, 4, 4), torch.zeros(50, 1, 4, 4)
     t = objective.model_time(torch.rand(50))

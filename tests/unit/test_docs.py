@@ -61,7 +61,7 @@ def test_relative_links_resolve(page: str) -> None:
         path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
         if not path.exists() or (anchor and anchor not in anchors(path.relative_to(ROOT).as_posix())):
             broken.append(target)
-    assert not broken, f"{page} links to what does not exist: {broken}"
+    assert not broken, f"{page} has broken links: {broken}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -92,7 +92,7 @@ def test_map_lists_every_folder() -> None:
     listed = {line.split()[0].rstrip("/") for line in blocks[0].splitlines() if line.strip()}
     top = {path.name for path in ROOT.iterdir() if path.is_dir() and _has_sources(path)}
     package = {path.name for path in (ROOT / "diffmoe_ds").iterdir() if path.is_dir() and _has_sources(path)}
-    assert top | package <= listed, f"missing in the map: {sorted((top | package) - listed)}"
+    assert top | package <= listed, f"missing from the map: {sorted((top | package) - listed)}"
     inside = {path.name for path in (ROOT / "diffmoe_ds").iterdir()}
     unknown = {name for name in listed if not (ROOT / name).exists() and name not in inside}
     assert not unknown, f"in the map, but not in the repository: {sorted(unknown)}"
@@ -118,7 +118,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def parsed_by(words: list[str]) -> tuple[str, list[str]] | None:
-    """(module, arguments) of our program in a command line; None for other programs."""
+    """(module, arguments) if a command line runs our program; None for other programs."""
     text = " ".join(words)
     if words[0] == "diffmoe":
         return "diffmoe_ds.cli", words[1:]
@@ -180,7 +180,7 @@ def test_modules_in_backticks_exist(page: str) -> None:
 
 @cache
 def texts() -> list[str]:
-    """Every string of the sources with its placeholders as a null character; scripts as one text each."""
+    """Every string of the sources with placeholders as null characters; each script is one text."""
     scripts = [path for folder in ("launchers", "slurm") for path in (ROOT / folder).iterdir()]
     found = [path.read_text(encoding="utf-8") for path in scripts]
     for path in (ROOT / "diffmoe_ds").rglob("*.py"):
@@ -197,7 +197,7 @@ def texts() -> list[str]:
 
 
 def quoted_messages() -> list[str]:
-    """What the first column of the tables of troubleshooting.md quotes in italics-free code spans."""
+    """The messages in code spans in the first column of the tables of troubleshooting.md."""
     rows = re.findall(r"^\| (.*?) \|", read("docs/troubleshooting.md"), re.MULTILINE)
     return [span for row in rows for span in INLINE.findall(row) if " " in span]
 
@@ -205,4 +205,4 @@ def quoted_messages() -> list[str]:
 @pytest.mark.parametrize("message", quoted_messages())
 def test_quoted_messages_occur_in_the_sources(message: str) -> None:
     pattern = re.compile(".*".join(re.escape(part) for part in message.split("...")), re.DOTALL)
-    assert any(pattern.search(text) for text in texts()), f"no message of the program is like: {message}"
+    assert any(pattern.search(text) for text in texts()), f"no message in the sources matches: {message}"

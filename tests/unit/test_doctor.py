@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.doctor.findings import to_fix
 from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.errors import ConfigError
-from tests.helpers.processes import free_port, rank_environment, run_processes, run_ranks
+from tests.helpers.processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def test_report_of_two_ranks(report):
         (("collectives_failed",), "rank 1 on node2: timed out", "collectives fail: rank 1 on node2"),
     ),
 )
-def test_each_fault_is_one_sentence_with_its_host(report, where, value, message):
+def test_each_fault_gives_one_sentence_with_its_host(report, where, value, message):
     broken = healthy(report)
     *path, last = where
     node = broken
@@ -83,7 +81,7 @@ def test_each_fault_is_one_sentence_with_its_host(report, where, value, message)
     assert len(found) == 1 and message in found[0] and found[0].endswith("."), found
 
 
-def test_one_process_and_its_text(capsys, tmp_path, monkeypatch):
+def test_text_report_of_one_process(capsys, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     code = main(["doctor", "--run-dir", str(tmp_path)])
@@ -122,7 +120,7 @@ esac
 """
 
 
-def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
+def test_every_host_is_checked_over_ssh(tmp_path, monkeypatch):
     ssh = tmp_path / "bin/ssh"
     ssh.parent.mkdir()
     ssh.write_text(SSH)
@@ -143,27 +141,8 @@ def test_every_host_is_asked_over_ssh(tmp_path, monkeypatch):
     assert {path.name for path in Path.cwd().iterdir()} == {"bin"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stuck", (0, 1))
-def test_rank_that_stops_answering_is_named(tmp_path, stuck):
-    """As on a hung file system."""
-    sleeper = (
-        "import time; from diffmoe_ds.distributed.launch import resolve_launch; "
-        "from diffmoe_ds.distributed.rendezvous import join_ranks; _ = join_ranks(resolve_launch()); time.sleep(20)"
-    )
-    port, commands = free_port(), []
-    for rank in range(2):
-        doctor = ["-m", "diffmoe_ds.cli", "doctor", "--run-dir", str(tmp_path), "--timeout", "4"]
-        arguments = ["-c", sleeper] if rank == stuck else doctor
-        commands.append(([sys.executable, *arguments], rank_environment(rank, 2, port)))
-    finished = run_processes(commands, timeout=60)
-    assert finished.code == 1 and "Traceback" not in finished.output, finished.output
-    assert f"rank {stuck} on {socket.gethostname()}: no answer for {4 if stuck else 8} s" in finished.output
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("nodes", ("0", "-1"))
-def test_number_of_hosts_to_ask(tmp_path, capsys, nodes):
+def test_nodes_must_be_positive(tmp_path, capsys, nodes):
     (tmp_path / "hostfile").write_text("node1 slots=1\n")
     assert main(["doctor", "--hostfile", str(tmp_path / "hostfile"), "--nodes", nodes]) == 2
     assert f"--nodes must be positive, got {nodes}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Atomic writes: the old contents or the new ones, and nothing left beside them; removal that follows no links."""
+"""Atomic writes: the old contents or the new ones, and no leftovers; removal that does not follow links."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_error_about_another_file_names_that_file(tmp_path):
         open(tmp_path / "source.png").close()
 
 
-def test_a_missing_directory_is_one_sentence(tmp_path):
+def test_a_missing_directory_gives_a_one_sentence_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"none/file: cannot be written: No such file or directory\.$"):
         write_text(tmp_path / "none" / "file", "x")
 
@@ -124,7 +124,7 @@ def fail_at(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def test_one_of_many_creates(tmp_path):
+def test_only_one_of_many_creates_the_file(tmp_path):
     path, won = tmp_path / "lock", []
     threads = [
         threading.Thread(target=lambda n=n: create_exclusively(path, b"%d" % n) and won.append(n)) for n in range(8)
@@ -171,7 +171,7 @@ def test_a_directory_that_becomes_a_link_is_not_followed(tmp_path, precious, mon
     remove_tree(tree, ignore_errors=True)
 
 
-def test_removal_of_what_is_not_there(tmp_path):
+def test_removal_of_a_missing_path(tmp_path):
     remove_tree(tmp_path / "none")
     (tmp_path / "file").touch()
     remove_tree(tmp_path / "file")
@@ -198,14 +198,14 @@ def test_leftovers_of_killed_processes(tmp_path, precious):
     assert sorted(p.name for p in (tmp_path / "root").iterdir()) == [".hidden", "images_000000000048", "latest"]
 
 
-def test_what_is_being_removed_has_another_name(tmp_path):
+def test_removal_starts_with_a_rename(tmp_path):
     for _ in range(2):  # the second finds the first, which was never removed
         (tmp_path / "x" / "sub").mkdir(parents=True)
         garbage = rename_for_removal(tmp_path / "x")
         assert [p.name for p in tmp_path.iterdir()] == [f"{REMOVING_PREFIX}x"] == [garbage.name]
 
 
-def test_replacing_takes_directories_too(tmp_path):
+def test_replacing_works_for_directories_too(tmp_path):
     with replacing(tmp_path / "out") as tmp:
         tmp.mkdir()
         (tmp / "file").touch()

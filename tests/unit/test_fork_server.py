@@ -1,4 +1,4 @@
-"""Ranks that are forked run and end as if they had been started cold."""
+"""Forked ranks run and exit as if they had been started cold."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ def test_ranks_are_forked(script):
 
 
 def test_a_module_runs_as_main(tmp_path):
-    forked = run_ranks(1, ["-m", "diffmoe_ds.cli", "config", "--default"])
-    cold = run_processes([([sys.executable, "-m", "diffmoe_ds.cli", "config", "--default"], clean_environment())])
-    assert forked == cold
+    forked = run_ranks(1, ["-m", "diffmoe_ds.cli", "config", "routing"])
+    cold = run_processes([([sys.executable, "-m", "diffmoe_ds.cli", "config", "routing"], clean_environment())])
+    assert forked == cold and forked.code == 0
 
 
-def test_an_exception_is_code_1_with_a_traceback(script):
+def test_an_exception_gives_code_1_and_a_traceback(script):
     finished = run_ranks(1, [script("1 / 0")])
     assert finished.code == 1 and finished.output.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_death_by_a_signal_is_a_failure(script):
+def test_a_rank_killed_by_a_signal_is_a_failure(script):
     finished = run_ranks(2, [script("import os; os.environ['RANK'] == '1' and os.kill(os.getpid(), 11)")])
     assert finished.code == -signal.SIGSEGV
 
 
-def test_time_runs_out_for_the_whole_process_group(script, tmp_path):
+def test_a_timeout_kills_the_whole_process_group(script, tmp_path):
     text = (
         "import subprocess, sys, time; p = subprocess.Popen(['sleep', '99']); print(p.pid, flush=True); time.sleep(99)"
     )
@@ -93,7 +93,7 @@ def quick_servers(monkeypatch):
     monkeypatch.setattr(processes.ForkServer.__init__, "__defaults__", ((),))
 
 
-def test_a_server_that_died_is_replaced_and_takes_its_ranks_along(script, tmp_path, quick_servers):
+def test_the_ranks_of_a_dead_server_die_with_it_and_it_is_replaced(script, tmp_path, quick_servers):
     path = tmp_path / "pid"
     text = f"""
 import os, signal, time
@@ -109,7 +109,7 @@ time.sleep(99)
 
 
 @pytest.mark.parametrize("end", ("pass", "os.kill(os.getpid(), 9)"))
-def test_the_server_ends_with_its_parent(end):
+def test_the_server_exits_with_its_parent(end):
     text = (
         "from tests.helpers.processes import *; s = ForkServer(()); atexit.register(s.close); print(s.pid, flush=True)"
     )
@@ -119,9 +119,9 @@ def test_the_server_ends_with_its_parent(end):
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait until a process has ended; fail after some seconds."""
+    """Wait until a process has exited; fail after some seconds."""
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        assert time.monotonic() < deadline, f"process {pid} still runs"
+        assert time.monotonic() < deadline, f"process {pid} is still running"
         time.sleep(0.05)
     assert os.getpid() != pid

@@ -1,4 +1,4 @@
-"""The reference's files: what is read of them, and how malformed and hostile ones are refused."""
+"""The reference's files: what is read from them, and how malformed and hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ def test_malformed_weights_are_named(tmp_path, capsys, state, case):
 
 
 @pytest.mark.parametrize("name", ("blocks.x.mlp.experts.0.fc1.weight", f"blocks.{'9' * 5000}.mlp.experts.0.fc1.weight"))
-def test_a_block_without_a_number_is_left_over(tmp_path, capsys, state, name):
+def test_a_block_without_a_valid_number_is_named(tmp_path, capsys, state, name):
     torch.save({**state, name: torch.zeros(2, 2)}, tmp_path / "official.pt")
     assert convert(tmp_path / "official.pt") == 5
     assert name in capsys.readouterr().err
 
 
-def test_a_width_that_the_heads_do_not_divide_is_a_mistake_of_the_options(tmp_path, capsys, state):
+def test_num_heads_that_do_not_divide_the_width_are_an_option_error(tmp_path, capsys, state):
     torch.save(state, tmp_path / "official.pt")
     for heads in ("5", "0"):
         assert convert(tmp_path / "official.pt", "--num-heads", heads) == 2
         assert f"--num-heads must divide the width 32 of the weights, got {heads}." in capsys.readouterr().err
 
 
-def test_a_file_of_an_old_torch_is_read(tmp_path, state):
+def test_a_file_from_an_old_torch_is_read(tmp_path, state):
     torch.save({"ema": state}, tmp_path / "official.pt", _use_new_zipfile_serialization=False)
     assert convert(tmp_path / "official.pt") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -99,7 +99,7 @@ class Hostile:
 
 @pytest.mark.parametrize("zipped", (True, False))
 @pytest.mark.parametrize(("function", "name"), ((os.mkdir, "posix.mkdir"), (shutil.rmtree, "shutil.rmtree")))
-def test_a_hostile_file_is_refused_with_the_name_of_what_it_holds(tmp_path, capsys, zipped, function, name):
+def test_a_hostile_file_is_refused_and_its_contents_are_named(tmp_path, capsys, zipped, function, name):
     path = tmp_path / "official.pt"
     hostile = Hostile(function, str(tmp_path / "executed"))
     torch.save({"ema": hostile}, path, _use_new_zipfile_serialization=zipped)
@@ -115,7 +115,7 @@ def test_an_empty_model_takes_no_memory():
 
 
 def test_official_weights_become_a_model_file(tmp_path):
-    """The reference's numbers survive: .pt to our file to a model that predicts them."""
+    """The reference's numbers survive, from .pt to our file to a model that predicts them."""
     for golden in ("diffmoe_flow", "diffmoe_ddpm", "ec_flow", "tc_flow", "dense_flow"):
         data = np.load(REPOSITORY / "tests" / "golden" / f"{golden}.npz")
         state = {key.removeprefix("state/"): torch.from_numpy(data[key]) for key in data if key.startswith("state/")}

@@ -14,8 +14,8 @@ import pytest
 
 from tests.helpers import sources
 
-# A room and the rooms it may import, besides itself and the ground.  A name stands for a module or a package below
-# ``diffmoe_ds``; the longest one that fits decides (``moe.pool`` before ``moe``).
+# A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
+# ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
 GROUND = ("errors", "topology", "rng", "files")
 RULES = {
     "errors": "",
@@ -26,9 +26,9 @@ RULES = {
     "diffusion": "",
     "model.layers": "config",
     "model.conditioning": "config",
-    # What a token meets on one rank: routers, top-K, experts, the layer.  They know neither ranks nor the DiT.
+    # What a token passes through on one rank: routers, top-K, experts, the layer.  Independent of ranks and the DiT.
     "moe": "config model.layers",
-    # The same layer over many ranks.
+    # The same layer across many ranks.
     "moe.pool": "moe distributed",
     "moe.dispatch": "moe distributed",
     "moe.expert_parallel": "config moe moe.pool moe.dispatch distributed",
@@ -160,7 +160,7 @@ def test_one_file_imports_the_private_names_of_deepspeed():
                 for line, name in sources.names_used(module)
                 if name.startswith("deepspeed.") and name not in PUBLIC_DEEPSPEED
             ]
-    refuse(found, f"private names of DeepSpeed belong into {DEEPSPEED_SEAM}:")
+    refuse(found, f"private names of DeepSpeed belong in {DEEPSPEED_SEAM}:")
 
 
 def test_routing_diffusion_and_model_never_load_deepspeed():
@@ -187,7 +187,7 @@ def test_help_loads_neither_torch_nor_deepspeed(command):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [f"diffmoe {' '.join(arguments)} loads {name}" for name in done.stderr.split()]
-    refuse(found, "import torch and deepspeed where a command runs, so that --help and typos answer at once:")
+    refuse(found, "import torch and deepspeed where a command runs, so that --help is fast and typos fail fast:")
 
 
 def test_only_the_parser_reads_the_command_line():
@@ -257,7 +257,7 @@ def test_fields_are_documented_by_docstrings():
     refuse(found, "write a docstring or a plain comment:")
 
 
-def test_no_file_holds_an_unidiomatic_phrase():
+def test_no_file_contains_an_unidiomatic_phrase():
     paths = sources.tracked_files()
     if paths is None:
         pytest.skip("not a git checkout")

@@ -39,7 +39,7 @@ def elsewhere(directory: Path, **changes: object) -> Path:
     return path
 
 
-def test_second_process_is_refused_by_name_until_the_first_leaves(tmp_path):
+def test_second_process_is_refused_until_the_first_exits(tmp_path):
     with RunLock(tmp_path, {"SLURM_JOB_ID": "12"}):
         with pytest.raises(RunDirectoryBusyError, match=rf"is in use by job 12, process {os.getpid()} on "):
             RunLock(tmp_path, {"SLURM_JOB_ID": "13"}).__enter__()
@@ -49,7 +49,7 @@ def test_second_process_is_refused_by_name_until_the_first_leaves(tmp_path):
         pass
 
 
-def test_killed_process_of_this_host_blocks_nobody(tmp_path, monkeypatch):
+def test_lock_of_a_killed_process_on_this_host_is_reclaimed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "STALE_S", 1000.0)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True) as holder:
@@ -60,7 +60,7 @@ def test_killed_process_of_this_host_blocks_nobody(tmp_path, monkeypatch):
         taken.check()
 
 
-def test_host_without_power_is_waited_for_and_then_replaced(tmp_path, capsys):
+def test_lock_of_a_dead_host_is_reclaimed_after_a_wait(tmp_path, capsys):
     elsewhere(tmp_path, job="12")
     begun = time.monotonic()
     with RunLock(tmp_path, {"SLURM_JOB_ID": "13"}):
@@ -75,7 +75,7 @@ def test_requeued_job_does_not_wait_for_its_earlier_self(tmp_path, monkeypatch):
         pass
 
 
-def test_another_hosts_sign_of_life_refuses(tmp_path):
+def test_heartbeat_from_another_host_keeps_its_lock(tmp_path):
     """A holder whose disk is full can still touch its file."""
     path = elsewhere(tmp_path)
     beat = threading.Timer(0.2, lambda: os.utime(path))
@@ -86,7 +86,7 @@ def test_another_hosts_sign_of_life_refuses(tmp_path):
     assert json.loads(path.read_text())["token"] == "theirs", "left as it was"
 
 
-def test_of_many_that_take_over_one_wins(tmp_path):
+def test_only_one_of_many_takes_over_a_stale_lock(tmp_path):
     elsewhere(tmp_path)
     locks, won, lost = [RunLock(tmp_path) for _ in range(6)], [], []
 
@@ -106,7 +106,7 @@ def test_of_many_that_take_over_one_wins(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_frozen_holder_finds_out_and_leaves_the_other_alone(tmp_path):
+def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
     with RunLock(tmp_path) as frozen:
         elsewhere(tmp_path, job="13")
         time.sleep(0.3)

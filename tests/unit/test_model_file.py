@@ -1,4 +1,4 @@
-"""An exported model whose ``config.json`` was damaged or edited: refused before any of it is allocated or drawn."""
+"""An exported model whose ``config.json`` was damaged or edited: refused before anything is allocated or generated."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def exported(tmp_path) -> Path:
 
 def refused(folder: Path, capsys, *messages: str) -> None:
     """Both commands that read an export print the same one-sentence error."""
-    drawn = ["sample", "--checkpoint", str(folder), "--num-images", "2", "--steps", "1", "--out", str(folder / "out")]
-    for command in (["checkpoint", "inspect", str(folder)], drawn):
+    sample = ["sample", "--checkpoint", str(folder), "--num-images", "2", "--steps", "1", "--out", str(folder / "out")]
+    for command in (["checkpoint", "inspect", str(folder)], sample):
         assert main(command) == 5
         error = capsys.readouterr().err
         assert error.startswith("diffmoe: error: ") and error.count("\n") == 1
@@ -48,7 +48,7 @@ def edit(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(description))
 
 
-def test_a_whole_export_is_read(exported, capsys):
+def test_a_valid_export_is_read(exported, capsys):
     assert main(["checkpoint", "inspect", str(exported)]) == 0
     assert ModelFileReader(exported).images == 16
 
@@ -65,7 +65,7 @@ def test_a_whole_export_is_read(exported, capsys):
         ("config", [], "must be a section with keys"),
     ),
 )
-def test_a_description_of_wrong_types_is_refused(exported, capsys, key, value, message):
+def test_a_description_with_wrong_types_is_refused(exported, capsys, key, value, message):
     edit(exported, lambda description: description.update({key: value}))
     refused(exported, capsys, "config.json: ", message)
 
@@ -113,7 +113,7 @@ def test_weights_of_another_model_are_refused(exported, capsys, case):
     refused(exported, capsys, message)
 
 
-def test_other_classes_may_be_trained_on_from_an_export(exported, tmp_path, capsys):
+def test_training_may_start_from_an_export_with_other_classes(exported, tmp_path, capsys):
     """`model.init_from` compares the file with its own description, not with the new run's classes."""
     overrides = ["model.name=nano-E4", "model.patch_size=8", f"model.init_from={exported}", "data.horizontal_flip=true"]
     arguments = ["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", *overrides, "model.num_classes=12"]

@@ -82,7 +82,7 @@ def test_the_workflow_calls_ci_run_on_pushes_and_pull_requests():
 
 def test_pre_commit_hooks_run_the_commands_of_make_lint():
     (local,) = read_yaml(".pre-commit-config.yaml")["repos"]
-    assert local["repo"] == "local", "a hook of another repository would be downloaded"
+    assert local["repo"] == "local", "a hook from another repository would be downloaded"
     commands = [hook["entry"] for hook in local["hooks"] if not hook.get("pass_filenames", True)]
     assert commands == recipe_of("lint")
 

@@ -99,7 +99,7 @@ def pools(draw):
         if palette is None:
             values = generator.standard_normal((size, experts))
             values = values * 10.0 ** generator.integers(-30, 30, (size, experts))
-            values += 1e30 * (rank == 0) * draw(st.booleans())  # all of the best on one rank
+            values += 1e30 * (rank == 0) * draw(st.booleans())  # the best are all on one rank
         else:
             values = generator.choice(np.array(palette, dtype=np.float32), (size, experts))
         parts.append(torch.from_numpy(values.astype(np.float32)))
@@ -129,7 +129,7 @@ def test_kth_value_equals_sorted(case):
             assert value[expert].isnan() if k == 0 else value[expert] == ordered[k - 1, expert]
 
 
-def test_keys_sort_like_floats_and_come_back():
+def test_keys_sort_like_floats_and_convert_back():
     values = torch.tensor([-float("inf"), -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3.4e38, float("inf")])
     keys = sort_keys(values)
     assert torch.equal(keys, keys.sort().values) and len(keys.unique()) == len(values)
@@ -153,7 +153,7 @@ def test_batch_pool_does_not_depend_on_the_ranks(ranks, seed, capacity):
     assert (one.sum(0) == tokens_per_expert(capacity, 48, 4)).all()
 
 
-def test_dynamic_takes_as_many_as_predicted_and_the_best_of_them():
+def test_dynamic_takes_the_predicted_number_of_the_best_tokens():
     generator = torch.Generator().manual_seed(0)
     scores, logits = torch.rand(64, 4, generator=generator), torch.randn(64, 4, generator=generator)
     threshold = torch.tensor([0.0, 0.3, 0.7, 1.0])
@@ -171,7 +171,7 @@ def test_expert_choice_is_per_image_and_stable():
     scores = torch.tensor([[0.1, 0.9], [0.3, 0.9], [0.3, 0.2], [0.2, 0.1]] * 2)
     mask = expert_choice(scores, torch.tensor([[2, 1], [0, 4]]))
     assert mask[:4, 0].tolist() == [False, True, True, False]
-    assert mask[:4, 1].tolist() == [True, False, False, False]  # of equal scores the earlier token
+    assert mask[:4, 1].tolist() == [True, False, False, False]  # ties go to the earlier token
     assert mask[4:, 0].sum() == 0 and mask[4:, 1].all()
 
 
@@ -187,7 +187,7 @@ def test_token_choice_takes_k_and_breaks_ties_by_number():
     assert token_choice(scores, 2).tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
-def test_balance_loss_of_ranks_averages_to_that_of_one():
+def test_balance_loss_averaged_over_ranks_equals_that_of_one():
     scores = torch.randn(40, 4, generator=torch.Generator().manual_seed(3)).softmax(1)
     mask = token_choice(scores, 1)
     whole = balance_loss(scores, mask, LocalPool())

@@ -132,7 +132,7 @@ def test_model_times_progress_and_precision(kind):
     assert calls == expected.get(kind, [999, 666, 333, 0])
 
 
-def test_sampling_refuses():
+def test_sampling_refuses_invalid_settings():
     for objective, sampler, steps in [
         ("flow", "ddpm", 10),
         ("ddpm", "euler", 10),
@@ -192,7 +192,7 @@ def test_ddpm_guidance(guide_channels, G):
     for scale in (0.0, 4.0):
         out = guided(forward, y, null, scale, "ddpm", 4, guide_channels)(x, t)
         torch.testing.assert_close(out[:, :G], (uncond + scale * (cond - uncond))[:, :G])
-        assert torch.equal(out[:, G:], cond[:, G:]), "other noise channels and the variance are the conditional half's"
+        assert torch.equal(out[:, G:], cond[:, G:]), "unguided noise channels and the variance are the conditional ones"
     assert sizes == [4, 4]
 
 

@@ -1,4 +1,4 @@
-"""Nothing a user is given gets executed: a hostile pickle, YAML or name, wherever a file is read."""
+"""No file that a user is given gets executed: hostile pickles, YAML and names, wherever files are read."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ PIPE = 'subprocess.run(url.removeprefix("pipe:"), shell=True'
 
 
 def test_no_source_line_could_execute_what_it_reads():
-    """Also what tests above cannot reach: the calls that unpickle or execute are in no file of the package."""
+    """Covers what the tests above cannot reach: no file of the package has a call that unpickles or executes."""
     found = []
     for path in sorted((REPOSITORY / "diffmoe_ds").rglob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):

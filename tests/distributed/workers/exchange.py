@@ -1,4 +1,4 @@
-"""Each rank: MoE layers over all-to-all against one process that holds everything, also with skewed routing."""
+"""On each rank: compare expert-parallel MoE layers with one process that has all experts, also with skewed routing."""
 
 import os
 import sys
@@ -22,12 +22,12 @@ torch.set_num_threads(1)
 quiet_deepspeed()
 seam.init_process_group()
 RANK, WORLD = dist.get_rank(), dist.get_world_size()
-EXPERTS, TOKENS, IMAGES = 4, 16, 2  # tokens of an image, images of a rank
+EXPERTS, TOKENS, IMAGES = 4, 16, 2  # tokens per image, images per rank
 WIDTH = 32
 
 
 def layers(mlp: str, pool: str, ep: int, capacity: float = 1.0) -> tuple[MoELayer, ExpertParallelMoE]:
-    """One layer with all experts and one with this rank's, of the same weights."""
+    """One layer with all experts and one with this rank's, with the same weights."""
     config = load_config("fashion", [
         "model.name=nano-E4", "model.patch_size=8", f"model.mlp={mlp}", f"routing.pool={pool}", "model.depth=2",
         f"routing.capacity={capacity}", "routing.shared_experts=1",

@@ -1,8 +1,8 @@
-"""Prepare a set at one rank, at four, and at four that are killed again and again; are the bytes the same?
+"""Prepare a dataset on one rank, on several, and on several that are killed repeatedly, and compare the bytes.
 
     python -m tests.distributed.workers.killed_prepare --images 10000 --kills 5
 
-Prints one JSON object.  Processes are killed (SIGKILL) by their own ids at random times.
+Prints one JSON object.  Processes are killed (SIGKILL) by PID at random times.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 from tests.helpers.data import photographs, tiny_vae, tree
 from tests.helpers.processes import REPOSITORY, clean_environment
 
-WORLD = 4
 TIMEOUT = 3000
 MOMENT = 2.0
-"""Shards' time at the machine's own pace within which a kill falls, after the number of shards drawn for it."""
+"""Longest delay of a kill after its target number of shards, in measured seconds per shard."""
 
 
 def start(arguments: list[str], world: int, output: Path) -> list[subprocess.Popen]:
@@ -48,7 +47,7 @@ def kill(processes: list[subprocess.Popen]) -> None:
 
 
 def finish(arguments: list[str], world: int, output: Path) -> float:
-    """Run a launch to its end; returns the seconds it took."""
+    """Run a launch to completion and return the seconds it took."""
     began = time.monotonic()
     processes = start(arguments, world, output)
     try:
@@ -59,10 +58,10 @@ def finish(arguments: list[str], world: int, output: Path) -> float:
     return time.monotonic() - began
 
 
-def interrupt(arguments: list[str], output: Path, parts: Path, shards: int, delay: float) -> int:
+def interrupt(arguments: list[str], world: int, output: Path, shards: int, delay: float) -> int:
     """Start, wait until a number of shards is done plus a moment, then kill; return the number of finished shards."""
-    began = time.monotonic()
-    processes = start(arguments, WORLD, output)
+    began, parts = time.monotonic(), Path(arguments[-1]) / "parts"
+    processes = start(arguments, world, output)
     try:
         while len(list(parts.glob("0*.json"))) < shards:
             assert time.monotonic() < began + TIMEOUT and any(p.poll() is None for p in processes), output.read_text()
@@ -74,7 +73,7 @@ def interrupt(arguments: list[str], output: Path, parts: Path, shards: int, dela
 
 
 def seconds_per_shard(prepared: Path) -> float:
-    """Shard throughput of a finished launch, excluding startup."""
+    """Mean seconds per shard of a finished launch, excluding startup."""
     times = sorted(path.stat().st_mtime for path in prepared.glob("*.tar"))
     return (times[-1] - times[0]) / (len(times) - 1)
 
@@ -85,6 +84,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--shard-images", type=int, default=250)
+    parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -96,25 +96,27 @@ def main() -> None:
         common = ["latents", "--images", str(images), "--vae", str(vae), "--size", str(options.size)]
         common += ["--shard-images", str(options.shard_images), "--out"]
         log = folder / "log"
-        seconds = {name: finish([*common, str(folder / name)], world, log) for name, world in (("one", 1), ("four", 4))}
-        arguments, parts, done = [*common, str(folder / "killed")], folder / "killed" / "parts", [0]
+        worlds = {"one": 1, "more": options.ranks}
+        seconds = {name: finish([*common, str(folder / name)], world, log) for name, world in worlds.items()}
+        arguments, done = [*common, str(folder / "killed")], [0]
         shards = -(-options.images // options.shard_images)
-        moment = MOMENT * seconds_per_shard(folder / "four")
+        moment = MOMENT * seconds_per_shard(folder / "more")
         for number in range(options.kills):
             # So that work is left for the later kills and for the end.
             target = done[-1] + times.randint(1, max(1, (shards - done[-1]) // (options.kills - number + 2)))
-            done.append(interrupt(arguments, log, parts, target, times.uniform(0, moment)))
-            assert done[-1] < shards, "nothing was left to be killed; take more images"
-        finish(arguments, WORLD, log)
-        one, four, killed = (tree(folder / name) for name in ("one", "four", "killed"))
+            done.append(interrupt(arguments, options.ranks, log, target, times.uniform(0, moment)))
+            assert done[-1] < shards, "no work was left to interrupt; use more images"
+        finish(arguments, options.ranks, log)
+        one, more, killed = (tree(folder / name) for name in ("one", "more", "killed"))
         report = {
             "images": options.images,
             "shards": sum(name.endswith(".tar") for name in one),
             "bytes": sum(map(len, one.values())),
             "seconds_1_rank": round(seconds["one"], 1),
-            "seconds_4_ranks": round(seconds["four"], 1),
+            "ranks": options.ranks,
+            "seconds": round(seconds["more"], 1),
             "shards_done_at_each_kill": done[1:],
-            "same_at_4_ranks": four == one,
+            "same_on_more_ranks": more == one,
             "same_after_kills": killed == one,
         }
     print(json.dumps(report))

@@ -1,9 +1,9 @@
-"""``diffmoe train`` that writes down the key of every image it trains on.
+"""``diffmoe train`` that records the key of every image it trains on.
 
     python record_keys.py FOLDER train ...
 
-What a loader process read ahead and nobody trained on does not count, so the positions are noted where the loop
-takes a micro-batch, and are written when the run has ended well.
+Images that were prefetched but not trained on do not count, so keys are recorded where the loop takes a micro-batch,
+and written if the run succeeds.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Each rank: the exact selection over real process groups, with every byte that travels counted."""
+"""On each rank: the exact selection over real process groups, counting every byte sent."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Trains with one rank that is slow between collectives, on hosts that are named apart; counts what crosses them."""
+"""Train with one rank that is slow between collectives, on two simulated hosts; count the bytes sent between them."""
 
 from __future__ import annotations
 
