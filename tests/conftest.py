@@ -14,6 +14,11 @@ from tests.helpers.training import Trained, read_metrics, training_arguments, wr
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest tests, so that processes that share the tests finish at about the same time."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/faults/"))
+
+
 @pytest.fixture
 def train_tiny(tmp_path: Path) -> Callable[..., Trained]:
     """Train the tiny model on (world, ep, zero) through the command line."""
