@@ -46,7 +46,7 @@ $(VENV)/installed-cluster: $(VENV)/installed-dev
 
 test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, Slurm, Open MPI; root installs packages
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m "cluster and not long"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs -m "cluster and not long"
 
 test-long: $(VENV)/installed-dev  ## tests that take hours: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long

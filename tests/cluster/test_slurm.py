@@ -21,6 +21,10 @@ from tests.helpers.training import read_metrics
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
+REQUEUED = pytest.mark.xdist_group("requeued")
+"""Of the tests that use the run `requeued`, so that one process runs them all."""
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[dict]:
     return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), STEPS)
@@ -87,12 +91,14 @@ def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
     return sbatch
 
 
+@REQUEUED
 def test_usr1_and_preemption_do_not_change_the_loss_curve(requeued: Sbatch, undisturbed):
     assert len(requeued.rows()) == STEPS
     assert_undisturbed(requeued.rows(), undisturbed, STEPS)
     assert requeued.text().count("starting from scratch") == requeued.text().count("train.sbatch: complete") == 1
 
 
+@REQUEUED
 def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch):
     again = cluster.submit(f"--nodes=2 {SMALL} --output=again slurm/train.sbatch {requeued.options}", requeued.project)
     assert cluster.until_ended(again, LIMIT).state == "COMPLETED"
@@ -100,6 +106,7 @@ def test_chained_job_finds_nothing_left_to_do(cluster: Cluster, requeued: Sbatch
     assert len(requeued.rows()) == STEPS
 
 
+@REQUEUED
 def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
     """Chromium renders one monotonic line over all steps, histograms and images."""
     with open_tensorboard(requeued.project / "runs") as board:
@@ -116,6 +123,7 @@ def test_tensorboard_shows_one_curve_in_a_browser(requeued: Sbatch):
 TASKS = "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --time=10"
 
 
+@REQUEUED
 def test_four_tasks_generate_the_same_images_as_one_process(cluster: Cluster, requeued: Sbatch):
     """`slurm/sample.sbatch`, and mpirun with a rendezvous through mpi4py."""
     options = "--checkpoint runs/test --num-images 8 --steps 2 --routing per_token --out"

@@ -9,16 +9,25 @@ A process whose gloo threads outlive the interpreter is killed by SIGABRT only o
 from __future__ import annotations
 
 import argparse
-import sys
+import atexit
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from diffmoe_ds.distributed.shutdown import LEFT
 from tests.helpers.data import photographs
-from tests.helpers.processes import WORKERS, Finished, free_port, rank_environment, run_processes
+from tests.helpers.processes import (
+    REPOSITORY,
+    WORKERS,
+    Finished,
+    ForkServer,
+    free_port,
+    rank_environment,
+    run_together,
+)
 from tests.helpers.training import training_arguments, write_json
 
 COMMAND = ("-m", "diffmoe_ds.cli")
@@ -89,13 +98,22 @@ class Campaign:
 
 
 def start_ranks(world: int, arguments: list[str]) -> Finished:
-    """Run Python on ``world`` ranks, each in its own interpreter: the order of imports matters here.
+    """Run Python on ``world`` ranks, whose imports happen in the same order as in a new interpreter.
 
-    A fork of a process that has imported everything, as `run_ranks` starts it, has other references to its groups.
+    That order matters here: a fork of a process that has imported everything, as `run_ranks` starts it, has other
+    references to its groups. Only torch and DeepSpeed, which are imported before any group exists, are shared.
     """
     port = free_port()
-    commands = [([sys.executable, *arguments], rank_environment(rank, world, port)) for rank in range(world)]
-    return run_processes(commands, LIMIT_S)
+    server = _server()
+    environments = [rank_environment(rank, world, port) for rank in range(world)]
+    return run_together([lambda file, e=e: server.start(arguments, e, REPOSITORY, file) for e in environments], LIMIT_S)
+
+
+@cache
+def _server() -> ForkServer:
+    server = ForkServer(("torch", "deepspeed"))
+    atexit.register(server.close)
+    return server
 
 
 def run(folder: Path, ends: int, ranks: Sequence[int]) -> dict[str, Ends]:
