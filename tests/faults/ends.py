@@ -66,7 +66,7 @@ class Campaign:
         found["sample"] = [*COMMAND, "sample", *sampling, "--out", str(self.folder / "samples")]
         preparing = ("--images", str(self.folder / "photographs"), "--size", "8", "--shard-images", "3")
         found["prepare"] = [*COMMAND, "prepare", "images", *preparing, "--out", str(self._new("prepared"))]
-        for name in WORKERS_THAT_END:
+        for name in WORKERS_THAT_END[: 1 if world % 2 else 2]:  # `exchange` shards experts over pairs of ranks
             found[name] = [str(WORKERS / f"{name}.py")]
         return found
 
