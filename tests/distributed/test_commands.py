@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.helpers.data import numbered_shard
 from tests.helpers.processes import REPOSITORY, clean_environment, free_port, run_processes, run_ranks
 from tests.helpers.sampling import sample
 from tests.helpers.training import SMALLEST_MODEL, read_metrics, training_arguments, write_json
@@ -19,16 +17,7 @@ from tests.helpers.training import SMALLEST_MODEL, read_metrics, training_argume
 
 def test_all_ranks_exit_when_one_cannot_read_its_images(tmp_path):
     """One damaged image: exit code and file name, without a traceback or hung ranks."""
-    shard = tmp_path / "broken.tar"
-    with tarfile.open(shard, "w") as tar:
-        for number in range(40):
-            picture = io.BytesIO()
-            Image.new("L", (28, 28), number).save(picture, "png")
-            content = b"no picture" if number == 7 else picture.getvalue()
-            for suffix, data in (("png", content), ("cls", b"3")):
-                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    shard = numbered_shard(tmp_path / "broken.tar", 40, damaged=7)
     config = write_json(tmp_path / "ds.json", ep=2, zero=1)
     arguments = training_arguments(config, tmp_path / "run", f"data.path={shard}")
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import tarfile
 from itertools import pairwise, permutations
 
 import pytest
 import torch
-from PIL import Image
 
 from diffmoe_ds.checkpoint.export import ModelFileReader
 from diffmoe_ds.checkpoint.layout import META
@@ -19,6 +16,7 @@ from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from tests.distributed.test_layout import assert_same, tensors
 from tests.helpers.checkpoints import reseal
+from tests.helpers.data import numbered_shard
 from tests.helpers.processes import WORKERS, run_ranks
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
@@ -211,15 +209,7 @@ WHOLE_EPOCH = ((1, 48, 0), (2, 48, 1), (4, 48, 0), (3, 96, 0))
 @pytest.mark.slow
 def test_every_image_of_an_epoch_is_seen_exactly_once(tmp_path):
     """240 images, three resumes, on 1, 2, 4 and 3 ranks; every rank records the keys it trains on."""
-    shard = tmp_path / "shard.tar"
-    with tarfile.open(shard, "w") as tar:
-        for number in range(240):
-            picture = io.BytesIO()
-            Image.new("L", (28, 28), number).save(picture, "png")
-            for suffix, data in (("png", picture.getvalue()), ("cls", b"3")):
-                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    shard = numbered_shard(tmp_path / "shard.tar", 240)
     total = 0
     for ranks, images, workers in WHOLE_EPOCH:
         total += images

@@ -37,6 +37,15 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
+def numbered_shard(path: Path, count: int, damaged: int | None = None) -> Path:
+    """Write 28x28 grayscale images of class 3, each filled with its number; the image ``damaged`` cannot be decoded."""
+    members = []
+    for number in range(count):
+        png = b"no picture" if number == damaged else image_file(np.full((28, 28), number, np.uint8))
+        members += [(f"{number:04d}.png", png), (f"{number:04d}.cls", b"3")]
+    return write_tar(path, members)
+
+
 GREY = np.arange(30, dtype=np.uint8).reshape(5, 6)
 PNG = image_file(GREY)
 LABELLED = [("a.cls", b"3"), ("a.png", PNG)]

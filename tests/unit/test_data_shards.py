@@ -103,7 +103,7 @@ def test_links_and_devices_are_not_followed(tmp_path):
 
 
 def test_masks_next_to_photographs(tmp_path):
-    """A kind that is rare in shards is the image only if there is no other."""
+    """A file type that is rare in shards counts as the image only if the sample has no other image."""
     members = [("a.png", PNG), ("a.tif", b"a mask")]
     for name, kind in (("b.gif", "GIF"), ("c.BMP", "BMP"), ("d.tiff", "TIFF")):
         members.append((name, image_file(GREY, kind)))

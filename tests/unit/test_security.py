@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
+from tests.helpers.data import write_tar
 from tests.helpers.processes import REPOSITORY
 
 
@@ -91,12 +91,8 @@ def test_shards(tmp_path, trap):
     for number, (suffix, content) in enumerate(
         (("npy", array.getvalue()), ("npy", pickle.dumps(Hostile(trap))), ("png", pickle.dumps(Hostile(trap))))
     ):
-        shard = tmp_path / f"{number}.tar"
-        with tarfile.open(shard, "w") as tar:
-            for name, data in ((f"a.{suffix}", content), ("a.cls", b"0"), ("a.pyd", content), ("a.pkl", content)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        members = [(f"a.{suffix}", content), ("a.cls", b"0"), ("a.pyd", content), ("a.pkl", content)]
+        shard = write_tar(tmp_path / f"{number}.tar", members)
         with pytest.raises(DataError):
             ShardDataset([shard])[0]
 
