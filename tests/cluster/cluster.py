@@ -81,6 +81,9 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
+RANKS = "'^[^ ]*python[^ ]* -u [d]iffmoe_ds/train.py'"
+"""Pattern of the command lines of ranks; not of the srun that starts them, nor of the shell that searches for them."""
+
 
 def unusable() -> str | None:
     """Why a cluster cannot be created here; None if it can."""
@@ -205,6 +208,14 @@ class Cluster:
             fields["JobState"], fields["Reason"], int(fields["Restarts"]), fields["ExitCode"].removesuffix(":0"),
             int(fields["NumNodes"].split("-")[0]), fields["NodeList"],
         )  # fmt: skip
+
+    def freeze(self, node: str) -> None:
+        """Stop the ranks on a node, so that their job trains no step while a test prepares a fault."""
+        self.inside(node, f"pkill -STOP -f {RANKS}")
+
+    def thaw(self, node: str) -> None:
+        """Let the ranks on a node continue."""
+        self.inside(node, f"pkill -CONT -f {RANKS}")
 
     def until_ended(self, number: int | str, timeout: float, log: Path | None = None) -> Job:
         """Wait until a job has ended for good."""

@@ -12,8 +12,8 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
 STEP = 16
-STEPS = 600
-"""Enough that a run is still going when a test interrupts it."""
+STEPS = 400
+"""Several times as many as a run trains between the moment that a test waits for and `Cluster.freeze`."""
 EXACT = 20
 """Steps after a change of layout over which losses agree to 1e-5; later a nearly tied selection may have flipped."""
 SMALL = "--gpus-per-node=1 --cpus-per-gpu=1 --time=10 --output=log"

@@ -56,11 +56,12 @@ def test_a_non_finite_loss_is_not_requeued(cluster: Cluster, project: Path):
 def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
     """A run is stopped by USR1, then preempted; in between, a second job is rejected by the run lock."""
     project = checkout(tmp_path_factory.mktemp("requeued"))
-    pictures = " run.sample_every_images=3200 sample.num_images=4 sample.steps=1"
+    pictures = " run.sample_every_images=1600 sample.num_images=4 sample.steps=1"
     sbatch = Sbatch(hosts, project)
     sbatch.options += pictures
     job = sbatch.submit("2")
-    hosts.until((sbatch.run / "lock.json").exists, LIMIT, "the first job", sbatch.text)
+    sbatch.until_steps(5)
+    hosts.freeze("node2")  # rank 0 on node1 keeps the run lock
     second = hosts.submit(f"--nodes=2 {SMALL} --output=second slurm/train.sbatch {sbatch.options}", project)
     refused = hosts.until_ended(second, LIMIT, project / "second")
     assert (refused.state, refused.exit_code, refused.restarts) == ("FAILED", "2", 0)
@@ -70,6 +71,7 @@ def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
     assert hosts.job(job).restarts == 0, "the first job keeps running"
 
     hosts.output(f"scancel --batch --signal=USR1 {job}")
+    hosts.thaw("node2")
     hosts.until(lambda: hosts.job(job).restarts == 1, 60, "the requeue", sbatch.text)
     before = len(sbatch.rows())
     assert before < STEPS, "the run ended before it could be stopped"
@@ -77,6 +79,7 @@ def requeued(hosts: Cluster, tmp_path_factory) -> Sbatch:
     assert f'"step": {before},' in newest.read_text(), "saved where it stopped"
     assert not (sbatch.run / "lock.json").exists()
     sbatch.until_steps(before + 20)
+    hosts.freeze("node2")  # Slurm sends SIGCONT before SIGTERM
 
     options = "--partition=urgent --nodes=4 --exclusive --time=1 --output=urgent"
     urgent = hosts.submit(f"{options} --wrap 'sleep 3'", project)
@@ -161,9 +164,13 @@ def test_an_array_task_is_requeued_alone(cluster: Cluster, project: Path):
     array = cluster.submit(f"--array=0-1 --nodes=1 {options} slurm/sweep.sbatch {sbatch.options}", project)
     tasks = [f"{array}_{number}" for number in range(2)]
     runs = [project / "runs/sweep" / name for name in ("lr-1e-4", "lr-3e-4")]
-    cluster.until(lambda: all((run / "metrics.jsonl").exists() for run in runs), LIMIT, "both tasks")
     same = next(task for task in tasks if f"JobId={array} " in cluster.output(f"scontrol show job {task}"))
+    started = [run / "metrics.jsonl" for run in runs]
+    cluster.until(started[tasks.index(same)].exists, LIMIT, "the task with the array's job ID")
+    cluster.output(f"scancel --signal=STOP {same}")
+    cluster.until(lambda: all(path.exists() for path in started), LIMIT, "both tasks")
     cluster.output(f"scancel --batch --signal=USR1 {same}")
+    cluster.output(f"scancel --signal=CONT {same}")
     for number, task in enumerate(tasks):
         ended = cluster.until_ended(task, LIMIT, project / f"log-{number}")
         text = (project / f"log-{number}").read_text()

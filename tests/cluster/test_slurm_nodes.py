@@ -27,7 +27,9 @@ def test_a_node_loses_power(cluster: Cluster, project: Path, undisturbed, lost: 
     sbatch = Sbatch(cluster, project, SHORT, save_every=20)
     job = sbatch.submit("2-4")
     sbatch.until_steps(50)
+    cluster.freeze("node3")
     cluster.power(lost, "off")
+    cluster.thaw("node3")
     try:
         cluster.until(lambda: cluster.job(job).restarts >= 1, LIMIT, "the restart", sbatch.text)
         before = len(sbatch.rows())
