@@ -48,7 +48,7 @@ test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, 
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs -m "cluster and not long"
 
-test-long: $(VENV)/installed-dev  ## tests that take hours: faults, resume matrix, process exits
+test-long: $(VENV)/installed-dev  ## tests that take an hour: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/installed-dev  ## style, formatting and types
