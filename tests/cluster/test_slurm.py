@@ -167,7 +167,7 @@ def test_an_array_task_is_requeued_alone(cluster: Cluster, project: Path):
     same = next(task for task in tasks if f"JobId={array} " in cluster.output(f"scontrol show job {task}"))
     started = [run / "metrics.jsonl" for run in runs]
     cluster.until(started[tasks.index(same)].exists, LIMIT, "the task with the array's job ID")
-    cluster.output(f"scancel --signal=STOP {same}")
+    cluster.output(f"scancel --signal=STOP {same}")  # `freeze` would stop both tasks if they share a node
     cluster.until(lambda: all(path.exists() for path in started), LIMIT, "both tasks")
     cluster.output(f"scancel --batch --signal=USR1 {same}")
     cluster.output(f"scancel --signal=CONT {same}")
