@@ -31,6 +31,7 @@ from diffmoe_ds.model.layers import (
     sincos_positions,
     unpatchify,
 )
+from diffmoe_ds.moe.first_pass import both_passes
 from diffmoe_ds.moe.layer import MoELayer, Routing
 
 
@@ -128,7 +129,10 @@ class DiT(nn.Module):
         routings = []
         recompute = self.config.model.activation_checkpointing and self.training
         for block in self.blocks:
-            x_BSD, routing = checkpoint(block, x_BSD, c_BD, use_reentrant=False) if recompute else block(x_BSD, c_BD)
+            if recompute:
+                x_BSD, routing = checkpoint(block, x_BSD, c_BD, use_reentrant=False, context_fn=both_passes)
+            else:
+                x_BSD, routing = block(x_BSD, c_BD)
             if routing is not None:
                 routings.append(routing)
         out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ds.moe.top_k import Pool, kth_value
+from diffmoe_ds.moe.search import Pool, WarmStart
+from diffmoe_ds.moe.top_k import kth_value
 
 
 def tokens_per_expert(capacity: float, tokens: int, num_experts: int) -> int:
@@ -36,16 +37,16 @@ def predicted_mask(logits_TE: Tensor, threshold_E: Tensor) -> Tensor:
     return logits_TE.float().sigmoid() > threshold_E
 
 
-def pool_quantile(logits_TE: Tensor, k: int, pool: Pool) -> Tensor:
+def pool_quantile(logits_TE: Tensor, k: int, pool: Pool, warm: WarmStart | None = None) -> Tensor:
     """Return the K-th largest predicted probability in the pool, which the thresholds track.
 
     Args:
         logits_TE: the predictor's logits.
         k: K, at least 1.
         pool: the ranks that compete.
+        warm: of the last search for the same experts.
 
     Returns:
         fp32 [E], the same on every rank.
     """
-    k_E = torch.full((logits_TE.shape[1],), k, dtype=torch.int64, device=logits_TE.device)
-    return kth_value(logits_TE, k_E, pool).sigmoid()
+    return kth_value(logits_TE, k, pool, warm).sigmoid()

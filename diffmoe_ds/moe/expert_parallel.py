@@ -9,7 +9,8 @@ from diffmoe_ds.distributed.deepspeed_seam import AutoEPMoELayer, adopt_layer
 from diffmoe_ds.moe.dispatch import AllToAllDispatcher
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.moe.pool import GroupPool
-from diffmoe_ds.moe.top_k import LocalPool, Pool
+from diffmoe_ds.moe.search import Pool
+from diffmoe_ds.moe.top_k import LocalPool
 from diffmoe_ds.topology import Topology
 
 
@@ -27,20 +28,14 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
         """
         MoELayer.__init__(self, config, width, topology.num_local_experts)
         self.pool = make_pool(config.routing.pool, topology, ep_group)
-        is_pool = config.routing.kind == "batch_pool"
-        if is_pool and config.routing.pool == "world" and topology.edp_size > 1:
-            self.equal_counts_in_training = False  # an expert's K tokens are split unevenly over its replicas
         if topology.ep_size > 1:
-            self.counts_known_in_training = is_pool and config.routing.pool == "rank"
-            self.dispatcher = AllToAllDispatcher(ep_group, self.counts_known_in_training)
+            self.dispatcher = AllToAllDispatcher(ep_group, _pool_offset(self.pool, topology))
         adopt_layer(self, topology, ep_group)
 
-    def train(self, mode: bool = True) -> ExpertParallelMoE:
-        """Switch the mode; only the training rule of ``pool=rank`` routes equal counts to all experts."""
-        super().train(mode)
-        if isinstance(self.dispatcher, AllToAllDispatcher):
-            self.dispatcher.equal_counts = self.counts_known_in_training and mode
-        return self
+
+def _pool_offset(pool: Pool, topology: Topology) -> int | None:
+    """Return the number, in a pool, of the first rank of this rank's EP group; None if the pool lacks the group."""
+    return {topology.world: topology.rank - topology.ep_rank, topology.ep_size: 0}.get(pool.size)
 
 
 def make_pool(scope: str, topology: Topology, ep_group: dist.ProcessGroup) -> Pool:

@@ -11,14 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.layers import FFN
 from diffmoe_ds.moe.capacity import predicted_mask
 from diffmoe_ds.moe.experts import Experts
-from diffmoe_ds.moe.plan import Dispatcher, LocalDispatcher, RoutePlan, make_plan
+from diffmoe_ds.moe.first_pass import remember
+from diffmoe_ds.moe.logits import fp32_linear
+from diffmoe_ds.moe.plan import Dispatcher, LocalDispatcher, make_plan
 from diffmoe_ds.moe.routers import (
     balance_loss,
     batch_pool_dynamic,
@@ -28,7 +29,9 @@ from diffmoe_ds.moe.routers import (
     expert_choice_static,
     token_choice,
 )
-from diffmoe_ds.moe.top_k import LocalPool, Pool, select_top_k
+from diffmoe_ds.moe.rows import combine_rows, gather_rows
+from diffmoe_ds.moe.search import Pool, WarmStart
+from diffmoe_ds.moe.top_k import LocalPool, Selection, select_top_k
 
 
 class Routing(NamedTuple):
@@ -72,8 +75,7 @@ class MoELayer(nn.Module):
                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.num_experts)
             )
             self.register_buffer("expert_threshold", torch.empty(self.num_experts, dtype=torch.float32))
-        self.equal_counts_in_training = routing.kind in ("batch_pool", "expert_choice")
-        """Whether the training rule gives every local expert the same number of rows, on every rank."""
+        self._warm_start = WarmStart()
         self.inference = "static"
         self.pool: Pool = LocalPool()
         self.dispatcher: Dispatcher = LocalDispatcher()
@@ -88,43 +90,47 @@ class MoELayer(nn.Module):
             [B, S, D], and the routing.
         """
         tokens_TD = x_BSD.flatten(0, 1)
-        scores_TE = F.linear(tokens_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        scores_TE = fp32_linear(tokens_TD, self.gate_weight).softmax(dim=-1)
         logits_TE = None
         if self.capacity_predictor is not None:
-            logits_TE = self.capacity_predictor(tokens_TD.detach())
+            hidden, activation, last = self.capacity_predictor
+            logits_TE = fp32_linear(activation(hidden(tokens_TD.detach())), last.weight, last.bias)
         with torch.no_grad():
-            mask_TE = self._select(scores_TE, logits_TE)
+            selection = remember(lambda: self._select(scores_TE, logits_TE))
         balance = None
         if self.kind == "token_choice" and self.training:
-            balance = balance_loss(scores_TE, mask_TE, self.pool)
-        out_TD = self._compute(tokens_TD, make_plan(mask_TE, scores_TE))
+            balance = balance_loss(scores_TE, selection.mask_TE, self.pool)
+        out_TD = self._compute(tokens_TD, scores_TE, selection)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(tokens_TD)
-        return out_TD.view(x_BSD.shape), Routing(mask_TE, logits_TE, balance)
+        return out_TD.view(x_BSD.shape), Routing(selection.mask_TE, logits_TE, balance)
 
-    def _select(self, scores_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
-        """Return bool mask_TE by the training rule or, in eval mode, by the chosen inference rule."""
+    def _select(self, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
+        """Select tokens by the training rule or, in eval mode, by the chosen inference rule."""
         rule = "static" if self.training else self.inference
         if self.kind == "token_choice":
-            return token_choice(scores_TE, int(self.capacity))
+            return Selection(token_choice(scores_TE, int(self.capacity)))
+        images = len(scores_TE) // self.tokens_per_image
         if rule == "static":
             if self.kind == "batch_pool":
-                return select_top_k(scores_TE, batch_pool_static(scores_TE, self.capacity, self.pool), self.pool)
-            images = len(scores_TE) // self.tokens_per_image
-            return expert_choice(scores_TE, expert_choice_static(scores_TE, images, self.capacity))
+                k = batch_pool_static(*scores_TE.shape, self.capacity, self.pool)
+                return select_top_k(scores_TE, k, self.pool, self._warm_start)
+            k = expert_choice_static(scores_TE.shape[0] // images, self.num_experts, self.capacity)
+            k_BE = torch.full((images, self.num_experts), k, device=scores_TE.device)
+            return Selection(expert_choice(scores_TE, k_BE), rows_per_expert=k * images)
         assert logits_TE is not None, "`DiT.set_inference` allows these rules only with a capacity predictor"
         if rule == "per_token":
-            return predicted_mask(logits_TE, self.expert_threshold)
+            return Selection(predicted_mask(logits_TE, self.expert_threshold))
         if self.kind == "batch_pool":
-            return select_top_k(scores_TE, batch_pool_dynamic(logits_TE, self.expert_threshold, self.pool), self.pool)
-        images = len(scores_TE) // self.tokens_per_image
-        return expert_choice(scores_TE, expert_choice_dynamic(logits_TE, self.expert_threshold, images))
+            k_E = batch_pool_dynamic(logits_TE, self.expert_threshold, self.pool)
+            return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
+        k_BE = expert_choice_dynamic(logits_TE, self.expert_threshold, images)
+        return Selection(expert_choice(scores_TE, k_BE))
 
-    def _compute(self, tokens_TD: Tensor, plan: RoutePlan) -> Tensor:
-        """Run every routed row through its expert and sum the weighted outputs of each token in fp32."""
-        rows_RD, tokens_per_expert, state = self.dispatcher.dispatch(tokens_TD[plan.token_R], plan.tokens_per_expert_E)
-        equal_counts = self.equal_counts_in_training if self.training else len(set(tokens_per_expert)) == 1
-        out_RD = self.dispatcher.combine(self.experts(rows_RD, tokens_per_expert, equal_counts), state)
-        weighted_RD = out_RD.float() * plan.weight_R[:, None]
-        out_TD = torch.zeros(tokens_TD.shape, dtype=torch.float32, device=tokens_TD.device)
-        return out_TD.index_add(0, plan.token_R, weighted_RD).to(tokens_TD.dtype)
+    def _compute(self, tokens_TD: Tensor, scores_TE: Tensor, selection: Selection) -> Tensor:
+        """Run every selected token through its experts, and sum the weighted outputs of each token in fp32."""
+        counts = remember(lambda: self.dispatcher.count(selection))
+        plan = make_plan(selection.mask_TE, scores_TE, counts.routed)
+        rows_RD = self.dispatcher.dispatch(gather_rows(tokens_TD, plan), counts)
+        out_RD = self.dispatcher.combine(self.experts(rows_RD, counts.of_local_experts), counts)
+        return combine_rows(out_RD, plan)

@@ -1,60 +1,87 @@
-"""The routing plan, and the interface of the dispatchers that execute it.
+"""The routing plan: which token goes to which expert with which weight; and the interface of what moves the rows.
 
 Legend: T tokens of this rank, E experts, R routed rows, one for each pair of a token and an expert that takes it,
-D width.
+P ranks of the EP group, L = E / P experts held by a rank, D width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from diffmoe_ds.moe.top_k import Selection
 
 
 class RoutePlan(NamedTuple):
-    """Token, expert and weight of each routed row; rows are sorted by expert, then by token."""
+    """Routed rows, sorted by expert, then by token."""
 
     token_R: Tensor
     """int64: the token of each row."""
     weight_R: Tensor
     """fp32: the score by which the expert's output is multiplied; carries the router's gradient."""
-    tokens_per_expert_E: Tensor
-    """int64: rows of each expert; they add up to R."""
+    row_R: Tensor
+    """int64: the rows once more, sorted by token, then by expert."""
+    start_T: Tensor
+    """int64 [T + 1]: rows ``row_R[start_T[t] : start_T[t + 1]]`` are those of token t."""
 
 
-def make_plan(mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
-    """Build the plan of a selection.
+def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
+    """Build the plan of a selection, without a host synchronization.
 
     Args:
         mask_TE: bool, expert e takes token t.
         scores_TE: fp32 router scores.
+        num_rows: R, the number of True in the mask.
     """
-    expert_R, token_R = mask_TE.T.nonzero(as_tuple=True)
-    return RoutePlan(token_R, scores_TE[token_R, expert_R], mask_TE.sum(0))
+    mask_ET = mask_TE.T.contiguous()
+    expert_R, token_R = torch.nonzero_static(mask_ET, size=num_rows).unbind(1)
+    row_ET = mask_ET.flatten().cumsum(0).view(mask_ET.shape) - 1
+    by_token_T, by_token_E = torch.nonzero_static(mask_TE, size=num_rows).unbind(1)
+    row_R = row_ET.flatten().index_select(0, by_token_E * len(mask_TE) + by_token_T)
+    start_T = F.pad(mask_TE.sum(1).cumsum(0), (1, 0))
+    weight_R = scores_TE.flatten().gather(0, token_R * scores_TE.shape[1] + expert_R)
+    return RoutePlan(token_R, weight_R, row_R, start_T)
+
+
+class RowCounts(NamedTuple):
+    """Numbers of rows, known to the host."""
+
+    sent_PL: list[list[int]]
+    """Rows that this rank sends to each expert of each rank."""
+    received_PL: list[list[int]]
+    """Rows that this rank receives from each rank for each of its experts."""
+
+    @property
+    def routed(self) -> int:
+        """R, the rows that this rank routes."""
+        return sum(map(sum, self.sent_PL))
+
+    @property
+    def of_local_experts(self) -> list[int]:
+        """Rows of each expert held here."""
+        return [sum(counts) for counts in zip(*self.received_PL, strict=True)]
 
 
 class Dispatcher(Protocol):
     """Moves rows to the ranks that hold their experts, and back."""
 
-    def dispatch(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple[Tensor, list[int], Any]:
-        """Send rows to their experts.
+    def count(self, selection: Selection) -> RowCounts:
+        """Return how many rows go where. Synchronizes with the device unless the routing rule fixes these numbers."""
+        ...
 
-        Args:
-            rows_RD: rows sorted by global expert.
-            tokens_per_expert_E: int64, rows of each global expert.
+    def dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
+        """Send rows, sorted by global expert, to their experts.
 
         Returns:
-            The rows for the local experts, sorted by expert; the number of rows of each local expert; and the state
-            that `combine` needs.
+            The rows for the experts held here, sorted by expert.
         """
         ...
 
-    def combine(self, rows_RD: Tensor, state: Any) -> Tensor:
-        """Send the experts' outputs back.
-
-        Args:
-            rows_RD: one output for each row that `dispatch` returned, in the same order.
-            state: from `dispatch`.
+    def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
+        """Send one output for each row that `dispatch` returned, in the same order, back.
 
         Returns:
             The outputs in the order of the rows passed to `dispatch`.
@@ -65,10 +92,18 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """The `Dispatcher` of a process that holds all experts, without communication."""
 
-    def dispatch(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> tuple[Tensor, list[int], None]:
-        """Return the rows unchanged."""
-        return rows_RD, tokens_per_expert_E.tolist(), None
+    def count(self, selection: Selection) -> RowCounts:
+        """Return the counts; see `Dispatcher`."""
+        if selection.rows_per_expert is not None:
+            counts = [selection.rows_per_expert] * selection.mask_TE.shape[1]
+        else:
+            counts = selection.mask_TE.sum(0).tolist()
+        return RowCounts([counts], [counts])
 
-    def combine(self, rows_RD: Tensor, state: None) -> Tensor:
+    def dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
+        """Return the rows unchanged."""
+        return rows_RD
+
+    def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
         """Return the rows unchanged."""
         return rows_RD

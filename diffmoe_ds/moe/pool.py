@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_ds.distributed.collectives import all_gather, all_reduce
+from diffmoe_ds.distributed.collectives import all_reduce
 
 
 class GroupPool:
@@ -15,13 +15,14 @@ class GroupPool:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
-        self._rank = dist.get_rank(group)
+        self.rank = dist.get_rank(group)
 
     def sum(self, counts: Tensor) -> Tensor:
         """Return the sum over the ranks of the group, with one all-reduce."""
-        return all_reduce(counts.to(torch.int32), group=self.group).to(counts.dtype)
+        return all_reduce(counts.to(torch.int32, copy=True), group=self.group).to(counts.dtype)
 
-    def sum_before(self, counts: Tensor) -> Tensor:
-        """Return the sum over the ranks before this one, with one all-gather."""
-        every = all_gather(counts.to(torch.int32), self.group)
-        return torch.stack(every)[: self._rank].sum(0).to(counts.dtype)
+    def stack(self, values: Tensor) -> Tensor:
+        """Return the int32 values of every rank, with one all-reduce: a tree, where an all-gather would be a ring."""
+        every = values.new_zeros((self.size, *values.shape))
+        every[self.rank] = values
+        return all_reduce(every, group=self.group)

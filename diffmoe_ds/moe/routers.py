@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.moe.capacity import predicted_mask, tokens_per_expert
-from diffmoe_ds.moe.top_k import Pool
+from diffmoe_ds.moe.first_pass import remember
+from diffmoe_ds.moe.search import Pool
 
 # ---------------------------------------------------------------------------------------------- token_choice (TC-DiT)
 
@@ -47,7 +48,7 @@ def balance_loss(scores_TE: Tensor, mask_TE: Tensor, pool: Pool) -> Tensor:
     Returns:
         Scalar, fp32.
     """
-    tokens_per_expert_E = pool.sum(mask_TE.sum(0))
+    tokens_per_expert_E = remember(lambda: pool.sum(mask_TE.sum(0)))
     fraction_E = tokens_per_expert_E.float() / tokens_per_expert_E.sum().clamp(min=1)
     return scores_TE.shape[1] * (fraction_E * scores_TE.mean(0)).sum()
 
@@ -72,20 +73,15 @@ def expert_choice(scores_TE: Tensor, tokens_per_expert_BE: Tensor) -> Tensor:
     return (rank_BSE < tokens_per_expert_BE[:, None, :]).flatten(0, 1)
 
 
-def expert_choice_static(scores_TE: Tensor, images: int, capacity: float) -> Tensor:
+def expert_choice_static(tokens: int, num_experts: int, capacity: float) -> int:
     """Return the training rule's count: K = floor(C * S / E) tokens of each image.
 
     Args:
-        scores_TE: router scores of B images.
-        images: B.
+        tokens: S.
+        num_experts: E.
         capacity: C, the average number of experts per token.
-
-    Returns:
-        int64 tokens_per_expert_BE.
     """
-    num_tokens, num_experts = scores_TE.shape
-    k = tokens_per_expert(capacity, num_tokens // images, num_experts)
-    return torch.full((images, num_experts), k, dtype=torch.int64, device=scores_TE.device)
+    return tokens_per_expert(capacity, tokens, num_experts)
 
 
 def expert_choice_dynamic(logits_TE: Tensor, threshold_E: Tensor, images: int) -> Tensor:
@@ -105,20 +101,16 @@ def expert_choice_dynamic(logits_TE: Tensor, threshold_E: Tensor, images: int) -
 # ----------------------------------------------------------------------------------------------- batch_pool (DiffMoE)
 
 
-def batch_pool_static(scores_TE: Tensor, capacity: float, pool: Pool) -> Tensor:
+def batch_pool_static(tokens: int, num_experts: int, capacity: float, pool: Pool) -> int:
     """Return the training rule's count: K = floor(C * T_pool / E) tokens for each expert (arXiv 2503.14487, sec. 3.2).
 
     Args:
-        scores_TE: router scores; every rank of the pool holds the same number of tokens.
+        tokens: T, of this rank; every rank of the pool holds the same number of tokens.
+        num_experts: E.
         capacity: C, the average number of experts per token.
         pool: the ranks that compete.
-
-    Returns:
-        int64 K_E, the same on every rank.
     """
-    num_tokens, num_experts = scores_TE.shape
-    k = tokens_per_expert(capacity, num_tokens * pool.size, num_experts)
-    return torch.full((num_experts,), k, dtype=torch.int64, device=scores_TE.device)
+    return tokens_per_expert(capacity, tokens * pool.size, num_experts)
 
 
 def batch_pool_dynamic(logits_TE: Tensor, threshold_E: Tensor, pool: Pool) -> Tensor:

@@ -1,130 +1,121 @@
 """Exact top-k over a pool of tokens that may be spread over many ranks, without gathering scores.
 
-The bits of a float, read as an integer, sort like the float. So the K-th largest score of each expert is found digit by
-digit, most significant first (a radix search): count how many keys have each value of the digit, sum the counts over
-the ranks, and keep the digit that contains the K-th key. Only a table of counts, [E, 2048], is sent, three times,
-regardless of the number of tokens. Ties are broken by rank and, within a rank, by token index, so exactly K tokens are
-selected: the result equals gathering all scores and sorting them with a stable sort.
+The bits of a float, read as an integer, sort like the float. The K-th largest of these keys of each expert decides:
+larger keys are selected, and of the keys equal to it as many as are missing. Ties are broken by rank and, within a
+rank, by token index, so exactly K tokens are selected: the result equals gathering all scores and sorting them with a
+stable sort. On a single rank the K-th key is found directly, over several by `moe/search.py`.
 
-Legend: T tokens of this rank, E experts, N values of a digit, K tokens that an expert takes from the whole pool.
+Legend: T tokens of this rank, W ranks of the pool, E experts, K tokens that an expert takes from the whole pool.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-DIGITS = ((21, 11), (10, 11), (0, 10))
-"""(shift, bits) of the digits of a 32-bit key, most significant first."""
-
-
-class Pool(Protocol):
-    """The ranks whose tokens compete."""
-
-    size: int
-    """Number of ranks."""
-
-    def sum(self, counts: Tensor) -> Tensor:
-        """Return the element-wise sum over the ranks; the same on every rank."""
-        ...
-
-    def sum_before(self, counts: Tensor) -> Tensor:
-        """Return the element-wise sum over the ranks before this one; zeros on the first."""
-        ...
+from diffmoe_ds.moe.search import LARGEST, Kth, Pool, WarmStart, kth_in_pool
 
 
 class LocalPool:
     """The pool of a single rank, without communication."""
 
     size = 1
+    rank = 0
 
     def sum(self, counts: Tensor) -> Tensor:
         """Return ``counts`` itself."""
         return counts
 
-    def sum_before(self, counts: Tensor) -> Tensor:
-        """Return zeros."""
-        return torch.zeros_like(counts)
+    def stack(self, values: Tensor) -> Tensor:
+        """Return ``values`` with a first dimension of 1."""
+        return values[None]
+
+
+class Selection(NamedTuple):
+    """Tokens that the experts take."""
+
+    mask_TE: Tensor
+    """bool: the tokens of this rank that each expert takes."""
+    rows_per_expert: int | None = None
+    """Tokens of this rank that every expert takes, where the rule fixes this number; otherwise None."""
+    counts_WE: Tensor | None = None
+    """int64: tokens that each expert takes from each rank of the pool, where the search found it out; otherwise None."""
 
 
 def sort_keys(scores: Tensor) -> Tensor:
-    """Return int64 keys in [0, 2^32) that sort like the fp32 ``scores``; -0.0 equals 0.0, NaN is above infinity."""
-    bits = scores.detach().float().contiguous().view(torch.int32).to(torch.int64)
+    """Return int32 keys that sort like the fp32 ``scores``; -0.0 equals 0.0, NaN is above infinity."""
+    bits = scores.detach().float().contiguous().view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     key = torch.where(bits >= 0, magnitude, -magnitude)  # both zeros become 0
-    key = torch.where(magnitude > 0x7F800000, 0x7FFFFFFF, key)
-    return key + (1 << 31)
+    return torch.where(magnitude > 0x7F800000, LARGEST, key)
 
 
 def key_values(keys: Tensor) -> Tensor:
     """Return the fp32 scores of keys, the inverse of `sort_keys`."""
-    key = keys - (1 << 31)
-    bits = torch.where(key >= 0, key, -key - (1 << 31))  # the sign bit as an int32
+    bits = torch.where(keys >= 0, keys, -keys - (1 << 31))  # the sign bit as an int32
     return bits.to(torch.int32).view(torch.float32)
 
 
-def kth_largest(keys_TE: Tensor, k_E: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Find the K-th largest key of each expert in the pool.
-
-    Args:
-        keys_TE: int64 keys of this rank's tokens; ranks may hold different numbers of tokens, zero included.
-        k_E: int64, K of each expert, the same on every rank, from 0 to the number of tokens in the pool.
-        pool: the ranks that compete.
-
-    Returns:
-        int64 ``kth_E``, above every key where K is 0, and int64 ``ties_E``: the keys equal to it that are among the
-        K largest.
-    """
-    num_experts = keys_TE.shape[1]
-    columns_E = torch.arange(num_experts, device=keys_TE.device)
-    prefix_E = torch.zeros_like(k_E)
-    remaining_E = k_E.clone()
-    for shift, bits in DIGITS:
-        bins = 1 << bits
-        digit_TE = (keys_TE >> shift) & (bins - 1)
-        candidate_TE = (keys_TE >> (shift + bits)) == prefix_E
-        slot_TE = torch.where(candidate_TE, columns_E * bins + digit_TE, num_experts * bins)
-        counts = torch.zeros(num_experts * bins + 1, dtype=torch.int64, device=keys_TE.device)
-        counts.scatter_add_(0, slot_TE.flatten(), torch.ones_like(slot_TE).flatten())
-        counts_EN = pool.sum(counts[:-1].view(num_experts, bins))
-        at_least_EN = counts_EN.flip(1).cumsum(1).flip(1)  # keys whose digit is this one or higher
-        digit_E = (at_least_EN >= remaining_E[:, None]).sum(1) - 1
-        higher_E = (at_least_EN - counts_EN).gather(1, digit_E[:, None])[:, 0]
-        remaining_E = remaining_E - higher_E
-        prefix_E = prefix_E * bins + digit_E
-    return prefix_E, remaining_E
-
-
-def select_top_k(scores_TE: Tensor, k_E: Tensor, pool: Pool) -> Tensor:
+def select_top_k(scores_TE: Tensor, k: int | Tensor, pool: Pool, warm: WarmStart | None = None) -> Selection:
     """Select for each expert its K best tokens of the pool.
 
     Args:
-        scores_TE: fp32 scores of this rank's tokens.
-        k_E: int64, how many tokens each expert takes from the pool, the same on every rank.
+        scores_TE: fp32 scores of this rank's tokens; ranks may hold different numbers of tokens, zero included.
+        k: how many tokens each expert takes from the pool, from 0 to all, the same on every rank: one number for all
+            experts, or int64 [E].
         pool: the ranks that compete.
+        warm: of the last search for the same scores' experts; makes a search over several ranks faster.
 
     Returns:
-        bool mask_TE of this rank's tokens; over the ranks of the pool, column e has exactly K tokens set.
+        The selection; over the ranks of the pool, column e of its mask has exactly K tokens set.
     """
     keys_TE = sort_keys(scores_TE)
-    kth_E, ties_E = kth_largest(keys_TE, k_E, pool)
-    tie_TE = keys_TE == kth_E
-    tie_number_TE = tie_TE.cumsum(0) + pool.sum_before(tie_TE.sum(0))  # from 1, by rank, then by token
-    return (keys_TE > kth_E) | (tie_TE & (tie_number_TE <= ties_E))
+    kth = _kth(keys_TE, k, pool, warm)
+    tie_TE = keys_TE == kth.key_E
+    before_E = kth.ties_WE[: pool.rank].sum(0)
+    tie_number_TE = tie_TE.cumsum(0) + before_E  # from 1, by rank, then by token
+    mask_TE = (keys_TE > kth.key_E) | (tie_TE & (tie_number_TE <= kth.quota_E))
+    if pool.size == 1:
+        return Selection(mask_TE, rows_per_expert=k if isinstance(k, int) else None)
+    return Selection(mask_TE, counts_WE=kth.selected_WE())
 
 
-def kth_value(scores_TE: Tensor, k_E: Tensor, pool: Pool) -> Tensor:
+def kth_value(scores_TE: Tensor, k: int, pool: Pool, warm: WarmStart | None = None) -> Tensor:
     """Return the K-th largest score of each expert in the pool.
 
     Args:
         scores_TE: fp32 scores of this rank's tokens.
-        k_E: int64, K of each expert, the same on every rank.
+        k: as in `select_top_k`.
         pool: the ranks that compete.
+        warm: as in `select_top_k`.
 
     Returns:
         fp32 [E], the same on every rank; NaN where K is 0.
     """
-    kth_E, _ = kth_largest(sort_keys(scores_TE), k_E, pool)
-    return key_values(kth_E)
+    return key_values(_kth(sort_keys(scores_TE), k, pool, warm).key_E)
+
+
+def _kth(keys_TE: Tensor, k: int | Tensor, pool: Pool, warm: WarmStart | None) -> Kth:
+    """Find the K-th largest key of each expert in the pool."""
+    if pool.size > 1:
+        k_E = torch.full_like(keys_TE[:1].flatten(), k, dtype=torch.int64) if isinstance(k, int) else k
+        return kth_in_pool(keys_TE, k_E, pool, warm or WarmStart())
+    key_E = _local_kth_key(keys_TE.T.contiguous(), k)
+    higher_E = (keys_TE > key_E).sum(0)
+    return Kth(key_E, k - higher_E, higher_E[None], (keys_TE == key_E).sum(0)[None])
+
+
+def _local_kth_key(keys_ET: Tensor, k: int | Tensor) -> Tensor:
+    """Return the K-th largest key of each row, and the largest int32 where K is 0."""
+    experts, tokens = keys_ET.shape
+    if isinstance(k, int):
+        if k == 0:
+            return keys_ET.new_full((experts,), LARGEST)
+        return keys_ET.kthvalue(tokens - k + 1, dim=1).values
+    if keys_ET.device.type == "cpu":  # several times faster than a sort; on a GPU, reading K would synchronize
+        return torch.stack([_local_kth_key(keys, int(k)) for keys, k in zip(keys_ET.split(1), k, strict=True)])[:, 0]
+    padded = F.pad(keys_ET.sort(dim=1, descending=True).values, (1, 0), value=LARGEST)
+    return padded.gather(1, k[:, None])[:, 0]

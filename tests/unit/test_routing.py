@@ -21,6 +21,7 @@ from diffmoe_ds.moe.routers import (
     expert_choice_static,
     token_choice,
 )
+from diffmoe_ds.moe.search import WarmStart
 from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k, sort_keys
 
 
@@ -28,11 +29,13 @@ class ThreadPool:
     """A pool whose ranks are threads, so that hypothesis can try many pools quickly."""
 
     def __init__(self, shared: list, barrier: threading.Barrier, rank: int) -> None:
-        self._shared, self._barrier, self._rank = shared, barrier, rank
-        self.size = len(shared)
+        self._shared, self._barrier = shared, barrier
+        self.rank, self.size = rank, len(shared)
+        self.messages = 0
 
     def _exchange(self, value: torch.Tensor) -> torch.Tensor:
-        self._shared[self._rank] = value
+        self.messages += 1
+        self._shared[self.rank] = value
         self._barrier.wait(timeout=30)
         every = torch.stack(list(self._shared))
         self._barrier.wait(timeout=30)
@@ -41,8 +44,8 @@ class ThreadPool:
     def sum(self, counts: torch.Tensor) -> torch.Tensor:
         return self._exchange(counts).sum(0)
 
-    def sum_before(self, counts: torch.Tensor) -> torch.Tensor:
-        return self._exchange(counts)[: self._rank].sum(0)
+    def stack(self, values: torch.Tensor) -> torch.Tensor:
+        return self._exchange(values)
 
 
 def on_ranks(function, parts: list[torch.Tensor]) -> list:
@@ -109,13 +112,24 @@ def pools(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(pools())
-def test_selection_equals_gather_and_sort(case):
+@given(pools(), st.sampled_from(["cold", "same", "other"]))
+def test_selection_equals_gather_and_sort(case, earlier):
+    """Whatever an earlier search found, and with the counts of every rank."""
     parts, k_E = case
-    masks = on_ranks(lambda part, pool: select_top_k(part, k_E, pool), parts)
-    expected = gather_and_sort(torch.cat(parts), k_E)
-    assert torch.equal(torch.cat(masks), expected)
-    assert torch.equal(torch.cat(masks).sum(0), k_E)
+
+    def select(part, pool):
+        warm = WarmStart()
+        if earlier != "cold":
+            select_top_k(part if earlier == "same" else part.flip(1) * 3, k_E, pool, warm)
+        return select_top_k(part, k_E, pool, warm)
+
+    found = on_ranks(select, parts)
+    mask = torch.cat([selection.mask_TE for selection in found])
+    assert torch.equal(mask, gather_and_sort(torch.cat(parts), k_E))
+    assert torch.equal(mask.sum(0), k_E)
+    if len(parts) > 1:
+        own = torch.stack([selection.mask_TE.sum(0) for selection in found])
+        assert all(torch.equal(selection.counts_WE, own) for selection in found)
 
 
 @settings(max_examples=50, deadline=None)
@@ -127,6 +141,25 @@ def test_kth_value_equals_sorted(case):
     for expert, k in enumerate(k_E.tolist()):
         for value in values:
             assert value[expert].isnan() if k == 0 else value[expert] == ordered[k - 1, expert]
+
+
+@pytest.mark.parametrize("ranks", (2, 8))
+def test_search_takes_two_messages_once_it_is_warm(ranks):
+    """Scores drift from step to step as they do in training: new tokens, slowly changing weights."""
+    generator = torch.Generator().manual_seed(0)
+    drift = torch.linspace(1, 1.2, 6)
+
+    def messages(part, pool):
+        warm, counts = WarmStart(), []
+        for scores, factor in zip(part.unbind(), drift, strict=True):
+            before = pool.messages
+            select_top_k((scores * factor).softmax(1), 64 * ranks, pool, warm)
+            counts.append(pool.messages - before)
+        return counts
+
+    parts = torch.randn(ranks, len(drift), 1024, 16, generator=generator)
+    for counts in on_ranks(messages, list(parts)):
+        assert counts == [4, 2, 2, 2, 2, 2]
 
 
 def test_keys_sort_like_floats_and_convert_back():
@@ -145,7 +178,7 @@ def test_batch_pool_does_not_depend_on_the_ranks(ranks, seed, capacity):
     scores = torch.randn(48, 4, generator=torch.Generator().manual_seed(seed)).softmax(1)
 
     def select(part, pool):
-        return select_top_k(part, batch_pool_static(part, capacity, pool), pool)
+        return select_top_k(part, batch_pool_static(*part.shape, capacity, pool), pool).mask_TE
 
     one = select(scores, LocalPool())
     many = on_ranks(select, list(scores.view(ranks, -1, 4)))
@@ -159,7 +192,7 @@ def test_dynamic_takes_the_predicted_number_of_the_best_tokens():
     threshold = torch.tensor([0.0, 0.3, 0.7, 1.0])
 
     def select(part, pool):
-        return select_top_k(part[:, :4], batch_pool_dynamic(part[:, 4:], threshold, pool), pool)
+        return select_top_k(part[:, :4], batch_pool_dynamic(part[:, 4:], threshold, pool), pool).mask_TE
 
     parts = on_ranks(select, list(torch.cat([scores, logits], 1).view(2, 32, 8)))
     counts = predicted_mask(logits, threshold).sum(0)
@@ -176,8 +209,7 @@ def test_expert_choice_is_per_image_and_stable():
 
 
 def test_expert_choice_counts_per_image():
-    scores = torch.rand(8, 2)  # two images of four tokens
-    assert expert_choice_static(scores, 2, capacity=1.0).tolist() == [[2, 2], [2, 2]]
+    assert expert_choice_static(tokens=4, num_experts=2, capacity=1.0) == 2
     logits = torch.tensor([[9.0, -9.0], [9.0, -9.0], [-9.0, -9.0], [9.0, -9.0], *[[-9.0, 9.0]] * 4])
     assert expert_choice_dynamic(logits, torch.tensor([0.5, 0.5]), 2).tolist() == [[3, 0], [0, 4]]
 
@@ -203,9 +235,10 @@ def test_balance_loss_averaged_over_ranks_equals_that_of_one():
 def test_plan_is_sorted_by_expert_then_token_and_carries_the_gradient():
     scores = torch.rand(5, 3, requires_grad=True)
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1], [1, 0, 0]], dtype=torch.bool)
-    plan = make_plan(mask, scores)
+    plan = make_plan(mask, scores, num_rows=6)
     assert plan.token_R.tolist() == [0, 2, 4, 2, 0, 3]
-    assert plan.tokens_per_expert_E.tolist() == [3, 1, 2]
+    assert plan.row_R.tolist() == [0, 4, 1, 3, 5, 2]
+    assert plan.start_T.tolist() == [0, 2, 2, 4, 5, 6]
     plan.weight_R.sum().backward()
     assert torch.equal(scores.grad, mask.float())
 

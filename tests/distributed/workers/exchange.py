@@ -15,7 +15,7 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.moe.layer import MoELayer
-from diffmoe_ds.moe.plan import make_plan
+from diffmoe_ds.moe.top_k import Selection
 from diffmoe_ds.topology import Topology
 
 torch.set_num_threads(1)
@@ -73,10 +73,9 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
     mine = slice(RANK * IMAGES * TOKENS, (RANK + 1) * IMAGES * TOKENS)
     outputs = []
     for layer, part in ((whole, slice(None)), (sharded, mine)):
-        layer.equal_counts_in_training = False  # these masks follow no router's rule
         x = x_all[part].clone().requires_grad_()
         scores = torch.nn.functional.linear(x, layer.gate_weight).softmax(-1)
-        out = layer._compute(x, make_plan(mask[part], scores))
+        out = layer._compute(x, scores, Selection(mask[part]))
         (out * weight[part]).sum().backward()
         outputs.append((out.detach(), x.grad))
     for got, expected in zip(outputs[1], outputs[0], strict=True):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 sys.path.insert(0, os.getcwd())
 from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.moe.pool import GroupPool
+from diffmoe_ds.moe.search import WarmStart
 from diffmoe_ds.moe.top_k import select_top_k
 from tests.unit.test_routing import PALETTES, gather_and_sort
 
@@ -35,6 +36,7 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 pool = GroupPool(dist.group.WORLD)
 checked = 0
+warm = WarmStart()  # of other scores each time
 for palette in sorted(PALETTES):
     for tokens in (1, 33):
         generator = np.random.default_rng(tokens)
@@ -45,7 +47,7 @@ for palette in sorted(PALETTES):
             values = generator.choice(np.array(PALETTES[palette], dtype=np.float32), (total, 4))
         scores = torch.from_numpy(values.astype(np.float32))
         for k in ([0, 1, total // 2, total], [total, 0, total - 1, 1]):
-            mine = select_top_k(scores[rank * tokens : (rank + 1) * tokens], torch.tensor(k), pool)
+            mine = select_top_k(scores[rank * tokens : (rank + 1) * tokens], torch.tensor(k), pool, warm).mask_TE
             every = [torch.empty_like(mine) for _ in range(world)]
             dist.all_gather(every, mine)
             assert torch.equal(torch.cat(every), gather_and_sort(scores, torch.tensor(k))), (palette, tokens, k)

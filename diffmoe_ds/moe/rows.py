@@ -1,0 +1,82 @@
+"""Gather the rows of tokens, and combine the outputs of a token's rows, without atomics in either direction.
+
+The gradient of a gather and the combination of rows are sums over the rows of each token. `index_add` computes them in
+an order that varies on a GPU, and slowly on a CPU. Here each token adds its own rows, in the order of the experts: the
+result is the same on every run, and no copy of the rows in fp32 is kept for the backward pass.
+
+Legend: T tokens, R routed rows, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmoe_ds.moe.plan import RoutePlan
+
+
+def gather_rows(tokens_TD: Tensor, plan: RoutePlan) -> Tensor:
+    """Return the token of each routed row.
+
+    Args:
+        tokens_TD: tokens of this rank.
+        plan: which of them are routed.
+
+    Returns:
+        [R, D], rows sorted by expert.
+    """
+    rows_RD: Tensor = _Gather.apply(tokens_TD, plan.token_R, plan.row_R, plan.start_T)  # type: ignore[no-untyped-call]
+    return rows_RD
+
+
+def combine_rows(rows_RD: Tensor, plan: RoutePlan) -> Tensor:
+    """Return for each token the weighted sum of its rows; zero for a token that no expert took.
+
+    Args:
+        rows_RD: the experts' outputs, sorted by expert.
+        plan: the tokens and weights of the rows.
+
+    Returns:
+        [T, D] in the dtype of the rows, added up in fp32.
+    """
+    arguments = (rows_RD, plan.weight_R, plan.token_R, plan.row_R, plan.start_T)
+    tokens_TD: Tensor = _Combine.apply(*arguments)  # type: ignore[no-untyped-call]
+    return tokens_TD
+
+
+def _sum_by_token(rows_RD: Tensor, row_R: Tensor, start_T: Tensor, weight_R: Tensor | None = None) -> Tensor:
+    """Add up the rows ``row_R[start_T[t] : start_T[t + 1]]`` of each token t, in fp32."""
+    summed = F.embedding_bag(
+        row_R, rows_RD.float(), start_T, mode="sum", per_sample_weights=weight_R, include_last_offset=True
+    )
+    return summed.to(rows_RD.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor) -> Tensor:
+        ctx.save_for_backward(row_R, start_T)
+        return tokens_TD.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum_by_token(gradient_RD, *ctx.saved_tensors), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RD, weight_R, token_R)
+        return _sum_by_token(rows_RD, row_R, start_T, weight_R.index_select(0, row_R))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        rows_RD, weight_R, token_R = ctx.saved_tensors
+        gradient_RD = gradient_TD.index_select(0, token_R)
+        weight_gradient_R = torch.linalg.vecdot(gradient_RD.float(), rows_RD.float())
+        return gradient_RD.mul_(weight_R[:, None]), weight_gradient_R, None, None, None
