@@ -88,11 +88,6 @@ def all_reduce(tensor: Tensor, op: Literal["sum", "max", "min"] = "sum", group: 
     return tensor
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Return the mean of each element over all ranks; overwrites ``values``."""
-    return all_reduce(values) / dist.get_world_size()
-
-
 def all_gather(tensor: Tensor, group: Group | None = None) -> list[Tensor]:
     """Return the tensor of every rank, by rank.
 

@@ -5,7 +5,7 @@ A rank that raises alone leaves the others waiting in their next collective. So 
 of any rank. The rank that hit that error raises it; all others raise `AlreadyReportedError` with the same exit code and
 print nothing, so the user reads one message, once.
 
-Two transports carry the same encoding: `vote` uses one all-reduce and needs the process group;
+Two transports carry the same encoding: `vote` and `agree` use one all-reduce and need the process group;
 `diffmoe_ds.distributed.rendezvous.Rendezvous.raise_on_all_ranks` uses the rendezvous store and works before the group
 exists.
 """
@@ -13,11 +13,12 @@ exists.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from diffmoe_ds.distributed.collectives import all_reduce, get_rank
+from diffmoe_ds.distributed.collectives import all_reduce, get_rank, get_world_size
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ def encode_error(error: DiffMoEError | None, rank: int) -> int:
 
     Returns:
         0 for no error, otherwise the exit code above 16 bits of rank: the largest exit code wins, then the lowest rank.
+        An exit code is at most 255, so fp32 represents the number exactly.
     """
     return 0 if error is None else error.exit_code * _RANKS + (_RANKS - 1 - rank)
 
@@ -74,6 +76,36 @@ def vote(device: torch.device, error: DiffMoEError | None = None, *flags: bool) 
     winner, *answers = all_reduce(ballot, "max").tolist()
     raise_agreed(winner, error, rank)
     return tuple(map(bool, answers))
+
+
+class Agreement(NamedTuple):
+    """The ranks' answers, the same on every rank."""
+
+    winner: int
+    """For `raise_agreed`: the most severe error of any rank, encoded; 0 for none."""
+    flags: tuple[bool, ...]
+    """For each flag, whether any rank set it."""
+    means: list[float]
+    """For each value, its mean over the ranks."""
+
+
+def agree(values_N: Tensor, error: DiffMoEError | None, flags: tuple[bool, ...]) -> Agreement:
+    """Agree on errors, flags and mean values, in one all-reduce and one copy to the host. Every rank must call this.
+
+    Args:
+        values_N: fp32, on the device of the collectives.
+        error: this rank's error, if any.
+        flags: this rank's answers to yes-or-no questions.
+    """
+    rank, device = get_rank(), values_N.device
+    ballot = torch.tensor([encode_error(error, rank), *flags], dtype=torch.float32, pin_memory=device.type == "cuda")
+    every_WX = torch.zeros(get_world_size(), len(ballot) + len(values_N), device=device)
+    every_WX[rank, : len(ballot)].copy_(ballot, non_blocking=True)
+    every_WX[rank, len(ballot) :] = values_N
+    all_reduce(every_WX)
+    answers = torch.cat([every_WX[:, : len(ballot)].amax(0), every_WX[:, len(ballot) :].mean(0)]).tolist()
+    winner, *raised = answers[: len(ballot)]
+    return Agreement(int(winner), tuple(map(bool, raised)), answers[len(ballot) :])
 
 
 def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:

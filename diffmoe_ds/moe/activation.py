@@ -41,7 +41,7 @@ def gelu(h: Tensor, out: Tensor, saved: Tensor | None) -> None:
             may be ``h`` itself.
     """
     if not uses_sigmoid(h):
-        torch._C._nn.gelu(h, approximate="tanh", out=out)
+        torch.ops.aten.gelu.out(h, approximate="tanh", out=out)
         if saved is not None and saved is not h:
             saved.copy_(h)
         return

@@ -38,7 +38,7 @@ def expert_ffn(
     """
     blocks = Blocks(list(rows_per_expert), rows_RD.device.type)
     ffn = {"gelu": _GeluFFN, "swiglu": _SwiGLUFFN}[kind]
-    out_RD: Tensor = ffn.apply(rows_RD, w1, w2, w3, blocks, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    out_RD: Tensor = ffn.apply(rows_RD, w1, w2, w3, blocks, torch.is_grad_enabled())
     return out_RD
 
 

@@ -24,8 +24,9 @@ def remember(compute: Callable[[], T]) -> T:
     if _is_second_pass:
         result: T = _results.pop(0)
         return result
-    _results.append(compute())
-    return _results[-1]
+    computed = compute()
+    _results.append(computed)
+    return computed
 
 
 def both_passes() -> tuple[Any, Any]:

@@ -93,8 +93,9 @@ class MoELayer(nn.Module):
         scores_TE = fp32_linear(tokens_TD, self.gate_weight).softmax(dim=-1)
         logits_TE = None
         if self.capacity_predictor is not None:
-            hidden, activation, last = self.capacity_predictor
-            logits_TE = fp32_linear(activation(hidden(tokens_TD.detach())), last.weight, last.bias)
+            last = self.capacity_predictor[-1]
+            assert isinstance(last, nn.Linear)
+            logits_TE = fp32_linear(self.capacity_predictor[:-1](tokens_TD.detach()), last.weight, last.bias)
         with torch.no_grad():
             selection = remember(lambda: self._select(scores_TE, logits_TE))
         balance = None
@@ -113,7 +114,7 @@ class MoELayer(nn.Module):
         images = len(scores_TE) // self.tokens_per_image
         if rule == "static":
             if self.kind == "batch_pool":
-                k = batch_pool_static(*scores_TE.shape, self.capacity, self.pool)
+                k = batch_pool_static(len(scores_TE), self.num_experts, self.capacity, self.pool)
                 return select_top_k(scores_TE, k, self.pool, self._warm_start)
             k = expert_choice_static(scores_TE.shape[0] // images, self.num_experts, self.capacity)
             k_BE = torch.full((images, self.num_experts), k, device=scores_TE.device)

@@ -68,9 +68,7 @@ class _Gather(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, weight_R, token_R)
         return _sum_by_token(rows_RD, row_R, start_T, weight_R.index_select(0, row_R))
 

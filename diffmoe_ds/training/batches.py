@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from torch import Tensor
+
 from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.loader import LoaderSettings, MicroBatch, PositionLoader
 from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.distributed.consensus import vote
+from diffmoe_ds.distributed.collectives import get_rank
+from diffmoe_ds.distributed.consensus import agree, raise_agreed
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import DataError, DiffMoEError
 from diffmoe_ds.rng import training_draws
@@ -17,7 +20,7 @@ from diffmoe_ds.training.setup import Run
 
 
 class BatchSource:
-    """This rank's micro-batches from the run's current position, and the time spent waiting for them."""
+    """This rank's micro-batches from the run's current position, one ahead, and the time spent waiting for them."""
 
     def __init__(self, run: Run, dataset: Dataset, lock: RunLock | None = None) -> None:
         """Start the data loader.
@@ -25,40 +28,59 @@ class BatchSource:
         Args:
             run: from `setup_run`.
             dataset: the images.
-            lock: the run lock, on the rank that holds it; if another job takes the lock, the next fetch raises.
+            lock: the run lock, on the rank that holds it; if another job takes the lock, the next micro-batch is an error.
         """
         self._batches: Iterator[MicroBatch] = iter(make_loader(run, dataset))
         self._device = run.device
         self._lock = lock
         self._waited_s = 0.0
+        self._next: MicroBatch | None = None
+        self._failure: DiffMoEError | None = None
+        self._winner = 0
+        self.flags: tuple[bool, ...] = ()
+        """For each flag of the last `agree`, whether any rank set it."""
 
-    def fetch(self, stop: bool = False, writing: bool = False) -> tuple[MicroBatch, bool, bool]:
-        """Return the next micro-batch, after all ranks agreed on errors and flags.
+    def agree(self, flags: tuple[bool, ...], values_N: Tensor) -> list[float]:
+        """Read the next micro-batch and agree on errors, flags and values, in one message. Every rank must call this.
+
+        In a step this happens between the forward and the backward pass: a GPU is busy while the host reads, and it is
+        the only time that the host waits for the GPU. An error is not raised before the next `take`, so the step that
+        is running is not lost.
 
         Args:
-            stop: whether this rank was asked to stop.
-            writing: whether this rank is still writing a checkpoint.
+            flags: this rank's answers to yes-or-no questions.
+            values_N: fp32, on the run's device.
 
         Returns:
-            The micro-batch on the run's device, and whether any rank has ``stop`` or ``writing`` set.
+            The mean of each value over the ranks.
+        """
+        self._read()
+        self._winner, self.flags, means = agree(values_N, self._failure, flags)
+        return means
+
+    def take(self) -> MicroBatch:
+        """Return the micro-batch that the last `agree` read, on the run's device.
 
         Raises:
-            DataError: on all ranks, if any cannot read its images.
+            DataError: on all ranks, if any could not read its images.
             RunDirectoryBusyError: on all ranks, if another job has taken over the run directory.
         """
-        failure: DiffMoEError | None = None
+        raise_agreed(self._winner, self._failure, get_rank())
+        assert self._next is not None, "without an error there is a micro-batch"
+        batch, self._next = self._next, None
+        return batch.to(self._device)
+
+    def _read(self) -> None:
         start = time.perf_counter()
         try:
             if self._lock is not None:
                 self._lock.check()
-            batch = next(self._batches)
+            self._next = next(self._batches)
         except DiffMoEError as error:
-            failure = error
+            self._failure = error
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
-            failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
+            self._failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
         self._waited_s += time.perf_counter() - start
-        stop, writing = vote(self._device, failure, stop, writing)
-        return batch.to(self._device), stop, writing
 
     def close(self) -> None:
         """End the loader's workers."""

@@ -63,6 +63,14 @@ class Checkpointer:
         if self._saver.is_open:
             self._finish()
 
+    def complete_earlier(self) -> None:
+        """Finish the checkpoint in progress, unless it was started at the end of the step before.
+
+        That one may still be written on some rank: the ranks agreed in the middle of the step, before it was started.
+        """
+        if self._saver.is_open and self._saver.images < self._run.images:
+            self.complete()
+
     def save_rest(self) -> None:
         """Finish the checkpoint in progress, then save any unsaved progress."""
         self.complete()

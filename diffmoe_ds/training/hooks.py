@@ -63,14 +63,14 @@ class LogStep:
         row: dict[str, Any] = {
             "step": self._run.step,
             "images": self._run.images,
-            "loss": losses.total.item(),
-            "diffusion_loss": losses.diffusion.item(),
-            "capacity_loss": losses.capacity.item(),
+            "loss": losses.total,
+            "diffusion_loss": losses.diffusion,
+            "capacity_loss": losses.capacity,
             "grad_norm": step.grad_norm,
             "lr": step.lr,
         }
         if self._run.config.routing.kind == "token_choice":
-            row["balance_loss"] = losses.balance.item()
+            row["balance_loss"] = losses.balance
         row["data_s"] = self._batches.waited_s()
         self._log.step(row)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.stragglers import Stragglers
@@ -33,16 +35,20 @@ def train(
     stragglers = Stragglers(run.config.run.straggler_steps, run.config.run.straggler_ratio, hosts, run.device)
     skipped = SkippedSteps(run, log)
     hooks = make_hooks(run, log, batches, checkpointer, stragglers, watchdog)
+
+    def flags() -> tuple[bool, bool]:
+        return signals.received() != "", checkpointer.is_writing
+
+    batches.agree(flags(), torch.zeros(0, device=run.device))  # reads the first micro-batch
     while not run.is_complete:
         watchdog.tick(run.step)
-        with stragglers.own_work(run.step):
-            batch, stop, writing = batches.fetch(signals.received() != "", checkpointer.is_writing)
+        stop, writing = batches.flags
         if not writing:
-            checkpointer.complete()
+            checkpointer.complete_earlier()
         if stop:
             checkpointer.save_and_requeue(signals.received())
         try:
-            result = train_step(run, batch, batches, watchdog, stragglers)
+            result = train_step(run, batches, flags, watchdog, stragglers)
         except NonFiniteError as error:
             skipped.count(error, checkpointer)
             continue

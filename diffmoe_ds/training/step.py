@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,24 +11,32 @@ from torch import Tensor
 
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.collectives import mean_over_ranks
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import NonFiniteError
 from diffmoe_ds.moe.layer import Routing
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
-from diffmoe_ds.training.loss import Losses, forward
+from diffmoe_ds.training.loss import forward
 from diffmoe_ds.training.nonfinite import locate_in_backward, locate_in_forward
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
 
 
+class MeanLosses(NamedTuple):
+    """`Losses`, averaged over the micro-steps of a step and over the ranks."""
+
+    total: float
+    diffusion: float
+    capacity: float
+    balance: float
+
+
 class StepResult(NamedTuple):
     """Results of one optimizer step."""
 
-    losses: Losses
-    """Means over micro-steps and ranks."""
+    losses: MeanLosses
+    """On the host."""
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
     lr: float
@@ -39,38 +48,36 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    run: Run, batch: MicroBatch, batches: BatchSource, watchdog: Watchdog, stragglers: Stragglers
+    run: Run, batches: BatchSource, flags: Callable[[], tuple[bool, ...]], watchdog: Watchdog, stragglers: Stragglers
 ) -> StepResult:
     """Run the micro-steps of one optimizer step, then update the weights, thresholds and EMA.
 
     Args:
         run: the run.
-        batch: the first micro-batch.
-        batches: source of the remaining micro-batches.
+        batches: source of the micro-batches.
+        flags: this rank's answers, on which the ranks agree together with the losses; see `BatchSource.flags`.
         watchdog: ticked after each micro-step.
         stragglers: measures this rank's own work.
 
     Raises:
         NonFiniteError: on all ranks, if the loss or a gradient is non-finite; the weights are unchanged.
+        DataError: on all ranks, if any could not read its images; the weights are unchanged.
     """
     accumulation = run.settings.accumulation
-    totals = torch.zeros(len(Losses._fields), device=run.device)
+    means = [0.0] * len(MeanLosses._fields)
     micro_batches: list[MicroBatch] = []
     problem = ""
     while len(micro_batches) < accumulation:
         with stragglers.own_work(run.step):
-            if micro_batches:
-                batch, *_ = batches.fetch()
-            micro_batches.append(batch)
-            output, losses, t_B = forward(run, run.engine, batch)
+            micro_batches.append(batches.take())
+            output, losses, t_B = forward(run, run.engine, micro_batches[-1])
+            agreed = batches.agree(flags(), torch.stack([loss.detach().float() for loss in losses]))
+        means = [mean + value / accumulation for mean, value in zip(means, agreed, strict=True)]
         is_last = len(micro_batches) == accumulation
-        totals += torch.stack([loss.detach().float() for loss in losses]) / accumulation
         loss = losses.total
-        if is_last:
-            totals = mean_over_ranks(totals)
-            if not totals.isfinite().all():
-                problem = f"the loss is {totals[0].item()} {locate_in_forward(run, micro_batches)}"
-                loss = loss * float("nan")  # makes DeepSpeed discard the gradient
+        if is_last and not all(map(math.isfinite, means)):
+            problem = f"the loss is {means[0]} {locate_in_forward(run, micro_batches)}"
+            loss = loss * float("nan")  # makes DeepSpeed discard the gradient
         run.engine.backward(loss)
         if not is_last:
             run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
@@ -83,7 +90,7 @@ def train_step(
     run.thresholds.update()
     run.ema.update()
     watchdog.tick()
-    return StepResult(Losses(*totals), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
+    return StepResult(MeanLosses(*means), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
 
 
 def _discard(run: Run, problem: str) -> None:

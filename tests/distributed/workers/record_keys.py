@@ -12,21 +12,28 @@ from pathlib import Path
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.shuffle import sample_index
-from diffmoe_ds.training import batches
+from diffmoe_ds.training.batches import BatchSource
+from diffmoe_ds.training.session import Session
 
 taken: list[str] = []
-make_loader = batches.make_loader
+take = BatchSource.take
+open_batches = Session.open_batches
 
 
-def recording(run, dataset):
-    for batch in make_loader(run, dataset):
-        for position in batch.position.tolist():
-            index = sample_index(run.config.run.seed, position, len(dataset))
-            taken.append(dataset[index].key)
-        yield batch
+def opening(session, run):
+    batches = open_batches(session, run)
+    batches.run, batches.dataset = run, session.plan.dataset
+    return batches
 
 
-batches.make_loader = recording
+def recording(batches):
+    batch = take(batches)
+    for position in batch.position.tolist():
+        taken.append(batches.dataset[sample_index(batches.run.config.run.seed, position, len(batches.dataset))].key)
+    return batch
+
+
+Session.open_batches, BatchSource.take = opening, recording
 folder = Path(sys.argv[1])
 code = main(sys.argv[2:])
 if code == 0:
