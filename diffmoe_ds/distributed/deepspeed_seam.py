@@ -273,17 +273,17 @@ def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     return [flat for group in _adam(engine).param_groups for flat in group["params"]]
 
 
-def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
+def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> Tensor | float | None:
     """Clip at ``max_norm`` (0: never) and take the optimizer step at the end of accumulation.
 
     Returns:
-        The global 2-norm of the gradient before clipping. If it is non-finite, the gradients were discarded, and the
-        weights and the learning rate did not change.
+        The global 2-norm of the gradient before clipping, still on the device if it need not be known here. None if it
+        is non-finite: the gradients were discarded, and the weights and the learning rate did not change.
     """
     if engine.zero_optimization_stage():
         engine.step()  # DeepSpeed clips, and discards non-finite gradients
-        norm = engine.get_global_grad_norm()
-        return float("nan") if norm is None or norm < 0 else float(norm)
+        norm: Tensor | float | None = engine.get_global_grad_norm()
+        return None if engine.optimizer.overflow else norm
     norm = _clip_unpartitioned(engine, max_norm)
     if math.isfinite(norm):
         engine.step()
@@ -298,7 +298,7 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:
         del engine.optimizer.step
     if before is not None:
         restore_schedule(engine, *before)
-    return norm
+    return None
 
 
 def _clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> float:

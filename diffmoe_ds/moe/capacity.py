@@ -6,7 +6,6 @@ Source: DiffMoE (arXiv 2503.14487), section 3.3.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -49,10 +49,23 @@ class Pool(Protocol):
 
 
 class WarmStart:
-    """The keys that the last search found; it affects the number of messages, never the result."""
+    """The keys that the last search found; it affects the number of messages, never a verified result."""
 
-    def __init__(self) -> None:
+    def __init__(self, verify_later: bool = False) -> None:
+        """Start without an earlier search.
+
+        Args:
+            verify_later: do not wait for the device to learn whether a search near the last key was conclusive. The
+                caller has to read `inconclusive` and, if it is set, to `forget` and search again.
+        """
         self.key_E: Tensor | None = None
+        self.verify_later = verify_later
+        self.inconclusive: Tensor | None = None
+        """bool scalar, the same on every rank; None if the last search was exact in any case."""
+
+    def forget(self) -> None:
+        """Search digit by digit the next time, which is always exact."""
+        self.key_E = self.inconclusive = None
 
 
 class Kth(NamedTuple):
@@ -87,15 +100,19 @@ def kth_in_pool(keys_TE: Tensor, k_E: Tensor, pool: Pool, warm: WarmStart) -> Kt
         pool: the ranks that compete.
         warm: of the last search, the same on every rank; replaced.
     """
-    found = None if warm.key_E is None else _search_near(keys_TE, k_E, pool, warm.key_E)
+    found, inconclusive = None, None
+    if warm.key_E is not None:
+        found, inconclusive = _search_near(keys_TE, k_E, pool, warm.key_E)
+        if not warm.verify_later and inconclusive:
+            found, inconclusive = None, None
     if found is None:
         found = _search_digits(keys_TE, k_E, pool)
-    warm.key_E = found.key_E
+    warm.key_E, warm.inconclusive = found.key_E, inconclusive
     return found
 
 
-def _search_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> Kth | None:
-    """Search by distance from ``center_E``; None if some rank could not send all keys of a bin."""
+def _search_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> tuple[Kth, Tensor]:
+    """Search by distance from ``center_E``; inconclusive (bool scalar) if a rank could not send all keys of a bin."""
     bin_TE = _distance_bins(keys_TE, center_E)
     bin_E, higher_E = _bin_of_kth(pool.sum(_histogram(bin_TE, None, BINS)), k_E)
     is_candidate_TE = bin_TE == bin_E
@@ -106,19 +123,18 @@ def _search_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> 
     best_EM = F.pad(best_EM, (0, width - best_EM.shape[1]), value=SMALLEST)
     every = pool.stack(torch.cat([counts_E2.to(torch.int32), best_EM], dim=1))
     higher_WE, candidates_WE, best_WEM = every[..., 0].long(), every[..., 1], every[..., 2:]
-    if (candidates_WE > width).any():
-        return None
     missing_E = k_E - higher_E
     sorted_EM = best_WEM.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
-    key_E = sorted_EM.gather(1, (missing_E - 1).clamp(min=0)[:, None])[:, 0]
+    key_E = sorted_EM.gather(1, (missing_E - 1).clamp(0, sorted_EM.shape[1] - 1)[:, None])[:, 0]
     key_E = key_E.masked_fill(missing_E == 0, LARGEST)
     above_WE = (best_WEM > key_E[:, None]).sum(-1)
     ties_WE = (best_WEM == key_E[:, None]).sum(-1)
-    return Kth(key_E, missing_E - above_WE.sum(0), higher_WE + above_WE, ties_WE)
+    kth = Kth(key_E, missing_E - above_WE.sum(0), higher_WE + above_WE, ties_WE)
+    return kth, (candidates_WE > width).any()
 
 
 def _distance_bins(keys_TE: Tensor, center_E: Tensor) -> Tensor:
-    """Return int64 bins in [0, BINS) that increase with the key and are the narrower, the nearer it is to the center."""
+    """Return int64 bins in [0, BINS) that increase with the key; the nearer the center, the narrower."""
     distance = keys_TE.long() - center_E.long()
     bits = distance.abs().float().view(torch.int32) >> (23 - MANTISSA)  # exponent and leading bits of the mantissa
     steps = bits - (127 << MANTISSA) + 1  # from 1, for a distance of 1; negative for 0

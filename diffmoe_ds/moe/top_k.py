@@ -42,7 +42,7 @@ class Selection(NamedTuple):
     rows_per_expert: int | None = None
     """Tokens of this rank that every expert takes, where the rule fixes this number; otherwise None."""
     counts_WE: Tensor | None = None
-    """int64: tokens that each expert takes from each rank of the pool, where the search found it out; otherwise None."""
+    """int64: tokens that each expert takes from each rank of the pool, if there are several; otherwise None."""
 
 
 def sort_keys(scores: Tensor) -> Tensor:

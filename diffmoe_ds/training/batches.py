@@ -28,7 +28,7 @@ class BatchSource:
         Args:
             run: from `setup_run`.
             dataset: the images.
-            lock: the run lock, on the rank that holds it; if another job takes the lock, the next micro-batch is an error.
+            lock: the run lock, on the rank that holds it; if another job takes the lock, the next `take` raises.
         """
         self._batches: Iterator[MicroBatch] = iter(make_loader(run, dataset))
         self._device = run.device

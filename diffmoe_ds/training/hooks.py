@@ -35,7 +35,7 @@ def make_hooks(
         LogStep(run, log, batches),
         CompareRanks(run, log, stragglers),
         LogLine(run, log),
-        Save(run, checkpointer),
+        Save(run, log, checkpointer),
         SampleGrid(run, log, watchdog),
     )
 
@@ -106,12 +106,13 @@ class LogLine:
 class Save:
     """Save a checkpoint."""
 
-    def __init__(self, run: Run, checkpointer: Checkpointer) -> None:
-        self._run, self._checkpointer = run, checkpointer
+    def __init__(self, run: Run, log: RunLog, checkpointer: Checkpointer) -> None:
+        self._run, self._log, self._checkpointer = run, log, checkpointer
         self._due = Interval(run.config.run.save_every_images, run.images)
 
     def __call__(self, step: StepResult) -> None:
         if self._due(self._run.images) or self._run.is_complete:
+            self._log.settle()  # no checkpoint without the rows of its steps
             self._checkpointer.start(wait=self._run.is_complete)
 
 

@@ -46,6 +46,7 @@ def train(
         if not writing:
             checkpointer.complete_earlier()
         if stop:
+            log.settle()
             checkpointer.save_and_requeue(signals.received())
         try:
             result = train_step(run, batches, flags, watchdog, stragglers)

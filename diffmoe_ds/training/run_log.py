@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
@@ -26,11 +27,15 @@ class RunLog:
     """No-op log of all ranks but rank 0, which uses `MainLog`."""
 
     def step(self, row: dict[str, Any]) -> None:
-        """Record an optimizer step.
+        """Record an optimizer step; its row is written once its numbers are on the host.
 
         Args:
-            row: its metrics; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added.
+            row: its metrics; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added. ``grad_norm`` may be
+                a tensor: on a GPU it is copied while the next step runs, so that the host need not wait for it.
         """
+
+    def settle(self) -> None:
+        """Write the row of the last step, waiting for its numbers if necessary."""
 
     def skipped(self, text: str) -> None:
         """Report a skipped non-finite step."""
@@ -93,6 +98,9 @@ class MainLog(RunLog):
         self._total = total_images
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
         self._since_line: list[dict[str, Any]] = []
+        self._last: dict[str, Any] | None = None
+        if torch.cuda.is_available():
+            self._copied = torch.cuda.Event()
 
     def step(self, row: dict[str, Any]) -> None:
         last_time, last_images = self._recent[-1]
@@ -100,6 +108,23 @@ class MainLog(RunLog):
         self._recent.append((now, row["images"]))
         row["images_per_s"] = round((row["images"] - last_images) / max(now - last_time, 1e-9), 2)
         row["peak_memory_mb"] = round(peak_memory_mb(), 1)
+        self.settle()
+        self._last = row
+        if isinstance(row["grad_norm"], Tensor) and row["grad_norm"].is_cuda:
+            row["grad_norm"] = row["grad_norm"].to("cpu", non_blocking=True)
+            self._copied.record()
+        else:
+            self.settle()
+
+    def settle(self) -> None:
+        row, self._last = self._last, None
+        if row is None:
+            return
+        norm = row["grad_norm"]
+        if isinstance(norm, Tensor):
+            if torch.cuda.is_available():
+                self._copied.synchronize()
+            row["grad_norm"] = float(norm.numpy())
         self._rows.add(row)
         self._since_line.append(row)
 
@@ -112,6 +137,7 @@ class MainLog(RunLog):
         self._recent.append((time.perf_counter(), images))
 
     def line(self) -> None:
+        self.settle()
         rows = self._since_line
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key not in ("step", "images")}
         last = rows[-1]
@@ -167,6 +193,7 @@ class MainLog(RunLog):
             self._board.add_image(tag, grid_HWC, images)
 
     def close(self) -> None:
+        self.settle()
         self._rows.close()
         if self._board is not None:
             self._board.close()

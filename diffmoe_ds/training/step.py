@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class StepResult(NamedTuple):
 
     losses: MeanLosses
     """On the host."""
-    grad_norm: float
-    """Global 2-norm of the gradient before clipping."""
+    grad_norm: Tensor | float
+    """Global 2-norm of the gradient before clipping, possibly on the device."""
     lr: float
     """The learning rate that was used."""
     routing: tuple[Routing, ...]
@@ -71,9 +71,13 @@ def train_step(
         with stragglers.own_work(run.step):
             micro_batches.append(batches.take())
             output, losses, t_B = forward(run, run.engine, micro_batches[-1])
-            agreed = batches.agree(flags(), torch.stack([loss.detach().float() for loss in losses]))
+            run.thresholds.observe(output.routing)
+            is_last = len(micro_batches) == accumulation
+            values = [loss.detach().float() for loss in losses]
+            repeat = run.thresholds.search() if is_last else None
+            values.append(torch.zeros_like(values[0]) if repeat is None else repeat)
+            *agreed, must_repeat = batches.agree(flags(), torch.stack(values))
         means = [mean + value / accumulation for mean, value in zip(means, agreed, strict=True)]
-        is_last = len(micro_batches) == accumulation
         loss = losses.total
         if is_last and not all(map(math.isfinite, means)):
             problem = f"the loss is {means[0]} {locate_in_forward(run, micro_batches)}"
@@ -81,19 +85,18 @@ def train_step(
         run.engine.backward(loss)
         if not is_last:
             run.engine.step()  # DeepSpeed counts micro-steps here; it updates at the last one only
-        run.thresholds.observe(output.routing)
         watchdog.tick()
     lr = run.engine.get_lr()[0]
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
-    if not math.isfinite(grad_norm):
+    if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
-    run.thresholds.update()
+    run.thresholds.update(must_repeat > 0)
     run.ema.update()
     watchdog.tick()
     return StepResult(MeanLosses(*means), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
 
 
-def _discard(run: Run, problem: str) -> None:
+def _discard(run: Run, problem: str) -> NoReturn:
     """Discard a non-finite step and raise."""
     run.thresholds.discard()
     raise NonFiniteError(

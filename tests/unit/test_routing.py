@@ -162,6 +162,23 @@ def test_search_takes_two_messages_once_it_is_warm(ranks):
         assert counts == [4, 2, 2, 2, 2, 2]
 
 
+def test_an_inconclusive_search_says_so_and_the_next_one_is_exact():
+    """All scores are nearly equal and far from the last key, so a bin holds more candidates than a message."""
+    parts = [torch.rand(600, 2, generator=torch.Generator().manual_seed(rank)) * 1e-3 for rank in range(2)]
+
+    def search(part, pool):
+        warm = WarmStart(verify_later=True)
+        select_top_k(part + 1e3, 600, pool, warm)
+        first = select_top_k(part, 600, pool, warm), bool(warm.inconclusive)
+        warm.forget()
+        return *first, select_top_k(part, 600, pool, warm), warm.inconclusive
+
+    expected = gather_and_sort(torch.cat(parts), torch.tensor([600, 600]))
+    firsts, flags, seconds, verdicts = zip(*on_ranks(search, parts), strict=True)
+    assert all(flags) and not torch.equal(torch.cat([s.mask_TE for s in firsts]), expected)
+    assert verdicts == (None, None) and torch.equal(torch.cat([s.mask_TE for s in seconds]), expected)
+
+
 def test_keys_sort_like_floats_and_convert_back():
     values = torch.tensor([-float("inf"), -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3.4e38, float("inf")])
     keys = sort_keys(values)

@@ -1,0 +1,62 @@
+"""Train a few steps in several layouts; print, for a step once the search is warm, what it waits for and sends.
+
+python counting.py FOLDER DEEPSPEED_JSON
+"""
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+
+sys.path.insert(0, os.getcwd())
+import torch.distributed as dist
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.moe.layer import MoELayer
+from diffmoe_ds.training import loop
+from tests.helpers.counting import HostWaits, counted_collectives
+
+CASES = {
+    "pool=rank": ["routing.pool=rank"],
+    "pool=world": ["routing.pool=world"],
+    "pool=world, recomputed": ["routing.pool=world", "model.activation_checkpointing=true"],
+    "expert_choice": ["routing.kind=expert_choice"],
+}
+STEPS = 4
+train_step, forward = loop.train_step, MoELayer.forward
+folder, deepspeed = sys.argv[1:]
+rank, results = int(os.environ["RANK"]), {}
+step, layer_calls = 0, []
+
+
+def counting_step(run, *arguments):
+    global step
+    step += 1
+    if step < STEPS:
+        return train_step(run, *arguments)
+    with ExitStack() as stack:
+        waits, calls = stack.enter_context(HostWaits()), stack.enter_context(counted_collectives())
+
+        def counting_forward(layer, x):
+            before = calls.copy()
+            out = forward(layer, x)
+            layer_calls.append(dict(calls - before))
+            return out
+
+        MoELayer.forward = counting_forward
+        stack.callback(setattr, MoELayer, "forward", forward)
+        result = train_step(run, *arguments)
+    results[name] = {"waits": dict(waits.places), "step": dict(calls), "layers": layer_calls.copy()}
+    return result
+
+
+loop.train_step = counting_step
+for name, overrides in CASES.items():
+    step, layer_calls = 0, []
+    sets = [f"run.total_images={STEPS * 16}", "model.name=nano-E4", "run.save_every_images=0", *overrides]
+    arguments = ["train", "--deepspeed_config", deepspeed, "--run-dir", f"{folder}/{name}"]
+    code = main([*arguments, *(part for value in sets for part in ("--set", value))])
+    assert code == 0, (name, code)
+    assert not dist.is_initialized()
+if rank == 0:
+    print("counted " + json.dumps(results), flush=True)
