@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   diffmoe sample --checkpoint runs/fashion --out samples
   diffmoe sample --checkpoint runs/fashion --num-images 40 --steps 50 --sampler heun --cfg-scale 2 --out samples
   torchrun --nproc_per_node 2 -m diffmoe_ds.cli sample --checkpoint runs/fashion --out samples
+  torchrun --nproc_per_node 8 -m diffmoe_ds.cli sample --checkpoint runs/L-E16 --experts sharded --out samples
 """
 
 
@@ -45,6 +46,16 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
     text = "images that a rank generates at once (default: %(default)s)"
     add("--batch-size", type=int, default=50, metavar="B", help=text)
+    text = (
+        "precision of the weights and activations (default: bf16 on GPUs that support it, fp32 elsewhere); the sampler "
+        "always computes in fp32"
+    )
+    add("--dtype", choices=("fp32", "bf16"), help=text)
+    text = (
+        "with several ranks: gathered holds all experts on every rank (default); sharded splits them over the ranks, "
+        "for models that do not fit on one GPU. The images are the same"
+    )
+    add("--experts", choices=("gathered", "sharded"), default="gathered", help=text)
     text = "output directory for samples.npz (arr_0: images, arr_1: labels) and grid.png"
     add("--out", type=Path, required=True, metavar="DIR", help=text)
 

@@ -6,6 +6,7 @@ The ranks agree on errors after each phase, so that no rank waits for a failed o
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +25,19 @@ from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
 from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import gather_to_main, init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError
+from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError, TopologyError
 from diffmoe_ds.files import write_together
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png, to_uint8
 from diffmoe_ds.topology import Topology
 
 GRID_IMAGES = 100
 """Largest number of images in grid.png."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The values of ``--dtype``."""
 
 T = TypeVar("T")
 
@@ -49,6 +53,10 @@ class SamplingPlan:
     routing: str
     """The inference rule of the experts."""
     settings: SamplingSettings
+    dtype: str | None
+    """``fp32``, ``bf16``, or None for the default of the device."""
+    topology: Topology
+    """The ranks and the expert placement."""
     vae: str | None
     """The decoder of a latent model."""
     num_images: int
@@ -68,30 +76,32 @@ def run_sampling(args: argparse.Namespace) -> None:
     """
     launch = resolve_launch()
     rendezvous = join_ranks(launch)
-    plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args))
+    plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args, launch))
     same = f"{plan.reader.path} {plan.settings.sampler}"
     rendezvous.check_same("model", same, "samples a different checkpoint than rank 0; pass the path of one checkpoint.")
     device = local_device(launch)
+    if launch.world > 1:
+        if launch.rank == 0:
+            print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
+        create_groups(plan.topology, device)
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
     decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
     rendezvous.on_main("out", lambda: _make_folder(plan.out))
     if launch.world == 1:
         write_images(plan, generate_share(plan, model, decode, launch))
         return
-    if launch.rank == 0:
-        print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
-    init_process_group("gloo")
     every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
     pixels = None if every is None else torch.cat(every).numpy()
     _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
 
 
-def plan_sampling(args: argparse.Namespace) -> SamplingPlan:
+def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
     """Resolve the arguments against the checkpoint, without loading weights.
 
     Raises:
         CheckpointError: the checkpoint does not exist or is damaged.
         ConfigError: an argument does not fit the model.
+        TopologyError: the experts cannot be sharded over the ranks.
     """
     reader = open_weights(args.checkpoint)
     if reader is None:
@@ -114,6 +124,8 @@ def plan_sampling(args: argparse.Namespace) -> SamplingPlan:
         kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
         routing=args.routing or config.inference_choices[0],
         settings=settings,
+        dtype=args.dtype,
+        topology=place_experts(args.experts, launch, config.num_experts),
         vae=args.vae,
         num_images=args.num_images,
         seed=args.seed,
@@ -122,18 +134,66 @@ def plan_sampling(args: argparse.Namespace) -> SamplingPlan:
     )
 
 
+def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
+    """Return the ranks and the expert placement.
+
+    Args:
+        choice: ``gathered``: every rank holds all experts; ``sharded``: EP groups as large as possible share them.
+        launch: the ranks.
+        num_experts: E; 1 for a dense model.
+
+    Raises:
+        TopologyError: no EP size above 1 divides both the ranks and the experts.
+    """
+    ep_size = math.gcd(launch.world, num_experts) if choice == "sharded" else 1
+    if choice == "sharded" and ep_size == 1 and launch.world > 1 and num_experts > 1:
+        raise TopologyError(
+            f"--experts sharded needs a number of ranks that has a common divisor with the {num_experts} experts, got "
+            f"{launch.world}; use {num_experts} ranks, or --experts gathered."
+        )
+    return Topology(launch.rank, launch.world, ep_size, num_experts)
+
+
+def create_groups(topology: Topology, device: torch.device) -> None:
+    """Create the process groups: gloo for errors and pixels, and the device's own for rows of sharded experts."""
+    if topology.ep_size == 1:
+        init_process_group("gloo")
+        return
+    if topology.rank == 0:
+        held = f"{topology.num_local_experts} of {topology.num_experts} on each rank"
+        print(f"{'experts':>11}  {held}, EP size {topology.ep_size}", flush=True)
+    init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    quiet_deepspeed()
+    from diffmoe_ds.distributed import deepspeed_seam  # imported lazily: only sharded experts need DeepSpeed
+
+    deepspeed_seam.init_process_group()  # adopts the group
+
+
 def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
-    """Return the model with all experts, in eval mode on the device.
+    """Return the model with this rank's experts, in eval mode on the device. Every rank must call this.
 
     Raises:
         CheckpointError: the weights cannot be read.
         ConfigError: the model does not support the routing.
     """
-    config = plan.reader.config
-    model = DiT(config)
+    config, topology = plan.reader.config, plan.topology
+    dtype = DTYPES[plan.dtype] if plan.dtype else default_dtype(device)
+    if topology.ep_size == 1:
+        model = allocate(empty_model(config), device, dtype)
+    else:
+        from diffmoe_ds.training.setup import build_model  # imports DeepSpeed
+
+        # Images compete with those of the same rank's batch only, as they do where every rank holds all experts.
+        routing = config.routing.model_copy(update={"pool": "rank"})
+        model = build_model(config.model_copy(update={"routing": routing}), topology, device, dtype)
     model.set_inference(plan.routing)
-    restore_weights(model, plan.reader, Topology(0, 1, 1, config.num_experts), plan.kind)
-    return model.to(device).eval()
+    restore_weights(model, plan.reader, topology, plan.kind)
+    return model.eval()
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return bf16 on GPUs that compute in it, as ``"auto"`` does in training, and fp32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -157,6 +217,8 @@ def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor],
 
 def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch) -> Pixels:
     """Generate this rank's share of the images; if any rank fails, all raise.
+
+    All ranks run the same number of batches of the same sizes, so that ranks that share experts stay in step.
 
     Returns:
         uint8 [n, H, W, C], the same n on all ranks; shares past the last image are padded with further seeds.

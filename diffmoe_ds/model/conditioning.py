@@ -26,7 +26,8 @@ class ClassConditioner(nn.Module):
         """
         super().__init__()
         self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + has_null, width)
+        # not nn.Embedding(rows, width): on the meta device, its initialization imports torch._dynamo
+        self.embedding_table = nn.Embedding.from_pretrained(torch.empty(num_classes + has_null, width), freeze=False)
 
     def forward(self, label_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
         """Embed the labels.

@@ -104,7 +104,9 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = ClassConditioner(model.num_classes, width, has_null=model.label_dropout > 0)
         side = model.input_size // model.patch_size
-        self.register_buffer("pos_embed", sincos_positions(width, side), persistent=False)
+        self.register_buffer("pos_embed", torch.empty(1, side * side, width), persistent=False)
+        if not self.pos_embed.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
+            self.reset_positions()
         routed = config.num_experts > 1
         first, every = (1, 2) if config.routing.interleave else (0, 1)
         self.blocks = nn.ModuleList()
@@ -162,6 +164,12 @@ class DiT(nn.Module):
         for layer in self.moe_layers().values():
             layer.inference = choice
 
+    @property
+    def images_compete(self) -> bool:
+        """Whether an image depends on the rest of its batch in eval mode, because their tokens compete for experts."""
+        layers = self.moe_layers().values()
+        return any(layer.kind == "batch_pool" and layer.inference != "per_token" for layer in layers)
+
 
 def empty_model(config: Config) -> DiT:
     """Return the model on the meta device: names and shapes without storage.
@@ -178,3 +186,19 @@ def empty_model(config: Config) -> DiT:
             f"model: tensors are too large with width {size.hidden_size}, mlp_ratio {model.mlp_ratio:g}, "
             f"{model.num_classes} classes and {config.num_experts} expert(s)."
         ) from None
+
+
+def allocate(model: DiT, device: torch.device | str, dtype: torch.dtype = torch.float32) -> DiT:
+    """Give a model on the meta device storage, with uninitialized values.
+
+    Args:
+        model: built under ``torch.device("meta")``.
+        device: the device of its tensors.
+        dtype: of the weights and activations; positions and thresholds stay fp32.
+
+    Returns:
+        The same model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to_empty(device=device)

@@ -68,14 +68,14 @@ def labels_of(seeds: Sequence[int], config: Config) -> Tensor:
     return torch.tensor([seed % config.model.num_classes for seed in seeds])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None = None
 ) -> Tensor:
-    """Generate one batch of images.
+    """Generate one batch of images.  No step synchronizes with the device, unless the model does.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, in any dtype; the state of the sampler is fp32.
         label_B: int64 labels, on the model's device.
         seeds: one per image; all noise of an image comes from its own stream.
         settings: sampler and guidance.
@@ -90,8 +90,9 @@ def generate(
     streams = [image_stream(seed) for seed in seeds]
 
     def noise() -> Tensor:
-        fresh = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-        return torch.from_numpy(fresh).to(device)
+        fresh = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
+        # from pageable memory the copy would wait for all steps before it
+        return (fresh.pin_memory() if device.type == "cuda" else fresh).to(device, non_blocking=True)
 
     def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         prediction: Tensor = model(x_BCHW, t_B, y_B).prediction
@@ -105,5 +106,6 @@ def generate(
         make_objective(config.objective.kind).kind,
         config.model.in_channels,
         settings.guide_channels,
+        one_batch=not model.images_compete,
     )
     return sample(model_fn, settings.sampler, noise(), settings.steps, noise, progress)

@@ -47,15 +47,15 @@ def guided(
     kind: str,
     channels: int,
     guide_channels: GuideChannels = 3,
+    one_batch: bool = False,
 ) -> ModelFn:
     """Return a ``model_fn`` for the samplers that includes guidance.
 
     - ``scale`` 1: one forward pass with ``cond``.
-    - flow: two forward passes, ``v_null + scale * (v_cond - v_null)``, so with routing over a batch pool conditional
-      and unconditional tokens compete only among themselves.
-    - ddpm: one forward pass over [cond; null], in which they compete with each other. Only the first
-      ``guide_channels`` noise channels are guided: 3 is DiT's published setting, "all" guides all C. The others, and
-      the variance, are those of the conditional half.
+    - flow: ``v_null + scale * (v_cond - v_null)``, by two forward passes as in the reference, so with routing over a
+      batch pool conditional and unconditional tokens compete only among themselves.
+    - ddpm: one forward pass over [cond; null], as in the reference, in which they compete with each other. Only the
+      first ``guide_channels`` noise channels are guided; the others, and the variance, are the conditional ones.
 
     Args:
         forward: the model, called as ``forward(x_BCHW, t_B, cond)``.
@@ -64,28 +64,31 @@ def guided(
         scale: guidance scale.
         kind: the objective, ``flow`` or ``ddpm``.
         channels: C.
-        guide_channels: number of guided noise channels under ``ddpm``.
+        guide_channels: guided noise channels under ``ddpm``; 3 is DiT's published setting, "all" guides all C.
+        one_batch: under ``flow``, use one pass over [cond; null], which gives the same where images do not compete.
     """
+    assert kind in ("flow", "ddpm"), f"unknown objective {kind!r}"
     if scale == 1:
         return lambda x, t_B: forward(x, t_B, cond)
-    if kind == "flow":
-
-        def flow_fn(x: Tensor, t_B: Tensor) -> Tensor:
-            v_cond, v_null = forward(x, t_B, cond), forward(x, t_B, null_cond)
-            return v_null + scale * (v_cond - v_null)
-
-        return flow_fn
-
-    assert kind == "ddpm", f"unknown objective {kind!r}"
+    both = _concatenate(cond, null_cond) if one_batch or kind == "ddpm" else None
     G = channels if guide_channels == "all" else min(guide_channels, channels)
-    both = _concatenate(cond, null_cond)
+
+    def halves(x: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        if both is None:
+            return forward(x, t_B, cond), forward(x, t_B, null_cond)
+        out = forward(torch.cat([x, x]), torch.cat([t_B, t_B]), both)
+        return out[: len(x)], out[len(x) :]
+
+    def flow_fn(x: Tensor, t_B: Tensor) -> Tensor:
+        v_cond, v_null = halves(x, t_B)
+        return v_null + scale * (v_cond - v_null)
 
     def ddpm_fn(x: Tensor, t_B: Tensor) -> Tensor:
-        from_cond, from_null = forward(torch.cat([x, x]), torch.cat([t_B, t_B]), both).chunk(2)
+        from_cond, from_null = halves(x, t_B)
         noise = from_null[:, :G] + scale * (from_cond[:, :G] - from_null[:, :G])
         return torch.cat([noise, from_cond[:, G:]], dim=1)
 
-    return ddpm_fn
+    return flow_fn if kind == "flow" else ddpm_fn
 
 
 def _concatenate(cond: Any, null_cond: Any) -> Any:

@@ -52,7 +52,7 @@ def _check_steps(sampler: str, steps: int, name: str = "steps") -> None:
         raise ConfigError(f"{name} must be a positive integer for the sampler {sampler}, got {steps!r}.")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model_fn: ModelFn,
     sampler: str,
@@ -94,10 +94,11 @@ def sample(
 
 def _sample_flow(model_fn: ModelFn, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
     """Integrate with explicit Euler, or with Heun's method: two evaluations in every step, the last one included."""
+    # one copy to the device; the steps take views of it
+    times = torch.tensor([i / steps for i in range(steps + 1)], dtype=torch.float32, device=x.device)
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        t_B = torch.full((len(x),), i / steps, dtype=torch.float32, device=x.device)
-        return model_fn(x, t_B).to(x.dtype)
+        return model_fn(x, times[i].expand(len(x))).to(x.dtype)
 
     for i in range(steps):
         v = velocity(x, i)
@@ -111,8 +112,9 @@ def _sample_flow(model_fn: ModelFn, x: Tensor, steps: int, heun: bool, progress:
 def _sample_ddpm(model_fn: ModelFn, x: Tensor, steps: int, noise_fn: NoiseFn | None, progress: Progress) -> Tensor:
     """Take ancestral steps with noise from ``noise_fn``, or DDIM steps if it is None."""
     process = dit_diffusion().respaced(steps)
+    steps_N = torch.arange(process.num_steps, device=x.device)
     for i in reversed(range(process.num_steps)):
-        t_B = torch.full((len(x),), i, dtype=torch.int64, device=x.device)
+        t_B = steps_N[i].expand(len(x))
         prediction = model_fn(x, process.model_timesteps(t_B))
         if noise_fn is None:
             x = process.ddim_step(prediction, x, t_B)

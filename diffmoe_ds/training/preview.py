@@ -14,12 +14,11 @@ from diffmoe_ds.training.setup import Run, build_model
 
 
 class Preview:
-    """Generates sample grids with a second model, built at the first grid, that receives the averaged weights."""
+    """Generates sample grids with a second model, which exists only while it generates."""
 
     def __init__(self, run: Run, watchdog: Watchdog) -> None:
         self._run = run
         self._watchdog = watchdog
-        self._model: DiT | None = None
 
     def generate(self) -> np.ndarray | None:
         """Return a grid, uint8 [height, width, 3], on rank 0 and None on the others.  Every rank must call this."""
@@ -37,10 +36,14 @@ class Preview:
         return make_grid(pixels, grid_columns(len(pixels), run.config.model.num_classes))
 
     def _averaged(self) -> DiT:
-        """Return the model with the current averaged weights."""
+        """Return a new model with the current averaged weights, in the dtype in which the run trains.
+
+        Keeping it would cost a second set of weights during training; building it takes milliseconds, because its
+        values are not initialized.
+        """
         run = self._run
-        if self._model is None:
-            self._model = build_model(run.config, run.topology).to(run.device).eval()
-            self._model.set_inference(run.config.inference_choices[0])
-        run.ema.copy_to(self._model, run.model)
-        return self._model
+        dtype = next(run.model.parameters()).dtype
+        model = build_model(run.config, run.topology, run.device, dtype).eval()
+        model.set_inference(run.config.inference_choices[0])
+        run.ema.copy_to(model, run.model)
+        return model

@@ -16,7 +16,7 @@ from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.moe.thresholds import Thresholds
@@ -124,9 +124,18 @@ def setup_run(plan: TrainPlan) -> Run:
     return run
 
 
-def build_model(config: Config, topology: Topology) -> DiT:
-    """Return the model with this rank's experts, on the CPU, with uninitialized weights."""
+def build_model(
+    config: Config, topology: Topology, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> DiT:
+    """Return the model with this rank's experts and uninitialized weights. Every rank must call this.
+
+    Args:
+        config: the run's configuration.
+        topology: the ranks and the expert placement.
+        device: the device of the weights.
+        dtype: of the weights.
+    """
     ep_group = seam.expert_parallel_group(topology.ep_size)
     with torch.device("meta"):
         model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group))
-    return model.to_empty(device="cpu")
+    return allocate(model, device, dtype)

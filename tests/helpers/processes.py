@@ -27,8 +27,8 @@ WORKERS = REPOSITORY / "tests" / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
 MODULES = (
-    "torch._dynamo",  # torch imports it at the first tensor on the device "meta"
-    "torch._inductor.compile_fx",  # and this one in the optimizer
+    "torch._dynamo",  # torch imports it when it creates the optimizer
+    "torch._inductor.compile_fx",  # and this one in its first step
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",

@@ -178,6 +178,9 @@ def test_flow_guidance():
     sizes.clear()
     assert torch.equal(guided(forward, y, null, 0.0, "flow", 4)(x, t), uncond) and sizes == [2, 2]
     torch.testing.assert_close(guided(forward, y, null, 1.5, "flow", 4)(x, t), uncond + 1.5 * (cond - uncond))
+    sizes.clear()
+    joined = guided(forward, y, null, 1.5, "flow", 4, one_batch=True)(x, t)
+    assert torch.equal(joined, guided(forward, y, null, 1.5, "flow", 4)(x, t)) and sizes == [4, 2, 2]
 
 
 @pytest.mark.parametrize(("guide_channels", "G"), [(3, 3), ("all", 4), (1, 1), (9, 4)])
