@@ -257,7 +257,13 @@ def print_report(report: Mapping[str, Any], as_json: bool) -> None:
         print(f"\n{case['case']}\n" + "\n".join(table(case["opponents"])))
         for key, value in case.items():
             if key not in ("case", "opponents"):
-                print(f"  {key}: {json.dumps(value)}")
+                print(f"  {key}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} ({_plain(item)})" for key, item in value.items()) or "none"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
+from diffmoe_ds.moe.layer import Routing
 from diffmoe_ds.training.loss import training_loss
 
 RECIPE = "imagenet-256"
@@ -69,8 +70,8 @@ def make_batch(config: Config, images: int, device: torch.device, seed: int = 0)
     ).to(device)
 
 
-def forward_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> torch.Tensor:
-    """Return the training loss of a micro-batch, with everything that a training step differentiates.
+def forward_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> tuple[torch.Tensor, tuple[Routing, ...]]:
+    """Return the training loss of a micro-batch, with everything that a training step differentiates, and its routing.
 
     Args:
         model: a `DiT`, or the engine around it.
@@ -80,11 +81,11 @@ def forward_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> t
     objective = make_objective(config.objective.kind)
     t_B = objective.model_time(batch.time)
     output = model(objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop)
-    return training_loss(output, batch, t_B, objective, config).total
+    return training_loss(output, batch, t_B, objective, config).total, output.routing
 
 
 def training_pass(model: DiT, batches: Sequence[MicroBatch]) -> None:
     """Run forward and backward over the micro-batches of a step; gradients start as None, as an optimizer leaves them."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
-        (forward_loss(model, batch, model.config) / len(batches)).backward()
+        (forward_loss(model, batch, model.config)[0] / len(batches)).backward()
