@@ -1,8 +1,8 @@
 """What the benchmarks share: opponents that take turns, their memory, facts about the machine, tables and JSON.
 
 Legend of the results: ``median_ms``, ``q1_ms`` and ``q3_ms`` (quartiles) are milliseconds of a call, ``peak_mb`` is the
-peak of live tensor memory during a call above what was live before it, in units of 10^6 bytes, and ``over`` the ratio of
-medians to each baseline.
+peak of live tensor memory during a call above what was live before it, in units of 10^6 bytes, and ``over`` has the
+ratio of medians to each baseline.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def compare(
                 samples[name].append(_seconds(run, repeats[name], device) * 1e3)
     finally:
         gc.enable()
-    rows = {name: {**spread(values), "peak_mb": peak_bytes(opponents[name], device) / 1e6}
-            for name, values in samples.items()}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {}
+    for name, run in opponents.items():
+        rows[name] = {**spread(samples[name]), "peak_mb": peak_bytes(run, device) / 1e6}
     for row in rows.values():
         row["over"] = {name: row["median_ms"] / rows[name]["median_ms"] for name in baselines if name in rows}
     return rows
@@ -89,9 +90,8 @@ def compare(
 
 def spread(milliseconds: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles of the samples."""
-    q1, median, q3 = statistics.quantiles(milliseconds, n=4, method="inclusive") if len(milliseconds) > 1 else (
-        [milliseconds[0]] * 3
-    )  # fmt: skip
+    several = milliseconds if len(milliseconds) > 1 else [*milliseconds, *milliseconds]
+    q1, median, q3 = statistics.quantiles(several, n=4, method="inclusive")
     return {"median_ms": median, "q1_ms": q1, "q3_ms": q3}
 
 
@@ -105,7 +105,7 @@ def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> flo
             run()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
+        return float(start.elapsed_time(end)) / 1e3 / calls
     began = time.perf_counter()
     for _ in range(calls):
         run()
@@ -120,8 +120,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
+        return int(torch.cuda.max_memory_allocated() - before)
+    live = LiveBytes()
+    with live:
         run()
     return live.peak
 
@@ -130,7 +131,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -208,7 +209,7 @@ def machine_facts(name: str, argv: Sequence[str]) -> dict[str, Any]:
         name: the module that measures.
         argv: its arguments.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "command": shlex.join(["python", "-m", name, *argv]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
@@ -245,7 +246,7 @@ def print_report(report: Mapping[str, Any], as_json: bool) -> None:
     """Print a report as one JSON object, or its cases as tables.
 
     Args:
-        report: with ``machine`` and ``cases``; a case has ``case``, its title, and ``opponents``, the rows of `compare`.
+        report: with ``machine`` and ``cases``; a case has a title, ``case``, and ``opponents``, the rows of `compare`.
         as_json: which of the two.
     """
     if as_json:
@@ -278,5 +279,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{row['over'][base]:>{len(head)}.3f}" if base in row["over"] else " " * len(head)
             for base, head in zip(baselines, heads, strict=True)
         )
-        lines.append(f"  {name:<{width}} {row['median_ms']:>9,.2f} ms {quartiles:>22} {row['peak_mb']:>9,.1f} MB  {ratios}")
+        lines.append(
+            f"  {name:<{width}} {row['median_ms']:>9,.2f} ms {quartiles:>22} {row['peak_mb']:>9,.1f} MB  {ratios}"
+        )
     return lines

@@ -14,12 +14,12 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.layer import Routing
 from diffmoe_ds.training.loss import training_loss
 
 RECIPE = "imagenet-256"
 """Latents 4x32x32 in patches of 2: S = 256."""
+WEIGHT_STD = 0.02
 DENSE = "dense"
 ROUTINGS = ("batch_pool", "token_choice", "expert_choice")
 
@@ -38,20 +38,21 @@ def model_config(size: str, experts: int, routing: str, overrides: Sequence[str]
     return load_config(RECIPE, [*chosen, *overrides])
 
 
+@torch.no_grad()
 def make_model(config: Config, device: torch.device, dtype: torch.dtype) -> DiT:
-    """Return a model in training mode; buffers stay fp32.
+    """Return a model in training mode with random weights; buffers stay fp32.
 
-    Noise is added to the initial weights: with those of adaLN-zero, blocks would be identities without gradients.
+    All weights are random: with the zeros of adaLN-zero, blocks would be identities without gradients.
     """
-    model = DiT(config)
-    init_weights(model, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    model.to(device)
+    with torch.device("meta"):
+        model = DiT(config)
+    model.to_empty(device=device).reset_positions()
+    generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.normal_(std=WEIGHT_STD, generator=generator).to(dtype)
+    for layer in model.moe_layers().values():
+        if layer.capacity_predictor is not None:
+            layer.expert_threshold.zero_()
     return model.train()
 
 
@@ -85,7 +86,7 @@ def forward_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> t
 
 
 def training_pass(model: DiT, batches: Sequence[MicroBatch]) -> None:
-    """Run forward and backward over the micro-batches of a step; gradients start as None, as an optimizer leaves them."""
+    """Run forward and backward over the micro-batches of a step; gradients start as None, as after `zero_grad`."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
         (forward_loss(model, batch, model.config)[0] / len(batches)).backward()

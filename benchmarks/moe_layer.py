@@ -74,8 +74,7 @@ def bench_layer(shape: Shape, device: torch.device, rounds: int) -> dict[str, An
     """Measure all opponents at one shape.
 
     Returns:
-        A case of a report: ``case``, ``shape``, ``opponents`` with the rows of `compare`, and ``skipped``: why opponents
-        are missing.
+        A case of a report; ``skipped`` says why opponents are missing.
     """
     torch.manual_seed(0)
     dtype = DTYPES[shape.dtype]
@@ -206,7 +205,7 @@ def products(layer: MoELayer, x_TD: Tensor, gradient_TD: Tensor, activation: boo
         activation: also compute GELU and its gradient.
     """
     assert layer.capacity_predictor is not None
-    first, last = layer.capacity_predictor[0].weight.detach(), layer.capacity_predictor[2].weight.detach()
+    first, last = (layer.capacity_predictor.get_parameter(f"{i}.weight").detach() for i in (0, 2))
     gate, w1, w2 = (weight.detach() for weight in (layer.gate_weight, layer.experts.w1, layer.experts.w2))
     experts, width = gate.shape
     x_TD, rows = x_TD.detach(), len(x_TD) // experts * experts

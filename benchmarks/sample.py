@@ -61,7 +61,7 @@ def bench_sample(args: argparse.Namespace, images: int, device: torch.device) ->
     rows = compare(passes, rounds=args.rounds, device=device, baselines=(DENSE,))
     threads = torch.get_num_threads()
     return {
-        "case": f"{args.size}-E{args.experts}, {images} images, {args.dtype}, {threads} thread(s): forward in eval mode",
+        "case": f"{args.size}-E{args.experts}, {images} images, {args.dtype}, {threads} thread(s): forward, eval mode",
         "images": images,
         "threads": threads,
         "opponents": rows,

@@ -44,6 +44,7 @@ from diffmoe_ds.errors import ConfigError
 
 NAME = "benchmarks.step"
 CHILD_TIMEOUT_S = 3600
+PRODUCT_SIZE = 8192
 
 
 def bench_step(args: argparse.Namespace, images: int, device: torch.device) -> dict[str, Any]:
@@ -109,7 +110,12 @@ class WholeStep:
         if not torch.distributed.is_initialized():
             seam.init_process_group()
         batch = {"train_batch_size": images, "train_micro_batch_size_per_gpu": args.micro_batch or images}
-        raw = {**config.deepspeed, **batch, "bf16": {"enabled": args.dtype == "bf16"}, "tensorboard": {"enabled": False}}
+        raw = {
+            **config.deepspeed,
+            **batch,
+            "bf16": {"enabled": args.dtype == "bf16"},
+            "tensorboard": {"enabled": False},
+        }
         raw["gradient_accumulation_steps"] = images // batch["train_micro_batch_size_per_gpu"]
         settings = resolve_deepspeed(raw, config, NAME, world=1, local_world=1, device=device.type)
         nothing: Any = None  # the plan's dataset, which is not read
@@ -211,8 +217,18 @@ def _run(args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(threads[0])
         cases = _cases(args, device)
-    report = {"benchmark": "step", "machine": machine_facts(NAME, args.argv), "rounds": args.rounds, "cases": cases}
-    print_report(report, args.json)
+    machine = machine_facts(NAME, args.argv)
+    if device.type == "cuda":
+        machine["product_tflop_per_s"] = product_speed(device, DTYPES[args.dtype])
+    print_report({"benchmark": "step", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the speed of a large matrix product, a GPU's practical peak, in units of 10^12 operations per second."""
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device=device, dtype=dtype)
+    row = compare({"product": lambda: a @ b}, rounds=5, device=device)["product"]
+    tflop: float = 2 * PRODUCT_SIZE**3 / 1e12 / (row["median_ms"] / 1e3)
+    return tflop
 
 
 def _cases(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
