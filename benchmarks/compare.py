@@ -263,7 +263,8 @@ def print_report(report: Mapping[str, Any], as_json: bool) -> None:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} ({_plain(item)})" for key, item in value.items()) or "none"
+        items = (f"{key} [{_plain(v)}]" if isinstance(v, Mapping) else f"{key} {_plain(v)}" for key, v in value.items())
+        return ", ".join(items) or "none"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -62,7 +62,7 @@ class Part:
 
 
 PARTS = (
-    Part("tests", ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"), 420, "pytest"),
+    Part("tests", ("-m", "pytest", "-rs", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"), 420, "pytest"),
     Part("layer", ("-m", "benchmarks.moe_layer", "--json", "--tokens", "65536", "--width", "1024", "--experts", "16",
                    "--dtype", "bf16"), 120),
     Part("step", ("-m", "benchmarks.step", "--json", "--size", "L", "--images", "256", "--micro-batch", "32",

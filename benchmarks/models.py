@@ -15,7 +15,6 @@ from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.layer import Routing
-from diffmoe_ds.training.loss import training_loss
 
 RECIPE = "imagenet-256"
 """Latents 4x32x32 in patches of 2: S = 256."""
@@ -79,6 +78,8 @@ def forward_loss(model: torch.nn.Module, batch: MicroBatch, config: Config) -> t
         batch: on the model's device.
         config: the model's configuration.
     """
+    from diffmoe_ds.training.loss import training_loss  # loads DeepSpeed, which layer and sampling do without
+
     objective = make_objective(config.objective.kind)
     t_B = objective.model_time(batch.time)
     output = model(objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop)

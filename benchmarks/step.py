@@ -237,6 +237,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         progress(f"step: {images} images, {torch.get_num_threads()} thread(s)")
         cases.append(bench_step(args, images, device))
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         if args.deepspeed:
             progress(f"step: {images} images under DeepSpeed")
             cases.append(bench_whole_step(args, images, device))
