@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-cluster test-long lint docs clean
+.PHONY: help demo test test-fast test-cluster test-long gpu-check lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, 
 
 test-long: $(VENV)/installed-dev  ## tests that take an hour: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
+
+gpu-check:  ## GPU tests and benchmarks with $(PYTHON) on one GPU: 15 minutes, no network, installs nothing
+	$(PYTHON) -m benchmarks.gpu_check --out gpu_check.json
 
 lint: $(VENV)/installed-dev  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TARGETS = {"help", "demo", "test", "test-fast", "test-cluster", "test-long", "lint", "docs", "clean"}
+TARGETS = {"help", "demo", "test", "test-fast", "test-cluster", "test-long", "gpu-check", "lint", "docs", "clean"}
 
 
 def read_yaml(path):
@@ -64,6 +64,11 @@ def test_long_tests_run_in_make_test_long_only():
         for command in (line for line in recipe_of(target) if "pytest" in line):
             assert "not long" in shlex.split(command)[-1], command
     assert recipe_of("test-long") == [".venv/bin/python -m pytest -m long"]
+
+
+def test_gpu_check_installs_nothing_and_uses_the_python_it_is_given():
+    assert recipe_of("gpu-check") == ["$(PYTHON) -m benchmarks.gpu_check --out gpu_check.json"]
+    assert re.search(r"^gpu-check: +##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_ci_runs_lint_and_all_tests():

@@ -1,0 +1,138 @@
+"""Benchmark of the exchange of rows between ranks, against a bare ``all_to_all_single`` of the same rows.
+
+    python -m benchmarks.dispatch --json --ranks 2
+    torchrun --nproc_per_node 8 -m benchmarks.dispatch --tokens 8192 --width 1024 --dtype bf16
+
+A call sends rows to their experts and back, then the gradients the same way: four exchanges. The ranks use NCCL if each
+has a GPU, otherwise gloo. "equal counts" is the exchange of ``pool=rank``, whose sizes are known; "counts sent" also
+exchanges the number of rows of each expert.
+
+Legend: R = T rows of a rank, D width, E experts, W ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.compare import (
+    DTYPES,
+    add_common_options,
+    common_settings,
+    compare,
+    machine_facts,
+    print_report,
+    progress,
+    require_positive_list,
+)
+from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ranks
+from diffmoe_ds.cli import run_command
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.moe.dispatch import AllToAllDispatcher
+
+NAME = "benchmarks.dispatch"
+EQUAL, COUNTED, BARE = "diffmoe, equal counts", "diffmoe, counts sent", "all_to_all_single"
+TIMEOUT_S = 900.0
+
+
+def bench_dispatch(tokens: int, args: argparse.Namespace, device: torch.device, world: int) -> dict[str, Any]:
+    """Measure the exchanges on this rank; every rank must call this.
+
+    Args:
+        tokens: R, a multiple of E.
+        args: the command line.
+        device: of the rows.
+        world: W.
+
+    Returns:
+        A case of a report; ``sent`` are the collectives and bytes of a call on one rank.
+    """
+    assert dist.group.WORLD is not None
+    rows_RD = torch.randn(tokens, args.width, device=device, dtype=DTYPES[args.dtype], requires_grad=True)
+    gradient_RD = torch.randn_like(rows_RD)
+    per_expert_E = torch.full((args.experts,), tokens // args.experts, dtype=torch.int64, device=device)
+    ways: dict[str, Callable[[], object]] = {
+        name: _ours(AllToAllDispatcher(dist.group.WORLD, equal), rows_RD, per_expert_E, gradient_RD)
+        for name, equal in ((EQUAL, True), (COUNTED, False))
+    }
+    ways[BARE] = lambda: _bare(rows_RD.detach(), gradient_RD)
+    sent = {name: count_collectives(run) for name, run in ways.items()}
+    rows = compare(
+        ways, rounds=args.rounds, device=device, baselines=(BARE,), calls=args.calls, before=dist.barrier
+    )  # fmt: skip
+    title = f"R {tokens:,}, D {args.width:,}, E {args.experts}, {args.dtype}, {world} ranks, {dist.get_backend()}"
+    return {"case": title, "tokens": tokens, "ranks": world, "opponents": rows, "sent": sent}
+
+
+def _ours(
+    dispatcher: AllToAllDispatcher, rows_RD: Tensor, per_expert_E: Tensor, gradient_RD: Tensor
+) -> Callable[[], object]:
+    def run() -> None:
+        rows_RD.grad = None
+        arrived, _, state = dispatcher.dispatch(rows_RD, per_expert_E)
+        dispatcher.combine(arrived, state).backward(gradient_RD)
+
+    return run
+
+
+def _bare(rows_RD: Tensor, gradient_RD: Tensor) -> None:
+    for rows in (rows_RD, rows_RD, gradient_RD, gradient_RD):
+        dist.all_to_all_single(torch.empty_like(rows), rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the results and return the exit code."""
+    parser = argparse.ArgumentParser(description="Compare the exchange of rows with a bare all-to-all.")
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[2048, 8192], metavar="R", help="rows of a rank (default: 2048 8192)")
+    add("--width", type=int, default=384, metavar="D", help="default: %(default)s")
+    add("--experts", type=int, default=16, metavar="E", help="default: %(default)s")
+    add("--dtype", choices=sorted(DTYPES), default="fp32", help="default: %(default)s")
+    add("--ranks", type=int, nargs="+", default=[2], metavar="W", help="ranks to start (default: 2)")
+    add("--calls", type=int, default=3, metavar="N", help="calls of a sample (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of all ranks together (default: torch's)")
+    add_common_options(parser, rounds=15)
+    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
+    return run_command(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    common_settings(args)
+    if args.quick:
+        args.tokens, args.width, args.experts = [64], 16, 4
+    _check(args)
+    cases = []
+    if is_rank():
+        with joined_ranks() as (rank, world, device):
+            cases = [bench_dispatch(tokens, args, device, world) for tokens in args.tokens]
+        if rank:
+            return
+    else:
+        for ranks in args.ranks:
+            progress(f"dispatch: {ranks} rank(s)")
+            cases += run_on_ranks(NAME, args.argv, ranks, TIMEOUT_S)
+    machine = machine_facts(NAME, args.argv)
+    print_report({"benchmark": "dispatch", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+
+
+def _check(args: argparse.Namespace) -> None:
+    require_positive(args, "width", "experts", "calls")
+    require_positive_list("--tokens", args.tokens)
+    require_positive_list("--ranks", args.ranks)
+    for tokens in args.tokens:
+        if tokens % args.experts:
+            raise ConfigError(f"--tokens must be a multiple of --experts ({args.experts}), got {tokens}.")
+    for ranks in args.ranks:
+        if args.experts % ranks:
+            raise ConfigError(f"--ranks must divide --experts ({args.experts}), got {ranks}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

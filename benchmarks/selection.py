@@ -1,0 +1,138 @@
+"""Benchmark of the exact selection of a pool, against gathering all scores and sorting them.
+
+    python -m benchmarks.selection --json --ranks 2
+    torchrun --nproc_per_node 8 -m benchmarks.selection
+
+Both return the same mask, which is checked first. Collectives and bytes are those of one call on one rank.
+
+Legend: T tokens of a rank, E experts, W ranks, K = T * W / E tokens of an expert.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.compare import (
+    add_common_options,
+    common_settings,
+    compare,
+    machine_facts,
+    print_report,
+    progress,
+    require_positive_list,
+)
+from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ranks
+from diffmoe_ds.cli import run_command
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.moe.pool import GroupPool
+from diffmoe_ds.moe.top_k import LocalPool, Pool, select_top_k
+
+NAME = "benchmarks.selection"
+OURS, SORT = "diffmoe", "gather and sort"
+TIMEOUT_S = 900.0
+
+
+def bench_selection(
+    tokens: int, args: argparse.Namespace, device: torch.device, rank: int, world: int
+) -> dict[str, Any]:
+    """Measure both ways on this rank; every rank must call this.
+
+    Args:
+        tokens: T.
+        args: the command line.
+        device: of the scores.
+        rank: this rank.
+        world: W; without process group if 1.
+
+    Returns:
+        A case of a report; ``sent`` are the collectives and bytes of a call.
+    """
+    group = dist.group.WORLD if world > 1 else None
+    pool: Pool = LocalPool() if group is None else GroupPool(group)
+    generator = torch.Generator(device).manual_seed(rank)
+    scores_TE = torch.randn(tokens, args.experts, generator=generator, device=device).softmax(dim=1)
+    k = tokens * world // args.experts
+    k_E = torch.full((args.experts,), k, dtype=torch.int64, device=device)
+    ways: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: select_top_k(scores_TE, k_E, pool),
+        SORT: lambda: gather_and_sort(scores_TE, k, rank, world),
+    }
+    assert torch.equal(ways[OURS](), ways[SORT]()), "the selections differ"
+    sent = {name: count_collectives(run) for name, run in ways.items()}
+    rows = compare(
+        ways, rounds=args.rounds, device=device, baselines=(SORT,),
+        calls=None if world == 1 else args.calls, before=dist.barrier if world > 1 else None,
+    )  # fmt: skip
+    title = f"T {tokens:,} of each of {world} rank(s), E {args.experts}, {_backend(world)}"
+    return {"case": title, "tokens": tokens, "ranks": world, "opponents": rows, "sent": sent}
+
+
+def gather_and_sort(scores_TE: Tensor, k: int, rank: int, world: int) -> Tensor:
+    """Return the mask of this rank's tokens from the sorted scores of all ranks.
+
+    Args:
+        scores_TE: scores of this rank's tokens; the same number on every rank.
+        k: K.
+        rank: this rank.
+        world: W.
+    """
+    every = scores_TE
+    if world > 1:
+        every = scores_TE.new_empty((world * len(scores_TE), scores_TE.shape[1]))
+        dist.all_gather_into_tensor(every, scores_TE)
+    best_KE = every.sort(dim=0, descending=True, stable=True).indices[:k]
+    mask = torch.zeros_like(every, dtype=torch.bool).scatter_(0, best_KE, True)
+    return mask[rank * len(scores_TE) : (rank + 1) * len(scores_TE)]
+
+
+def _backend(world: int) -> str:
+    return "no communication" if world == 1 else str(dist.get_backend())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the results and return the exit code."""
+    parser = argparse.ArgumentParser(description="Compare the exact selection with gathering and sorting the scores.")
+    add = parser.add_argument
+    add("--tokens", type=int, nargs="+", default=[2048, 32768], metavar="T", help="of a rank (default: 2048 32768)")
+    add("--experts", type=int, default=16, metavar="E", help="default: %(default)s")
+    add("--ranks", type=int, nargs="+", default=[1, 2], metavar="W", help="ranks to start (default: 1 2)")
+    add("--calls", type=int, default=3, metavar="N", help="calls of a sample on several ranks (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="threads of all ranks together (default: torch's)")
+    add_common_options(parser, rounds=15)
+    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
+    return run_command(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> None:
+    device = common_settings(args)
+    if args.quick:
+        args.tokens, args.experts = [64], 4
+    require_positive(args, "experts", "calls")
+    require_positive_list("--tokens", args.tokens)
+    require_positive_list("--ranks", args.ranks)
+    cases = []
+    if is_rank():
+        with joined_ranks() as (rank, world, device):
+            cases = [bench_selection(tokens, args, device, rank, world) for tokens in args.tokens]
+        if rank:
+            return
+    else:
+        for ranks in args.ranks:
+            progress(f"selection: {ranks} rank(s)")
+            if ranks == 1:
+                cases += [bench_selection(tokens, args, device, 0, 1) for tokens in args.tokens]
+            else:
+                cases += run_on_ranks(NAME, args.argv, ranks, TIMEOUT_S)
+    machine = machine_facts(NAME, args.argv)
+    print_report({"benchmark": "selection", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""On a GPU: the reference's numbers in fp32, and no host synchronization in forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.models import forward_loss, make_batch, make_model, model_config
+from diffmoe_ds.checkpoint.reference import reference_views
+from diffmoe_ds.moe.capacity import capacity_loss
+from tests.golden.test_golden import MODELS, golden, inputs, model_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = torch.device("cuda")
+TOLERANCE = 5e-5
+"""Of the largest value; on the CPU it is 1e-5."""
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Switch TF32 off, which rounds products to three digits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def assert_close(ours, theirs, what):
+    expected = torch.as_tensor(theirs, dtype=torch.float64)
+    error = (ours.detach().double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    assert error < TOLERANCE, f"{what}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_numbers(name):
+    """Output in both modes, selection, loss and all gradients."""
+    file = golden(name)
+    model = model_of(file).to(DEVICE)
+    given = [tensor.to(DEVICE) for tensor in inputs(file)]
+    with torch.no_grad():
+        assert_close(model.eval()(*given).prediction, file["eval/out"], "eval/out")
+    output = model.train()(*given)
+    assert_close(output.prediction, file["train/out"], "train/out")
+    loss = (output.prediction - torch.from_numpy(file["train/target"]).to(DEVICE)).square().mean()
+    routing = model.config.routing
+    for block, record in zip(model.moe_layers(), output.routing, strict=True):
+        if record.capacity_logits_TE is not None:
+            selected = torch.from_numpy(file[f"train/selected/{block}"].astype(bool)).flatten(0, 1)
+            assert torch.equal(record.mask_TE.cpu(), selected), f"selection of block {block}"
+            loss = loss + routing.capacity_weight * capacity_loss(record.capacity_logits_TE, record.mask_TE)
+    assert_close(loss, file["train/loss"], "train/loss")
+    for record in output.routing:
+        if record.balance_loss is not None:
+            loss = loss + routing.balance_weight * record.balance_loss
+    loss.backward()
+    for ours, parameter in model.named_parameters():
+        for theirs, gradient in reference_views(model.config, ours, parameter.grad).items():
+            assert_close(gradient, file[f"grad/{theirs}"], f"grad/{theirs}")
+
+
+@pytest.mark.parametrize("routing", ("batch_pool", "expert_choice"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_forward_and_backward_never_wait_for_the_gpu(routing, dtype):
+    """Where the routing rule fixes all sizes, torch itself refuses every synchronization."""
+    config = model_config("tiny", 4, routing)
+    model, batch = make_model(config, DEVICE, dtype), make_batch(config, 4, DEVICE)
+    for _ in range(2):  # the first pass may fill caches
+        loss = forward_loss(model, batch, config)[0]
+        loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = forward_loss(model, batch, config)[0]
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
