@@ -36,6 +36,7 @@ from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.moe.dispatch import AllToAllDispatcher
+from diffmoe_ds.moe.top_k import Selection
 
 NAME = "benchmarks.dispatch"
 EQUAL, COUNTED, BARE = "diffmoe, equal counts", "diffmoe, counts sent", "all_to_all_single"
@@ -57,10 +58,12 @@ def bench_dispatch(tokens: int, args: argparse.Namespace, device: torch.device, 
     assert dist.group.WORLD is not None
     rows_RD = torch.randn(tokens, args.width, device=device, dtype=DTYPES[args.dtype], requires_grad=True)
     gradient_RD = torch.randn_like(rows_RD)
-    per_expert_E = torch.full((args.experts,), tokens // args.experts, dtype=torch.int64, device=device)
+    mask_RE = torch.arange(args.experts, device=device).repeat(tokens // args.experts)[:, None] == torch.arange(
+        args.experts, device=device
+    )  # every token goes to one expert
     ways: dict[str, Callable[[], object]] = {
-        name: _ours(AllToAllDispatcher(dist.group.WORLD, equal), rows_RD, per_expert_E, gradient_RD)
-        for name, equal in ((EQUAL, True), (COUNTED, False))
+        name: _ours(AllToAllDispatcher(dist.group.WORLD), selection, rows_RD, gradient_RD)
+        for name, selection in ((EQUAL, Selection(mask_RE, tokens // args.experts)), (COUNTED, Selection(mask_RE)))
     }
     ways[BARE] = lambda: _bare(rows_RD.detach(), gradient_RD)
     sent = {name: count_collectives(run) for name, run in ways.items()}
@@ -72,12 +75,12 @@ def bench_dispatch(tokens: int, args: argparse.Namespace, device: torch.device, 
 
 
 def _ours(
-    dispatcher: AllToAllDispatcher, rows_RD: Tensor, per_expert_E: Tensor, gradient_RD: Tensor
+    dispatcher: AllToAllDispatcher, selection: Selection, rows_RD: Tensor, gradient_RD: Tensor
 ) -> Callable[[], object]:
     def run() -> None:
         rows_RD.grad = None
-        arrived, _, state = dispatcher.dispatch(rows_RD, per_expert_E)
-        dispatcher.combine(arrived, state).backward(gradient_RD)
+        counts = dispatcher.count(selection)
+        dispatcher.combine(dispatcher.dispatch(rows_RD, counts), counts).backward(gradient_RD)
 
     return run
 

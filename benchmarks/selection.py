@@ -11,6 +11,7 @@ Legend: T tokens of a rank, E experts, W ranks, K = T * W / E tokens of an exper
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,11 +33,14 @@ from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ra
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.moe.pool import GroupPool
-from diffmoe_ds.moe.top_k import LocalPool, Pool, select_top_k
+from diffmoe_ds.moe.search import Pool, WarmStart
+from diffmoe_ds.moe.top_k import LocalPool, select_top_k
 
 NAME = "benchmarks.selection"
 OURS, SORT = "diffmoe", "gather and sort"
 TIMEOUT_S = 900.0
+DRAWS = 4
+"""Different scores that the calls take in turn."""
 
 
 def bench_selection(
@@ -57,14 +61,16 @@ def bench_selection(
     group = dist.group.WORLD if world > 1 else None
     pool: Pool = LocalPool() if group is None else GroupPool(group)
     generator = torch.Generator(device).manual_seed(rank)
-    scores_TE = torch.randn(tokens, args.experts, generator=generator, device=device).softmax(dim=1)
-    k = tokens * world // args.experts
-    k_E = torch.full((args.experts,), k, dtype=torch.int64, device=device)
+    shape = (DRAWS, tokens, args.experts)  # other tokens in each call, as in training
+    draws = torch.randn(shape, generator=generator, device=device).softmax(dim=-1)
+    ours, theirs = itertools.cycle(draws), itertools.cycle(draws)
+    k, warm = tokens * world // args.experts, WarmStart()
     ways: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: select_top_k(scores_TE, k_E, pool),
-        SORT: lambda: gather_and_sort(scores_TE, k, rank, world),
+        OURS: lambda: select_top_k(next(ours), k, pool, warm).mask_TE,
+        SORT: lambda: gather_and_sort(next(theirs), k, rank, world),
     }
-    assert torch.equal(ways[OURS](), ways[SORT]()), "the selections differ"
+    for _ in draws:
+        assert torch.equal(ways[OURS](), ways[SORT]()), "the selections differ"
     sent = {name: count_collectives(run) for name, run in ways.items()}
     rows = compare(
         ways, rounds=args.rounds, device=device, baselines=(SORT,),

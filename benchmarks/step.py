@@ -138,9 +138,11 @@ class WholeStep:
             began = self._mark("backward", began)
             run.thresholds.observe(routing)
             began = self._mark("thresholds", began)
+        run.thresholds.search()
+        began = self._mark("thresholds", began)
         self._step(run.engine, run.settings.gradient_clipping)
         began = self._mark("optimizer", began)
-        run.thresholds.update()
+        run.thresholds.update(is_inconclusive=False)  # never, on one rank
         began = self._mark("thresholds", began)
         run.ema.update()
         self._mark("ema", began)

@@ -7,15 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITS = (
-    "_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave.Tensor", "equal", "is_nonzero", "unique",
-    "_unique2", "unique_dim", "index.Tensor",
-)  # fmt: skip
-"""Operators whose result or shape the host has to read from the device; indexing waits for boolean masks only."""
+from tests.helpers.syncs import SyncCounter
+
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast", "reduce_scatter")
 
 
@@ -32,39 +27,18 @@ def caller() -> str | None:
     return None
 
 
-class HostWaits(TorchDispatchMode):
+class HostWaits(SyncCounter):
     """Counts the places where our code would make the host wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: Counter[str] = Counter()
-        self._tolist = torch.Tensor.tolist
 
-    def _count(self) -> None:
+    def record(self, kind: str) -> None:
         place = caller()
-        if place is not None:
-            self.places[place] += 1
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.").removesuffix(".default")
-        is_mask = name != "index.Tensor" or any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in WAITS and is_mask:
-            self._count()
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        waits, tolist = self, self._tolist
-
-        def counted(tensor):
-            waits._count()
-            return tolist(tensor)
-
-        torch.Tensor.tolist = counted  # on a CPU it reads memory without calling an operator
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.Tensor.tolist = self._tolist
-        return super().__exit__(*error)
+        if place is None or place.startswith("data/") or kind == "tensor from the host":
+            return  # the loader handles host memory only, and tensors from the host are copied without waiting
+        self.places[place] += 1
 
 
 @contextmanager

@@ -39,18 +39,22 @@ class SyncCounter(TorchDispatchMode):
         for name, method in self._methods.items():
             setattr(torch.Tensor, name, method)
 
+    def record(self, kind: str) -> None:
+        """Count a synchronization."""
+        self.counts[kind] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).rpartition(".")[0]
         if name in OPERATORS:
-            self.counts[OPERATORS[name]] += 1
+            self.record(OPERATORS[name])
         elif name == "aten.index" and any(index is not None and index.dtype == torch.bool for index in args[1]):
-            self.counts["nonzero"] += 1
+            self.record("nonzero")
         return func(*args, **(kwargs or {}))
 
     def _counted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if name != "repeat_interleave" or kwargs.get("output_size") is None:
-                self.counts[name] += 1
+                self.record(name)
             return method(tensor, *args, **kwargs)
 
         return call
