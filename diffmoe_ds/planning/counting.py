@@ -32,8 +32,9 @@ COLLECTIVES = {
     "scatter_": "scatter",
 }
 """Operators of ``torch.ops.c10d`` and the collective of each; barriers send no tensors and are left out."""
-INPUT_FIRST = ("allreduce_", "allreduce_coalesced_", "broadcast_", "reduce_")
-"""Operators with a single list of tensors, which are both input and output; all others have outputs, then inputs."""
+FIRST_ARGUMENT = ("all_reduce", "all_gather", "broadcast", "reduce")
+"""Collectives whose bytes are those of the operator's first argument: the input, or the output of an all-gather. The
+other operators have outputs first, then inputs."""
 
 
 @dataclass
@@ -107,8 +108,8 @@ class Counter(TorchDispatchMode):
         kind = COLLECTIVES.get(name)
         if kind is None:
             return
-        sides = args[:1] if name in INPUT_FIRST else args[:2]
-        size = max(sum(t.numel() * t.element_size() for t in _tensors(side)) for side in sides)
+        message = args[0] if kind in FIRST_ARGUMENT else args[1]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(message))
         self.collectives[kind].calls += 1
         self.collectives[kind].bytes += size
         self.messages.append((kind, size))

@@ -27,6 +27,7 @@ from diffmoe_ds.model.layers import time_frequencies
 from diffmoe_ds.moe.capacity import capacity_loss
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.planning.counting import Counter
+from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.topology import Topology
 
 
@@ -66,6 +67,8 @@ def simulate(config: Config, topology: Topology, micro_batch: int, dtype: torch.
         _prepare_weights(model, dtype)
         inputs = _inputs(config, micro_batch)
         weights = counter.live
+        with torch.no_grad():
+            model(*inputs)  # the first search of a pool sends more than later ones
         counter.reset()
         output: DiTOutput = model(*inputs)
         forward_peak = counter.peak
@@ -77,6 +80,36 @@ def simulate(config: Config, topology: Topology, micro_batch: int, dtype: torch.
             weights, saved - weights, forward_peak - weights, counter.peak - weights, tuple(counter.messages),
             tuple(sorted(expected.used)),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes of a forward and backward pass, without weights and their gradients."""
+
+    saved: int
+    """Saved activations, inputs and outputs."""
+    temporary: int
+    """What the passes need at most beyond these."""
+
+
+def estimate_passes(layout: Layout) -> Passes:
+    """Return the bytes of the passes of a model, from simulations of two models with fewer blocks.
+
+    All blocks of a kind are the same, so memory grows by the same amount with every pair of them.
+    """
+    config, depth = layout.config, layout.config.size.depth
+    shallow = 2 + depth % 2
+    depths = (shallow, shallow + 2) if depth > shallow + 2 else (depth,)
+    saved, peak = [], []
+    for blocks in depths:
+        model = config.model.model_copy(update={"depth": blocks})
+        shorter = config.model_copy(update={"model": model})
+        found = simulate(shorter, layout.topology, layout.settings.micro_batch, layout.dtype)
+        saved.append(found.saved)
+        peak.append(max(found.forward_peak, found.backward_peak))
+    steps = (depth - depths[-1]) // 2
+    saved_bytes = saved[-1] + steps * (saved[-1] - saved[0])
+    return Passes(saved_bytes, peak[-1] + steps * (peak[-1] - peak[0]) - saved_bytes)
 
 
 def _inputs(config: Config, micro_batch: int) -> tuple[Tensor, ...]:
@@ -142,6 +175,9 @@ class EvenRouting(TorchDispatchMode):
         if func is torch.ops.aten.repeat_interleave.Tensor:
             self.used.add("repeat_interleave")
             return torch.empty((self.rows,), dtype=torch.int64)
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            self.used.add("bool")  # whether something unusual happened, such as an overflow: no
+            return False
         return func(*args, **(kwargs or {}))
 
     @contextmanager
