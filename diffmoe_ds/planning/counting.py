@@ -56,6 +56,8 @@ class Counter(TorchDispatchMode):
         """Bytes of all storages seen that are alive."""
         self.peak = 0
         """Maximum of `live` since `reset`."""
+        self.operators = 0
+        """Operators since `reset`, views included."""
         self.collectives: dict[str, Traffic] = defaultdict(Traffic)
         """Traffic since `reset`, by collective."""
         self.messages: list[tuple[str, int]] = []
@@ -65,6 +67,7 @@ class Counter(TorchDispatchMode):
     def reset(self) -> None:
         """Forget the traffic and start a new peak; what is alive still counts."""
         self.peak = self.live
+        self.operators = 0
         self.collectives.clear()
         self.messages.clear()
 
@@ -75,6 +78,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         if func.namespace == "c10d":
             self._count_collective(func._schema.name.partition("::")[2], args)
         else:

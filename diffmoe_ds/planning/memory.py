@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.planning.messages import ALLREDUCE_ELEMENTS, communication_bytes, routed_rows
-from diffmoe_ds.planning.simulate import Passes, estimate_passes
+from diffmoe_ds.planning.simulate import Passes
 
 FP32 = 4
 RESERVED_BYTES = 2 * 2**30
@@ -61,10 +61,6 @@ class StepMemory:
     """The phase with the highest peak."""
     phases: tuple[Phase, ...]
     """All phases."""
-    activations: int
-    """Saved activations without activation checkpointing."""
-    activations_checkpointing: int
-    """The same with activation checkpointing."""
     dispatch: int
     """Routed rows among the saved activations of this layout: as sent to experts, and as they came back."""
     host_checkpoint: int
@@ -92,34 +88,30 @@ class _Sizes:
     """Bytes of a weight."""
 
 
-def step_memory(layout: Layout) -> StepMemory:
+def step_memory(layout: Layout, passes: Passes) -> StepMemory:
     """Return the memory of one rank.
 
     Args:
         layout: the model and its ranks.
+        passes: of this layout, or of one that differs in the EP size or ZeRO stage only.
     """
-    config = layout.config
-    is_on = config.model.activation_checkpointing
-    passes = {on: estimate_passes(layout.with_checkpointing(on)) for on in (False, True)}
     stage = layout.settings.zero_stage
     sizes = _sizes(layout)
-    phases = {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[stage](layout, sizes, passes[is_on])
-    has_master = stage > 0 or layout.settings.bf16
+    phases = {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[stage](layout, sizes, passes)
     offload = layout.zero("offload_optimizer", {}).get("device", "none") == "cpu"
     state = FP32 * sizes.updated
-    weights = _weights(layout, sizes) + FP32 * config.tokens_per_image * config.size.hidden_size
+    positions = FP32 * layout.config.tokens_per_image * layout.config.size.hidden_size
+    has_master = stage > 0 or layout.settings.bf16
     return StepMemory(
-        weights=weights,
-        master=0 if offload or not has_master else state,
+        weights=_weights(layout, sizes) + positions,
+        master=state if has_master and not offload else 0,
         moments=0 if offload else 2 * state,
         ema=0 if offload else state,
         phase=max(phases, key=lambda phase: phase.total),
         phases=tuple(phases),
-        activations=passes[False].saved,
-        activations_checkpointing=passes[True].saved,
         dispatch=_dispatch(layout),
-        host_checkpoint=4 * state // (1 if stage else _copies(layout)),
-        host_optimizer=4 * state + state if offload else 0,
+        host_checkpoint=4 * state,
+        host_optimizer=5 * state if offload else 0,  # the gradient, too
     )
 
 
@@ -141,11 +133,6 @@ def _sizes(layout: Layout) -> _Sizes:
 
 def _ranks(layout: Layout, is_expert: bool) -> int:
     return layout.topology.edp_size if is_expert else layout.world
-
-
-def _copies(layout: Layout) -> int:
-    """Return 1: rank 0 writes all that it holds at ZeRO 0; the other replicas write nothing."""
-    return 1
 
 
 def _weights(layout: Layout, sizes: _Sizes) -> int:
@@ -208,8 +195,7 @@ def _stage_1_and_2(layout: Layout, sizes: _Sizes, passes: Passes) -> list[Phase]
     Either way gradients move into a bucket, are reduced in a flat copy of it, and those of parameters of which this
     rank updates anything go into a buffer.
     """
-    overlap = layout.zero("overlap_comm", False)
-    overlap = overlap is True
+    overlap = layout.zero("overlap_comm", False) is True
     is_early = layout.settings.zero_stage == 2 or overlap
     bucket = min(_bucket(layout), sizes.held)
     buckets = _bucket(layout) * sizes.width * (2 if overlap else 1)

@@ -43,6 +43,8 @@ class Simulation:
     """Peak of the forward pass, besides the model."""
     backward_peak: int
     """Peak of the backward pass, besides the model, if every weight gradient is freed as soon as it is complete."""
+    operators: int
+    """Operators of both passes."""
     messages: tuple[tuple[str, int], ...]
     """Collective and bytes of every call, in order."""
     assumed: tuple[str, ...]
@@ -77,8 +79,8 @@ def simulate(config: Config, topology: Topology, micro_batch: int, dtype: torch.
         counter.peak = saved
         loss.backward()  # type: ignore[no-untyped-call]
         return Simulation(
-            weights, saved - weights, forward_peak - weights, counter.peak - weights, tuple(counter.messages),
-            tuple(sorted(expected.used)),
+            weights, saved - weights, forward_peak - weights, counter.peak - weights, counter.operators,
+            tuple(counter.messages), tuple(sorted(expected.used)),
         )  # fmt: skip
 
 
@@ -90,6 +92,8 @@ class Passes:
     """Saved activations, inputs and outputs."""
     temporary: int
     """What the passes need at most beyond these."""
+    operators: int
+    """Operators that the passes launch."""
 
 
 def estimate_passes(layout: Layout) -> Passes:
@@ -100,16 +104,17 @@ def estimate_passes(layout: Layout) -> Passes:
     config, depth = layout.config, layout.config.size.depth
     shallow = 2 + depth % 2
     depths = (shallow, shallow + 2) if depth > shallow + 2 else (depth,)
-    saved, peak = [], []
+    saved, peak, operators = [], [], []
     for blocks in depths:
         model = config.model.model_copy(update={"depth": blocks})
         shorter = config.model_copy(update={"model": model})
         found = simulate(shorter, layout.topology, layout.settings.micro_batch, layout.dtype)
         saved.append(found.saved)
         peak.append(max(found.forward_peak, found.backward_peak))
-    steps = (depth - depths[-1]) // 2
-    saved_bytes = saved[-1] + steps * (saved[-1] - saved[0])
-    return Passes(saved_bytes, peak[-1] + steps * (peak[-1] - peak[0]) - saved_bytes)
+        operators.append(found.operators)
+    pairs = (depth - depths[-1]) // 2
+    grown = [part[-1] + pairs * (part[-1] - part[0]) for part in (saved, peak, operators)]
+    return Passes(saved=grown[0], temporary=grown[1] - grown[0], operators=grown[2])
 
 
 def _inputs(config: Config, micro_batch: int) -> tuple[Tensor, ...]:
