@@ -101,9 +101,7 @@ class Layout:
 
     @property
     def pool_ranks(self) -> int:
-        """Ranks whose tokens compete; 1 if they do not compete over ranks."""
-        if self.config.routing.kind != "batch_pool":
-            return 1
+        """Ranks over which tokens are selected and counted."""
         return {"rank": 1, "ep": self.settings.ep_size, "world": self.world}[self.config.routing.pool]
 
     @cached_property

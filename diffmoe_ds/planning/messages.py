@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
-HISTOGRAM_BINS = 2048
-"""Bins of an expert's histogram in the search for the K-th key of a pool (`moe/top_k.py`)."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
 
@@ -58,31 +57,32 @@ def step_messages(layout: Layout) -> list[Message]:
     return [message for message in found if message.calls]
 
 
-def candidates_of_rank(ranks: int) -> int:
-    """Return M, the keys of one expert that each rank of a pool sends in the second message of a search."""
-    return max(8, 256 // ranks)
-
-
-def _search(layout: Layout, purpose: str, experts: int, times: int) -> Message:
-    """Return the two all-reduces of a search in the pool: an int32 histogram, and a table of every rank's best keys."""
-    ranks = layout.pool_ranks
-    size = 4 * experts * HISTOGRAM_BINS + 4 * ranks * experts * (2 + candidates_of_rank(ranks))
-    scope = "world" if layout.config.routing.pool == "world" else "ep"
-    return Message(purpose, "all_reduce", scope, ranks, 2 * times, size * times)
-
-
 def _selection(layout: Layout) -> list[Message]:
-    """Return the messages by which ranks agree which tokens each expert takes, and on the thresholds."""
+    """Return the messages by which ranks agree on each expert's tokens, on the thresholds, and on the balance loss."""
     config, steps = layout.config, layout.settings.accumulation
     layers, experts = layout.moe_layers, config.num_experts
-    if not layers:
+    if not layers or layout.pool_ranks == 1:
         return []
-    found = []
-    if layout.pool_ranks > 1:
-        found.append(_search(layout, "selection", experts, layers * steps))
-        if config.has_capacity_predictor:
-            found.append(_search(layout, "thresholds", layers * experts, 1))
+    scope = "world" if config.routing.pool == "world" else "ep"
+    ranks, found = layout.pool_ranks, []
+    if config.routing.kind == "batch_pool":
+        size = _search_bytes(layout, experts)
+        found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size * layers * steps))
+    if config.has_capacity_predictor:  # one search for the experts of all layers
+        found.append(Message("thresholds", "all_reduce", scope, ranks, 2, _search_bytes(layout, layers * experts)))
+    if config.routing.kind == "token_choice":
+        calls = layers * steps
+        found.append(Message("balance loss", "all_reduce", scope, ranks, calls, 4 * experts * calls))
     return found
+
+
+def _search_bytes(layout: Layout, experts: int) -> int:
+    """Return the bytes of the two all-reduces of `moe/search.py`: a histogram, and a table of every rank's best keys.
+
+    This is the usual case. The first step, and a step in which many tokens lie near the K-th, send a few more.
+    """
+    ranks = layout.pool_ranks
+    return 4 * experts * BINS + 4 * ranks * experts * (2 + candidates_of_rank(ranks))
 
 
 def _rows(layout: Layout) -> list[Message]:
@@ -140,14 +140,36 @@ def _stage_1_and_2(layout: Layout) -> list[Message]:
 
 def _reduced_gradients(layout: Layout, bucket: float) -> list[Message]:
     """Return the all-reduces of gradients; DeepSpeed uses them at ZeRO 1 and 2, too, and keeps a partition of each."""
-    dtype_bytes = communication_bytes(layout)
+    dtype_bytes, edp = communication_bytes(layout), layout.topology.edp_size
     repeated = layout.settings.accumulation if layout.settings.zero_stage == 2 else 1
-    found = []
-    for is_expert, scope, ranks in ((False, "world", layout.world), (True, "edp", layout.topology.edp_size)):
-        elements = layout.elements(is_expert)
-        calls = math.ceil(elements / bucket) * repeated
-        found.append(Message("gradients", "all_reduce", scope, ranks, calls, elements * dtype_bytes * repeated))
-    return found
+    calls = _bucket_fills(layout, bucket)
+    return [
+        Message(
+            "gradients", "all_reduce", "edp" if is_expert else "world", edp if is_expert else layout.world,
+            calls[is_expert] * repeated, layout.elements(is_expert) * dtype_bytes * repeated,
+        )
+        for is_expert in (False, True)
+    ]  # fmt: skip
+
+
+def _bucket_fills(layout: Layout, bucket: float) -> dict[bool, int]:
+    """Return how many buckets contain dense gradients, and how many contain those of experts.
+
+    A bucket is reduced before it overflows, with one all-reduce for each kind. At ZeRO 2 gradients arrive in the order
+    of the backward pass, for which the reverse order of the parameters stands in.
+    """
+    order = [p for group in layout.groups for p in group.parameters]
+    if layout.settings.zero_stage == 2:
+        order = list(reversed(layout.parameters))
+    calls, filled, kinds = {False: 0, True: 0}, 0, set[bool]()
+    for parameter in order:
+        if filled + parameter.numel > bucket:
+            filled, kinds = 0, set()
+        if parameter.is_expert not in kinds:
+            kinds.add(parameter.is_expert)
+            calls[parameter.is_expert] += 1
+        filled += parameter.numel
+    return calls
 
 
 def communication_bytes(layout: Layout) -> int:

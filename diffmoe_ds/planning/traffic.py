@@ -72,12 +72,13 @@ def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequenc
     else:
         advice = "start the ranks node by node (srun --distribution=block, mpirun --map-by slot) to avoid this"
     return (
-        f"EP groups of {settings.ep_size} span nodes: about {_size(total)} of all-to-all traffic crosses nodes per "
+        f"EP groups of {settings.ep_size} span nodes: about {size_text(total)} of all-to-all traffic crosses nodes per "
         f"step; {advice}"
     )
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Return a number of bytes in decimal units, with three digits."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
