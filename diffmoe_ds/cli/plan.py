@@ -10,7 +10,6 @@ from diffmoe_ds.config.deepspeed import read_deepspeed_json
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import ConfigError
 
-
 EXAMPLES = """examples:
   diffmoe plan
   diffmoe plan --model L-E16 --world 64 --ep 8 --zero 2 --micro-batch 32

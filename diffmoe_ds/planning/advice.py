@@ -68,7 +68,9 @@ def best_choice(choices: list[Choice], local_world: int) -> tuple[Choice, str]:
     if others:
         second = min(others, key=lambda choice: choice.seconds.total)
         saved = 1 - best.seconds.total / second.seconds.total
-        reasons.append(f"fastest that fits, {saved:.0%} less time per step than ep {second.ep_size}{_because(best, second)}")
+        reasons.append(
+            f"fastest that fits, {saved:.0%} less time per step than ep {second.ep_size}{_because(best, second)}"
+        )
     if best.ep_size > 1:
         reasons.append(f"its row exchange stays {where}" if where == "within a node" else "rows cross nodes")
     if refused:

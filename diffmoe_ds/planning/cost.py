@@ -32,8 +32,8 @@ EFFICIENCY = 0.5
 """Share of the peak that matrix products of a transformer reach."""
 BANDWIDTH_SHARE = 0.75
 """Share of a link's or memory's bandwidth that large transfers reach."""
-OPERATOR_S = 5e-6
-"""Host time per operator of eager PyTorch."""
+OPERATOR_S = 6e-6
+"""Host time per operator of eager PyTorch, the views between two operators included."""
 LATENCY_S = ((1, 0.0), (2, 10e-6), (8, 18e-6), (64, 45e-6), (1024, 95e-6))
 """(ranks, seconds) of a small all-reduce; between them the logarithm of the ranks is interpolated."""
 PEER_S = 1e-6
@@ -120,10 +120,9 @@ def message_time(message: Message, layout: Layout, device: Device) -> float:
 
 def latency(ranks: int) -> float:
     """Return the seconds of a small all-reduce over ``ranks``."""
-    for (low, before), (high, after) in zip(LATENCY_S, LATENCY_S[1:], strict=False):
-        if ranks <= high:
-            break
-    return before + (after - before) * math.log(ranks / low) / math.log(high / low)
+    after = next(i for i, (known, _) in enumerate(LATENCY_S) if ranks <= known or known == LATENCY_S[-1][0])
+    (low, before), (high, beyond) = LATENCY_S[max(0, after - 1)], LATENCY_S[after]
+    return before + (beyond - before) * math.log(ranks / low) / math.log(high / low) if ranks > 1 else 0.0
 
 
 def _passes(layout: Layout, device: Device, operators: int) -> tuple[float, float]:

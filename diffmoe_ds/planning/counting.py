@@ -51,13 +51,13 @@ class Counter(TorchDispatchMode):
     """While entered, counts collectives and the bytes of the tensor storages that are alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         """Bytes of all storages seen that are alive."""
         self.peak = 0
         """Maximum of `live` since `reset`."""
         self.operators = 0
-        """Operators since `reset`, views included."""
+        """Operators since `reset`, without views."""
         self.collectives: dict[str, Traffic] = defaultdict(Traffic)
         """Traffic since `reset`, by collective."""
         self.messages: list[tuple[str, int]] = []
@@ -78,7 +78,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.operators += 1
+        self.operators += not (func.is_view or func.namespace == "prim")
         if func.namespace == "c10d":
             self._count_collective(func._schema.name.partition("::")[2], args)
         else:

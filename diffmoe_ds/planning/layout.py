@@ -15,6 +15,7 @@ import torch
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, resolve_deepspeed
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.flops import count_moe_blocks
@@ -183,6 +184,8 @@ def resolve_layout(request: LayoutRequest, config: Config, raw: dict[str, Any], 
     if request.micro_batch is not None:
         tree["train_micro_batch_size_per_gpu"] = request.micro_batch
         tree["train_batch_size"] = "auto"
+    else:
+        _check_batch(tree, request.world, source)
     if request.accumulation is not None:
         tree["gradient_accumulation_steps"] = request.accumulation
     local_world = min(request.local_world, request.world)
@@ -190,3 +193,13 @@ def resolve_layout(request: LayoutRequest, config: Config, raw: dict[str, Any], 
     if config.num_experts > 1 and config.routing.kind == "batch_pool":
         pool_rows(config, settings, request.world)
     return Layout(config, settings, request.world, local_world)
+
+
+def _check_batch(tree: dict[str, Any], world: int, source: str) -> None:
+    """Check that the JSON's batch can be split over the ranks, as the user of a planner can simply choose another."""
+    batch, micro = tree.get("train_batch_size"), tree.get("train_micro_batch_size_per_gpu")
+    if isinstance(batch, int) and not isinstance(micro, int) and batch % world:
+        raise ConfigError(
+            f"{source}: train_batch_size must be a multiple of the {world} GPUs, got {batch}; choose the images per "
+            "GPU with --micro-batch."
+        )

@@ -202,12 +202,10 @@ def _stage_1_and_2(layout: Layout, sizes: _Sizes, passes: Passes) -> list[Phase]
     all_gradients = sizes.held * sizes.width
     owned = _owned(layout) * sizes.width
     flat = _flat_copy(layout, bucket)
-    phases = []
+    kept = 0  # of the micro-steps before
     if layout.settings.accumulation > 1:
         kept = owned if layout.settings.zero_stage == 2 else all_gradients
-    else:
-        kept = 0
-    phases.append(Phase("backward", kept, buckets, passes.saved, passes.temporary))
+    phases = [Phase("backward", kept, buckets, passes.saved, passes.temporary)]
     if is_early:  # the first bucket is reduced while the activations of the remaining layers are alive
         left = round(passes.saved * (1 - bucket / sizes.held))
         phases.append(Phase("backward", max(owned, flat) + min(owned, kept), buckets, left, passes.temporary))
@@ -246,7 +244,8 @@ def _stage_3(layout: Layout, sizes: _Sizes, passes: Passes) -> list[Phase]:
     flat = min(_bucket(layout), sizes.held) * sizes.width
     share = min(sizes.updated, int(layout.zero("sub_group_size", 1e9)))
     update = share * FP32 + _adam_temporaries(layout, share)
-    weights = gathered * sizes.width
+    # gathered weights are kept for the backward pass; while they arrive, those in flight exist twice
+    weights = (gathered + min(gathered, int(layout.zero("stage3_prefetch_bucket_size", 5e7)))) * sizes.width
     left = round(passes.saved * (1 - min(1, _bucket(layout) / sizes.held)))
     return [
         Phase("backward", partition, buckets, passes.saved, weights + passes.temporary),

@@ -128,7 +128,9 @@ def _stage_1_and_2(layout: Layout) -> list[Message]:
     if layout.settings.bf16:
         found.append(Message("overflow flag", "all_reduce", "world", layout.world, 1, 1))
     experts = sum(group.is_expert for group in layout.groups)
-    found.append(Message("gradient norm", "all_reduce", "world", layout.world, len(layout.groups), 4 * len(layout.groups)))
+    found.append(
+        Message("gradient norm", "all_reduce", "world", layout.world, len(layout.groups), 4 * len(layout.groups))
+    )
     found.append(Message("gradient norm", "all_reduce", "edp", layout.topology.edp_size, experts, 4 * experts))
     for is_expert, scope in ((False, "world"), (True, "edp")):
         shared = [g for g in layout.groups if g.is_expert == is_expert and g.ranks > 1]
@@ -180,25 +182,30 @@ def communication_bytes(layout: Layout) -> int:
 
 
 def _stage_3(layout: Layout) -> list[Message]:
-    steps = layout.settings.accumulation
-    dtype_bytes = communication_bytes(layout)
-    found = []
-    groups = ((False, "world", layout.world), (True, "edp", layout.topology.edp_size))
-    for is_expert, scope, ranks in groups:
-        mine = [p.numel for p in layout.parameters if p.is_expert == is_expert]
-        padded = [math.ceil(numel / ranks) * ranks for numel in mine]
+    """Return the messages of ZeRO 3, which pads every parameter to a multiple of its ranks.
+
+    Small weights are gathered after the update, one by one; the others once per micro-step, several at a time, and kept
+    for the backward pass (``stage3_max_reuse_distance``, 10^9 elements by default, exceeds the models of the presets
+    but for the largest with all experts on one rank). The number of calls of the latter is an estimate.
+    """
+    steps, width, found = layout.settings.accumulation, layout.weight_bytes, []
+    edp, ep_size = layout.topology.edp_size, layout.settings.ep_size
+    threshold = layout.zero("stage3_param_persistence_threshold", 1e5)
+    at_once = min(layout.zero("stage3_prefetch_bucket_size", 5e7), layout.zero("reduce_bucket_size", 5e8))
+    for is_expert, scope, ranks in ((False, "world", layout.world), (True, "edp", edp)):
+        mine = [(p.numel, math.ceil(p.numel / ranks) * ranks) for p in layout.parameters if p.is_expert == is_expert]
+        reduced = sum(padded for _, padded in mine) * communication_bytes(layout) * steps
+        calls = math.ceil(reduced / at_once)
+        found.append(Message("gradients", "reduce_scatter", scope, ranks, calls, reduced))
         if ranks > 1:
-            calls = math.ceil(sum(padded) / layout.zero("reduce_bucket_size", 5e8)) * steps
-            found.append(Message("gradients", "reduce_scatter", scope, ranks, calls, sum(padded) * dtype_bytes * steps))
-            threshold = layout.zero("stage3_param_persistence_threshold", 1e5)
-            persistent = [n for n, raw in zip(padded, mine, strict=True) if raw <= threshold]
-            gathered = [n for n, raw in zip(padded, mine, strict=True) if raw > threshold]
-            w = layout.weight_bytes
-            found.append(Message("small weights", "all_gather", scope, ranks, len(persistent), sum(persistent) * w))
-            times = (2 if layout.config.model.activation_checkpointing else 1) * steps
-            found.append(
-                Message("weights", "all_gather", scope, ranks, len(gathered) * times, sum(gathered) * w * times)
-            )
-    norms = 1 + bool(layout.moe_layers)
-    found.append(Message("gradient norm", "all_reduce", "world", layout.world, norms, 8 * norms))
+            small = [padded for numel, padded in mine if numel <= threshold]
+            found.append(Message("small weights", "all_gather", scope, ranks, len(small), sum(small) * width))
+            large = sum(padded for numel, padded in mine if numel > threshold)
+            calls = math.ceil(large / at_once) * steps
+            found.append(Message("weights", "all_gather", scope, ranks, calls, large * width * steps))
+    found.append(Message("gradient norm", "all_reduce", "world", layout.world, 1, 8))
+    if layout.moe_layers:
+        found.append(Message("gradient norm", "all_reduce", "edp", edp, 1, 8))
+        if ep_size > 1:
+            found.append(Message("gradient norm", "all_reduce", "ep", ep_size, 1, 8))
     return found

@@ -77,7 +77,7 @@ def simulate(config: Config, topology: Topology, micro_batch: int, dtype: torch.
         loss = _loss(output)
         saved = counter.live
         counter.peak = saved
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return Simulation(
             weights, saved - weights, forward_peak - weights, counter.peak - weights, counter.operators,
             tuple(counter.messages), tuple(sorted(expected.used)),
@@ -158,7 +158,7 @@ class EvenRouting(TorchDispatchMode):
             config: the run's configuration.
             tokens: tokens T of this rank.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = round(config.routing.capacity * tokens)
         self.used: set[str] = set()
         """The operators that were given a size."""
@@ -166,11 +166,11 @@ class EvenRouting(TorchDispatchMode):
     def __enter__(self) -> EvenRouting:
         self._patch = self._patched_tolist()
         self._patch.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._patch.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -194,7 +194,7 @@ class EvenRouting(TorchDispatchMode):
             self.used.add("tolist")
             return self._split(tuple(tensor.shape))
 
-        FakeTensor.tolist = tolist  # type: ignore[method-assign]
+        FakeTensor.tolist = tolist  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

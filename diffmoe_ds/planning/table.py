@@ -44,8 +44,8 @@ def _model(plan: dict[str, Any]) -> list[str]:
         _line("model", f"{plan['model']}, {plan['routing']}, pool {plan['pool']}"),
         _line(
             "layout",
-            f"{plan['world']} GPUs, {plan['gpus_per_node']} per node; ep {plan['ep_size']}, ZeRO {plan['zero_stage']}, "
-            f"{plan['dtype']}{is_on}",
+            f"{plan['world']:,} GPUs, {plan['gpus_per_node']} per node; ep {plan['ep_size']}, "
+            f"ZeRO {plan['zero_stage']}, {plan['dtype']}{is_on}",
         ),
         _line(
             "batch",
@@ -101,7 +101,7 @@ def _memory(plan: dict[str, Any]) -> list[str]:
 
 def _traffic(plan: dict[str, Any]) -> list[str]:
     rows = [
-        (m["purpose"], m["collective"], f"{m['ranks']}", f"{m['calls']}", size_text(m["bytes"]), "")
+        (m["purpose"], m["collective"], f"{m['ranks']:,}", f"{m['calls']:,}", size_text(m["bytes"]), "")
         for m in plan["collectives"]
     ]
     return [
@@ -146,7 +146,7 @@ def _simulation(plan: dict[str, Any]) -> list[str]:
         f"{kind}: {calls['calls']} calls, {size_text(calls['bytes'])}" for kind, calls in found["collectives"].items()
     ]
     lines = [
-        f"simulation of rank 0 of {plan['world']}: forward and backward pass, {found['seconds']:.1f} s",
+        f"simulation of rank 0 of {plan['world']:,}: forward and backward pass, {found['seconds']:.1f} s",
         _line("activations", f"{found['activations_gb']:.2f} GB; peak {found['backward_peak_gb']:.2f} GB"),
         _line("collectives", "; ".join(counted) or "none"),
     ]
