@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
+AGREED_VALUES = 8
+"""fp32 numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
 
@@ -57,6 +59,16 @@ def step_messages(layout: Layout) -> list[Message]:
     return [message for message in found if message.calls]
 
 
+def messages_of_passes(layout: Layout) -> list[Message]:
+    """Return those of `step_messages` that forward and backward passes send, which are the ones a simulation counts.
+
+    Args:
+        layout: the model and its ranks.
+    """
+    purposes = ("selection", "rows", "row counts", "balance loss")
+    return [message for message in step_messages(layout) if message.purpose in purposes]
+
+
 def _selection(layout: Layout) -> list[Message]:
     """Return the messages by which ranks agree on each expert's tokens, on the thresholds, and on the balance loss."""
     config, steps = layout.config, layout.settings.accumulation
@@ -68,8 +80,9 @@ def _selection(layout: Layout) -> list[Message]:
     if config.routing.kind == "batch_pool":
         size = _search_bytes(layout, experts)
         found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size * layers * steps))
-    if config.has_capacity_predictor:  # one search for the experts of all layers
-        found.append(Message("thresholds", "all_reduce", scope, ranks, 2, _search_bytes(layout, layers * experts)))
+    if config.has_capacity_predictor:  # one search for the experts of all layers and micro-steps
+        size = _search_bytes(layout, layers * experts * steps)
+        found.append(Message("thresholds", "all_reduce", scope, ranks, 2, size))
     if config.routing.kind == "token_choice":
         calls = layers * steps
         found.append(Message("balance loss", "all_reduce", scope, ranks, calls, 4 * experts * calls))
@@ -105,12 +118,9 @@ def routed_rows(layout: Layout) -> int:
 
 
 def _loop(layout: Layout) -> list[Message]:
-    """Return what the training loop itself sends: the vote before every micro-batch, and the mean of the losses."""
+    """Return what the training loop sends: errors, flags and losses of every rank, once per micro-step."""
     world, steps = layout.world, layout.settings.accumulation
-    return [
-        Message("vote", "all_reduce", "world", world, steps, 12 * steps),
-        Message("losses", "all_reduce", "world", world, 1, 16),
-    ]
+    return [Message("agreement", "all_reduce", "world", world, steps, 4 * AGREED_VALUES * world * steps)]
 
 
 def _stage_0(layout: Layout) -> list[Message]:

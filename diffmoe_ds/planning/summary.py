@@ -13,7 +13,7 @@ from diffmoe_ds.planning.devices import DEVICES, Device
 from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.planning.memory import StepMemory, fits_in, step_memory
-from diffmoe_ds.planning.messages import Message, step_messages
+from diffmoe_ds.planning.messages import Message, messages_of_passes, step_messages
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.simulate import Passes, Simulation, estimate_passes, simulate
 
@@ -42,11 +42,21 @@ def plan_summary(layout: Layout, device: Device, simulated: bool) -> dict[str, A
         **_model(layout),
         **_memory(layout, memory, passes),
         "bytes_per_step": sum(message.bytes for message in messages),
-        "collectives": [asdict(message) for message in messages],
+        "collectives": [_message(message) for message in messages],
         **_verdict(memory, device),
         **_time(layout, device, passes[is_on]),
         **({} if report is None else {"simulation": report[0]}),
         "notes": list(layout.settings.notes),
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Return a message with the bytes that a rank passes in and gets back, besides those that are counted."""
+    gathers, scatters = message.collective == "all_gather", message.collective == "reduce_scatter"
+    return {
+        **asdict(message),
+        "bytes_in": message.bytes // (message.ranks if gathers else 1),
+        "bytes_out": message.bytes // (message.ranks if scatters else 1),
     }
 
 
@@ -172,7 +182,7 @@ def _simulate(layout: Layout) -> tuple[dict[str, Any], Passes]:
         "backward_peak_gb": found.backward_peak / GB,
         "operators": found.operators,
         "collectives": _counted(found),
-        "planned_bytes": {m.purpose: m.bytes for m in _of_passes(layout)},
+        "planned_bytes": {m.purpose: m.bytes for m in messages_of_passes(layout)},
         "assumed_even": list(found.assumed),
     }, passes
 
@@ -184,8 +194,3 @@ def _counted(found: Simulation) -> dict[str, dict[str, int]]:
         calls[kind] += 1
         size[kind] += message
     return {kind: {"calls": calls[kind], "bytes": size[kind]} for kind in calls}
-
-
-def _of_passes(layout: Layout) -> list[Message]:
-    """Return the planned messages of a forward and backward pass, which are those that a simulation counts."""
-    return [m for m in step_messages(layout) if m.purpose in ("selection", "rows", "row counts", "balance loss")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +25,10 @@ def plan_table(plan: dict[str, Any]) -> str:
 
 
 def _line(label: str, text: str) -> str:
-    return f"{label:<{WIDTH}}{text}"
+    wrap = textwrap.TextWrapper(
+        100, initial_indent=f"{label:<{WIDTH}}", subsequent_indent=" " * WIDTH, break_on_hyphens=False
+    )
+    return wrap.fill(text)
 
 
 def _rows(rows: Iterable[tuple[str, ...]], widths: tuple[int, ...]) -> list[str]:

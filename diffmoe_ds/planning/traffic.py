@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.planning.flops import count_moe_blocks
 
 
 def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
@@ -46,12 +47,10 @@ def all_to_all_bytes(config: Config, settings: DeepSpeedSettings, world: int) ->
         settings: its resolved DeepSpeed JSON.
         world: number of ranks W.
     """
-    layers = config.size.depth // 2 if config.routing.interleave else config.size.depth
     images = settings.micro_batch * settings.accumulation * world
     rows = round(images * config.tokens_per_image * config.routing.capacity)
-    # dispatch and combine, in the forward and the backward pass, and once more if blocks are recomputed
-    exchanges = 6 if config.model.activation_checkpointing else 4
-    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * layers
+    exchanges = 4  # dispatch and combine, in the forward and the backward pass
+    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * count_moe_blocks(config)
 
 
 def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequence[str]) -> str | None:
