@@ -8,9 +8,10 @@ Assumptions, all of them constants of this file or of `planning/devices.py`:
 - *Update*: bound by memory; weights, gradient, moments and EMA are read and written once at `BANDWIDTH_SHARE` of the
   GPU's memory bandwidth.
 - *Collectives*: a call costs a latency that grows with the number of ranks, plus the bytes that a ring sends and
-  receives, 2 (n - 1) / n of an all-reduce's message and (n - 1) / n of the others', at `BANDWIDTH_SHARE` of NVLink's
-  bandwidth if all ranks are on one node, else of a GPU's share of the network. Of a row exchange over nodes only the
-  rows that leave the node count. Ranks fill one node after another.
+  receives, 2 (n - 1) / n of an all-reduce's message and (n - 1) / n of the others', at `BANDWIDTH_SHARE` of the
+  bandwidth: NVLink's if all ranks are on one node, else that of the network ports of the group's GPUs on a node
+  together, as NCCL builds one ring for each port. Of a row exchange over nodes only the rows that leave the node count,
+  at one GPU's share of the network. Ranks fill one node after another.
 - *Overlap*: gradients are reduced behind the backward pass at ZeRO 3 and with ``overlap_comm``, and ZeRO 3 gathers
   weights behind the passes; what takes longer than these is waited for. The selection and the exchange of rows are
   always waited for.
@@ -106,15 +107,18 @@ def message_time(message: Message, layout: Layout, device: Device) -> float:
     ranks = message.ranks
     if ranks == 1:
         return 0.0
-    passes = 2 if message.collective == "all_reduce" else 1
+    together = {"world": layout.local_world, "ep": ranks, "edp": max(1, layout.local_world // layout.settings.ep_size)}
+    on_a_node = min(ranks, layout.local_world, together[message.scope])
+    is_one_node = ranks == on_a_node
     seconds = message.calls * latency(ranks)
-    nodes_apart = layout.world > layout.local_world if message.scope != "ep" else ranks > layout.local_world
-    moved = message.bytes * passes * (ranks - 1) / ranks
     if message.collective == "all_to_all":
         seconds += message.calls * ranks * PEER_S
-        if nodes_apart:
-            moved = message.bytes * (ranks - layout.local_world) / ranks
-    bandwidth = device.network_bandwidth if nodes_apart else device.link_bandwidth
+        moved = message.bytes * (ranks - (1 if is_one_node else on_a_node)) / ranks
+        bandwidth = device.link_bandwidth if is_one_node else device.network_bandwidth
+    else:
+        moved = message.bytes * (2 if message.collective == "all_reduce" else 1) * (ranks - 1) / ranks
+        network = device.network_bandwidth * on_a_node
+        bandwidth = device.link_bandwidth if is_one_node else min(device.link_bandwidth, network)
     return seconds + moved / (bandwidth * BANDWIDTH_SHARE)
 
 
