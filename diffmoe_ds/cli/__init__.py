@@ -1,4 +1,5 @@
-"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``config`` and ``doctor``."""
+"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``plan``, ``config`` and
+``doctor``."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "doctor": "check these hosts, their network and storage",
     "checkpoint": "inspect, reshard, export and import checkpoints",
     "prepare": "convert images to shards",
+    "plan": "plan parameters, memory, traffic and time of a run",
     "config": "document the keys of a recipe",
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""

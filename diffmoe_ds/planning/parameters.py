@@ -20,6 +20,13 @@ class ParameterCounts:
     """Weights of all experts of all layers."""
     routers: int
     """Weights of all routers and capacity predictors."""
+    ffn: int
+    """Weights of all FFNs: dense ones, shared experts and routed experts."""
+
+    @property
+    def touched(self) -> int:
+        """Weights that an average token's training step computes with: the activated ones, routers and predictors."""
+        return self.activated + self.routers
 
 
 def count_parameters(config: Config) -> ParameterCounts:
@@ -36,5 +43,6 @@ def count_parameters(config: Config) -> ParameterCounts:
     routers += sum(
         p.numel() for layer in layers if layer.capacity_predictor for p in layer.capacity_predictor.parameters()
     )
+    ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and name.startswith("blocks."))
     idle = experts * (1 - config.routing.capacity / config.num_experts)
-    return ParameterCounts(total, round(total - routers - idle), experts, routers)
+    return ParameterCounts(total, round(total - routers - idle), experts, routers, ffn - routers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.planning.flops import count_moe_blocks
 
 
 def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
@@ -46,12 +47,10 @@ def all_to_all_bytes(config: Config, settings: DeepSpeedSettings, world: int) ->
         settings: its resolved DeepSpeed JSON.
         world: number of ranks W.
     """
-    layers = config.size.depth // 2 if config.routing.interleave else config.size.depth
     images = settings.micro_batch * settings.accumulation * world
     rows = round(images * config.tokens_per_image * config.routing.capacity)
-    # dispatch and combine, in the forward and the backward pass, and once more if blocks are recomputed
-    exchanges = 6 if config.model.activation_checkpointing else 4
-    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * layers
+    exchanges = 4  # dispatch and combine, in the forward and the backward pass
+    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * count_moe_blocks(config)
 
 
 def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequence[str]) -> str | None:
@@ -72,12 +71,13 @@ def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequenc
     else:
         advice = "start the ranks node by node (srun --distribution=block, mpirun --map-by slot) to avoid this"
     return (
-        f"EP groups of {settings.ep_size} span nodes: about {_size(total)} of all-to-all traffic crosses nodes per "
+        f"EP groups of {settings.ep_size} span nodes: about {size_text(total)} of all-to-all traffic crosses nodes per "
         f"step; {advice}"
     )
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Return a number of bytes in decimal units, with three digits."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,0 +1,83 @@
+"""``diffmoe plan``: parameters, memory, traffic and time of a training run before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.config.deepspeed import read_deepspeed_json
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.errors import ConfigError
+
+EXAMPLES = """examples:
+  diffmoe plan
+  diffmoe plan --model L-E16 --world 64 --ep 8 --zero 2 --micro-batch 32
+  diffmoe plan --model L-E16 --world 1024 --micro-batch 4 --simulate
+  diffmoe plan --model XL-E16 --gpu A100-40GB --set model.activation_checkpointing=true
+  diffmoe plan --config fashion --world 2 --dtype fp32 --json
+
+Times come from a simple model, whose assumptions docs/planning.md lists.
+"""
+RECIPE = "imagenet-256"
+"""The default recipe: the paper's models on 256-pixel images."""
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``diffmoe plan``."""
+    add = parser.add_argument
+    add("--config", default=RECIPE, metavar="RECIPE", help="packaged recipe or YAML file (default: %(default)s)")
+    add("--deepspeed_config", metavar="JSON", help="DeepSpeed JSON (default: the recipe's deepspeed section)")
+    add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
+    add("--model", metavar="NAME", help="model.name, such as L-E16 or Dense-L (default: the recipe's)")
+    add("--pool", choices=("rank", "ep", "world"), help="routing.pool (default: the recipe's)")
+    add("--world", type=int, default=8, metavar="W", help="number of GPUs (default: %(default)s)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
+    add("--ep", type=int, metavar="P", help="expert-parallel size (default: the JSON's; auto: the largest of a node)")
+    add("--zero", type=int, choices=(0, 1, 2, 3), metavar="Z", help="ZeRO stage (default: the JSON's)")
+    add("--micro-batch", type=int, metavar="B", help="images per GPU and forward pass (default: from the JSON)")
+    add("--accumulation", type=int, metavar="N", help="forward passes per optimizer step (default: from the JSON)")
+    add("--dtype", choices=("bf16", "fp32"), help="precision (default: the JSON's; auto: bf16)")
+    add("--gpu", default="H100", metavar="NAME", help="GPU of the verdict and of the times (default: %(default)s)")
+    add(
+        "--simulate", action="store_true",
+        help="run rank 0 of the whole model on fake tensors, and count its activations and collectives",
+    )  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe plan``.
+
+    Raises:
+        ConfigError: an option, the recipe or the DeepSpeed JSON is invalid.
+        TopologyError: the EP size does not divide the experts and the GPUs.
+    """
+    given = [name for name in ("micro_batch", "accumulation", "ep") if getattr(args, name) is not None]
+    require_positive(args, "world", "gpus_per_node", *given)
+    named = {"model.name": args.model, "routing.pool": args.pool}
+    overrides = [*args.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
+    config = load_config(args.config, overrides)
+    if args.deepspeed_config is not None:
+        raw, source = read_deepspeed_json(args.deepspeed_config), args.deepspeed_config
+    elif config.deepspeed:
+        raw, source = config.deepspeed, f"{args.config}: deepspeed"
+    else:
+        raise ConfigError(f"{args.config}: the recipe has no deepspeed section; pass --deepspeed_config JSON.")
+
+    # imported lazily so that typos fail fast
+    from diffmoe_ds.distributed.quiet import quiet_deepspeed
+    from diffmoe_ds.planning.devices import device_named
+    from diffmoe_ds.planning.layout import LayoutRequest, resolve_layout
+    from diffmoe_ds.planning.summary import plan_summary
+    from diffmoe_ds.planning.table import plan_table
+
+    device = device_named(args.gpu)
+    bf16 = None if args.dtype is None else args.dtype == "bf16"
+    request = LayoutRequest(
+        args.world, args.gpus_per_node, args.ep, args.zero, args.micro_batch, args.accumulation, bf16
+    )
+    layout = resolve_layout(request, config, raw, source)
+    quiet_deepspeed()
+    plan = plan_summary(layout, device, args.simulate)
+    print(json.dumps(plan) if args.json else plan_table(plan), flush=True)

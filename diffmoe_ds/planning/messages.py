@@ -1,0 +1,221 @@
+"""The collectives of one optimizer step: who takes part, how often, and how many bytes.
+
+Bytes are what a rank passes to the collective; of an all-gather, what it gets. `planning.counting.Counter` counts them
+in the same way. What crosses a link depends on the algorithm; `planning/cost.py` assumes one. Collectives over a single
+rank are listed as well, because DeepSpeed calls them.
+
+Sizes that routing decides (which rank holds how many of an expert's tokens) are averages. All others are exact.
+
+Legend: W ranks, P ranks of an EP group, E experts, L MoE layers, D width, R routed rows of a rank's micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffmoe_ds.moe.search import BINS, candidates_of_rank
+from diffmoe_ds.planning.layout import Layout
+
+AGREED_VALUES = 8
+"""fp32 numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search."""
+ALLREDUCE_ELEMENTS = 500_000_000
+"""Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """All calls of one collective for one purpose, in one optimizer step of one rank."""
+
+    purpose: str
+    """What is sent."""
+    collective: str
+    """``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``all_to_all``."""
+    scope: str
+    """The ranks that take part: ``world``, ``ep`` (the ranks that share a set of experts) or ``edp`` (the replicas of
+    an expert)."""
+    ranks: int
+    """Their number."""
+    calls: int
+    """Calls per step."""
+    bytes: int
+    """Bytes per step, summed over the calls."""
+
+
+def step_messages(layout: Layout) -> list[Message]:
+    """Return the collectives of an optimizer step, without those of checkpoints, grids and stragglers.
+
+    Args:
+        layout: the model and its ranks.
+    """
+    found = [*_loop(layout), *_selection(layout), *_rows(layout)]
+    stage = layout.settings.zero_stage
+    if stage == 3:
+        found += _stage_3(layout)
+    elif stage:
+        found += _stage_1_and_2(layout)
+    else:
+        found += _stage_0(layout)
+    return [message for message in found if message.calls]
+
+
+def messages_of_passes(layout: Layout) -> list[Message]:
+    """Return those of `step_messages` that forward and backward passes send, which are the ones a simulation counts.
+
+    Args:
+        layout: the model and its ranks.
+    """
+    purposes = ("selection", "rows", "row counts", "balance loss")
+    return [message for message in step_messages(layout) if message.purpose in purposes]
+
+
+def _selection(layout: Layout) -> list[Message]:
+    """Return the messages by which ranks agree on each expert's tokens, on the thresholds, and on the balance loss."""
+    config, steps = layout.config, layout.settings.accumulation
+    layers, experts = layout.moe_layers, config.num_experts
+    if not layers or layout.pool_ranks == 1:
+        return []
+    scope = "world" if config.routing.pool == "world" else "ep"
+    ranks, found = layout.pool_ranks, []
+    if config.routing.kind == "batch_pool":
+        size = _search_bytes(layout, experts)
+        found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size * layers * steps))
+    if config.has_capacity_predictor:  # one search for the experts of all layers and micro-steps
+        size = _search_bytes(layout, layers * experts * steps)
+        found.append(Message("thresholds", "all_reduce", scope, ranks, 2, size))
+    if config.routing.kind == "token_choice":
+        calls = layers * steps
+        found.append(Message("balance loss", "all_reduce", scope, ranks, calls, 4 * experts * calls))
+    return found
+
+
+def _search_bytes(layout: Layout, experts: int) -> int:
+    """Return the bytes of the two all-reduces of `moe/search.py`: a histogram, and a table of every rank's best keys.
+
+    This is the usual case. The first step, and a step in which many tokens lie near the K-th, send a few more.
+    """
+    ranks = layout.pool_ranks
+    return 4 * experts * BINS + 4 * ranks * experts * (2 + candidates_of_rank(ranks))
+
+
+def _rows(layout: Layout) -> list[Message]:
+    """Return the exchange of tokens with the ranks that hold their experts: out and back, forward and backward."""
+    config, ranks = layout.config, layout.settings.ep_size
+    calls = layout.moe_layers * layout.settings.accumulation
+    if ranks == 1 or not calls:
+        return []
+    found = []
+    row_bytes = config.size.hidden_size * layout.weight_bytes
+    found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
+    if config.routing.kind == "token_choice":
+        found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
+    return found
+
+
+def routed_rows(layout: Layout) -> int:
+    """Return R, the rows that a rank's micro-batch sends to experts; an average where the pool spans ranks."""
+    return round(layout.config.routing.capacity * layout.tokens)
+
+
+def _loop(layout: Layout) -> list[Message]:
+    """Return what the training loop sends: errors, flags and losses of every rank, once per micro-step."""
+    world, steps = layout.world, layout.settings.accumulation
+    return [Message("agreement", "all_reduce", "world", world, steps, 4 * AGREED_VALUES * world * steps)]
+
+
+def _stage_0(layout: Layout) -> list[Message]:
+    found = _reduced_gradients(layout, ALLREDUCE_ELEMENTS)
+    if layout.moe_layers:
+        ep_size = layout.settings.ep_size
+        found.append(Message("gradient norm", "all_reduce", "ep", ep_size, 1, 8))
+        if layout.settings.bf16:
+            found.append(Message("overflow flag", "all_reduce", "ep", ep_size, 1, 1))
+    return found
+
+
+def _stage_1_and_2(layout: Layout) -> list[Message]:
+    found = _reduced_gradients(layout, layout.zero("reduce_bucket_size", 5e8))
+    if layout.settings.bf16:
+        found.append(Message("overflow flag", "all_reduce", "world", layout.world, 1, 1))
+    experts = sum(group.is_expert for group in layout.groups)
+    found.append(
+        Message("gradient norm", "all_reduce", "world", layout.world, len(layout.groups), 4 * len(layout.groups))
+    )
+    found.append(Message("gradient norm", "all_reduce", "edp", layout.topology.edp_size, experts, 4 * experts))
+    for is_expert, scope in ((False, "world"), (True, "edp")):
+        shared = [g for g in layout.groups if g.is_expert == is_expert and g.ranks > 1]
+        size = sum(group.numel for group in shared) * layout.weight_bytes
+        ranks = shared[0].ranks if shared else 1
+        found.append(Message("updated weights", "all_gather", scope, ranks, len(shared), size))
+    return found
+
+
+def _reduced_gradients(layout: Layout, bucket: float) -> list[Message]:
+    """Return the all-reduces of gradients; DeepSpeed uses them at ZeRO 1 and 2, too, and keeps a partition of each."""
+    dtype_bytes, edp = communication_bytes(layout), layout.topology.edp_size
+    repeated = layout.settings.accumulation if layout.settings.zero_stage == 2 else 1
+    calls = _bucket_fills(layout, bucket)
+    return [
+        Message(
+            "gradients", "all_reduce", "edp" if is_expert else "world", edp if is_expert else layout.world,
+            calls[is_expert] * repeated, layout.elements(is_expert) * dtype_bytes * repeated,
+        )
+        for is_expert in (False, True)
+    ]  # fmt: skip
+
+
+def _bucket_fills(layout: Layout, bucket: float) -> dict[bool, int]:
+    """Return how many buckets contain dense gradients, and how many contain those of experts.
+
+    A bucket is reduced before it overflows, with one all-reduce for each kind. At ZeRO 2 gradients arrive in the order
+    of the backward pass, for which the reverse order of the parameters stands in.
+    """
+    order = [p for group in layout.groups for p in group.parameters]
+    if layout.settings.zero_stage == 2:
+        order = list(reversed(layout.parameters))
+    calls, filled, kinds = {False: 0, True: 0}, 0, set[bool]()
+    for parameter in order:
+        if filled + parameter.numel > bucket:
+            filled, kinds = 0, set()
+        if parameter.is_expert not in kinds:
+            kinds.add(parameter.is_expert)
+            calls[parameter.is_expert] += 1
+        filled += parameter.numel
+    return calls
+
+
+def communication_bytes(layout: Layout) -> int:
+    """Return the bytes of one gradient element on the wire."""
+    named = {"fp32": 4, "bf16": 2, "fp16": 2}
+    dtype_bytes: int = named.get(layout.settings.json.get("communication_data_type", ""), layout.weight_bytes)
+    return dtype_bytes
+
+
+def _stage_3(layout: Layout) -> list[Message]:
+    """Return the messages of ZeRO 3, which pads every parameter to a multiple of its ranks.
+
+    Small weights are gathered after the update, one by one; the others once per micro-step, several at a time, and kept
+    for the backward pass (``stage3_max_reuse_distance``, 10^9 elements by default, exceeds the models of the presets
+    but for the largest with all experts on one rank). The number of calls of the latter is an estimate.
+    """
+    steps, width, found = layout.settings.accumulation, layout.weight_bytes, []
+    edp, ep_size = layout.topology.edp_size, layout.settings.ep_size
+    threshold = layout.zero("stage3_param_persistence_threshold", 1e5)
+    at_once = min(layout.zero("stage3_prefetch_bucket_size", 5e7), layout.zero("reduce_bucket_size", 5e8))
+    for is_expert, scope, ranks in ((False, "world", layout.world), (True, "edp", edp)):
+        mine = [(p.numel, math.ceil(p.numel / ranks) * ranks) for p in layout.parameters if p.is_expert == is_expert]
+        reduced = sum(padded for _, padded in mine) * communication_bytes(layout) * steps
+        calls = math.ceil(reduced / at_once)
+        found.append(Message("gradients", "reduce_scatter", scope, ranks, calls, reduced))
+        if ranks > 1:
+            small = [padded for numel, padded in mine if numel <= threshold]
+            found.append(Message("small weights", "all_gather", scope, ranks, len(small), sum(small) * width))
+            large = sum(padded for numel, padded in mine if numel > threshold)
+            calls = math.ceil(large / at_once) * steps
+            found.append(Message("weights", "all_gather", scope, ranks, calls, large * width * steps))
+    found.append(Message("gradient norm", "all_reduce", "world", layout.world, 1, 8))
+    if layout.moe_layers:
+        found.append(Message("gradient norm", "all_reduce", "edp", edp, 1, 8))
+        if ep_size > 1:
+            found.append(Message("gradient norm", "all_reduce", "ep", ep_size, 1, 8))
+    return found
