@@ -48,4 +48,5 @@ def pool_quantile(logits_TE: Tensor, k: int, pool: Pool, warm: WarmStart | None 
     Returns:
         fp32 [E], the same on every rank.
     """
-    return kth_value(logits_TE, k, pool, warm).sigmoid()
+    # not of the logits: a search near the last one is far from it, as floats are stored, on the other side of 0
+    return kth_value(logits_TE.float().sigmoid(), k, pool, warm)
