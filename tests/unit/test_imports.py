@@ -37,7 +37,7 @@ RULES = {
     "data": "config",
     "data.prepare": "config data distributed",
     "sampling": "config diffusion model",
-    "planning": "config model moe",
+    "planning": "config diffusion model moe",
     "checkpoint": "config model distributed",
     "training": (
         "config diffusion model model.conditioning moe moe.expert_parallel distributed data sampling planning"

@@ -1,0 +1,84 @@
+"""Floating-point operations of one image: 2 per multiply-add of every matrix product, convolution and attention.
+
+Element-wise work, softmax and norms are left out, as is what activation checkpointing or attention recomputes: these
+are the model's operations, those by which MFU (arXiv 2204.02311, appendix B) divides.
+
+Legend: S tokens per image, D width, H hidden width, E experts, C capacity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.model.layers import TIME_FREQUENCIES
+from diffmoe_ds.moe.capacity import tokens_per_expert
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Floating-point operations of one image, averaged over images where routing varies."""
+
+    attention: float
+    """Of the forward pass: projections, scores and weighted sums of all blocks."""
+    ffn: float
+    """Of the forward pass: dense FFNs, routed experts at capacity C, and shared experts."""
+    routing: float
+    """Of the forward pass: routers and capacity predictors."""
+    other: float
+    """Of the forward pass: patch, time and final layers, and the adaLN of all blocks."""
+    training: float
+    """Of a training step: the forward pass, the gradients of all weights, and those of the inputs that need one."""
+
+    @property
+    def forward(self) -> float:
+        """Of the forward pass."""
+        return self.attention + self.ffn + self.routing + self.other
+
+
+def flops_per_image(config: Config) -> FlopCounts:
+    """Count the floating-point operations of one image.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        The counts; 1e9 of them are a GFLOP, twice a "GMAC".
+    """
+    model, routing, size = config.model, config.routing, config.size
+    tokens, width = config.tokens_per_image, size.hidden_size
+    hidden = int(width * model.mlp_ratio)
+    patch = model.patch_size**2
+    moe_blocks = count_moe_blocks(config)
+    ffn_row = 2 * width * hidden * (3 if model.mlp == "swiglu" else 2)
+    attention = size.depth * (2 * tokens * width * 4 * width + 2 * 2 * tokens**2 * width)
+    ffn = ffn_row * ((size.depth - moe_blocks) * tokens + moe_blocks * _rows_per_image(config))
+    ffn += ffn_row * moe_blocks * tokens * routing.shared_experts
+    embed = 2 * tokens * patch * model.in_channels * width + 2 * TIME_FREQUENCIES * width
+    out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
+    final = 2 * tokens * width * patch * out_channels + 2 * width * 2 * width
+    other = embed + 2 * width * width + size.depth * 2 * width * 6 * width + final
+    router = moe_blocks * 2 * tokens * width * config.num_experts
+    first = second = 0
+    if config.has_capacity_predictor and moe_blocks:
+        first, second = moe_blocks * 2 * tokens * width * width, router
+    forward = attention + ffn + router + first + second + other
+    # the backward pass has two products for each of the forward pass, but images, times and what the capacity
+    # predictor reads (detached) need no gradient
+    return FlopCounts(attention, ffn, router + first + second, other, 3 * forward - embed - first)
+
+
+def count_moe_blocks(config: Config) -> int:
+    """Return the number of blocks with experts."""
+    if config.num_experts == 1:
+        return 0
+    return config.size.depth // 2 if config.routing.interleave else config.size.depth
+
+
+def _rows_per_image(config: Config) -> float:
+    """Return the average number of rows that the experts of a layer compute for an image."""
+    routing, tokens = config.routing, config.tokens_per_image
+    if routing.kind == "expert_choice":  # exact: K is rounded down for each image
+        return config.num_experts * tokens_per_expert(routing.capacity, tokens, config.num_experts)
+    return tokens * routing.capacity
