@@ -51,9 +51,9 @@ class DeepSpeedSettings:
     """One sentence for each value that was resolved or changed."""
 
     def beside_layout(self) -> dict[str, Any]:
-        """Return the JSON without layout and batch sizes: precision, optimizer, clipping, scheduler, ..."""
-        layout = (*sections.BATCH_KEYS, "expert_parallel")
-        tree = {key: value for key, value in self.json.items() if key not in layout}
+        """Return the JSON without layout, batch sizes and timers: precision, optimizer, clipping, scheduler, ..."""
+        without = (*sections.BATCH_KEYS, "expert_parallel", "timers")
+        tree = {key: value for key, value in self.json.items() if key not in without}
         zero = {key: value for key, value in self.json["zero_optimization"].items() if key != "stage"}
         return {**tree, "zero_optimization": zero, "gradient_clipping": self.gradient_clipping}
 
@@ -123,6 +123,7 @@ def resolve_deepspeed(
     job.fill(tree, "gradient_clipping", 0.0)
     clipping = float(tree.get("gradient_clipping", 0.0))
     job.fill(tree, "steps_per_print", STEPS_PER_PRINT)
+    sections.resolve_timers(job)
     tensorboard, directory = sections.resolve_tensorboard(job)
     tree.update(
         train_batch_size=global_batch,

@@ -216,6 +216,15 @@ def resolve_expert_parallel(job: Resolution) -> int:
     return int(ep_size)
 
 
+def resolve_timers(job: Resolution) -> None:
+    """Switch DeepSpeed's throughput timer off unless the JSON has its section.
+
+    The timer synchronizes the device twice per step to measure a throughput that the run's log contains anyway.
+    """
+    throughput = job.tree.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    job.fill(throughput, "enabled", False, "timers.throughput.")
+
+
 def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
     """Remove the section, as DeepSpeed would write a second set of files, and return its settings.
 
