@@ -101,7 +101,7 @@ KEYS: dict[str, Any] = {
         "type": TEXT,
         "params": {
             "lr": NON_NEGATIVE, "betas": BETAS, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "torch_adam": FLAG,
-            "foreach": FLAG,
+            "foreach": FLAG, "fused": FLAG,
         },
     },
     "scheduler": {"type": TEXT, "params": SECTION},

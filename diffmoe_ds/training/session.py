@@ -20,6 +20,7 @@ from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.files import write_error, write_text
 from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
+from diffmoe_ds.training.device_settings import apply_device_settings
 from diffmoe_ds.training.plan import TrainPlan
 from diffmoe_ds.training.resume import agree_on_checkpoint
 from diffmoe_ds.training.run_log import RunLog, open_log
@@ -108,6 +109,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         if plan.is_main:
             print(banner(plan, rendezvous.hosts), flush=True)
         quiet_deepspeed()
+        apply_device_settings(plan)
         seam.init_process_group()
         launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))

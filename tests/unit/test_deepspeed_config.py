@@ -162,7 +162,9 @@ def test_the_throughput_timer_is_off_unless_the_json_has_it():
     """It synchronizes the device twice per step."""
     assert resolve({"train_batch_size": 8}).json["timers"] == {"throughput": {"enabled": False}}
     for section in ({"enabled": True}, {"synchronized": False}):
-        assert resolve({"train_batch_size": 8, "timers": {"throughput": section}}).json["timers"]["throughput"] == section
+        assert (
+            resolve({"train_batch_size": 8, "timers": {"throughput": section}}).json["timers"]["throughput"] == section
+        )
     auto = resolve({"train_batch_size": 8, "timers": {"throughput": {"enabled": "auto"}}})
     assert auto.json["timers"]["throughput"] == {"enabled": False}
     assert "timers.throughput.enabled: auto is false" in auto.notes
