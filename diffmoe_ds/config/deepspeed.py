@@ -118,6 +118,7 @@ def resolve_deepspeed(
     global_batch, micro, accumulation = sections.resolve_batch(job)
     zero_stage = sections.check_zero(job)
     bf16 = sections.resolve_precision(job)
+    sections.resolve_reduction(job, bf16)
     resolve_optimizer(job)
     sections.resolve_scheduler(job, steps=-(-config.run.total_images // global_batch))
     ep_size = sections.resolve_expert_parallel(job)

@@ -19,6 +19,8 @@ from diffmoe_ds.topology import Topology, largest_ep_size
 
 STEPS_PER_PRINT = 10**9
 """Default interval of DeepSpeed's progress line: practically never, because the training loop prints its own."""
+FP32_REDUCTION_RANKS = 64
+"""World size from which bf16 gradients are summed in fp32: see "Reducing gradients" in ``docs/training.md``."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -138,6 +140,15 @@ def resolve_precision(job: Resolution) -> bool:
     # Otherwise DeepSpeed applies non-finite bf16 gradients; in fp32 it always discards them.
     job.tree["bf16"] = {"enabled": bf16, "check_grad_overflow": True}
     return bool(bf16)
+
+
+def resolve_reduction(job: Resolution, bf16: bool) -> None:
+    """Choose the dtype in which gradients are summed over ranks: DeepSpeed's, unless bf16 loses too much."""
+    key, many = "communication_data_type", bf16 and job.world >= FP32_REDUCTION_RANKS
+    if many and key not in job.tree:
+        job.notes.append(f"{key}: fp32, because sums of bf16 gradients over {job.world} ranks are inaccurate")
+        job.tree[key] = "fp32"
+    job.fill(job.tree, key, "bf16" if bf16 and not many else "fp32")
 
 
 def resolve_scheduler(job: Resolution, steps: int) -> None:

@@ -178,6 +178,29 @@ def test_shipped_gpu_settings_overlap_the_reduction_with_the_backward_pass(raw):
         assert zero["overlap_comm"] is True and zero["reduce_bucket_size"] == 10**8
 
 
+@pytest.mark.parametrize(
+    ("world", "bf16", "given", "expected"),
+    (
+        (1, True, None, None),
+        (63, True, None, None),
+        (64, True, None, "fp32"),
+        (1024, True, None, "fp32"),
+        (1024, False, None, None),  # DeepSpeed's default for fp32 training is fp32
+        (63, True, "auto", "bf16"),
+        (64, True, "auto", "fp32"),
+        (8, False, "auto", "fp32"),
+        (1024, True, "bf16", "bf16"),
+        (8, True, "fp32", "fp32"),
+    ),
+)
+def test_bf16_gradients_of_many_ranks_are_summed_in_fp32(world, bf16, given, expected):
+    raw = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "expert_parallel": {"autoep_size": 1}}
+    settings = resolve({**raw, **({} if given is None else {"communication_data_type": given})}, world=world)
+    assert settings.json.get("communication_data_type") == expected
+    notes = [note for note in settings.notes if note.startswith("communication_data_type: ")]
+    assert len(notes) == (given == "auto" or (given is None and expected is not None)), notes
+
+
 def test_no_clipping_means_none_and_zero_0_is_clipped_by_us():
     assert resolve({"train_batch_size": 8}).json["gradient_clipping"] == 0.0
     clipped = {"train_batch_size": 8, "gradient_clipping": 0.5}
