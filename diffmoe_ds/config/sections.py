@@ -167,6 +167,9 @@ class RunConfig(Section):
     """Report the slowest rank if it takes more than this multiple of the median of the other ranks."""
     nonfinite_skips: NonNegativeInteger = 0
     """Number of consecutive steps with a non-finite loss or gradient to skip; one more ends the run (exit code 3)."""
+    deterministic: Flag = False
+    """Use deterministic algorithms on GPUs, so that a resumed run is bit-identical to an uninterrupted one, at the cost
+    of slower steps. Runs on CPUs always are."""
     rank_timeout_s: PositiveNumber = 300.0
     """Seconds without progress on a rank after which the other ranks exit (exit code 85)."""
 
