@@ -20,6 +20,7 @@ from diffmoe_ds.config.fields import (
     PositiveNumber,
     Section,
     Seed,
+    Steps,
     Text,
 )
 
@@ -170,6 +171,9 @@ class RunConfig(Section):
     deterministic: Flag = False
     """Use deterministic algorithms on GPUs, so that a resumed run is bit-identical to an uninterrupted one, at the cost
     of slower steps. Runs on CPUs always are."""
+    profile_steps: Steps = 0
+    """Optimizer step, or range of steps such as `20-24`, of which rank 0 writes a profile to `profile/`; 0 disables
+    it."""
     rank_timeout_s: PositiveNumber = 300.0
     """Seconds without progress on a rank after which the other ranks exit (exit code 85)."""
 
