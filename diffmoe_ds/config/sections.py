@@ -58,6 +58,8 @@ class ModelConfig(Section):
     """FFN and expert type: `gelu` has two layers with biases and tanh-GELU; `swiglu` has three without biases."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, slower steps."""
+    compile: Flag = False
+    """Compile each block with `torch.compile` for training: a slow start, then faster steps on GPUs."""
 
 
 class RoutingConfig(Section):
