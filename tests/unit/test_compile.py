@@ -12,8 +12,8 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.training.setup import compile_blocks
 
-DENSE = 0
-"""A block of the model without experts."""
+DENSE, MOE = 0, 1
+"""Blocks of the model without and with experts."""
 
 
 def model_and_inputs(*overrides: str) -> tuple[DiT, torch.Tensor, torch.Tensor]:
@@ -39,6 +39,12 @@ def breaks(block: torch.nn.Module, x_BSD: torch.Tensor, c_BD: torch.Tensor) -> l
 def test_a_dense_block_is_one_graph(mlp):
     model, x_BSD, c_BD = model_and_inputs(f"model.mlp={mlp}")
     assert breaks(model.blocks[DENSE].train(), x_BSD, c_BD) == []
+
+
+def test_a_moe_block_on_one_rank_is_one_graph():
+    """The static path: sizes follow from the routing rule, so that nothing has to be read from the device."""
+    model, x_BSD, c_BD = model_and_inputs("routing.shared_experts=1")
+    assert breaks(model.blocks[MOE].train(), x_BSD, c_BD) == []
 
 
 def test_compiled_blocks_compute_the_same_with_the_same_names(monkeypatch):
