@@ -63,6 +63,6 @@ def _choose_adam(job: Resolution, params: dict[str, Any]) -> None:
         return
     if params.get("fused") is True and params.get("foreach") is True:
         raise job.error("optimizer.params.foreach must be false with optimizer.params.fused, got true.")
-    if params.get("fused", AUTO) == AUTO and params.get("foreach", AUTO) == AUTO and job.device != "cpu":
+    if params.get("fused", AUTO) == AUTO and params.get("foreach", AUTO) == AUTO:
         params["fused"] = True
         job.notes.append("optimizer.params.fused: true, the fastest of torch's implementations of Adam")

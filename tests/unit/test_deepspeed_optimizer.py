@@ -35,8 +35,9 @@ def test_deepspeeds_adam_runs_only_where_it_is_prebuilt(params):
         assert notes[0] == f"optimizer.params.torch_adam: true, because DeepSpeed's {name} is not prebuilt here"
 
 
-def test_torchs_adam_is_fused_on_a_gpu():
-    assert resolve({"torch_adam": True})[:2] == (True, True)
+def test_torchs_adam_is_fused():
+    for device in ("cuda", "cpu"):
+        assert resolve({"torch_adam": True}, device=device)[:2] == (True, True)
     assert resolve({"torch_adam": True, "fused": "auto"})[2] == [
         "optimizer.params.fused: true, the fastest of torch's implementations of Adam"
     ]
