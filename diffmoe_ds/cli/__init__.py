@@ -26,6 +26,9 @@ COMMANDS = {
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names under which torch looks for settings of its GPU allocator; it reads only one of them."""
+
 
 def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = None) -> int:
     """Run a command and return its exit code; user errors are one sentence on stderr, without a traceback.
@@ -35,8 +38,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
         handle_signals: whether this process exits afterwards, so that ``train`` may handle the signals that ask a run
             to stop, and a hung collective cannot delay the exit. Default: True if ``argv`` is None.
     """
-    # otherwise torch prints a C++ stack trace for every attempt to reach a lost peer
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _configure_torch()
     args = _parser().parse_args(argv)
     if handle_signals is None:
         handle_signals = argv is None
@@ -55,6 +57,15 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
             signals.ignore()
     shutdown(code if handle_signals else None)
     return code
+
+
+def _configure_torch() -> None:
+    """Set environment variables that torch reads when it is imported, unless the user has set them."""
+    # otherwise torch prints a C++ stack trace for every attempt to reach a lost peer
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # Ragged rows differ in size from step to step, and fixed segments of GPU memory fragment.
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def run_command(args: argparse.Namespace) -> int:

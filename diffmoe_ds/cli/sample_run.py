@@ -30,6 +30,7 @@ from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError, TopologyError
 from diffmoe_ds.files import write_together
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png, to_uint8
 from diffmoe_ds.topology import Topology
@@ -80,6 +81,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     same = f"{plan.reader.path} {plan.settings.sampler}"
     rendezvous.check_same("model", same, "samples a different checkpoint than rank 0; pass the path of one checkpoint.")
     device = local_device(launch)
+    set_tf32(True)
     if launch.world > 1:
         if launch.rank == 0:
             print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffmoe_ds.config import deepspeed_sections as sections
 from diffmoe_ds.config.deepspeed_keys import check_keys
+from diffmoe_ds.config.deepspeed_optimizer import resolve_optimizer
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
-
-STEPS_PER_PRINT = 10**9
-"""Default interval of DeepSpeed's progress line: practically never, because the training loop prints its own."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class DeepSpeedSettings:
     """Weights and activations in bf16 with fp32 master weights; otherwise everything in fp32."""
     gradient_clipping: float
     """Maximum 2-norm of the gradient; 0 disables clipping."""
+    offloads_optimizer: bool
+    """Whether master weights and Adam are in host memory."""
     tensorboard: bool
     """Whether to write TensorBoard files."""
     tensorboard_dir: str | None
@@ -51,9 +52,9 @@ class DeepSpeedSettings:
     """One sentence for each value that was resolved or changed."""
 
     def beside_layout(self) -> dict[str, Any]:
-        """Return the JSON without layout and batch sizes: precision, optimizer, clipping, scheduler, ..."""
-        layout = (*sections.BATCH_KEYS, "expert_parallel")
-        tree = {key: value for key, value in self.json.items() if key not in layout}
+        """Return the JSON without layout, batch sizes and timers: precision, optimizer, clipping, scheduler, ..."""
+        without = (*sections.BATCH_KEYS, "expert_parallel", "timers")
+        tree = {key: value for key, value in self.json.items() if key not in without}
         zero = {key: value for key, value in self.json["zero_optimization"].items() if key != "stage"}
         return {**tree, "zero_optimization": zero, "gradient_clipping": self.gradient_clipping}
 
@@ -90,8 +91,9 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
 
 
 def resolve_deepspeed(
-    raw: dict[str, Any], config: Config, source: str, *, world: int, local_world: int, device: str
-) -> DeepSpeedSettings:
+    raw: dict[str, Any], config: Config, source: str, *, world: int, local_world: int, device: str,
+    is_prebuilt: Callable[[str], bool] = lambda operator: False,
+) -> DeepSpeedSettings:  # fmt: skip
     """Check a DeepSpeed configuration against DeepSpeed's keys, the recipe and the ranks, and fill it in.
 
     Args:
@@ -101,6 +103,7 @@ def resolve_deepspeed(
         world: number of ranks W.
         local_world: ranks on this host; ``autoep_size: auto`` does not exceed it.
         device: device type, ``cpu``, ``cuda``, ...
+        is_prebuilt: whether an operator of DeepSpeed was compiled when it was installed; called for GPUs only.
 
     Returns:
         The settings, without any ``"auto"``.
@@ -110,19 +113,18 @@ def resolve_deepspeed(
         TopologyError: an expert-parallel size that does not divide the experts or the ranks.
     """
     check_keys(raw, source)
-    job = sections.Resolution(copy.deepcopy(raw), config, source, world, local_world, device)
+    job = sections.Resolution(copy.deepcopy(raw), config, source, world, local_world, device, is_prebuilt)
     tree = job.tree
     global_batch, micro, accumulation = sections.resolve_batch(job)
     zero_stage = sections.check_zero(job)
     bf16 = sections.resolve_precision(job)
-    sections.resolve_optimizer(job)
-    steps = -(-config.run.total_images // global_batch)
-    lr = tree["optimizer"]["params"]["lr"]
-    sections.resolve_scheduler(job, {"warmup_max_lr": lr, "total_num_steps": steps})
+    sections.resolve_reduction(job, bf16)
+    resolve_optimizer(job)
+    sections.resolve_scheduler(job, steps=-(-config.run.total_images // global_batch))
     ep_size = sections.resolve_expert_parallel(job)
     job.fill(tree, "gradient_clipping", 0.0)
     clipping = float(tree.get("gradient_clipping", 0.0))
-    job.fill(tree, "steps_per_print", STEPS_PER_PRINT)
+    sections.resolve_reports(job)
     tensorboard, directory = sections.resolve_tensorboard(job)
     tree.update(
         train_batch_size=global_batch,
@@ -131,11 +133,10 @@ def resolve_deepspeed(
         # At ZeRO 0, DeepSpeed's norm covers only this rank's experts, so each rank would clip differently;
         # `deepspeed_seam.step` clips by the global norm instead.
         gradient_clipping=clipping if zero_stage else 0.0,
-        steps_per_print=tree.get("steps_per_print", STEPS_PER_PRINT),
     )
     sections.drop_autos(job)
     return DeepSpeedSettings(
         json=tree, global_batch=global_batch, micro_batch=micro, accumulation=accumulation, ep_size=ep_size,
-        zero_stage=zero_stage, bf16=bf16, gradient_clipping=clipping, tensorboard=tensorboard,
-        tensorboard_dir=directory, notes=tuple(job.notes),
+        zero_stage=zero_stage, bf16=bf16, gradient_clipping=clipping, offloads_optimizer=job.offloads_optimizer,
+        tensorboard=tensorboard, tensorboard_dir=directory, notes=tuple(job.notes),
     )  # fmt: skip

@@ -89,6 +89,7 @@ STAGE = Value(
 OFFLOAD = {"device": _one_of("none", "cpu"), "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG}
 ZERO = {
     "stage": STAGE, "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE,
+    "use_multi_rank_bucket_allreduce": FLAG,
     "allgather_partitions": FLAG, "allgather_bucket_size": SIZE, "overlap_comm": FLAG, "offload_optimizer": OFFLOAD,
     "sub_group_size": SIZE, "round_robin_gradients": FLAG, "stage3_prefetch_bucket_size": NON_NEGATIVE,
     "stage3_param_persistence_threshold": NON_NEGATIVE, "stage3_model_persistence_threshold": NON_NEGATIVE,
@@ -100,7 +101,7 @@ KEYS: dict[str, Any] = {
         "type": TEXT,
         "params": {
             "lr": NON_NEGATIVE, "betas": BETAS, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "torch_adam": FLAG,
-            "foreach": FLAG,
+            "foreach": FLAG, "fused": FLAG,
         },
     },
     "scheduler": {"type": TEXT, "params": SECTION},
@@ -111,6 +112,7 @@ KEYS: dict[str, Any] = {
     "expert_parallel": {"autoep_size": Value("an integer", _is_int, {"type": "integer"}), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
     "steps_per_print": SIZE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
+    "timers": {"throughput": {"enabled": FLAG, "synchronized": FLAG}},
     "communication_data_type": _one_of("fp32", "fp16", "bf16"),
     "zero_force_ds_cpu_optimizer": FLAG, "comms_logger": SECTION, "flops_profiler": SECTION,
     "log_level": _one_of("debug", "info", "warning", "error", "critical"),

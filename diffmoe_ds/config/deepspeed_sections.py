@@ -6,6 +6,7 @@ The functions fill `Resolution.tree` in place and append a note for each value t
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.topology import Topology, largest_ep_size
 
-OPTIMIZERS = ("Adam", "AdamW")
+STEPS_PER_PRINT = 10**9
+"""Default interval of DeepSpeed's progress line: practically never, because the training loop prints its own."""
+FP32_REDUCTION_RANKS = 64
+"""World size from which bf16 gradients are summed in fp32: see "Reducing gradients" in ``docs/training.md``."""
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -36,8 +40,15 @@ class Resolution:
     """Ranks on this host."""
     device: str
     """Device type: ``cpu``, ``cuda``, ..."""
+    is_prebuilt: Callable[[str], bool]
+    """Whether an operator of DeepSpeed, such as ``fused_adam``, was compiled when DeepSpeed was installed."""
     notes: list[str] = field(default_factory=list)
     """One sentence for each value that was resolved or changed."""
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether Adam runs on the CPU."""
+        return bool(self.tree["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "cpu")
 
     def error(self, message: str) -> ConfigError:
         """Return an error that names this file."""
@@ -107,8 +118,7 @@ def check_zero(job: Resolution) -> int:
             "zero_optimization.contiguous_gradients must be true at stage 2, got false; DeepSpeed requires it for "
             "experts."
         )
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    if offload == "cpu" and stage == 0:
+    if job.offloads_optimizer and stage == 0:
         raise job.error('zero_optimization.offload_optimizer.device must be "none" at stage 0, got "cpu".')
     return stage
 
@@ -132,38 +142,21 @@ def resolve_precision(job: Resolution) -> bool:
     return bool(bf16)
 
 
-def resolve_optimizer(job: Resolution) -> None:
-    """Fill in the optimizer; values in the JSON take precedence over the recipe's.
-
-    Raises:
-        ConfigError: an unknown optimizer.
-    """
-    optimizer = job.tree.setdefault("optimizer", {})
-    job.fill(optimizer, "type", "AdamW", "optimizer.")
-    kind = optimizer.setdefault("type", "AdamW")
-    if kind not in OPTIMIZERS:
-        raise job.error(unknown("optimizer.type", kind, OPTIMIZERS))
-    params = optimizer.setdefault("params", {})
-    for key in ("lr", "betas", "eps", "weight_decay"):
-        ours = getattr(job.config.optimizer, key)
-        ours = list(ours) if isinstance(ours, tuple) else ours
-        if params.get(key, AUTO) == AUTO:
-            if key in params:
-                job.notes.append(f"optimizer.params.{key}: auto is {ours}")
-            params[key] = ours
-        elif params[key] != ours:
-            job.notes.append(f"optimizer.params.{key} is {params[key]} from {job.source}, not the recipe's {ours}")
-    if job.device == "cpu" and params.get("torch_adam", AUTO) == AUTO:
-        params["torch_adam"] = True
-        job.notes.append("optimizer.params.torch_adam: true, because DeepSpeed's own Adam needs a compiler on a CPU")
+def resolve_reduction(job: Resolution, bf16: bool) -> None:
+    """Choose the dtype in which gradients are summed over ranks: DeepSpeed's, unless bf16 loses too much."""
+    key, many = "communication_data_type", bf16 and job.world >= FP32_REDUCTION_RANKS
+    if many and key not in job.tree:
+        job.notes.append(f"{key}: fp32, because sums of bf16 gradients over {job.world} ranks are inaccurate")
+        job.tree[key] = "fp32"
+    job.fill(job.tree, key, "bf16" if bf16 and not many else "fp32")
 
 
-def resolve_scheduler(job: Resolution, known: dict[str, Any]) -> None:
+def resolve_scheduler(job: Resolution, steps: int) -> None:
     """Check the learning-rate schedule, if there is one.
 
     Args:
         job: the configuration.
-        known: values of ``"auto"`` for the parameters that depend on the run.
+        steps: optimizer steps of the run.
 
     Raises:
         ConfigError: an unknown schedule or parameter, or a required parameter without a value.
@@ -176,6 +169,7 @@ def resolve_scheduler(job: Resolution, known: dict[str, Any]) -> None:
         raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto"; recipes have no schedule.')
     if kind not in SCHEDULES:
         raise job.error(unknown("scheduler.type", kind, SCHEDULES))
+    known = {"warmup_max_lr": job.tree["optimizer"]["params"]["lr"], "total_num_steps": steps}
     valid = SCHEDULES[kind]
     for key in params:
         if key not in valid:
@@ -214,6 +208,17 @@ def resolve_expert_parallel(job: Resolution) -> int:
     Topology(rank=0, world=job.world, ep_size=ep_size, num_experts=experts)
     job.tree["expert_parallel"] = {"autoep_size": ep_size}
     return int(ep_size)
+
+
+def resolve_reports(job: Resolution) -> None:
+    """Switch DeepSpeed's progress line and throughput timer off unless the JSON sets them.
+
+    The timer synchronizes the device twice per step to measure a throughput that the run's log contains anyway.
+    """
+    job.fill(job.tree, "steps_per_print", STEPS_PER_PRINT)
+    job.tree.setdefault("steps_per_print", STEPS_PER_PRINT)
+    throughput = job.tree.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
+    job.fill(throughput, "enabled", False, "timers.throughput.")
 
 
 def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:

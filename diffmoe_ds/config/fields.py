@@ -6,6 +6,7 @@ and a number field accepts ``5``. Nothing else is converted: ``true`` is not 1, 
 
 from __future__ import annotations
 
+import re
 import reprlib
 import sys
 from typing import Annotated, Any
@@ -88,6 +89,21 @@ def _integer(value: Any) -> int:
     return whole
 
 
+def _steps(value: Any) -> int | str:
+    expected = 'a step, such as 20, or a range of steps, such as "20-24"'
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,18})-(\d{1,18})", value)):
+        if not 0 < int(found[1]) <= int(found[2]):
+            raise _wrong(expected)
+        return value
+    try:
+        step = _integer(value)
+    except PydanticCustomError:
+        raise _wrong(expected) from None
+    if step < 0:
+        raise _wrong(expected)
+    return step
+
+
 def _pair(value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise _wrong("a list of 2 numbers")
@@ -121,6 +137,13 @@ NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer stores it as float32
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
+Steps = Annotated[
+    int | str,
+    BeforeValidator(_steps),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^0*[1-9][0-9]*-0*[1-9][0-9]*$"}]}
+    ),
+]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_mapping)]
 ModelName = Annotated[
     Text,

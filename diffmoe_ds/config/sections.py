@@ -20,6 +20,7 @@ from diffmoe_ds.config.fields import (
     PositiveNumber,
     Section,
     Seed,
+    Steps,
     Text,
 )
 
@@ -57,6 +58,8 @@ class ModelConfig(Section):
     """FFN and expert type: `gelu` has two layers with biases and tanh-GELU; `swiglu` has three without biases."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, slower steps."""
+    compile: Flag = False
+    """Compile each block with `torch.compile` for training: a slow start, then faster steps on GPUs."""
 
 
 class RoutingConfig(Section):
@@ -167,6 +170,12 @@ class RunConfig(Section):
     """Report the slowest rank if it takes more than this multiple of the median of the other ranks."""
     nonfinite_skips: NonNegativeInteger = 0
     """Number of consecutive steps with a non-finite loss or gradient to skip; one more ends the run (exit code 3)."""
+    deterministic: Flag = False
+    """Use deterministic algorithms on GPUs, so that a resumed run is bit-identical to an uninterrupted one, at the cost
+    of slower steps. Runs on CPUs always are."""
+    profile_steps: Steps = 0
+    """Optimizer step, or range of steps such as `20-24`, of which rank 0 writes a profile to `profile/`; 0 disables
+    it."""
     rank_timeout_s: PositiveNumber = 300.0
     """Seconds without progress on a rank after which the other ranks exit (exit code 85)."""
 

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from diffmoe_ds.distributed.clipping import clip_gradients
 from diffmoe_ds.distributed.fragments import Fragment, Part
-from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.distributed.rejection import rejection
 from diffmoe_ds.topology import Topology
 
 __all__ = ["AutoEPMoELayer", "adopt_layer", "fragments", "initialize", "parts"]
@@ -131,13 +131,15 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
         config: the resolved DeepSpeed JSON.
 
     Raises:
-        ConfigError: DeepSpeed rejects the configuration.
+        ConfigError: DeepSpeed rejects the configuration, or cannot compile its own Adam.
     """
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    except (AssertionError, TypeError, ValueError) as error:  # not RuntimeError: failed collectives
-        reason = " ".join(str(error).split())[:500]
-        raise ConfigError(f"DeepSpeed rejected the configuration: {type(error).__name__}: {reason}") from error
+    except Exception as error:
+        rejected = rejection(error)
+        if rejected is None:
+            raise
+        raise rejected from error
     _engines.add(engine)
     return engine
 
@@ -253,8 +255,9 @@ def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
     for flat in _masters(engine):
         state = inner.state[flat]
         if "exp_avg" not in state:
-            # torch's Adam counts steps in a tensor, DeepSpeed's in a number
-            state["step"] = torch.zeros(()) if isinstance(inner, torch.optim.Adam) else 0
+            # torch's Adam counts steps in a tensor, the fused one on the weights' device; DeepSpeed's in a number
+            device = flat.device if inner.defaults.get("fused") else "cpu"
+            state["step"] = torch.zeros((), device=device) if isinstance(inner, torch.optim.Adam) else 0
             state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -324,7 +327,8 @@ def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], n
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
     """Return Adam's number of updates, which its bias correction uses."""
-    return max(int(_adam(engine).state[flat]["step"]) for flat in _masters(engine))
+    steps = [_adam(engine).state[flat]["step"] for flat in _masters(engine)]
+    return int(torch.stack(steps).max() if torch.is_tensor(steps[0]) else max(steps))  # copies from the device once
 
 
 def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:

@@ -113,6 +113,21 @@ def local_device(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % gpus) if gpus else torch.device("cpu")
 
 
+def cores_of_rank(launch: Launch, environ: Mapping[str, str] | None = None) -> int:
+    """Return the number of CPU cores that this process can use without taking those of other ranks on its host.
+
+    Args:
+        launch: this process's place among the ranks.
+        environ: the environment; that of this process if None.
+    """
+    env = os.environ if environ is None else environ
+    visible = len(os.sched_getaffinity(0))
+    bound = env.get("SLURM_CPUS_PER_TASK", "")
+    if launch.source.startswith("srun") and bound.isdecimal():  # each task sees its own cores, or those of all
+        return max(1, min(visible, int(bound)))
+    return max(1, visible // launch.local_world)
+
+
 def export_launch(launch: Launch) -> Launch:
     """Set the variables that torch.distributed's ``env://`` reads; return the launch with the rendezvous address."""
     if launch.master_addr is None:

@@ -21,8 +21,8 @@ PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "mpi4py")
 ENVIRONMENT = ("NCCL_", "GLOO_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR")
 """Prefixes of the variables that control how ranks communicate and compute."""
 OPS: dict[str, str] = {
-    "fused_adam": 'on a GPU without "torch_adam": true',
-    "cpu_adam": 'with offload_optimizer without "torch_adam": true',
+    "fused_adam": 'on a GPU with "torch_adam": false',
+    "cpu_adam": 'with offload_optimizer and "torch_adam": false',
 }
 """DeepSpeed's compiled operators that a configuration of this project can use, and when it uses them."""
 

@@ -60,10 +60,6 @@ def _devices(ranks: list[dict[str, Any]]) -> list[str]:
     crowded = [r for r in ranks if r["device"]["kind"] == "cuda" and r["local_rank"] >= r["device"]["count"]]
     if crowded:
         found.append(f"{_on(crowded)}: more ranks than the {crowded[0]['device']['count']} visible GPU(s).")
-    for name in ranks[0]["ops"]:
-        failing = [rank for rank in ranks if rank["ops"].get(name, "").startswith("cannot be compiled")]
-        if failing and failing[0]["device"]["kind"] == "cuda":
-            found.append(f'{_on(failing)}: DeepSpeed\'s {name} {failing[0]["ops"][name]} (or keep "torch_adam": true).')
     small = [rank for rank in ranks if rank["shm_free_gb"] < SHM_GB]
     if small:
         found.append(f"{_on(small)}: only {small[0]['shm_free_gb']} GB free in /dev/shm (containers: --shm-size).")

@@ -18,6 +18,7 @@ from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.preview import Preview
+from diffmoe_ds.training.profiler import ProfileSteps
 from diffmoe_ds.training.routing_report import routing_report
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
@@ -37,6 +38,7 @@ def make_hooks(
         LogLine(run, log),
         Save(run, log, checkpointer),
         SampleGrid(run, log, watchdog),
+        ProfileSteps(run, log),
     )
 
 

@@ -135,7 +135,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     _check_sampling(config)
     settings = resolve_deepspeed(
         config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
     pool_rows(config, settings, launch.world)
@@ -157,6 +157,12 @@ def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Co
         )
     raw = read_deepspeed_json(request.deepspeed_json)
     return config.model_copy(update={"deepspeed": raw}), str(request.deepspeed_json)
+
+
+def _is_prebuilt(operator: str) -> bool:
+    from diffmoe_ds.distributed.deepspeed_seam import operator_state  # only on a GPU: importing DeepSpeed takes seconds
+
+    return operator_state(operator) == "prebuilt"
 
 
 def _check_sampling(config: Config) -> None:

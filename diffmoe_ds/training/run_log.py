@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
+from diffmoe_ds.planning.devices import device_reported
+from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from diffmoe_ds.training.routing_report import NOISE_BINS, RoutingReport
 
@@ -30,8 +33,9 @@ class RunLog:
         """Record an optimizer step; its row is written once its numbers are on the host.
 
         Args:
-            row: its metrics; ``images_per_s`` of this step alone and ``peak_memory_mb`` are added. ``grad_norm`` may be
-                a tensor: on a GPU it is copied while the next step runs, so that the host need not wait for it.
+            row: its metrics; ``images_per_s`` and ``mfu`` of this step alone and ``peak_memory_mb`` are added.
+                ``grad_norm`` may be a tensor: on a GPU it is copied while the next step runs, so that the host need
+                not wait for it.
         """
 
     def settle(self) -> None:
@@ -66,8 +70,9 @@ class RunLog:
 
 
 def open_log(
-    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool
-) -> RunLog:
+    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool,
+    peak_images_per_s: float | None = None,
+) -> RunLog:  # fmt: skip
     """Return the log of this rank.
 
     Args:
@@ -77,6 +82,7 @@ def open_log(
         step: optimizer steps so far; rows of an earlier attempt after it are dropped.
         total_images: images of the whole run, for the ETA.
         is_main: whether this is rank 0.
+        peak_images_per_s: throughput at the peak of all devices, see `peak_images_per_s`.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -84,15 +90,32 @@ def open_log(
     if not is_main:
         return RunLog()
     rows = JsonlLog(directory / "metrics.jsonl", step)
-    return MainLog(
-        rows, None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images), images, total_images
-    )
+    board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
+    return MainLog(rows, board, images, total_images, peak_images_per_s)
+
+
+def peak_images_per_s(config: Config, world: int, device: torch.device) -> float | None:
+    """Return the throughput of a run whose devices all compute at their bf16 peak; MFU is the fraction of it.
+
+    Args:
+        config: the run's configuration.
+        world: number of ranks W, each with a device like this one.
+        device: of this rank.
+
+    Returns:
+        Images per second, or None for a CPU and for GPUs whose peak is unknown.
+    """
+    gpu = device_reported(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if gpu is None else world * gpu.bf16_flops / flops_per_image(config).training
 
 
 class MainLog(RunLog):
     """The log of rank 0."""
 
-    def __init__(self, rows: JsonlLog, board: TensorBoardLog | None, images: int, total_images: int) -> None:
+    def __init__(
+        self, rows: JsonlLog, board: TensorBoardLog | None, images: int, total_images: int, peak: float | None
+    ) -> None:
+        self._peak = peak
         self._rows = rows
         self._board = board
         self._total = total_images
@@ -107,6 +130,8 @@ class MainLog(RunLog):
         now = time.perf_counter()
         self._recent.append((now, row["images"]))
         row["images_per_s"] = round((row["images"] - last_images) / max(now - last_time, 1e-9), 2)
+        if self._peak is not None:
+            row["mfu"] = round(row["images_per_s"] / self._peak, 4)
         row["peak_memory_mb"] = round(peak_memory_mb(), 1)
         self.settle()
         self._last = row
@@ -146,6 +171,8 @@ class MainLog(RunLog):
         speed = (last_images - first_images) / max(last_time - first_time, 1e-9)
         if last_images == first_images:
             speed = means["images_per_s"]
+        if self._peak is not None:
+            means["mfu"] = speed / self._peak
         if self._board is not None:
             for key, value in {**means, "images_per_s": speed}.items():
                 group = "loss" if key.endswith("loss") else "train"
@@ -156,6 +183,7 @@ class MainLog(RunLog):
         print(
             f"{last['images']:>11,} of {self._total:,} images | loss {means['loss']:.4f} ({parts}) | "
             f"grad {means['grad_norm']:.3f} | lr {last['lr']:.2e} | {speed:,.0f} images/s | "
+            f"{'' if self._peak is None else f'MFU {speed / self._peak:.1%} | '}"
             f"{last['peak_memory_mb']:,.0f} MB | ETA {_clock(left)}",
             flush=True,
         )

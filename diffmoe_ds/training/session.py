@@ -20,9 +20,10 @@ from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.files import write_error, write_text
 from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
+from diffmoe_ds.training.device_settings import apply_device_settings
 from diffmoe_ds.training.plan import TrainPlan
 from diffmoe_ds.training.resume import agree_on_checkpoint
-from diffmoe_ds.training.run_log import RunLog, open_log
+from diffmoe_ds.training.run_log import RunLog, open_log, peak_images_per_s
 from diffmoe_ds.training.setup import Run, setup_run
 
 
@@ -67,8 +68,12 @@ class Session:
         """
         settings, directory, total = run.settings, run.directory, run.config.run.total_images
         board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
+        peak = peak_images_per_s(run.config, run.topology.world, run.device)
         log = raise_on_all_ranks(
-            run.device, lambda: open_log(directory, board, run.images, run.step, total, is_main=run.is_main)
+            run.device,
+            lambda: open_log(
+                directory, board, run.images, run.step, total, is_main=run.is_main, peak_images_per_s=peak
+            ),
         )
         self.resources.callback(log.close)
         return log
@@ -108,6 +113,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         if plan.is_main:
             print(banner(plan, rendezvous.hosts), flush=True)
         quiet_deepspeed()
+        apply_device_settings(plan)
         seam.init_process_group()
         launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffmoe_ds import cli
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
 from tests.helpers.processes import REPOSITORY, run_ranks
@@ -51,6 +53,19 @@ def test_train_mistakes(capsys, tmp_path, arguments, code, message):
     directory = tmp_path / "run"
     wrong(capsys, ["train", "--run-dir", str(directory), *arguments], code, message)
     assert not directory.exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize("chosen", (None, *cli.ALLOCATOR_VARIABLES))
+def test_gpu_memory_is_allocated_in_expandable_segments_unless_the_user_chose_otherwise(monkeypatch, chosen):
+    for name in cli.ALLOCATOR_VARIABLES:
+        monkeypatch.setenv(name, "max_split_size_mb:64")  # so that monkeypatch restores it
+        if name != chosen:
+            monkeypatch.delenv(name)
+    assert main(["config", "run"]) == 0
+    found = {name: os.environ[name] for name in cli.ALLOCATOR_VARIABLES if name in os.environ}
+    assert found == (
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if chosen is None else {chosen: "max_split_size_mb:64"}
+    )
 
 
 def test_unreadable_shard_is_named(capsys, tmp_path):

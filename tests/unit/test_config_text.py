@@ -86,9 +86,15 @@ def test_a_deeply_nested_value_is_shortened_in_the_message():
 
 
 def test_configurations_that_older_versions_stored_load_unchanged():
-    """As `meta.json` and `resolved.yaml` of commit 7d693e9 hold them: every key, in the same order."""
+    """As `meta.json` and `resolved.yaml` of commit 7d693e9 hold them: every key, in the same order.
+
+    Keys that are newer have their default.
+    """
     stored = yaml.safe_load(CONFIG_OF_7D693E9)
-    config = config_from_dict(stored, "meta.json")
-    assert config_to_dict(config) == stored
-    assert list(config_to_dict(config)) == list(stored)
-    assert all(list(section) == list(stored[name]) for name, section in config_to_dict(Config()).items() if section)
+    loaded, defaults = config_to_dict(config_from_dict(stored, "meta.json")), config_to_dict(Config())
+    assert list(loaded) == list(stored)
+    for name, section in loaded.items():
+        newer = section.keys() - stored[name].keys()
+        assert {key: value for key, value in section.items() if key not in newer} == stored[name]
+        assert [key for key in section if key not in newer] == list(stored[name])
+        assert all(section[key] == defaults[name][key] for key in newer)

@@ -158,6 +158,49 @@ def test_every_auto_is_resolved_and_reported():
         assert any(note.startswith(name) for note in settings.notes), name
 
 
+def test_the_throughput_timer_is_off_unless_the_json_has_it():
+    """It synchronizes the device twice per step."""
+    assert resolve({"train_batch_size": 8}).json["timers"] == {"throughput": {"enabled": False}}
+    for section in ({"enabled": True}, {"synchronized": False}):
+        assert (
+            resolve({"train_batch_size": 8, "timers": {"throughput": section}}).json["timers"]["throughput"] == section
+        )
+    auto = resolve({"train_batch_size": 8, "timers": {"throughput": {"enabled": "auto"}}})
+    assert auto.json["timers"]["throughput"] == {"enabled": False}
+    assert "timers.throughput.enabled: auto is false" in auto.notes
+    assert "timers" not in auto.beside_layout(), "a resumed run would report it as changed since an older checkpoint"
+
+
+@pytest.mark.parametrize("raw", [*map(read_deepspeed_json, SHIPPED), load_config("imagenet-256", []).deepspeed])
+def test_shipped_gpu_settings_overlap_the_reduction_with_the_backward_pass(raw):
+    zero = raw["zero_optimization"]
+    if zero["stage"] and raw["bf16"]["enabled"] == "auto":
+        assert zero["overlap_comm"] is True and zero["reduce_bucket_size"] == 10**8
+
+
+@pytest.mark.parametrize(
+    ("world", "bf16", "given", "expected"),
+    (
+        (1, True, None, None),
+        (63, True, None, None),
+        (64, True, None, "fp32"),
+        (1024, True, None, "fp32"),
+        (1024, False, None, None),  # DeepSpeed's default for fp32 training is fp32
+        (63, True, "auto", "bf16"),
+        (64, True, "auto", "fp32"),
+        (8, False, "auto", "fp32"),
+        (1024, True, "bf16", "bf16"),
+        (8, True, "fp32", "fp32"),
+    ),
+)
+def test_bf16_gradients_of_many_ranks_are_summed_in_fp32(world, bf16, given, expected):
+    raw = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": bf16}, "expert_parallel": {"autoep_size": 1}}
+    settings = resolve({**raw, **({} if given is None else {"communication_data_type": given})}, world=world)
+    assert settings.json.get("communication_data_type") == expected
+    notes = [note for note in settings.notes if note.startswith("communication_data_type: ")]
+    assert len(notes) == (given == "auto" or (given is None and expected is not None)), notes
+
+
 def test_no_clipping_means_none_and_zero_0_is_clipped_by_us():
     assert resolve({"train_batch_size": 8}).json["gradient_clipping"] == 0.0
     clipped = {"train_batch_size": 8, "gradient_clipping": 0.5}

@@ -16,12 +16,13 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "files")
+GROUND = ("errors", "topology", "rng", "files", "precision")
 RULES = {
     "errors": "",
     "topology": "",
     "rng": "",
     "files": "",
+    "precision": "",
     "config": "",
     "diffusion": "",
     "model.layers": "config",
