@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from diffmoe_ds.precision import linear_fp32, product_fp32
 
 
 def fp32_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def fp32_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -
         fp32 [T, E].
     """
     if x_TD.dtype == torch.float32:
-        return F.linear(x_TD, weight_ED, bias_E)
+        return linear_fp32(x_TD, weight_ED, bias_E)
     out_TE: Tensor = _FP32Linear.apply(x_TD, weight_ED, bias_E)  # type: ignore[no-untyped-call]
     return out_TE
 
@@ -34,12 +35,12 @@ class _FP32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        return linear_fp32(x.float(), weight.float(), None if bias is None else bias.float())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = (gradient @ weight.float()).to(x.dtype)
-        dweight = (gradient.mT @ x.float()).to(weight.dtype)
+        dx = product_fp32(gradient, weight.float()).to(x.dtype)
+        dweight = product_fp32(gradient.mT, x.float()).to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else gradient.sum(0).to(ctx.bias_dtype)
         return dx, dweight, dbias
