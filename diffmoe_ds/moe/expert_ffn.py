@@ -67,7 +67,9 @@ class Blocks:
         """Return the blocks of a tensor whose first dimension is R, or E if it has three dimensions."""
         if self._experts == 1:
             return tensor.unbind() if tensor.dim() == 3 else tensor.split(self._counts)
-        by_expert: Tensor = tensor if tensor.dim() == 3 else tensor.view(len(self._counts), self._counts[0], -1)
+        by_expert: Tensor = (
+            tensor if tensor.dim() == 3 else tensor.view(len(self._counts), self._counts[0], tensor.shape[1])
+        )
         blocks: Sequence[Tensor] = by_expert.split(self._experts)
         return blocks
 
@@ -129,11 +131,11 @@ class _GeluFFN(torch.autograd.Function):
             *split, blocks.scratch(x_RD, hidden), strict=True
         ):
             dbias1, dbias2 = dbiases.split([hidden, width], dim=-1)
-            torch.sum(dy, dim=-2, keepdim=True, out=dbias2)
+            dbias2.copy_(dy.sum(dim=-2, keepdim=True))
             _multiply(dy.mT, value, out=dsecond)
             _multiply(dy, second, out=dh)
             gelu_backward(dh, saved)
-            torch.sum(dh, dim=-2, keepdim=True, out=dbias1)
+            dbias1.copy_(dh.sum(dim=-2, keepdim=True))
             _multiply(dh.mT, x, out=dfirst)
             _multiply(dh, first, out=dx)
         return dx_RD, dw1, dw2, dw3, None, None
