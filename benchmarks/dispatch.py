@@ -80,7 +80,7 @@ def _ours(
     def run() -> None:
         rows_RD.grad = None
         counts = dispatcher.count(selection)
-        dispatcher.combine(dispatcher.dispatch(rows_RD, counts), counts).backward(gradient_RD)
+        dispatcher.combine(dispatcher.start_dispatch(rows_RD, counts)(), counts).backward(gradient_RD)
 
     return run
 

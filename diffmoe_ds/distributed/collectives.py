@@ -116,25 +116,49 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     return tensor
 
 
-def all_to_all(
-    tensor: Tensor, received: list[int] | None = None, sent: list[int] | None = None, group: Group | None = None
-) -> Tensor:
-    """Exchange slices of the first dimension between all pairs of ranks.
+def all_to_all(tensor: Tensor, group: Group | None = None) -> Tensor:
+    """Exchange equal slices of the first dimension between all pairs of ranks.
 
     Args:
         tensor: slices to send, ordered by destination rank.
-        received: rows received from each rank; equal slices if None.
-        sent: rows sent to each rank; equal slices if None.
         group: the ranks; the world if None.
 
     Returns:
         The received slices, ordered by source rank.
     """
-    rows = len(tensor) if received is None else sum(received)
-    out = tensor.new_empty((rows, *tensor.shape[1:]))
+    out = torch.empty_like(tensor)
     with WAITING:
-        dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
+        dist.all_to_all_single(out, tensor.contiguous(), group=group)
     return out
+
+
+class Exchange:
+    """An all-to-all of rows that runs while this rank computes something else."""
+
+    def __init__(self, rows_RD: Tensor, sent: list[int], received: list[int], group: Group) -> None:
+        """Start the exchange. Every rank of the group must call this.
+
+        Args:
+            rows_RD: rows to send, ordered by destination rank.
+            sent: rows sent to each rank; may be 0.
+            received: rows received from each rank.
+            group: the ranks.
+        """
+        sent_RD = rows_RD.contiguous()
+        self.rows = rows_RD.new_empty((sum(received), *rows_RD.shape[1:]))
+        """The received rows, ordered by source rank; valid after `wait`."""
+        work = dist.all_to_all_single(self.rows, sent_RD, received, sent, group=group, async_op=True)
+        assert work is not None, "every rank is in its EP group"
+        self._in_flight: tuple[dist.Work, Tensor] | None = work, sent_RD
+
+    def wait(self) -> Tensor:
+        """Return the received rows; on a GPU only its current stream waits for them, not the host."""
+        if self._in_flight is not None:
+            work, _ = self._in_flight
+            with WAITING:
+                work.wait()
+            self._in_flight = None  # the rows that were sent may be freed
+        return self.rows
 
 
 def barrier() -> None:

@@ -5,13 +5,14 @@ Legend: P ranks of the EP group, E experts, L = E / P experts held by a rank, R 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_ds.distributed.collectives import all_to_all
+from diffmoe_ds.distributed.collectives import Exchange, all_to_all
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.plan import RowCounts
 from diffmoe_ds.moe.top_k import Selection
@@ -47,19 +48,15 @@ class AllToAllDispatcher:
             received_PL = all_to_all(sent_PL, group=self.group)
         return RowCounts(*torch.stack([sent_PL, received_PL]).tolist())  # one copy to the host
 
-    def dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
+    def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
         """Send rows to their experts; see `plan.Dispatcher`."""
-        arrived_RD = self._exchange(rows_RD, _totals(counts.sent_PL), _totals(counts.received_PL))
-        return _regroup(arrived_RD, counts.received_PL)
+        finish = start_exchange(rows_RD, _totals(counts.sent_PL), _totals(counts.received_PL), self.group)
+        return lambda: _regroup(finish(), counts.received_PL)
 
     def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
         """Send the experts' outputs back; see `plan.Dispatcher`."""
         sorted_RD = _regroup(rows_RD, [list(ranks) for ranks in zip(*counts.received_PL, strict=True)])
-        return self._exchange(sorted_RD, _totals(counts.received_PL), _totals(counts.sent_PL))
-
-    def _exchange(self, rows_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        out_RD: Tensor = _AllToAll.apply(rows_RD, sent, received, self.group)  # type: ignore[no-untyped-call]
-        return out_RD
+        return start_exchange(sorted_RD, _totals(counts.received_PL), _totals(counts.sent_PL), self.group)()
 
 
 def _totals(counts_PL: list[list[int]]) -> list[int]:
@@ -76,14 +73,66 @@ def _regroup(rows_RD: Tensor, counts: list[list[int]]) -> Tensor:
     return torch.cat([part for j in range(len(counts[0])) for part in parts[j :: len(counts[0])]])
 
 
-class _AllToAll(torch.autograd.Function):
-    """all-to-all over rows; its gradient is the reverse exchange."""
+def start_exchange(
+    rows_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Callable[[], Tensor]:
+    """Start a differentiable all-to-all of rows.
+
+    Its gradient is the reverse exchange. Autograd runs nodes in reverse order of their creation, so that exchange is
+    also started before, and awaited after, the backward pass of whatever was computed between start and finish.
+
+    Args:
+        rows_RD: rows to send, ordered by destination rank.
+        sent: rows sent to each rank.
+        received: rows received from each rank.
+        group: the ranks.
+
+    Returns:
+        A function that waits for the received rows, ordered by source rank, and returns them.
+    """
+    flight = _Flight(sent, received, group)
+    started_RD = _Start.apply(rows_RD, flight)  # type: ignore[no-untyped-call]
+
+    def finish() -> Tensor:
+        arrived_RD: Tensor = _Finish.apply(started_RD, flight)  # type: ignore[no-untyped-call]
+        return arrived_RD
+
+    return finish
+
+
+class _Flight:
+    """Rows on their way in both passes of one exchange."""
+
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.forward: Exchange | None = None
+        self.backward: Exchange | None = None
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.forward = remember(lambda: Exchange(rows_RD, flight.sent, flight.received, flight.group))
+        return flight.forward.rows.detach()  # not the remembered tensor, which the second pass returns as well
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return remember(lambda: all_to_all(rows_RD, received, sent, group))
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None]:
+        exchange, ctx.flight.backward = ctx.flight.backward, None
+        return exchange.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, started_RD: Tensor, flight: _Flight) -> Tensor:
+        assert flight.forward is not None, "started before"
+        ctx.flight = flight
+        flight.forward.wait()
+        flight.forward = None
+        return started_RD.view_as(started_RD)
 
     @staticmethod
-    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all(gradient_RD, ctx.sent, ctx.received, ctx.group), None, None, None
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        flight.backward = Exchange(gradient_RD, flight.received, flight.sent, flight.group)
+        return gradient_RD, None  # has the shape that autograd expects; `_Start` replaces it

@@ -91,24 +91,34 @@ class MoELayer(nn.Module):
         """
         tokens_TD = x_BSD.flatten(0, 1)
         scores_TE = fp32_linear(tokens_TD, self.gate_weight).softmax(dim=-1)
-        logits_TE = None
-        if self.capacity_predictor is not None:
-            last = self.capacity_predictor[-1]
-            assert isinstance(last, nn.Linear)
-            logits_TE = fp32_linear(self.capacity_predictor[:-1](tokens_TD.detach()), last.weight, last.bias)
+        rule = "static" if self.training else self.inference
+        logits_TE = None if rule == "static" else self._predict(tokens_TD)
         with torch.no_grad():
-            selection = remember(lambda: self._select(scores_TE, logits_TE))
+            selection = remember(lambda: self._select(rule, scores_TE, logits_TE))
+        counts = remember(lambda: self.dispatcher.count(selection))
+        plan = make_plan(selection.mask_TE, scores_TE, counts.routed)
+        finish_dispatch = self.dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
+        # computed while the rows travel
+        shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
+        logits_TE = self._predict(tokens_TD) if logits_TE is None else logits_TE
         balance = None
         if self.kind == "token_choice" and self.training:
             balance = balance_loss(scores_TE, selection.mask_TE, self.pool)
-        out_TD = self._compute(tokens_TD, scores_TE, selection)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(tokens_TD)
+        rows_RD = self.experts(finish_dispatch(), counts.of_local_experts)
+        out_TD = combine_rows(self.dispatcher.combine(rows_RD, counts), plan)
+        out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         return out_TD.view(x_BSD.shape), Routing(selection.mask_TE, logits_TE, balance)
 
-    def _select(self, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
-        """Select tokens by the training rule or, in eval mode, by the chosen inference rule."""
-        rule = "static" if self.training else self.inference
+    def _predict(self, tokens_TD: Tensor) -> Tensor | None:
+        """Return the capacity predictor's logits, fp32 [T, E]; None without a predictor."""
+        if self.capacity_predictor is None:
+            return None
+        last = self.capacity_predictor[-1]
+        assert isinstance(last, nn.Linear)
+        return fp32_linear(self.capacity_predictor[:-1](tokens_TD.detach()), last.weight, last.bias)
+
+    def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
+        """Select tokens by the training rule (``static``) or by an inference rule."""
         if self.kind == "token_choice":
             return Selection(token_choice(scores_TE, int(self.capacity)))
         images = len(scores_TE) // self.tokens_per_image
@@ -127,11 +137,3 @@ class MoELayer(nn.Module):
             return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
         k_BE = expert_choice_dynamic(logits_TE, self.expert_threshold, images)
         return Selection(expert_choice(scores_TE, k_BE))
-
-    def _compute(self, tokens_TD: Tensor, scores_TE: Tensor, selection: Selection) -> Tensor:
-        """Run every selected token through its experts, and sum the weighted outputs of each token in fp32."""
-        counts = remember(lambda: self.dispatcher.count(selection))
-        plan = make_plan(selection.mask_TE, scores_TE, counts.routed)
-        rows_RD = self.dispatcher.dispatch(gather_rows(tokens_TD, plan), counts)
-        out_RD = self.dispatcher.combine(self.experts(rows_RD, counts.of_local_experts), counts)
-        return combine_rows(out_RD, plan)

@@ -6,6 +6,7 @@ P ranks of the EP group, L = E / P experts held by a rank, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -72,11 +73,11 @@ class Dispatcher(Protocol):
         """Return how many rows go where. Synchronizes with the device unless the routing rule fixes these numbers."""
         ...
 
-    def dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
-        """Send rows, sorted by global expert, to their experts.
+    def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
+        """Start sending rows, sorted by global expert, to their experts.
 
         Returns:
-            The rows for the experts held here, sorted by expert.
+            A function that waits for the rows of the experts held here, and returns them sorted by expert.
         """
         ...
 
@@ -100,9 +101,9 @@ class LocalDispatcher:
             counts = selection.mask_TE.sum(0).tolist()
         return RowCounts([counts], [counts])
 
-    def dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
-        """Return the rows unchanged."""
-        return rows_RD
+    def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
+        """Return the rows unchanged when called."""
+        return lambda: rows_RD
 
     def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
         """Return the rows unchanged."""

@@ -97,8 +97,9 @@ def test_thresholds_give_mean_capacity_1_with_different_counts():
     assert counts.min() == 8 and counts.max() == 12
 
 
-def test_selection_on_one_and_two_ranks(capfd):
+def test_selection_on_one_and_two_ranks(capfd, monkeypatch):
     """Both ways give the same mask; the benchmark checks it."""
+    monkeypatch.delenv("RANK", raising=False)  # left by a training run in this process
     assert selection.main(["--quick", "--json"]) == 0
     cases = check_report(
         capfd.readouterr().out, "selection", (selection.OURS, selection.SORT), selection.SORT, ("sent",)

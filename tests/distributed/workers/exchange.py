@@ -15,6 +15,8 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.moe.layer import MoELayer
+from diffmoe_ds.moe.plan import make_plan
+from diffmoe_ds.moe.rows import combine_rows, gather_rows
 from diffmoe_ds.moe.top_k import Selection
 from diffmoe_ds.topology import Topology
 
@@ -75,7 +77,12 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
     for layer, part in ((whole, slice(None)), (sharded, mine)):
         x = x_all[part].clone().requires_grad_()
         scores = torch.nn.functional.linear(x, layer.gate_weight).softmax(-1)
-        out = layer._compute(x, scores, Selection(mask[part]))
+        selection = Selection(mask[part])
+        counts = layer.dispatcher.count(selection)
+        plan = make_plan(selection.mask_TE, scores, counts.routed)
+        rows = layer.dispatcher.start_dispatch(gather_rows(x, plan), counts)()
+        rows = layer.dispatcher.combine(layer.experts(rows, counts.of_local_experts), counts)
+        out = combine_rows(rows, plan)
         (out * weight[part]).sum().backward()
         outputs.append((out.detach(), x.grad))
     for got, expected in zip(outputs[1], outputs[0], strict=True):

@@ -26,12 +26,12 @@ def slow_loss(*arguments):
     return loss(*arguments)
 
 
-def counted(out, data, received=None, sent=None, group=None):
+def counted(out, data, received=None, sent=None, group=None, **options):
     global crossed
     if sent is not None:  # rows, not their counts
         row = data[0].numel() * data.element_size() if len(data) else 0
         crossed += sum(count for rank, count in enumerate(sent) if rank != dist.get_rank(group)) * row
-    return exchange(out, data, received, sent, group=group)
+    return exchange(out, data, received, sent, group=group, **options)
 
 
 loss_module.training_loss, dist.all_to_all_single = slow_loss, counted
