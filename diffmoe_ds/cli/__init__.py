@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
         handle_signals: whether this process exits afterwards, so that ``train`` may handle the signals that ask a run
             to stop, and a hung collective cannot delay the exit. Default: True if ``argv`` is None.
     """
-    _configure_torch()
+    configure_torch()
     args = _parser().parse_args(argv)
     if handle_signals is None:
         handle_signals = argv is None
@@ -59,10 +59,13 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
     return code
 
 
-def _configure_torch() -> None:
+def configure_torch() -> None:
     """Set environment variables that torch reads when it is imported, unless the user has set them."""
     # otherwise torch prints a C++ stack trace for every attempt to reach a lost peer
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # On CPUs each step allocates new gradients for the experts. With pages of 2 MB instead of 4 kB the kernel hands
+    # them out faster: the product that fills a gradient of 38 MB took 15 instead of 24 ms on two cores.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         # Ragged rows differ in size from step to step, and fixed segments of GPU memory fragment.
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

@@ -46,6 +46,7 @@ IGNORED = (
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed sets it
     "TORCHINDUCTOR_CACHE_DIR",  # torch sets it
     "TORCH_CPP_LOG_LEVEL",  # ``diffmoe`` sets it
+    "THP_MEM_ALLOC_ENABLE",  # likewise
     "PYTORCH_ALLOC_CONF",  # likewise
 )
 """Variables that change in the test process without effect on a rank."""
