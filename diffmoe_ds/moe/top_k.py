@@ -110,12 +110,16 @@ def _kth(keys_TE: Tensor, k: int | Tensor, pool: Pool, warm: WarmStart | None) -
 
 def _local_kth_key(keys_ET: Tensor, k: int | Tensor) -> Tensor:
     """Return the K-th largest key of each row, and the largest int32 where K is 0."""
-    experts, tokens = keys_ET.shape
-    if isinstance(k, int):
-        if k == 0:
-            return keys_ET.new_full((experts,), LARGEST)
-        return keys_ET.kthvalue(tokens - k + 1, dim=1).values
-    if keys_ET.device.type == "cpu":  # several times faster than a sort; on a GPU, reading K would synchronize
+    if keys_ET.device.type != "cpu":  # there kthvalue is not deterministic, and reading K would synchronize
+        return sorted_kth_key(keys_ET, k)
+    if not isinstance(k, int):
         return torch.stack([_local_kth_key(keys, int(k)) for keys, k in zip(keys_ET.split(1), k, strict=True)])[:, 0]
-    padded = F.pad(keys_ET.sort(dim=1, descending=True).values, (1, 0), value=LARGEST)
-    return padded.gather(1, k[:, None])[:, 0]
+    if k == 0:
+        return keys_ET.new_full((len(keys_ET),), LARGEST)
+    return keys_ET.kthvalue(keys_ET.shape[1] - k + 1, dim=1).values  # takes a fifth of the time of a sort
+
+
+def sorted_kth_key(keys_ET: Tensor, k: int | Tensor) -> Tensor:
+    """Return what `_local_kth_key` returns, without reading K on the host."""
+    ordered = F.pad(keys_ET.sort(dim=1, descending=True).values, (1, 0), value=LARGEST)
+    return ordered[:, k] if isinstance(k, int) else ordered.gather(1, k[:, None])[:, 0]

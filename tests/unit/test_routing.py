@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffmoe_ds.moe import top_k
 from diffmoe_ds.moe.capacity import capacity_loss, pool_quantile, predicted_mask, tokens_per_expert
 from diffmoe_ds.moe.plan import make_plan
 from diffmoe_ds.moe.routers import (
@@ -22,7 +23,7 @@ from diffmoe_ds.moe.routers import (
     token_choice,
 )
 from diffmoe_ds.moe.search import WarmStart
-from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k, sort_keys
+from diffmoe_ds.moe.top_k import LocalPool, key_values, kth_value, select_top_k, sort_keys, sorted_kth_key
 
 
 class ThreadPool:
@@ -130,6 +131,16 @@ def test_selection_equals_gather_and_sort(case, earlier):
     if len(parts) > 1:
         own = torch.stack([selection.mask_TE.sum(0) for selection in found])
         assert all(torch.equal(selection.counts_WE, own) for selection in found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pools())
+def test_devices_find_the_same_kth_key(case):
+    """GPUs sort, CPUs select; with one K for all experts or one for each."""
+    parts, k_E = case
+    keys_ET = sort_keys(torch.cat(parts)).T.contiguous()
+    for k in (k_E, int(k_E[0])):
+        assert torch.equal(sorted_kth_key(keys_ET, k), top_k._local_kth_key(keys_ET, k))
 
 
 @settings(max_examples=50, deadline=None)
