@@ -19,6 +19,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.topology import Topology
 
 
@@ -112,6 +113,7 @@ def test_a_model_without_label_dropout_may_start_from_one_with_it(run_directory)
     other = reader.config.model_copy(update={"model": reader.config.model.model_copy(update={"label_dropout": 0.0})})
     check_same_model(reader, other, except_for=("num_classes", "label_dropout"))
     model = DiT(other)
+    init_weights(model, seed=0)
     before = model.y_embedder.embedding_table.weight.clone()
     restore_weights(model, reader, Topology(0, 1, 1, other.num_experts), "ema")
     assert torch.equal(model.y_embedder.embedding_table.weight, before)
