@@ -28,6 +28,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 
@@ -173,6 +174,36 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     add("--rounds", type=int, default=rounds, metavar="R", help="samples of each opponent (default: %(default)s)")
     add("--quick", action="store_true", help="tiny shapes and two rounds, to check that the benchmark runs")
     add("--json", action="store_true", help="print one JSON object")
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None, rounds: int
+) -> int:
+    """Parse the command line with the common options, run a benchmark and return the exit code.
+
+    Args:
+        parser: with the benchmark's own options.
+        run: measures and prints; its arguments have the command line in ``argv``.
+        argv: the command line; that of the process if None.
+        rounds: default of ``--rounds``.
+    """
+    add_common_options(parser, rounds)
+    parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
+    return run_command(parser.parse_args(argv))
+
+
+def print_cases(name: str, args: argparse.Namespace, cases: Sequence[Mapping[str, Any]], **facts: float) -> None:
+    """Print the report of a benchmark.
+
+    Args:
+        name: its module.
+        args: its arguments.
+        cases: what it measured.
+        facts: about the machine, besides `machine_facts`.
+    """
+    machine = {**machine_facts(name, args.argv), **facts}
+    report = {"benchmark": name.rpartition(".")[2], "machine": machine, "rounds": args.rounds, "cases": cases}
+    print_report(report, args.json)
 
 
 def common_settings(args: argparse.Namespace) -> torch.device:

@@ -23,16 +23,14 @@ from torch import Tensor
 
 from benchmarks.compare import (
     DTYPES,
-    add_common_options,
     common_settings,
     compare,
-    machine_facts,
-    print_report,
+    print_cases,
     progress,
     require_positive_list,
+    run_benchmark,
 )
 from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ranks
-from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.moe.dispatch import AllToAllDispatcher
@@ -101,9 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--ranks", type=int, nargs="+", default=[2], metavar="W", help="ranks to start (default: 2)")
     add("--calls", type=int, default=3, metavar="N", help="calls of a sample (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads of all ranks together (default: torch's)")
-    add_common_options(parser, rounds=15)
-    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
-    return run_command(parser.parse_args(argv))
+    return run_benchmark(parser, _run, argv, rounds=15)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -121,8 +117,7 @@ def _run(args: argparse.Namespace) -> None:
         for ranks in args.ranks:
             progress(f"dispatch: {ranks} rank(s)")
             cases += run_on_ranks(NAME, args.argv, ranks, TIMEOUT_S)
-    machine = machine_facts(NAME, args.argv)
-    print_report({"benchmark": "dispatch", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+    print_cases(NAME, args, cases)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def _run(args: argparse.Namespace) -> None:
         write_text(args.out, json.dumps({"machine": machine, **report}, indent=1) + "\n")
 
     with part_environment() as environment:
-        report = check(parts, lambda part, limit: run_part(part, limit, environment), args.budget_s, save)
+        report = check(parts, partial(run_part, environment=environment), args.budget_s, save)
     print(summary(report), flush=True)
     progress(f"\n{args.out}")
     args.failed = not report["ok"]

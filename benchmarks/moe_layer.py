@@ -28,15 +28,13 @@ from torch import Tensor, nn
 
 from benchmarks.compare import (
     DTYPES,
-    add_common_options,
     common_settings,
     compare,
-    machine_facts,
-    print_report,
+    print_cases,
     progress,
+    run_benchmark,
 )
 from benchmarks.models import model_config
-from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.layers import Mlp
@@ -245,9 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--experts", type=int, metavar="E", help="number of experts")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="with --tokens: dtype (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's)")
-    add_common_options(parser, rounds=15)
-    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
-    return run_command(parser.parse_args(argv))
+    return run_benchmark(parser, _run, argv, rounds=15)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -256,8 +252,7 @@ def _run(args: argparse.Namespace) -> None:
     for shape in _shapes(args):
         progress(f"moe_layer: {shape}")
         cases.append(bench_layer(shape, device, args.rounds))
-    machine = machine_facts(NAME, args.argv)
-    print_report({"benchmark": "moe_layer", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+    print_cases(NAME, args, cases)
 
 
 def _shapes(args: argparse.Namespace) -> tuple[Shape, ...]:

@@ -24,16 +24,14 @@ from torch import Tensor
 
 from benchmarks.compare import (
     DTYPES,
-    add_common_options,
     common_settings,
     compare,
-    machine_facts,
-    print_report,
+    print_cases,
     progress,
     require_positive_list,
+    run_benchmark,
 )
 from benchmarks.models import DENSE, make_batch, make_model, model_config
-from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.model.dit import DiT, DiTOutput
@@ -114,9 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images", type=int, nargs="+", default=[8, 16], metavar="B", help="images of a batch (default: 8 16)")
     add("--dtype", choices=sorted(DTYPES), default="fp32", help="default: %(default)s")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's)")
-    add_common_options(parser, rounds=15)
-    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
-    return run_command(parser.parse_args(argv))
+    return run_benchmark(parser, _run, argv, rounds=15)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -130,8 +126,7 @@ def _run(args: argparse.Namespace) -> None:
         progress(f"sample: {images} images, {args.dtype}, {torch.get_num_threads()} thread(s)")
         cases.append(bench_sample(args, images, device))
         gc.collect()
-    machine = machine_facts(NAME, args.argv)
-    print_report({"benchmark": "sample", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+    print_cases(NAME, args, cases)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare import (
     DTYPES,
-    add_common_options,
     common_settings,
     compare,
     machine_facts,
-    print_report,
+    print_cases,
     progress,
     require_positive_list,
+    run_benchmark,
 )
 from benchmarks.models import DENSE, ROUTINGS, forward_loss, make_batch, make_model, model_config, training_pass
-from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import MicroBatch
@@ -202,9 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, nargs="+", metavar="N", help="default: 1 and all cores; torch's on a GPU")
     add("--deepspeed", action="store_true", help="also measure the whole step under DeepSpeed")
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", default=[], help="override keys of the models' recipe")
-    add_common_options(parser, rounds=11)
-    parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv))
-    return run_command(parser.parse_args(argv))
+    return run_benchmark(parser, _run, argv, rounds=11)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -219,10 +216,9 @@ def _run(args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(threads[0])
         cases = _cases(args, device)
-    machine = machine_facts(NAME, args.argv)
-    if device.type == "cuda":
-        machine["product_tflop_per_s"] = product_speed(device, DTYPES[args.dtype])
-    print_report({"benchmark": "step", "machine": machine, "rounds": args.rounds, "cases": cases}, args.json)
+    is_gpu = device.type == "cuda"
+    facts = {"product_tflop_per_s": product_speed(device, DTYPES[args.dtype])} if is_gpu else {}
+    print_cases(NAME, args, cases, **facts)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
