@@ -22,8 +22,15 @@ from torch import Tensor
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = LINEAR * 0.044715
 """2u = LINEAR h + CUBIC h^3."""
-TILE = 1 << 17
-"""Elements of a tile: its buffers stay in the level-2 cache."""
+TILE = 1 << 16
+"""Elements of a tile for each thread: its buffers stay in the level-2 cache. On one thread, larger ones took 1.3 times as
+long, and on two, smaller ones 1.15 times."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def num_threads() -> int:
+    """Return torch's number of threads; `torch.compile` calls it once."""
+    return torch.get_num_threads()
 
 
 def uses_sigmoid(h: Tensor) -> bool:
@@ -47,7 +54,8 @@ def gelu(h: Tensor, out: Tensor, saved: Tensor | None) -> None:
         return
     constants = h.new_tensor([LINEAR, 1.0]).unbind()
     tensors = (h, out) if saved is None else (h, out, saved)
-    for tile in zip(*(t.view(-1).split(TILE) for t in tensors), strict=True):
+    size = TILE * num_threads()
+    for tile in zip(*(t.view(-1).split(size) for t in tensors), strict=True):
         _gelu_tile(*constants, *tile)
 
 

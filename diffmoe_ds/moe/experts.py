@@ -7,6 +7,8 @@ DeepSpeed's for grouped experts: ``w1 [E, H, D]``, ``w2 [E, D, H]`` and ``w3``, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +34,12 @@ class Experts(nn.Module):
         third = (num_experts, hidden, width) if kind == "swiglu" else (num_experts, 1, hidden + width)
         self.w3 = nn.Parameter(torch.empty(third))
 
-    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int] | Tensor) -> Tensor:
         """Compute each row with its expert.
 
         Args:
             rows_RD: rows sorted by expert, in the dtype of the weights.
-            rows_per_expert: rows of each expert; may be 0.
+            rows_per_expert: rows of each expert; see `expert_ffn`.
 
         Returns:
             [R, D].

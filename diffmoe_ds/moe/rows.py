@@ -17,6 +17,9 @@ from torch import Tensor
 
 from diffmoe_ds.moe.plan import RoutePlan
 
+CPU_ROWS = 512
+"""Rows that a CPU computes at a time where it needs them in fp32, so that the copies stay in the cache."""
+
 
 def gather_rows(tokens_TD: Tensor, plan: RoutePlan) -> Tensor:
     """Return the token of each routed row.
@@ -75,6 +78,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, weight_R, token_R = ctx.saved_tensors
-        gradient_RD = gradient_TD.index_select(0, token_R)
-        weight_gradient_R = torch.linalg.vecdot(gradient_RD.float(), rows_RD.float())
-        return gradient_RD.mul_(weight_R[:, None]), weight_gradient_R, None, None, None
+        gradient_RD, weight_gradient_R = torch.empty_like(rows_RD), torch.empty_like(weight_R)
+        tensors = (gradient_RD, weight_gradient_R, rows_RD, weight_R, token_R)
+        size = CPU_ROWS if rows_RD.device.type == "cpu" else max(1, len(rows_RD))
+        for out, weight_out, rows, weight, token in zip(*(t.split(size) for t in tensors), strict=True):
+            gradient = gradient_TD.index_select(0, token).float()
+            torch.sum(gradient * rows.float(), dim=1, out=weight_out)
+            out.copy_(gradient.mul_(weight[:, None]))
+        return gradient_RD, weight_gradient_R, None, None, None
