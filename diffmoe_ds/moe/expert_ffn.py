@@ -53,12 +53,13 @@ def expert_ffn(
 
 
 RAGGED_PRODUCTS = {("cuda", torch.bfloat16): "grouped"}
-"""The products of experts with different numbers of rows, by device type and dtype: one `grouped_mm` for all, or, if not
-listed, one product for each. On two CPU cores, grouped products took 1.2 to 1.3 times as long as a loop, in fp32 and in
-bf16. On GPUs, torch has a kernel for bf16 only; in other dtypes `grouped_mm` is itself a loop and waits for the device."""
+"""The products of experts with different numbers of rows, by device type and dtype: one `grouped_mm` for all experts,
+or, if not listed, one product for each. On two CPU cores, grouped products took 1.2 to 1.3 times as long as a loop, in
+fp32 and in bf16. On GPUs, torch has a kernel for bf16 only: in other dtypes, `grouped_mm` is itself a loop, which waits
+for the device."""
 CPU_BLOCK = 1 << 20
-"""Hidden values of a batched block on a CPU, 4 MiB in fp32. At 128 rows of width 384, blocks of 4 experts took 1.04 times
-the bare products, single experts and all 16 at once 1.15 times."""
+"""Hidden values of a batched block on a CPU, 4 MiB in fp32. At 128 rows of width 384, blocks of 4 experts took 1.04
+times as long as the bare products, single experts and all 16 at once 1.15 times."""
 
 
 class Blocks:

@@ -1,4 +1,4 @@
-"""Every way to compute the experts' FFNs, in both passes, against autograd's own gradients of one FFN after the other."""
+"""Every way to compute the experts' FFNs, in both passes, against autograd's gradients of one FFN after the other."""
 
 from __future__ import annotations
 
