@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -31,6 +32,8 @@ class BatchSource:
             lock: the run lock, on the rank that holds it; if another job takes the lock, the next `take` raises.
         """
         self._batches: Iterator[MicroBatch] = iter(make_loader(run, dataset))
+        missing = max(0, run.config.run.total_images - run.images)
+        self._left = math.ceil(missing / run.settings.global_batch) * run.settings.accumulation
         self._device = run.device
         self._lock = lock
         self._waited_s = 0.0
@@ -42,6 +45,8 @@ class BatchSource:
 
     def agree(self, flags: tuple[bool, ...], values_N: Tensor) -> list[float]:
         """Read the next micro-batch and agree on errors, flags and values, in one message. Every rank must call this.
+
+        Nothing is read for a run that is complete, and during its last micro-step.
 
         In a step this happens between the forward and the backward pass: a GPU is busy while the host reads, and it is
         the only time that the host waits for the GPU. An error is not raised before the next `take`, so the step that
@@ -71,6 +76,9 @@ class BatchSource:
         return batch.to(self._device)
 
     def _read(self) -> None:
+        if self._left == 0:
+            return  # the run ends after this step, or is complete
+        self._left -= 1
         start = time.perf_counter()
         try:
             if self._lock is not None:

@@ -1,0 +1,37 @@
+"""What the source of micro-batches reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffmoe_ds.distributed.consensus import Agreement
+from diffmoe_ds.training import batches
+
+
+class Batch:
+    """Stands in for a micro-batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+@pytest.mark.parametrize(("seen", "micro_steps"), ((0, 6), (32, 2), (33, 2), (40, 0), (48, 0)))
+def test_a_run_reads_only_the_micro_batches_of_its_steps(monkeypatch, seen, micro_steps):
+    """40 images in steps of 16 with 2 micro-steps each; a complete run reads none."""
+    read = []
+    monkeypatch.setattr(batches, "make_loader", lambda run, dataset: (read.append(1) or Batch() for _ in range(99)))
+    monkeypatch.setattr(batches, "agree", lambda values, error, flags: Agreement(0, flags, values.tolist()))
+    monkeypatch.setattr(batches, "get_rank", lambda: 0)
+    run = SimpleNamespace(
+        config=SimpleNamespace(run=SimpleNamespace(total_images=40)), images=seen, device=torch.device("cpu"),
+        settings=SimpleNamespace(global_batch=16, accumulation=2),
+    )  # fmt: skip
+    source = batches.BatchSource(run, dataset=None)
+    source.agree((), torch.zeros(0))
+    for _ in range(micro_steps):
+        source.take()
+        assert source.agree((), torch.ones(1)) == [1.0]
+    assert len(read) == micro_steps
