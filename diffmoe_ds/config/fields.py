@@ -134,6 +134,7 @@ NonNegativeInteger = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_integer)]
 PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Slack = Annotated[float, Field(ge=1), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer stores it as float32
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]

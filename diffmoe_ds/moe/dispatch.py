@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import Exchange, all_to_all
 from diffmoe_ds.moe.first_pass import remember
+from diffmoe_ds.moe.padding import PaddedDispatcher
 from diffmoe_ds.moe.plan import RowCounts
 from diffmoe_ds.moe.top_k import Selection
 
@@ -57,6 +58,29 @@ class AllToAllDispatcher:
         """Send the experts' outputs back; see `plan.Dispatcher`."""
         sorted_RD = _regroup(rows_RD, [list(ranks) for ranks in zip(*counts.received_PL, strict=True)])
         return start_exchange(sorted_RD, _totals(counts.received_PL), _totals(counts.sent_PL), self.group)()
+
+
+class PaddedAllToAllDispatcher(PaddedDispatcher):
+    """The `PaddedDispatcher` of an EP group."""
+
+    def __init__(self, capacity: float, slack: float, group: dist.ProcessGroup, pool_offset: int | None) -> None:
+        """Set the number of slots and the group.
+
+        Args:
+            capacity: see `PaddedDispatcher`.
+            slack: see `PaddedDispatcher`.
+            group: the EP group.
+            pool_offset: see `AllToAllDispatcher`.
+        """
+        super().__init__(capacity, slack)
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.pool_offset = pool_offset
+
+    def start_exchange(self, rows_RD: Tensor) -> Callable[[], Tensor]:
+        slots = [len(rows_RD) // self.ranks] * self.ranks
+        return start_exchange(rows_RD, slots, slots, self.group)
 
 
 def _totals(counts_PL: list[list[int]]) -> list[int]:

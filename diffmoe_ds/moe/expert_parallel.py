@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.deepspeed_seam import AutoEPMoELayer, adopt_layer
-from diffmoe_ds.moe.dispatch import AllToAllDispatcher
+from diffmoe_ds.moe.dispatch import AllToAllDispatcher, PaddedAllToAllDispatcher
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.moe.pool import GroupPool
 from diffmoe_ds.moe.search import Pool
@@ -29,7 +29,10 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
         MoELayer.__init__(self, config, width, topology.num_local_experts)
         self.pool = make_pool(config.routing.pool, topology, ep_group)
         if topology.ep_size > 1:
-            self.dispatcher = AllToAllDispatcher(ep_group, _pool_offset(self.pool, topology))
+            offset, slack = _pool_offset(self.pool, topology), config.routing.padded_dispatch
+            self.dispatcher = AllToAllDispatcher(ep_group, offset)
+            if slack is not None:
+                self.padded_dispatcher = PaddedAllToAllDispatcher(self.capacity, slack, ep_group, offset)
         adopt_layer(self, topology, ep_group)
 
 

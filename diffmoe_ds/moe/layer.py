@@ -8,7 +8,9 @@ Legend: B images, S tokens per image, T = B * S tokens of this rank, D width, E 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from diffmoe_ds.moe.capacity import predicted_mask
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.logits import fp32_linear
-from diffmoe_ds.moe.plan import Dispatcher, LocalDispatcher, make_plan
+from diffmoe_ds.moe.padding import PaddedDispatcher
+from diffmoe_ds.moe.plan import Counts, Dispatcher, LocalDispatcher
 from diffmoe_ds.moe.routers import (
     balance_loss,
     batch_pool_dynamic,
@@ -43,6 +46,8 @@ class Routing(NamedTuple):
     """The capacity predictor's logits, with gradient; None without a predictor."""
     balance_loss: Tensor | None
     """Scalar with gradient; only for ``token_choice`` in training."""
+    must_redo: Tensor | None
+    """bool scalar: the output is wrong, repeat the pass under `exact_dispatch`; None if it never is."""
 
 
 class MoELayer(nn.Module):
@@ -78,7 +83,13 @@ class MoELayer(nn.Module):
         self._warm_start = WarmStart()
         self.inference = "static"
         self.pool: Pool = LocalPool()
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher[Any] = LocalDispatcher()
+        self.padded_dispatcher: Dispatcher[Any] | None = None
+        """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
+        if routing.padded_dispatch is not None:
+            self.padded_dispatcher = PaddedDispatcher(routing.capacity, routing.padded_dispatch)
+        self.is_exact = False
+        """Whether to use neither the padded dispatcher nor an unverified selection; see `exact_dispatch`."""
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """Route the tokens of a batch through their experts.
@@ -95,9 +106,9 @@ class MoELayer(nn.Module):
         logits_TE = None if rule == "static" else self._predict(tokens_TD)
         with torch.no_grad():
             selection = remember(lambda: self._select(rule, scores_TE, logits_TE))
-        counts = remember(lambda: self.dispatcher.count(selection))
-        plan = make_plan(selection.mask_TE, scores_TE, counts.routed)
-        finish_dispatch = self.dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
+        dispatcher, counts = remember(lambda: self._count(selection))
+        plan = counts.plan(selection.mask_TE, scores_TE)
+        finish_dispatch = dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
         # computed while the rows travel
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
         logits_TE = self._predict(tokens_TD) if logits_TE is None else logits_TE
@@ -105,9 +116,27 @@ class MoELayer(nn.Module):
         if self.kind == "token_choice" and self.training:
             balance = balance_loss(scores_TE, selection.mask_TE, self.pool)
         rows_RD = self.experts(finish_dispatch(), counts.of_local_experts)
-        out_TD = combine_rows(self.dispatcher.combine(rows_RD, counts), plan)
+        out_TD = combine_rows(dispatcher.combine(rows_RD, counts), plan)
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return out_TD.view(x_BSD.shape), Routing(selection.mask_TE, logits_TE, balance)
+        return out_TD.view(x_BSD.shape), Routing(selection.mask_TE, logits_TE, balance, self._must_redo(counts))
+
+    @property
+    def _is_padded(self) -> bool:
+        """Whether sizes may be assumed and verified later."""
+        return self.padded_dispatcher is not None and self.training and not self.is_exact
+
+    def _count(self, selection: Selection) -> tuple[Dispatcher[Any], Counts]:
+        """Choose how to dispatch a selection, and return its counts."""
+        dispatcher = self.dispatcher
+        if self._is_padded and selection.rows_per_expert is None:
+            assert self.padded_dispatcher is not None, "see `_is_padded`"
+            dispatcher = self.padded_dispatcher
+        return dispatcher, dispatcher.count(selection)
+
+    def _must_redo(self, counts: Counts) -> Tensor | None:
+        if counts.overflow is None or self._warm_start.inconclusive is None:
+            return counts.overflow
+        return counts.overflow | self._warm_start.inconclusive
 
     def _predict(self, tokens_TD: Tensor) -> Tensor | None:
         """Return the capacity predictor's logits, fp32 [T, E]; None without a predictor."""
@@ -119,6 +148,7 @@ class MoELayer(nn.Module):
 
     def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
         """Select tokens by the training rule (``static``) or by an inference rule."""
+        self._warm_start.verify_later = self._is_padded
         if self.kind == "token_choice":
             return Selection(token_choice(scores_TE, int(self.capacity)))
         images = len(scores_TE) // self.tokens_per_image
@@ -137,3 +167,21 @@ class MoELayer(nn.Module):
             return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
         k_BE = expert_choice_dynamic(logits_TE, self.expert_threshold, images)
         return Selection(expert_choice(scores_TE, k_BE))
+
+    def forget_last_search(self) -> None:
+        """Search exactly the next time, wherever the last search ended."""
+        self._warm_start.forget()
+
+
+@contextmanager
+def exact_dispatch(layers: Iterable[MoELayer]) -> Iterator[None]:
+    """Use exact selections and counts in the forward passes within the context, which then synchronize."""
+    layers = list(layers)
+    for layer in layers:
+        layer.is_exact = True
+        layer.forget_last_search()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_exact = False

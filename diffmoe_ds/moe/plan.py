@@ -7,7 +7,7 @@ P ranks of the EP group, L = E / P experts held by a rank, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from diffmoe_ds.moe.top_k import Selection
 
 
 class RoutePlan(NamedTuple):
-    """Routed rows, sorted by expert, then by token."""
+    """Routed rows, sorted by expert, then by token; under padded dispatch with unused ones (`moe/padding.py`)."""
 
     token_R: Tensor
     """int64: the token of each row."""
@@ -26,7 +26,10 @@ class RoutePlan(NamedTuple):
     row_R: Tensor
     """int64: the rows once more, sorted by token, then by expert."""
     start_T: Tensor
-    """int64 [T + 1]: rows ``row_R[start_T[t] : start_T[t + 1]]`` are those of token t."""
+    """int64, at least T + 1: rows ``row_R[start_T[t] : start_T[t + 1]]`` are those of token t; after these, unused rows
+    in parts of any size. The last element is R."""
+    num_tokens: int
+    """T."""
 
 
 def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
@@ -44,11 +47,29 @@ def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
     row_R = row_ET.flatten().index_select(0, by_token_E * len(mask_TE) + by_token_T)
     start_T = F.pad(mask_TE.sum(1).cumsum(0), (1, 0))
     weight_R = scores_TE.flatten().gather(0, token_R * scores_TE.shape[1] + expert_R)
-    return RoutePlan(token_R, weight_R, row_R, start_T)
+    return RoutePlan(token_R, weight_R, row_R, start_T, len(mask_TE))
+
+
+class Counts(Protocol):
+    """How many rows go where."""
+
+    @property
+    def of_local_experts(self) -> list[int]:
+        """Rows of each expert held here."""
+        ...
+
+    @property
+    def overflow(self) -> Tensor | None:
+        """Bool scalar: rows are lost, so the pass must be repeated with exact counts; None if they never are."""
+        ...
+
+    def plan(self, mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
+        """Return the plan of the counted selection; see `make_plan`."""
+        ...
 
 
 class RowCounts(NamedTuple):
-    """Numbers of rows, known to the host."""
+    """Exact numbers of rows, known to the host."""
 
     sent_PL: list[list[int]]
     """Rows that this rank sends to each expert of each rank."""
@@ -65,15 +86,27 @@ class RowCounts(NamedTuple):
         """Rows of each expert held here."""
         return [sum(counts) for counts in zip(*self.received_PL, strict=True)]
 
+    @property
+    def overflow(self) -> None:
+        """None: no rows are lost."""
+        return None
 
-class Dispatcher(Protocol):
+    def plan(self, mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
+        """Return the plan of the counted selection; see `make_plan`."""
+        return make_plan(mask_TE, scores_TE, self.routed)
+
+
+C = TypeVar("C", bound=Counts)
+
+
+class Dispatcher(Protocol[C]):
     """Moves rows to the ranks that hold their experts, and back."""
 
-    def count(self, selection: Selection) -> RowCounts:
+    def count(self, selection: Selection) -> C:
         """Return how many rows go where. Synchronizes with the device unless the routing rule fixes these numbers."""
         ...
 
-    def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
+    def start_dispatch(self, rows_RD: Tensor, counts: C) -> Callable[[], Tensor]:
         """Start sending rows, sorted by global expert, to their experts.
 
         Returns:
@@ -81,7 +114,7 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
+    def combine(self, rows_RD: Tensor, counts: C) -> Tensor:
         """Send one output for each row that `dispatch` returned, in the same order, back.
 
         Returns:

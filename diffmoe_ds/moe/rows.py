@@ -45,38 +45,44 @@ def combine_rows(rows_RD: Tensor, plan: RoutePlan) -> Tensor:
     Returns:
         [T, D] in the dtype of the rows, added up in fp32.
     """
-    arguments = (rows_RD, plan.weight_R, plan.token_R, plan.row_R, plan.start_T)
+    arguments = (rows_RD, plan.weight_R, plan.token_R, plan.row_R, plan.start_T, plan.num_tokens)
     tokens_TD: Tensor = _Combine.apply(*arguments)  # type: ignore[no-untyped-call]
     return tokens_TD
 
 
-def _sum_by_token(rows_RD: Tensor, row_R: Tensor, start_T: Tensor, weight_R: Tensor | None = None) -> Tensor:
+def _sum_by_token(
+    rows_RD: Tensor, row_R: Tensor, start_T: Tensor, num_tokens: int, weight_R: Tensor | None = None
+) -> Tensor:
     """Add up the rows ``row_R[start_T[t] : start_T[t + 1]]`` of each token t, in fp32."""
     summed = F.embedding_bag(
         row_R, rows_RD.float(), start_T, mode="sum", per_sample_weights=weight_R, include_last_offset=True
     )
-    return summed.to(rows_RD.dtype)
+    return summed[:num_tokens].to(rows_RD.dtype)  # without the sums of unused rows
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor) -> Tensor:
         ctx.save_for_backward(row_R, start_T)
+        ctx.num_tokens = len(tokens_TD)
         return tokens_TD.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _sum_by_token(gradient_RD, *ctx.saved_tensors), None, None, None
+        row_R, start_T = ctx.saved_tensors
+        return _sum_by_token(gradient_RD, row_R, start_T, ctx.num_tokens), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_R: Tensor, start_T: Tensor, num_tokens: int
+    ) -> Tensor:
         ctx.save_for_backward(rows_RD, weight_R, token_R)
-        return _sum_by_token(rows_RD, row_R, start_T, weight_R.index_select(0, row_R))
+        return _sum_by_token(rows_RD, row_R, start_T, num_tokens, weight_R.index_select(0, row_R))
 
     @staticmethod
-    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         rows_RD, weight_R, token_R = ctx.saved_tensors
         gradient_RD, weight_gradient_R = torch.empty_like(rows_RD), torch.empty_like(weight_R)
         tensors = (gradient_RD, weight_gradient_R, rows_RD, weight_R, token_R)
@@ -85,4 +91,4 @@ class _Combine(torch.autograd.Function):
             gradient = gradient_TD.index_select(0, token).float()
             torch.sum(gradient * rows.float(), dim=1, out=weight_out)
             out.copy_(gradient.mul_(weight[:, None]))
-        return gradient_RD, weight_gradient_R, None, None, None
+        return gradient_RD, weight_gradient_R, None, None, None, None

@@ -43,6 +43,8 @@ class Selection(NamedTuple):
     """Tokens of this rank that every expert takes, where the rule fixes this number; otherwise None."""
     counts_WE: Tensor | None = None
     """int64: tokens that each expert takes from each rank of the pool, if there are several; otherwise None."""
+    rows_per_expert_in_pool: int | None = None
+    """Tokens of such a pool that every expert takes, where the rule fixes this number; otherwise None."""
 
 
 def sort_keys(scores: Tensor) -> Tensor:
@@ -78,9 +80,10 @@ def select_top_k(scores_TE: Tensor, k: int | Tensor, pool: Pool, warm: WarmStart
     before_E = kth.ties_WE[: pool.rank].sum(0)
     tie_number_TE = tie_TE.cumsum(0) + before_E  # from 1, by rank, then by token
     mask_TE = (keys_TE > kth.key_E) | (tie_TE & (tie_number_TE <= kth.quota_E))
+    fixed = k if isinstance(k, int) else None
     if pool.size == 1:
-        return Selection(mask_TE, rows_per_expert=k if isinstance(k, int) else None)
-    return Selection(mask_TE, counts_WE=kth.selected_WE())
+        return Selection(mask_TE, rows_per_expert=fixed)
+    return Selection(mask_TE, counts_WE=kth.selected_WE(), rows_per_expert_in_pool=fixed)
 
 
 def kth_value(scores_TE: Tensor, k: int, pool: Pool, warm: WarmStart | None = None) -> Tensor:

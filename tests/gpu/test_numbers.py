@@ -58,11 +58,11 @@ def test_golden_numbers(name):
             assert_close(gradient, file[f"grad/{theirs}"], f"grad/{theirs}")
 
 
-@pytest.mark.parametrize("routing", ("batch_pool", "expert_choice"))
+@pytest.mark.parametrize("routing", ("batch_pool", "expert_choice", "token_choice"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def test_forward_and_backward_never_wait_for_the_gpu(routing, dtype):
-    """Where the routing rule fixes all sizes, torch itself refuses every synchronization."""
-    config = model_config("tiny", 4, routing)
+    """Where the routing rule or padding fixes all sizes, torch itself refuses every synchronization."""
+    config = model_config("tiny", 4, routing, ["routing.padded_dispatch=4"])  # affects token_choice only
     model, batch = make_model(config, DEVICE, dtype), make_batch(config, 4, DEVICE)
     for _ in range(2):  # the first pass may fill caches
         loss = forward_loss(model, batch, config)[0]

@@ -26,6 +26,7 @@ KEYS = [key for section in sections().values() for key in section.keys]
 WRONG = {
     "positive": (0, -1),
     "non-negative": (-1, -0.5),
+    "at least 1": (0.999, -1),
     "at least 0 and less than 1": (-0.1, 1, 1.5),
     "at least 0 and less than 2^64": (-1, 2**64),
     "positive and at most 3e+38": (0, 4e38),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,7 @@ from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
-from diffmoe_ds.moe.layer import MoELayer
-from diffmoe_ds.moe.plan import make_plan
+from diffmoe_ds.moe.layer import MoELayer, exact_dispatch
 from diffmoe_ds.moe.rows import combine_rows, gather_rows
 from diffmoe_ds.moe.top_k import Selection
 from diffmoe_ds.topology import Topology
@@ -28,11 +28,11 @@ EXPERTS, TOKENS, IMAGES = 4, 16, 2  # tokens per image, images per rank
 WIDTH = 32
 
 
-def layers(mlp: str, pool: str, ep: int, capacity: float = 1.0) -> tuple[MoELayer, ExpertParallelMoE]:
+def layers(mlp: str, pool: str, ep: int, *overrides: str, capacity: float = 1.0) -> tuple[MoELayer, ExpertParallelMoE]:
     """One layer with all experts and one with this rank's, with the same weights."""
     config = load_config("fashion", [
         "model.name=nano-E4", "model.patch_size=8", f"model.mlp={mlp}", f"routing.pool={pool}", "model.depth=2",
-        f"routing.capacity={capacity}", "routing.shared_experts=1",
+        f"routing.capacity={capacity}", "routing.shared_experts=1", *overrides,
     ])  # fmt: skip
     topology = Topology(RANK, WORLD, ep, EXPERTS)
     group = seam.expert_parallel_group(ep)
@@ -79,7 +79,7 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
         scores = torch.nn.functional.linear(x, layer.gate_weight).softmax(-1)
         selection = Selection(mask[part])
         counts = layer.dispatcher.count(selection)
-        plan = make_plan(selection.mask_TE, scores, counts.routed)
+        plan = counts.plan(selection.mask_TE, scores)
         rows = layer.dispatcher.start_dispatch(gather_rows(x, plan), counts)()
         rows = layer.dispatcher.combine(layer.experts(rows, counts.of_local_experts), counts)
         out = combine_rows(rows, plan)
@@ -119,6 +119,29 @@ def skewed_forward(pool: str, ep: int) -> None:
                 assert taken == (int(0.25 * WORLD * IMAGES * TOKENS / EXPERTS) * EXPERTS if RANK == 0 else 0)
 
 
+def padded_forward(kind: str, pool: str, ep: int) -> None:
+    """Two passes with padded dispatch, the search cold and warm, against one with exact counts."""
+    slots_for_all_tokens = f"routing.padded_dispatch={EXPERTS}"
+    _, layer = layers("gelu", pool, ep, f"routing.kind={kind}", slots_for_all_tokens)
+    tokens = torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(RANK))
+    outputs = []
+    for context in (exact_dispatch([layer]), nullcontext(), nullcontext()):
+        layer.zero_grad()
+        x = tokens.clone().requires_grad_()
+        with context:
+            out, routing = layer(x)
+        loss = out.square().sum() + (out.sum() if routing.balance_loss is None else routing.balance_loss)
+        loss.backward()
+        assert routing.must_redo is None or not routing.must_redo
+        outputs.append((out.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)))
+    assert (routing.must_redo is not None) == (kind == "token_choice" or layer.pool.size > 1)
+    for padded in outputs[1:]:
+        for got, expected in zip(padded, outputs[0], strict=True):
+            if kind == "batch_pool" and layer.pool.size == layer.ep_size:
+                assert torch.equal(got, expected), "where experts know their rows, they compute the same products"
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 torch.manual_seed(0)
 for mlp in ("gelu", "swiglu"):
     for ep in sorted({1, 2, WORLD}):
@@ -127,6 +150,9 @@ for mlp in ("gelu", "swiglu"):
 for pool in ("world", "ep", "rank"):
     for ep in sorted({1, 2, WORLD}):
         skewed_forward(pool, ep)
+        padded_forward("batch_pool", pool, ep)
+for ep in sorted({1, 2, WORLD}):
+    padded_forward("token_choice", "world", ep)
 if RANK == 0:
     print("all equal")
 shutdown(0)

@@ -1,0 +1,169 @@
+"""Padded dispatch: a fixed number of slots per expert, so that the host need not know how many rows go where.
+
+Every rank sends M rows to each expert: those of its tokens that the expert takes, in the order of the tokens, and after
+them padding. Sizes are then known without waiting for the device. Where an expert takes more than M tokens of a rank,
+rows are lost, so the pass must be repeated with exact counts: `PaddedCounts.overflow` says so, on the device.
+
+The receiving rank moves the rows of its experts to where they would be without padding, so that an expert computes the
+same rows in the same order if the number of its rows is known: where the ranks that share the experts are the pool, it
+is K. Otherwise experts compute the padding as well.
+
+Legend: T tokens of this rank, E experts, M slots of an expert for the rows of one rank, P ranks of the EP group,
+L = E / P experts held by a rank, K tokens that an expert takes from the whole pool, R slots or rows, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmoe_ds.moe.plan import RoutePlan
+from diffmoe_ds.moe.top_k import Selection
+
+SLOTS_OF_SPARE_BAG = 64
+"""Slots per bag that sums up unused ones, if all are unused: a GPU sums up a bag serially."""
+
+
+class PaddedCounts(NamedTuple):
+    """Slots and rows of a padded dispatch. Except for ``overflow``, all is wrong where rows are lost."""
+
+    slots: int
+    """M."""
+    of_local_experts: list[int]
+    """Rows that each expert held here computes."""
+    slot_R: Tensor
+    """int64: the received slot, in [0, P * L * M), of each of these rows."""
+    row_R: Tensor
+    """int64 [P * L * M]: the row of each received slot; any row for padding."""
+    overflow: Tensor
+    """bool scalar: this rank has more than M rows for an expert."""
+
+    def plan(self, mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
+        """Return the plan whose rows are the slots of all experts."""
+        return make_padded_plan(mask_TE, scores_TE, self.slots)
+
+
+class PaddedDispatcher:
+    """A `plan.Dispatcher` that never synchronizes with the device; this one is for a process that holds all experts.
+
+    All ranks must have the same number of tokens.
+    """
+
+    ranks = 1
+    rank = 0
+    pool_offset: int | None = None
+    """See `dispatch.AllToAllDispatcher`."""
+
+    def __init__(self, capacity: float, slack: float) -> None:
+        """Set the number of slots.
+
+        Args:
+            capacity: the average number of experts per token.
+            slack: slots per expected row; at least 1.
+        """
+        self._slots_per_token = capacity * slack
+
+    def count(self, selection: Selection) -> PaddedCounts:
+        """Return the counts; see `plan.Dispatcher`."""
+        tokens, experts = selection.mask_TE.shape
+        slots = math.ceil(min(tokens, self._slots_per_token * tokens / experts))
+        rows_E = selection.mask_TE.sum(0)
+        of_local_experts = [slots * self.ranks] * (experts // self.ranks)
+        received_PL = rows_E.new_full((self.ranks, experts // self.ranks), slots)
+        counts_WE, k = selection.counts_WE, selection.rows_per_expert_in_pool
+        if counts_WE is not None and k is not None and self.pool_offset is not None and len(counts_WE) == self.ranks:
+            # the pool has one replica of each expert, so all K rows arrive here; at least 1, for padding to refer to
+            of_local_experts = [max(1, k)] * (experts // self.ranks)
+            received_PL = counts_WE.unflatten(1, (self.ranks, -1))[:, self.rank]
+        slot_R, row_R = _positions(received_PL, slots, sum(of_local_experts))
+        return PaddedCounts(slots, of_local_experts, slot_R, row_R, (rows_E > slots).any())
+
+    def start_dispatch(self, rows_RD: Tensor, counts: PaddedCounts) -> Callable[[], Tensor]:
+        """Send slots to their experts; see `plan.Dispatcher`."""
+        finish = self.start_exchange(rows_RD)
+        return lambda: _take(finish(), counts.slot_R, counts.row_R)
+
+    def combine(self, rows_RD: Tensor, counts: PaddedCounts) -> Tensor:
+        """Send the experts' outputs back; see `plan.Dispatcher`."""
+        return self.start_exchange(_take(rows_RD, counts.row_R, counts.slot_R))()
+
+    def start_exchange(self, rows_RD: Tensor) -> Callable[[], Tensor]:
+        """Start exchanging equally many slots with every rank of the EP group."""
+        return lambda: rows_RD
+
+
+def make_padded_plan(mask_TE: Tensor, scores_TE: Tensor, slots: int) -> RoutePlan:
+    """Build a plan with M rows for each expert, without a host synchronization.
+
+    Padding has the row of some token, weight 0, and no place in the sum of a token: neither its output nor its gradient
+    has an effect.
+
+    Args:
+        mask_TE: bool, expert e takes token t; rows beyond M are lost.
+        scores_TE: fp32 router scores.
+        slots: M.
+    """
+    tokens, experts = mask_TE.shape
+    size = experts * slots
+    mask_ET = mask_TE.T.contiguous()
+    number_M = torch.arange(slots, device=mask_TE.device)
+    expert_E1 = torch.arange(experts, device=mask_TE.device)[:, None]
+    rows_E = mask_TE.sum(0)
+    sorted_R = torch.nonzero_static(mask_ET, size=size, fill_value=0)[:, 1]
+    place_EM = (rows_E.cumsum(0) - rows_E)[:, None] + number_M
+    token_EM = sorted_R[place_EM.clamp(max=size - 1)]
+    weight_EM = scores_TE.flatten().gather(0, (token_EM * experts + expert_E1).flatten()).view(experts, slots)
+    weight_EM = weight_EM.masked_fill(number_M >= rows_E[:, None], 0)
+    slot_ET = (mask_ET.cumsum(1) - 1).clamp(0, slots - 1) + expert_E1 * slots
+    by_token_R, by_token_E = torch.nonzero_static(mask_TE, size=size, fill_value=0).unbind(1)
+    row_R = slot_ET.flatten().index_select(0, by_token_E * tokens + by_token_R)
+    end_T = mask_TE.sum(1).cumsum(0).clamp(max=size)
+    spare_bags = math.ceil(size / SLOTS_OF_SPARE_BAG)
+    spare = torch.arange(1, spare_bags + 1, device=mask_TE.device)
+    end_of_spare = end_T[-1] + (size - end_T[-1]) * spare // spare_bags
+    start_T = F.pad(torch.cat([end_T, end_of_spare]), (1, 0))
+    return RoutePlan(token_EM.flatten(), weight_EM.flatten(), row_R, start_T, tokens)
+
+
+def _positions(received_PL: Tensor, slots: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return the slot of each row, sorted by expert, then by source rank, and the row of each slot.
+
+    Args:
+        received_PL: int64, rows from each rank for each local expert.
+        slots: M.
+        size: the number of rows, at least 1.
+    """
+    ranks, local_experts = received_PL.shape
+    count_LP = received_PL.T.flatten()
+    end_LP = count_LP.cumsum(0)
+    first_LP = end_LP - count_LP
+    place_R = torch.arange(size, device=count_LP.device)
+    pair_R = torch.searchsorted(end_LP, place_R, right=True).clamp(max=len(end_LP) - 1)
+    number_R = (place_R - first_LP[pair_R]).clamp(0, slots - 1)
+    slot_R = ((pair_R % ranks) * local_experts + pair_R // ranks) * slots + number_R
+    number_M = torch.arange(slots, device=count_LP.device)
+    row_PLM = first_LP.view(local_experts, ranks).T[:, :, None] + number_M
+    return slot_R, row_PLM.clamp(max=size - 1).flatten()
+
+
+def _take(rows_RD: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Return ``rows_RD[index]``; the gradient is taken at ``inverse``, instead of being added up."""
+    taken: Tensor = _Take.apply(rows_RD, index, inverse)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows_RD.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient_RD.index_select(0, inverse), None, None
