@@ -45,6 +45,10 @@ class Thresholds:
         if logits:
             self._observed.append(torch.cat(logits, dim=1))
 
+    def retract(self) -> None:
+        """Forget the last micro-batch, whose forward pass is repeated."""
+        del self._observed[-1:]
+
     @torch.no_grad()
     def search(self) -> Tensor | None:
         """Find the quantiles of all layers and micro-batches observed since the last update, with one search.

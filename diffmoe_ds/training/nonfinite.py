@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.distributed.collectives import all_reduce
+from diffmoe_ds.moe.layer import exact_dispatch
 from diffmoe_ds.training.loss import forward, model_inputs
 from diffmoe_ds.training.setup import Run
 
@@ -47,7 +48,8 @@ def locate_in_forward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
     for batch in micro_batches:
         inputs = model_inputs(run, batch)
         check = _OutputCheck(run.model, all(bool(tensor.isfinite().all()) for tensor in inputs))
-        with torch.compiler.set_stance("force_eager"):  # compiled blocks skip hooks
+        exact = exact_dispatch(run.model.moe_layers().values())
+        with exact, torch.compiler.set_stance("force_eager"):  # compiled blocks skip hooks
             run.engine(*inputs)
         check.remove()
         first = _first(check.place, run)
@@ -65,7 +67,8 @@ def locate_in_backward(run: Run, micro_batches: Sequence[MicroBatch]) -> str:
     """
     named = [(name, parameter) for name, parameter in run.model.named_parameters() if parameter.requires_grad]
     for batch in micro_batches:
-        _, losses, _ = forward(run, run.model, batch)
+        with exact_dispatch(run.model.moe_layers().values()):
+            _, losses, _ = forward(run, run.model, batch)
         gradients = torch.autograd.grad(losses.total, [parameter for _, parameter in named], allow_unused=True)
         place = NOWHERE
         for behind, gradient in enumerate(reversed(gradients)):  # backward order: nearest to the loss first

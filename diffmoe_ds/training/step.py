@@ -11,13 +11,15 @@ from torch import Tensor
 
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.consensus import agree
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import NonFiniteError
-from diffmoe_ds.moe.layer import Routing
+from diffmoe_ds.model.dit import DiTOutput
+from diffmoe_ds.moe.layer import Routing, exact_dispatch
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
-from diffmoe_ds.training.loss import forward
+from diffmoe_ds.training.loss import Losses, forward
 from diffmoe_ds.training.nonfinite import locate_in_backward, locate_in_forward
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
@@ -45,6 +47,20 @@ class StepResult(NamedTuple):
     """Routing of the last micro-step on this rank, one entry per MoE layer."""
     noise_level_B: Tensor
     """The noise levels of the last micro-step's images, in [0, 1]."""
+    redone: int
+    """Micro-steps whose forward pass was repeated; see ``routing.padded_dispatch``."""
+
+
+class _Passed(NamedTuple):
+    """A micro-batch after its forward pass."""
+
+    output: DiTOutput
+    losses: Losses
+    t_B: Tensor
+
+
+MUST_REPEAT, MUST_REDO = len(Losses._fields), len(Losses._fields) + 1
+"""Indices of the values after the losses on which the ranks agree."""
 
 
 def train_step(
@@ -66,19 +82,15 @@ def train_step(
     accumulation = run.settings.accumulation
     means = [0.0] * len(MeanLosses._fields)
     micro_batches: list[MicroBatch] = []
-    problem = ""
+    problem, redone = "", 0
     while len(micro_batches) < accumulation:
         with stragglers.own_work(run.step):
             micro_batches.append(batches.take())
-            output, losses, t_B = forward(run, run.engine, micro_batches[-1])
-            run.thresholds.observe(output.routing)
             is_last = len(micro_batches) == accumulation
-            values = [loss.detach().float() for loss in losses]
-            repeat = run.thresholds.search() if is_last else None
-            values.append(torch.zeros_like(values[0]) if repeat is None else repeat)
-            *agreed, must_repeat = batches.agree(flags(), torch.stack(values))
-        means = [mean + value / accumulation for mean, value in zip(means, agreed, strict=True)]
-        loss = losses.total
+            passed, agreed, is_redone = _agreed_forward(run, batches, flags, micro_batches[-1], is_last)
+        redone += is_redone
+        means = [mean + value / accumulation for mean, value in zip(means, agreed[:MUST_REPEAT], strict=True)]
+        loss = passed.losses.total
         if is_last and not all(map(math.isfinite, means)):
             problem = f"the loss is {means[0]} {locate_in_forward(run, micro_batches)}"
             loss = loss * float("nan")  # makes DeepSpeed discard the gradient
@@ -90,10 +102,50 @@ def train_step(
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
-    run.thresholds.update(must_repeat > 0)
+    run.thresholds.update(agreed[MUST_REPEAT] > 0)
     run.ema.update()
     watchdog.tick()
-    return StepResult(MeanLosses(*means), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
+    noise_level_B = run.objective.noise_level(passed.t_B)
+    return StepResult(MeanLosses(*means), grad_norm, lr, passed.output.routing, noise_level_B, redone)
+
+
+def _agreed_forward(
+    run: Run, batches: BatchSource, flags: Callable[[], tuple[bool, ...]], batch: MicroBatch, is_last: bool
+) -> tuple[_Passed, list[float], bool]:
+    """Run a micro-batch forward, again with exact dispatch if padded dispatch went wrong on any rank.
+
+    Nothing depends on the first pass yet: gradients are reduced in the backward pass.
+
+    Returns:
+        The results; the mean over the ranks of each value of `_forward`; and whether the pass was repeated.
+    """
+    passed, values = _forward(run, batch, is_last)
+    agreed = batches.agree(flags(), values)
+    if not any(agreed[MUST_REDO:]):
+        return passed, agreed, False
+    del passed  # frees its graph
+    run.thresholds.retract()
+    with exact_dispatch(run.model.moe_layers().values()):
+        passed, values = _forward(run, batch, is_last)
+    return passed, agree(values, None, ()).means, True
+
+
+def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_Passed, Tensor]:
+    """Run a micro-batch forward, and search the thresholds after the last one of a step.
+
+    Returns:
+        The results, and fp32 values on which the ranks agree: the losses; whether the search must be repeated; with
+        padded dispatch, in how many layers this rank lost rows or has a wrong selection, so the pass must be redone.
+    """
+    output, losses, t_B = forward(run, run.engine, batch)
+    run.thresholds.observe(output.routing)
+    values = [loss.detach().float() for loss in losses]
+    repeat = run.thresholds.search() if is_last else None
+    values.append(torch.zeros_like(values[0]) if repeat is None else repeat)
+    redo = [routing.must_redo for routing in output.routing if routing.must_redo is not None]
+    if redo:
+        values.append(torch.stack(redo).sum().float())
+    return _Passed(output, losses, t_B), torch.stack(values)
 
 
 def _discard(run: Run, problem: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What a training step waits for and sends, counted while it runs."""
+"""What a training step waits for and sends, counted while it runs; and the numbers of padded dispatch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.helpers.processes import WORKERS, run_ranks
-from tests.helpers.training import write_json
+from tests.helpers.training import read_metrics, write_json
 
 EXCHANGE = "all_to_all_single float32"
 SELECTION = {"all_reduce int32": 2}
@@ -16,13 +16,15 @@ SELECTION = {"all_reduce int32": 2}
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory) -> dict[str, dict]:
-    """Counts of the fourth step of a run for each case, on two ranks with EP 2 and ZeRO 2."""
+    """Counts of the fourth step of a run for each case, on two ranks with EP 2, and all steps' metrics."""
     folder = tmp_path_factory.mktemp("counts")
-    config = write_json(folder / "ds.json", ep=2, zero=2)
-    finished = run_ranks(2, [str(WORKERS / "counting.py"), str(folder), str(config)])
+    write_json(folder / "zero2.json", ep=2, zero=2)
+    write_json(folder / "zero3.json", ep=2, zero=3, gradient_accumulation_steps=2)
+    finished = run_ranks(2, [str(WORKERS / "counting.py"), str(folder)])
     assert finished.code == 0, finished.output
     (line,) = (line for line in finished.output.splitlines() if line.startswith("counted "))
-    return json.loads(line.removeprefix("counted "))
+    counts = json.loads(line.removeprefix("counted "))
+    return {case: {**found, "metrics": read_metrics(folder / case)} for case, found in counts.items()}
 
 
 @pytest.mark.parametrize(("case", "messages"), (("pool=rank", {}), ("expert_choice", {}), ("pool=world", SELECTION)))
@@ -41,7 +43,35 @@ def test_messages_of_a_step(counted):
     assert step == {"all_reduce int32": 2 * 2 + 2, "all_reduce float32": 1, EXCHANGE: 2 * 4}
 
 
-@pytest.mark.parametrize("case", ("pool=rank", "expert_choice"))
-def test_a_step_waits_once_for_the_device_where_the_rule_fixes_all_sizes(counted, case):
+@pytest.mark.parametrize("case", ("pool=rank", "expert_choice", "pool=world, padded", "token_choice, padded"))
+def test_a_step_waits_once_for_the_device_where_sizes_are_fixed(counted, case):
     waits = counted[case]["waits"]
     assert sum(waits.values()) == 1, waits
+
+
+def test_padding_needs_no_other_messages(counted):
+    assert counted["pool=world, padded"]["step"] == counted["pool=world"]["step"]
+
+
+KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("case", "padding", "redone"),
+    (("pool=world", "padded", (0,)), ("pool=world", "overflowing", (4,)), ("ZeRO 3", "padded", range(1, 8))),
+)
+def test_padding_does_not_change_the_numbers(counted, case, padding, redone):
+    """Bit for bit, whether ranks compute with padding in the 4 or 8 micro-steps or lose rows and repeat them."""
+    exact, padded = counted[case]["metrics"], counted[f"{case}, {padding}"]["metrics"]
+    assert len(exact) == 4
+    assert [[row[key] for key in KEYS] for row in padded] == [[row[key] for key in KEYS] for row in exact]
+    assert sum(row["redone"] for row in padded) in redone
+    assert "redone" not in exact[0]
+
+
+def test_computed_padding_does_not_change_the_numbers(counted):
+    """Experts under token_choice do not know how many of their rows are padding, so sums are rounded differently."""
+    exact, padded = counted["token_choice"]["metrics"], counted["token_choice, padded"]["metrics"]
+    assert [row["redone"] for row in padded] == [0] * 4
+    for key in (*KEYS, "balance_loss"):
+        assert [row[key] for row in padded] == pytest.approx([row[key] for row in exact], abs=1e-6), key

@@ -1,12 +1,16 @@
 """Train a few steps in several layouts; print, for a step once the search is warm, what it waits for and sends.
 
-python counting.py FOLDER DEEPSPEED_JSON
+python counting.py FOLDER
+
+The folder contains zero2.json and zero3.json, DeepSpeed configurations.
 """
 
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
+from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 import torch.distributed as dist
@@ -21,10 +25,17 @@ CASES = {
     "pool=world": ["routing.pool=world"],
     "pool=world, recomputed": ["routing.pool=world", "model.activation_checkpointing=true"],
     "expert_choice": ["routing.kind=expert_choice"],
+    "pool=world, padded": ["routing.pool=world", "routing.padded_dispatch=1.5"],
+    "pool=world, overflowing": ["routing.pool=world", "routing.padded_dispatch=1"],
+    "token_choice": ["routing.kind=token_choice"],
+    "token_choice, padded": ["routing.kind=token_choice", "routing.padded_dispatch=4"],
+    "ZeRO 3": ["routing.pool=world"],
+    "ZeRO 3, padded": ["routing.pool=world", "routing.padded_dispatch=1.18", "model.activation_checkpointing=true"],
 }
+MODEL = ["model.name=nano-E4", "model.patch_size=4"]
 STEPS = 4
 train_step, forward = loop.train_step, MoELayer.forward
-folder, deepspeed = sys.argv[1:]
+(folder,) = sys.argv[1:]
 rank, results = int(os.environ["RANK"]), {}
 step, layer_calls = 0, []
 
@@ -50,13 +61,22 @@ def counting_step(run, *arguments):
     return result
 
 
+def wait_for_the_other_rank(name):
+    """Wait until no rank serves the store of this run any more: the next run's would have the same address."""
+    Path(folder, f"{name} {rank}").touch()
+    while not all(Path(folder, f"{name} {other}").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
+
+
 loop.train_step = counting_step
 for name, overrides in CASES.items():
     step, layer_calls = 0, []
-    sets = [f"run.total_images={STEPS * 16}", "model.name=nano-E4", "run.save_every_images=0", *overrides]
+    sets = [f"run.total_images={STEPS * 16}", "run.save_every_images=0", *MODEL, *overrides]
+    deepspeed = f"{folder}/{'zero3' if name.startswith('ZeRO 3') else 'zero2'}.json"
     arguments = ["train", "--deepspeed_config", deepspeed, "--run-dir", f"{folder}/{name}"]
     code = main([*arguments, *(part for value in sets for part in ("--set", value))])
     assert code == 0, (name, code)
     assert not dist.is_initialized()
+    wait_for_the_other_rank(name)
 if rank == 0:
     print("counted " + json.dumps(results), flush=True)
