@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import Exchange, all_to_all
+from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.padding import PaddedDispatcher
 from diffmoe_ds.moe.plan import RowCounts
@@ -63,20 +64,29 @@ class AllToAllDispatcher:
 class PaddedAllToAllDispatcher(PaddedDispatcher):
     """The `PaddedDispatcher` of an EP group."""
 
-    def __init__(self, capacity: float, slack: float, group: dist.ProcessGroup, pool_offset: int | None) -> None:
+    def __init__(
+        self, experts: Experts, capacity: float, slack: float, group: dist.ProcessGroup, pool_offset: int | None
+    ) -> None:
         """Set the number of slots and the group.
 
         Args:
+            experts: see `PaddedDispatcher`.
             capacity: see `PaddedDispatcher`.
             slack: see `PaddedDispatcher`.
             group: the EP group.
             pool_offset: see `AllToAllDispatcher`.
         """
-        super().__init__(capacity, slack)
+        super().__init__(experts, capacity, slack)
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.pool_offset = pool_offset
+
+    def received(self, selection: Selection) -> Tensor:
+        if selection.counts_WE is None or self.pool_offset is None:
+            return all_to_all(selection.mask_TE.sum(0).view(self.ranks, -1), group=self.group)
+        counts_PPL = selection.counts_WE[self.pool_offset :][: self.ranks].view(self.ranks, self.ranks, -1)
+        return counts_PPL[:, self.rank]
 
     def start_exchange(self, rows_RD: Tensor) -> Callable[[], Tensor]:
         slots = [len(rows_RD) // self.ranks] * self.ranks

@@ -87,7 +87,7 @@ class MoELayer(nn.Module):
         self.padded_dispatcher: Dispatcher[Any] | None = None
         """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
         if routing.padded_dispatch is not None:
-            self.padded_dispatcher = PaddedDispatcher(routing.capacity, routing.padded_dispatch)
+            self.padded_dispatcher = PaddedDispatcher(self.experts, routing.capacity, routing.padded_dispatch)
         self.is_exact = False
         """Whether to use neither the padded dispatcher nor an unverified selection; see `exact_dispatch`."""
 

@@ -6,7 +6,8 @@ rows are lost, so the pass must be repeated with exact counts: `PaddedCounts.ove
 
 The receiving rank moves the rows of its experts to where they would be without padding, so that an expert computes the
 same rows in the same order if the number of its rows is known: where the ranks that share the experts are the pool, it
-is K. Otherwise experts compute the padding as well.
+is K. If only the device knows it, one grouped product computes the rows where torch has a kernel for that; otherwise
+experts compute the padding as well.
 
 Legend: T tokens of this rank, E experts, M slots of an expert for the rows of one rank, P ranks of the EP group,
 L = E / P experts held by a rank, K tokens that an expert takes from the whole pool, R slots or rows, D width.
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffmoe_ds.moe.expert_ffn import RAGGED_PRODUCTS
+from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.plan import RoutePlan
 from diffmoe_ds.moe.top_k import Selection
 
@@ -34,10 +37,10 @@ class PaddedCounts(NamedTuple):
 
     slots: int
     """M."""
-    of_local_experts: list[int]
-    """Rows that each expert held here computes."""
+    of_local_experts: list[int] | Tensor
+    """Rows that each expert held here computes; see `expert_ffn.expert_ffn`."""
     slot_R: Tensor
-    """int64: the received slot, in [0, P * L * M), of each of these rows."""
+    """int64: the received slot, in [0, P * L * M), of each of these rows, and of any after them."""
     row_R: Tensor
     """int64 [P * L * M]: the row of each received slot; any row for padding."""
     overflow: Tensor
@@ -59,29 +62,40 @@ class PaddedDispatcher:
     pool_offset: int | None = None
     """See `dispatch.AllToAllDispatcher`."""
 
-    def __init__(self, capacity: float, slack: float) -> None:
+    def __init__(self, experts: Experts, capacity: float, slack: float) -> None:
         """Set the number of slots.
 
         Args:
+            experts: those held here.
             capacity: the average number of experts per token.
             slack: slots per expected row; at least 1.
         """
+        self._experts = experts
         self._slots_per_token = capacity * slack
 
     def count(self, selection: Selection) -> PaddedCounts:
         """Return the counts; see `plan.Dispatcher`."""
         tokens, experts = selection.mask_TE.shape
+        local_experts = experts // self.ranks
         slots = math.ceil(min(tokens, self._slots_per_token * tokens / experts))
         rows_E = selection.mask_TE.sum(0)
-        of_local_experts = [slots * self.ranks] * (experts // self.ranks)
-        received_PL = rows_E.new_full((self.ranks, experts // self.ranks), slots)
+        computed: list[int] | Tensor
         counts_WE, k = selection.counts_WE, selection.rows_per_expert_in_pool
         if counts_WE is not None and k is not None and self.pool_offset is not None and len(counts_WE) == self.ranks:
             # the pool has one replica of each expert, so all K rows arrive here; at least 1, for padding to refer to
-            of_local_experts = [max(1, k)] * (experts // self.ranks)
-            received_PL = counts_WE.unflatten(1, (self.ranks, -1))[:, self.rank]
-        slot_R, row_R = _positions(received_PL, slots, sum(of_local_experts))
-        return PaddedCounts(slots, of_local_experts, slot_R, row_R, (rows_E > slots).any())
+            received_PL, size = self.received(selection), max(1, k) * local_experts
+            computed = [max(1, k)] * local_experts
+        elif RAGGED_PRODUCTS.get((rows_E.device.type, self._experts.w1.dtype)) == "grouped":
+            received_PL, size = self.received(selection).clamp(max=slots), slots * experts
+            computed = received_PL.sum(0)
+        else:
+            received_PL, size = rows_E.new_full((self.ranks, local_experts), slots), slots * experts
+            computed = [slots * self.ranks] * local_experts
+        return PaddedCounts(slots, computed, *_positions(received_PL, slots, size), (rows_E > slots).any())
+
+    def received(self, selection: Selection) -> Tensor:
+        """Return the rows that this rank receives from each rank for each of its experts, int64 [P, L]."""
+        return selection.mask_TE.sum(0)[None]
 
     def start_dispatch(self, rows_RD: Tensor, counts: PaddedCounts) -> Callable[[], Tensor]:
         """Send slots to their experts; see `plan.Dispatcher`."""

@@ -54,8 +54,8 @@ class Counts(Protocol):
     """How many rows go where."""
 
     @property
-    def of_local_experts(self) -> list[int]:
-        """Rows of each expert held here."""
+    def of_local_experts(self) -> list[int] | Tensor:
+        """Rows of each expert held here; see `expert_ffn.expert_ffn`."""
         ...
 
     @property

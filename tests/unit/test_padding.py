@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
+from diffmoe_ds.moe.expert_ffn import RAGGED_PRODUCTS
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.layer import MoELayer, exact_dispatch
 from diffmoe_ds.moe.padding import PaddedDispatcher, _positions
@@ -23,7 +25,9 @@ from diffmoe_ds.moe.top_k import Selection
 WIDTH = 8
 
 
-def results(dispatcher: Dispatcher, mask_TE: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def results(
+    make: Callable[[Experts], Dispatcher], mask_TE: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The output and all gradients of a dispatch, and its flag."""
     generator = torch.Generator().manual_seed(1)
     tokens, experts = mask_TE.shape
@@ -32,6 +36,7 @@ def results(dispatcher: Dispatcher, mask_TE: torch.Tensor) -> tuple[list[torch.T
     ffn = Experts("gelu", experts, WIDTH, 2 * WIDTH)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    dispatcher = make(ffn)
     counts = dispatcher.count(Selection(mask_TE))
     plan = counts.plan(mask_TE, scores)
     rows = ffn(dispatcher.start_dispatch(gather_rows(x, plan), counts)(), counts.of_local_experts)
@@ -43,17 +48,21 @@ def results(dispatcher: Dispatcher, mask_TE: torch.Tensor) -> tuple[list[torch.T
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 5), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from([1.0, 1.25, 2.0]),
-    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1), st.booleans(),
 )  # fmt: skip
-def test_padding_changes_nothing_unless_it_overflows(tokens, experts, density, slack, seed):
+def test_padding_changes_nothing_unless_it_overflows(tokens, experts, density, slack, seed, grouped):
+    """Whether experts compute the padding, or grouped products whose sizes only the device knows."""
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < density
     capacity = max(0.1, density * experts)
-    padded, overflow = results(PaddedDispatcher(capacity, slack), mask)
+    with pytest.MonkeyPatch.context() as patch:
+        if grouped:
+            patch.setitem(RAGGED_PRODUCTS, ("cpu", torch.float32), "grouped")
+        padded, overflow = results(lambda ffn: PaddedDispatcher(ffn, capacity, slack), mask)
     assert all(tensor.isfinite().all() for tensor in padded)
     slots = min(tokens, math.ceil(capacity * slack * tokens / experts))
     assert bool(overflow) == bool((mask.sum(0) > slots).any())
     if not overflow:
-        exact, never = results(LocalDispatcher(), mask)
+        exact, never = results(lambda ffn: LocalDispatcher(), mask)
         assert never is None
         for ours, expected in zip(padded, exact, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
