@@ -62,6 +62,7 @@ def test_gpus_are_found_by_our_name_and_by_the_driver_s():
         ("NVIDIA H200", "H200"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
