@@ -192,7 +192,7 @@ def _histogram(bin_TE: Tensor, is_counted_TE: Tensor | None, bins: int) -> Tenso
 
 def _bin_of_kth(counts_EN: Tensor, k_E: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bin that contains the K-th largest key of each expert, and the number of keys in the bins above."""
-    at_least_EN = counts_EN.long().flip(1).cumsum(1).flip(1)
-    bin_E = (at_least_EN >= k_E[:, None]).sum(1) - 1
-    above_E = (at_least_EN - counts_EN).gather(1, bin_E[:, None])[:, 0]
-    return bin_E, above_E
+    up_to_EN = counts_EN.cumsum(1)
+    above_EN = up_to_EN[:, -1:] - up_to_EN
+    bin_E = (above_EN >= k_E[:, None]).sum(1).clamp(max=counts_EN.shape[1] - 1)  # the maximum where K is 0
+    return bin_E, above_EN.gather(1, bin_E[:, None])[:, 0]
