@@ -25,12 +25,10 @@ from benchmarks.compare import (
     DTYPES,
     common_settings,
     compare,
-    print_cases,
-    progress,
     require_positive_list,
     run_benchmark,
 )
-from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ranks
+from benchmarks.ranks import count_collectives, report_on_ranks
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.moe.dispatch import AllToAllDispatcher
@@ -38,17 +36,19 @@ from diffmoe_ds.moe.top_k import Selection
 
 NAME = "benchmarks.dispatch"
 EQUAL, COUNTED, BARE = "diffmoe, equal counts", "diffmoe, counts sent", "all_to_all_single"
-TIMEOUT_S = 900.0
 
 
-def bench_dispatch(tokens: int, args: argparse.Namespace, device: torch.device, world: int) -> dict[str, Any]:
+def bench_dispatch(
+    tokens: int, args: argparse.Namespace, rank: int, world: int, device: torch.device
+) -> dict[str, Any]:
     """Measure the exchanges on this rank; every rank must call this.
 
     Args:
         tokens: R, a multiple of E.
         args: the command line.
-        device: of the rows.
+        rank: this rank.
         world: W.
+        device: of the rows.
 
     Returns:
         A case of a report; ``sent`` are the collectives and bytes of a call on one rank.
@@ -107,17 +107,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.quick:
         args.tokens, args.width, args.experts = [64], 16, 4
     _check(args)
-    cases = []
-    if is_rank():
-        with joined_ranks() as (rank, world, device):
-            cases = [bench_dispatch(tokens, args, device, world) for tokens in args.tokens]
-        if rank:
-            return
-    else:
-        for ranks in args.ranks:
-            progress(f"dispatch: {ranks} rank(s)")
-            cases += run_on_ranks(NAME, args.argv, ranks, TIMEOUT_S)
-    print_cases(NAME, args, cases)
+    report_on_ranks(NAME, args, bench_dispatch)
 
 
 def _check(args: argparse.Namespace) -> None:

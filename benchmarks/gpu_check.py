@@ -35,15 +35,13 @@ from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import write_text
+from diffmoe_ds.planning.devices import device_reported
 
 NAME = "benchmarks.gpu_check"
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 870
 TAIL = 6000
 """Characters of a part's output that are kept."""
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362}
-"""Dense bf16 peak of data-center GPUs, from their data sheets; the first name that occurs in the device's counts."""
-
 
 OURS = ("diffmoe", "batch_pool", "per_token")
 """Opponents of the benchmarks whose ratios the final table shows."""
@@ -172,9 +170,10 @@ def targets(reports: Mapping[str, Any]) -> list[dict[str, Any]]:
         case, machine = step["cases"][0], step["machine"]
         ratio = case["opponents"]["batch_pool"]["over"]["dense"]
         found.append(_at_most("L-E16 forward + backward over dense L, 256 images", ratio, 1.15))
-        peak = peak_tflops(machine["device"])
-        if peak is not None:
-            found.append(_at_least("MFU of L-E16", case["tflop_per_s"]["batch_pool"] / peak, 0.45))
+        gpu = device_reported(machine["device"])
+        if gpu is not None:
+            mfu = case["tflop_per_s"]["batch_pool"] * 1e12 / gpu.bf16_flops
+            found.append(_at_least("MFU of L-E16", mfu, 0.45))
     return found
 
 
@@ -184,11 +183,6 @@ def _at_most(what: str, value: float, bound: float) -> dict[str, Any]:
 
 def _at_least(what: str, value: float, bound: float) -> dict[str, Any]:
     return {"what": what, "value": value, "bound": f">= {bound}", "met": value >= bound}
-
-
-def peak_tflops(device: str) -> float | None:
-    """Return the dense bf16 peak of a GPU in units of 10^12 operations per second; None if it is not known."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
 
 
 def summary(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Benchmarks on several ranks: start them on this machine, join them, count what they send."""
+"""Benchmarks on several ranks: start them on this machine, join them, measure, count what they send."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -15,17 +16,47 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.compare import print_cases, progress
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.planning.counting import Counter
 
-SENT = {"alltoall_base_": 1, "_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1}
-"""Position of the input of the operators of ``torch.ops.c10d`` that take their output first."""
-UNCOUNTED = ("barrier", "wait_tensor")
+TIMEOUT_S = 900.0
+"""Seconds after which the processes of a number of ranks are killed."""
+
+Measure = Callable[[int, argparse.Namespace, int, int, torch.device], dict[str, Any]]
+"""Returns a case of a report from T, the command line, the rank, the number of ranks and the device."""
+
+
+def report_on_ranks(name: str, args: argparse.Namespace, measure: Measure, alone: torch.device | None = None) -> None:
+    """Measure each of ``--tokens`` on each number of ``--ranks`` and print the report.
+
+    A process that is a rank itself measures on the ranks that it was started with, and prints if it is the first.
+
+    Args:
+        name: the benchmark's module.
+        args: its command line.
+        measure: called on every rank.
+        alone: the device on which this process measures a single rank, without a process group; if None, one rank is
+            started like several.
+    """
+    cases = []
+    if is_rank():
+        with joined_ranks() as (rank, world, device):
+            cases = [measure(tokens, args, rank, world, device) for tokens in args.tokens]
+        if rank:
+            return
+    else:
+        for ranks in args.ranks:
+            progress(f"{name.rpartition('.')[2]}: {ranks} rank(s)")
+            if ranks == 1 and alone is not None:
+                cases += [measure(tokens, args, 0, 1, alone) for tokens in args.tokens]
+            else:
+                cases += run_on_ranks(name, args.argv, ranks)
+    print_cases(name, args, cases)
 
 
 def is_rank() -> bool:
@@ -33,14 +64,13 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def run_on_ranks(module: str, arguments: Sequence[str], ranks: int, timeout_s: float) -> list[dict[str, Any]]:
+def run_on_ranks(module: str, arguments: Sequence[str], ranks: int) -> list[dict[str, Any]]:
     """Run a benchmark on ranks of this machine and return its cases.
 
     Args:
         module: the benchmark.
         arguments: its command line, without ``--json``.
         ranks: number of processes.
-        timeout_s: seconds after which the processes are killed.
 
     Raises:
         ConfigError: a rank failed or did not finish in time.
@@ -59,7 +89,7 @@ def run_on_ranks(module: str, arguments: Sequence[str], ranks: int, timeout_s: f
             command = [sys.executable, "-m", module, *arguments, "--json"]
             processes.append(subprocess.Popen(command, env={**os.environ, **common, **own}, stdout=out))
             stack.callback(_kill, processes[-1])
-        if (problem := _wait(processes, time.monotonic() + timeout_s)) is not None:
+        if (problem := _wait(processes, time.monotonic() + TIMEOUT_S)) is not None:
             raise ConfigError(f"{module} on {ranks} ranks: {problem}")
         output.seek(0)
         cases: list[dict[str, Any]] = json.loads(output.read().splitlines()[-1])["cases"]
@@ -100,29 +130,16 @@ def joined_ranks() -> Iterator[tuple[int, int, torch.device]]:
         shutdown()
 
 
-class CountCollectives(TorchDispatchMode):
-    """Counts the collectives of this rank and the bytes that it passes to them, by operator."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[str, int] = {}
-        self.bytes: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator; count it if it communicates."""
-        name = func._schema.name.rpartition("::")[2]
-        if func.namespace in ("c10d", "_c10d_functional") and name not in UNCOUNTED:
-            sent = args[SENT.get(name, 0)]
-            size = sum(t.numel() * t.element_size() for t in tree_leaves(sent) if isinstance(t, torch.Tensor))
-            self.calls[name] = self.calls.get(name, 0) + 1
-            self.bytes[name] = self.bytes.get(name, 0) + size
-        return func(*args, **(kwargs or {}))
-
-
 def count_collectives(run: Callable[[], object]) -> dict[str, Any]:
-    """Return the number of collectives of a call and the bytes of their inputs on this rank, also by operator."""
-    counted = CountCollectives()
-    with counted:
+    """Return the number and bytes of the collectives of a call on this rank, in total and by collective.
+
+    Bytes are those of `diffmoe plan`: what a rank passes to a collective; of an all-gather, what it gets.
+    """
+    with Counter() as counter:
         run()
-    by_operator = {name: {"calls": counted.calls[name], "bytes": counted.bytes[name]} for name in counted.calls}
-    return {"collectives": sum(counted.calls.values()), "bytes": sum(counted.bytes.values()), "by": by_operator}
+    traffic = counter.collectives
+    return {
+        "collectives": sum(found.calls for found in traffic.values()),
+        "bytes": sum(found.bytes for found in traffic.values()),
+        "by": {kind: {"calls": found.calls, "bytes": found.bytes} for kind, found in traffic.items()},
+    }

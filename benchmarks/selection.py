@@ -23,12 +23,10 @@ from torch import Tensor
 from benchmarks.compare import (
     common_settings,
     compare,
-    print_cases,
-    progress,
     require_positive_list,
     run_benchmark,
 )
-from benchmarks.ranks import count_collectives, is_rank, joined_ranks, run_on_ranks
+from benchmarks.ranks import count_collectives, report_on_ranks
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.moe.pool import GroupPool
 from diffmoe_ds.moe.search import Pool, WarmStart
@@ -36,22 +34,21 @@ from diffmoe_ds.moe.top_k import LocalPool, select_top_k
 
 NAME = "benchmarks.selection"
 OURS, SORT = "diffmoe", "gather and sort"
-TIMEOUT_S = 900.0
 DRAWS = 4
 """Different scores that the calls take in turn."""
 
 
 def bench_selection(
-    tokens: int, args: argparse.Namespace, device: torch.device, rank: int, world: int
+    tokens: int, args: argparse.Namespace, rank: int, world: int, device: torch.device
 ) -> dict[str, Any]:
     """Measure both ways on this rank; every rank must call this.
 
     Args:
         tokens: T.
         args: the command line.
-        device: of the scores.
         rank: this rank.
         world: W; without process group if 1.
+        device: of the scores.
 
     Returns:
         A case of a report; ``sent`` are the collectives and bytes of a call.
@@ -119,20 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     require_positive(args, "experts", "calls")
     require_positive_list("--tokens", args.tokens)
     require_positive_list("--ranks", args.ranks)
-    cases = []
-    if is_rank():
-        with joined_ranks() as (rank, world, device):
-            cases = [bench_selection(tokens, args, device, rank, world) for tokens in args.tokens]
-        if rank:
-            return
-    else:
-        for ranks in args.ranks:
-            progress(f"selection: {ranks} rank(s)")
-            if ranks == 1:
-                cases += [bench_selection(tokens, args, device, 0, 1) for tokens in args.tokens]
-            else:
-                cases += run_on_ranks(NAME, args.argv, ranks, TIMEOUT_S)
-    print_cases(NAME, args, cases)
+    report_on_ranks(NAME, args, bench_selection, device)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,30 @@ class Kth(NamedTuple):
         return self.higher_WE + (self.quota_E - before_WE).clamp(min=0).minimum(self.ties_WE)
 
 
+class NearSearch(NamedTuple):
+    """A search near the last key that knows the bin of the K-th key; one message is left, which the caller sends."""
+
+    table_EX: Tensor
+    """int32 [E, 2 + M]: this rank's keys above the bin, its candidates, and the M largest of these themselves."""
+    missing_E: Tensor
+    """int64: candidates that are among the K largest keys."""
+
+    def finish(self, every_WEX: Tensor) -> Kth:
+        """Return the K-th key from the tables of all ranks of the pool; exact unless any rank `is_cut_off`."""
+        higher_WE, best_WEM = every_WEX[..., 0].long(), every_WEX[..., 2:]
+        sorted_EM = best_WEM.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
+        key_E = sorted_EM.gather(1, (self.missing_E - 1).clamp(0, sorted_EM.shape[1] - 1)[:, None])[:, 0]
+        key_E = key_E.masked_fill(self.missing_E == 0, LARGEST)
+        above_WE = (best_WEM > key_E[:, None]).sum(-1)
+        ties_WE = (best_WEM == key_E[:, None]).sum(-1)
+        return Kth(key_E, self.missing_E - above_WE.sum(0), higher_WE + above_WE, ties_WE)
+
+
+def is_cut_off(table: Tensor) -> Tensor:
+    """Return whether a table, or any of several, lacks candidates because they did not fit (bool scalar)."""
+    return (table[..., 1] > table.shape[-1] - 2).any()
+
+
 def candidates_of_rank(ranks: int) -> int:
     """Return M, the keys of a bin that a rank can send."""
     return max(8, 256 // ranks)
@@ -101,8 +125,10 @@ def kth_in_pool(keys_TE: Tensor, k_E: Tensor, pool: Pool, warm: WarmStart) -> Kt
         warm: of the last search, the same on every rank; replaced.
     """
     found, inconclusive = None, None
-    if warm.key_E is not None:
-        found, inconclusive = _search_near(keys_TE, k_E, pool, warm.key_E)
+    if warm.key_E is not None and warm.key_E.shape == k_E.shape:
+        near = start_near(keys_TE, k_E, pool, warm.key_E)
+        every_WEX = pool.stack(near.table_EX)
+        found, inconclusive = near.finish(every_WEX), is_cut_off(every_WEX)
         if not warm.verify_later and inconclusive:
             found, inconclusive = None, None
     if found is None:
@@ -111,8 +137,15 @@ def kth_in_pool(keys_TE: Tensor, k_E: Tensor, pool: Pool, warm: WarmStart) -> Kt
     return found
 
 
-def _search_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> tuple[Kth, Tensor]:
-    """Search by distance from ``center_E``; inconclusive (bool scalar) if a rank could not send all keys of a bin."""
+def start_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> NearSearch:
+    """Count the keys of the pool by their distance from ``center_E``, in one message.
+
+    Args:
+        keys_TE: as in `kth_in_pool`.
+        k_E: as in `kth_in_pool`.
+        pool: the ranks that compete.
+        center_E: int32 keys, the same on every rank, preferably close to the K-th.
+    """
     bin_TE = _distance_bins(keys_TE, center_E)
     bin_E, higher_E = _bin_of_kth(pool.sum(_histogram(bin_TE, None, BINS)), k_E)
     is_candidate_TE = bin_TE == bin_E
@@ -121,16 +154,7 @@ def _search_near(keys_TE: Tensor, k_E: Tensor, pool: Pool, center_E: Tensor) -> 
     best_ET = keys_TE.masked_fill(~is_candidate_TE, SMALLEST).T
     best_EM = best_ET.topk(min(width, len(keys_TE)), dim=1, sorted=False).values
     best_EM = F.pad(best_EM, (0, width - best_EM.shape[1]), value=SMALLEST)
-    every = pool.stack(torch.cat([counts_E2.to(torch.int32), best_EM], dim=1))
-    higher_WE, candidates_WE, best_WEM = every[..., 0].long(), every[..., 1], every[..., 2:]
-    missing_E = k_E - higher_E
-    sorted_EM = best_WEM.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
-    key_E = sorted_EM.gather(1, (missing_E - 1).clamp(0, sorted_EM.shape[1] - 1)[:, None])[:, 0]
-    key_E = key_E.masked_fill(missing_E == 0, LARGEST)
-    above_WE = (best_WEM > key_E[:, None]).sum(-1)
-    ties_WE = (best_WEM == key_E[:, None]).sum(-1)
-    kth = Kth(key_E, missing_E - above_WE.sum(0), higher_WE + above_WE, ties_WE)
-    return kth, (candidates_WE > width).any()
+    return NearSearch(torch.cat([counts_E2.to(torch.int32), best_EM], dim=1), k_E - higher_E)
 
 
 def _distance_bins(keys_TE: Tensor, center_E: Tensor) -> Tensor:
@@ -168,7 +192,7 @@ def _histogram(bin_TE: Tensor, is_counted_TE: Tensor | None, bins: int) -> Tenso
 
 def _bin_of_kth(counts_EN: Tensor, k_E: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bin that contains the K-th largest key of each expert, and the number of keys in the bins above."""
-    at_least_EN = counts_EN.long().flip(1).cumsum(1).flip(1)
-    bin_E = (at_least_EN >= k_E[:, None]).sum(1) - 1
-    above_E = (at_least_EN - counts_EN).gather(1, bin_E[:, None])[:, 0]
-    return bin_E, above_E
+    up_to_EN = counts_EN.cumsum(1)
+    above_EN = up_to_EN[:, -1:] - up_to_EN
+    bin_E = (above_EN >= k_E[:, None]).sum(1).clamp(max=counts_EN.shape[1] - 1)  # the maximum where K is 0
+    return bin_E, above_EN.gather(1, bin_E[:, None])[:, 0]

@@ -3,7 +3,8 @@
 Peaks are for dense bf16 products with fp32 accumulation; data sheets often print twice as much, with sparsity. NVLink
 and PCIe bandwidths are for one direction; data sheets print the sum of both. Memory is what ``nvidia-smi`` reports.
 The network is that of the usual eight-GPU server: one port per GPU in DGX A100 (200 Gbit/s), DGX H100, H200 and B200
-(400 Gbit/s); 100 Gbit/s per GPU is assumed for servers with L40S, and 10 for workstations.
+(400 Gbit/s); 200 Gbit/s per GPU is assumed for servers with H100 PCIe and NVL, 100 with L40S, and 10 for workstations.
+NVLink bridges connect only two H100 NVL, so PCIe counts.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ DEVICES = {
         Device("A100-80GB",     81_920 * MIB,  312e12,      2.039e12,   300e9,    25e9),
         Device("H100",          81_559 * MIB,  989e12,      3.35e12,    450e9,    50e9),
         Device("H100-PCIe",     81_559 * MIB,  756e12,      2.0e12,     64e9,     25e9),
+        Device("H100-NVL",      95_830 * MIB,  835e12,      3.938e12,   64e9,     25e9),
         Device("H200",         143_771 * MIB,  989e12,      4.8e12,     450e9,    50e9),
         Device("B200",         183_359 * MIB, 2250e12,      8.0e12,     900e9,    50e9),
         Device("L40S",          46_068 * MIB,  362e12,      0.864e12,   32e9,     12.5e9),
@@ -52,8 +54,8 @@ DEVICES = {
 
 _REPORTED = (
     ("A100-SXM4-40GB", "A100-40GB"), ("A100-PCIE-40GB", "A100-40GB"), ("A100", "A100-80GB"),
-    ("H100 PCIe", "H100-PCIe"), ("H100", "H100"), ("H200", "H200"), ("B200", "B200"), ("L40S", "L40S"),
-    ("RTX 4090", "RTX-4090"),
+    ("H100 PCIe", "H100-PCIe"), ("H100 NVL", "H100-NVL"), ("H100", "H100"), ("H200", "H200"), ("B200", "B200"),
+    ("L40S", "L40S"), ("RTX 4090", "RTX-4090"),
 )  # fmt: skip
 """What the driver's name of a GPU contains, and ours; the first match counts."""
 

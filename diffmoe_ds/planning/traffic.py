@@ -78,8 +78,10 @@ def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequenc
 
 def size_text(count: float) -> str:
     """Return a number of bytes in decimal units, with three digits."""
+    if count == 1:
+        return "1 byte"
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # larger numbers are printed as 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -107,7 +107,7 @@ def test_selection_on_one_and_two_ranks(capfd, monkeypatch):
     assert [case["ranks"] for case in cases] == [1, 2]
     assert all(sent["collectives"] == 0 for sent in cases[0]["sent"].values())
     gathered = cases[1]["sent"][selection.SORT]
-    assert gathered["collectives"] == 1 and gathered["bytes"] == 64 * 4 * 4
+    assert gathered["collectives"] == 1 and gathered["bytes"] == 2 * 64 * 4 * 4
     assert cases[1]["sent"][selection.OURS]["collectives"] > 0
 
 
@@ -118,7 +118,7 @@ def test_dispatch():
     (case,) = check_report(line, "dispatch", None, "all_to_all_single", ("sent", "ranks"))
     rows = 4 * 64 * 16 * 4
     assert case["sent"]["all_to_all_single"] == {
-        "collectives": 4, "bytes": rows, "by": {"alltoall_base_": {"calls": 4, "bytes": rows}},
+        "collectives": 4, "bytes": rows, "by": {"all_to_all": {"calls": 4, "bytes": rows}},
     }  # fmt: skip
     assert case["sent"]["diffmoe, equal counts"]["bytes"] == rows
 

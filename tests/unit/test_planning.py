@@ -25,6 +25,7 @@ from diffmoe_ds.planning.memory import step_memory
 from diffmoe_ds.planning.messages import messages_of_passes
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.simulate import Passes, estimate_passes, simulate
+from diffmoe_ds.planning.traffic import size_text
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ def test_gpus_are_found_by_our_name_and_by_the_driver_s():
         ("NVIDIA H200", "H200"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
@@ -70,6 +72,11 @@ def test_gpus_are_found_by_our_name_and_by_the_driver_s():
     assert device_reported("Tesla V100") is None
     with pytest.raises(ConfigError, match="did you mean 'H100'"):
         device_named("H10")
+
+
+def test_sizes_have_a_unit_and_three_digits():
+    sizes = {0: "0 bytes", 1: "1 byte", 2: "2 bytes", 999: "999 bytes", 1000: "1 kB", 999_600: "1 MB", 2**40: "1.1 TB"}
+    assert {size: size_text(size) for size in sizes} == sizes
 
 
 def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="imagenet-256"):

@@ -113,14 +113,16 @@ def pools(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(pools(), st.sampled_from(["cold", "same", "other"]))
+@given(pools(), st.sampled_from(["cold", "same", "other", "wider"]))
 def test_selection_equals_gather_and_sort(case, earlier):
     """Whatever an earlier search found, and with the counts of every rank."""
     parts, k_E = case
 
     def select(part, pool):
         warm = WarmStart()
-        if earlier != "cold":
+        if earlier == "wider":
+            select_top_k(part.repeat(1, 2), k_E.repeat(2), pool, warm)
+        elif earlier != "cold":
             select_top_k(part if earlier == "same" else part.flip(1) * 3, k_E, pool, warm)
         return select_top_k(part, k_E, pool, warm)
 
