@@ -39,8 +39,10 @@ class BatchSource:
         self._winner = 0
         self.flags: tuple[bool, ...] = ()
         """For each flag of the last `agree`, whether any rank set it."""
+        self.attachments_WX: Tensor | None = None
+        """int32: the attachment of every rank to the last `agree`."""
 
-    def agree(self, flags: tuple[bool, ...], values_N: Tensor) -> list[float]:
+    def agree(self, flags: tuple[bool, ...], values_N: Tensor, attachment_X: Tensor | None = None) -> list[float]:
         """Read the next micro-batch and agree on errors, flags and values, in one message. Every rank must call this.
 
         In a step this happens between the forward and the backward pass: a GPU is busy while the host reads, and it is
@@ -50,12 +52,13 @@ class BatchSource:
         Args:
             flags: this rank's answers to yes-or-no questions.
             values_N: fp32, on the run's device.
+            attachment_X: int32 numbers to send to every rank, if any.
 
         Returns:
             The mean of each value over the ranks.
         """
         self._read()
-        self._winner, self.flags, means = agree(values_N, self._failure, flags)
+        self._winner, self.flags, means, self.attachments_WX = agree(values_N, self._failure, flags, attachment_X)
         return means
 
     def take(self) -> MicroBatch:

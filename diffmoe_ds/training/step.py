@@ -76,7 +76,7 @@ def train_step(
             values = [loss.detach().float() for loss in losses]
             repeat = run.thresholds.search() if is_last else None
             values.append(torch.zeros_like(values[0]) if repeat is None else repeat)
-            *agreed, must_repeat = batches.agree(flags(), torch.stack(values))
+            *agreed, must_repeat = batches.agree(flags(), torch.stack(values), run.thresholds.attachment)
         means = [mean + value / accumulation for mean, value in zip(means, agreed, strict=True)]
         loss = losses.total
         if is_last and not all(map(math.isfinite, means)):
@@ -90,7 +90,7 @@ def train_step(
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
-    run.thresholds.update(must_repeat > 0)
+    run.thresholds.update(must_repeat > 0, batches.attachments_WX)
     run.ema.update()
     watchdog.tick()
     return StepResult(MeanLosses(*means), grad_norm, lr, output.routing, run.objective.noise_level(t_B))
