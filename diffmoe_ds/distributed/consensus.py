@@ -87,25 +87,34 @@ class Agreement(NamedTuple):
     """For each flag, whether any rank set it."""
     means: list[float]
     """For each value, its mean over the ranks."""
+    attachments_WX: Tensor
+    """int32: the attachment of every rank, on the device."""
 
 
-def agree(values_N: Tensor, error: DiffMoEError | None, flags: tuple[bool, ...]) -> Agreement:
+def agree(
+    values_N: Tensor, error: DiffMoEError | None, flags: tuple[bool, ...], attachment_X: Tensor | None = None
+) -> Agreement:
     """Agree on errors, flags and mean values, in one all-reduce and one copy to the host. Every rank must call this.
 
     Args:
         values_N: fp32, on the device of the collectives.
         error: this rank's error, if any.
         flags: this rank's answers to yes-or-no questions.
+        attachment_X: int32 numbers that every rank gets from every other, on the same device; the same length on all.
     """
     rank, device = get_rank(), values_N.device
     ballot = torch.tensor([encode_error(error, rank), *flags], dtype=torch.float32, pin_memory=device.type == "cuda")
-    every_WX = torch.zeros(get_world_size(), len(ballot) + len(values_N), device=device)
-    every_WX[rank, : len(ballot)].copy_(ballot, non_blocking=True)
-    every_WX[rank, len(ballot) :] = values_N
+    ballot = ballot.to(device, non_blocking=True)
+    ours = torch.cat([ballot, values_N]).view(torch.int32)  # as integers, any bits survive the sum with zeros
+    ours = ours if attachment_X is None else torch.cat([ours, attachment_X])
+    every_WX = ours.new_zeros(get_world_size(), len(ours))
+    every_WX[rank] = ours
     all_reduce(every_WX)
-    answers = torch.cat([every_WX[:, : len(ballot)].amax(0), every_WX[:, len(ballot) :].mean(0)]).tolist()
+    end = len(ballot) + len(values_N)
+    numbers_WN = every_WX[:, :end].view(torch.float32)
+    answers = torch.cat([numbers_WN[:, : len(ballot)].amax(0), numbers_WN[:, len(ballot) :].mean(0)]).tolist()
     winner, *raised = answers[: len(ballot)]
-    return Agreement(int(winner), tuple(map(bool, raised)), answers[len(ballot) :])
+    return Agreement(int(winner), tuple(map(bool, raised)), answers[len(ballot) :], every_WX[:, end:])
 
 
 def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:

@@ -60,7 +60,7 @@ class StepTime:
     update: float
     """Optimizer and EMA."""
     other: float
-    """Votes, losses, norms and flags."""
+    """Votes, losses, norms and flags, and the last keys of the thresholds' search, which travel with them."""
 
     @property
     def parts(self) -> dict[str, float]:

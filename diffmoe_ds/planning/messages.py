@@ -18,7 +18,7 @@ from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
 AGREED_VALUES = 8
-"""fp32 numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search."""
+"""Numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
 
@@ -78,24 +78,32 @@ def _selection(layout: Layout) -> list[Message]:
     scope = "world" if config.routing.pool == "world" else "ep"
     ranks, found = layout.pool_ranks, []
     if config.routing.kind == "batch_pool":
-        size = _search_bytes(layout, experts)
-        found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size * layers * steps))
+        size = (_histogram_bytes(experts) + _table_bytes(layout, experts)) * layers * steps
+        found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size))
     if config.has_capacity_predictor:  # one search for the experts of all layers and micro-steps
-        size = _search_bytes(layout, layers * experts * steps)
-        found.append(Message("thresholds", "all_reduce", scope, ranks, 2, size))
+        columns, calls = layers * experts * steps, 1 if _has_attached_table(layout) else 2
+        size = _histogram_bytes(columns) + (calls - 1) * _table_bytes(layout, columns)
+        found.append(Message("thresholds", "all_reduce", scope, ranks, calls, size))
     if config.routing.kind == "token_choice":
         calls = layers * steps
         found.append(Message("balance loss", "all_reduce", scope, ranks, calls, 4 * experts * calls))
     return found
 
 
-def _search_bytes(layout: Layout, experts: int) -> int:
-    """Return the bytes of the two all-reduces of `moe/search.py`: a histogram, and a table of every rank's best keys.
+# A search for the K-th keys of some experts sends a histogram, then a table with the best keys of every rank. This is
+# the usual case. The first step, and a step in which many tokens lie near the K-th, send a few more messages.
+def _histogram_bytes(experts: int) -> int:
+    return 4 * experts * BINS
 
-    This is the usual case. The first step, and a step in which many tokens lie near the K-th, send a few more.
-    """
+
+def _table_bytes(layout: Layout, experts: int) -> int:
     ranks = layout.pool_ranks
-    return 4 * experts * BINS + 4 * ranks * experts * (2 + candidates_of_rank(ranks))
+    return 4 * ranks * experts * (2 + candidates_of_rank(ranks))
+
+
+def _has_attached_table(layout: Layout) -> bool:
+    """Return whether the table of the thresholds' search travels with the agreement of a step's last micro-step."""
+    return layout.config.has_capacity_predictor and layout.moe_layers > 0 and 1 < layout.pool_ranks == layout.world
 
 
 def _rows(layout: Layout) -> list[Message]:
@@ -120,7 +128,10 @@ def routed_rows(layout: Layout) -> int:
 def _loop(layout: Layout) -> list[Message]:
     """Return what the training loop sends: errors, flags and losses of every rank, once per micro-step."""
     world, steps = layout.world, layout.settings.accumulation
-    return [Message("agreement", "all_reduce", "world", world, steps, 4 * AGREED_VALUES * world * steps)]
+    size = 4 * AGREED_VALUES * world * steps
+    if _has_attached_table(layout):
+        size += _table_bytes(layout, layout.moe_layers * layout.config.num_experts * steps)
+    return [Message("agreement", "all_reduce", "world", world, steps, size)]
 
 
 def _stage_0(layout: Layout) -> list[Message]:

@@ -42,8 +42,10 @@ class BatchSource:
         self._winner = 0
         self.flags: tuple[bool, ...] = ()
         """For each flag of the last `agree`, whether any rank set it."""
+        self.attachments_WX: Tensor | None = None
+        """int32: the attachment of every rank to the last `agree`."""
 
-    def agree(self, flags: tuple[bool, ...], values_N: Tensor) -> list[float]:
+    def agree(self, flags: tuple[bool, ...], values_N: Tensor, attachment_X: Tensor | None = None) -> list[float]:
         """Read the next micro-batch and agree on errors, flags and values, in one message. Every rank must call this.
 
         Nothing is read for a run that is complete, and during its last micro-step.
@@ -55,12 +57,26 @@ class BatchSource:
         Args:
             flags: this rank's answers to yes-or-no questions.
             values_N: fp32, on the run's device.
+            attachment_X: int32 numbers to send to every rank, if any.
 
         Returns:
             The mean of each value over the ranks.
         """
         self._read()
-        self._winner, self.flags, means = agree(values_N, self._failure, flags)
+        self._winner, self.flags, means, self.attachments_WX = agree(values_N, self._failure, flags, attachment_X)
+        return means
+
+    def agree_again(self, values_N: Tensor, attachment_X: Tensor | None) -> list[float]:
+        """Agree on the values of a forward pass that was repeated; errors and flags stay those of the last `agree`.
+
+        Args:
+            values_N: see `agree`.
+            attachment_X: see `agree`.
+
+        Returns:
+            The mean of each value over the ranks.
+        """
+        *_, means, self.attachments_WX = agree(values_N, None, (), attachment_X)
         return means
 
     def take(self) -> MicroBatch:

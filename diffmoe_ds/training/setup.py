@@ -116,7 +116,7 @@ def setup_run(plan: TrainPlan) -> Run:
         model=model,
         objective=make_objective(config.objective.kind),
         ema=EMA(fragments, seam.parts(engine), config.ema.decay),
-        thresholds=Thresholds(model.moe_layers().values(), config.routing),
+        thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         began_from=plan.began_from,
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )

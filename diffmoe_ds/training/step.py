@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.consensus import agree
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import NonFiniteError
@@ -102,7 +101,7 @@ def train_step(
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
-    run.thresholds.update(agreed[MUST_REPEAT] > 0)
+    run.thresholds.update(agreed[MUST_REPEAT] > 0, batches.attachments_WX)
     run.ema.update()
     watchdog.tick()
     noise_level_B = run.objective.noise_level(passed.t_B)
@@ -120,14 +119,14 @@ def _agreed_forward(
         The results; the mean over the ranks of each value of `_forward`; and whether the pass was repeated.
     """
     passed, values = _forward(run, batch, is_last)
-    agreed = batches.agree(flags(), values)
+    agreed = batches.agree(flags(), values, run.thresholds.attachment)
     if not any(agreed[MUST_REDO:]):
         return passed, agreed, False
     del passed  # frees its graph
     run.thresholds.retract()
     with exact_dispatch(run.model.moe_layers().values()):
         passed, values = _forward(run, batch, is_last)
-    return passed, agree(values, None, ()).means, True
+    return passed, batches.agree_again(values, run.thresholds.attachment), True
 
 
 def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_Passed, Tensor]:

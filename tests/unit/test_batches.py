@@ -23,7 +23,8 @@ def test_a_run_reads_only_the_micro_batches_of_its_steps(monkeypatch, seen, micr
     """40 images in steps of 16 with 2 micro-steps each; a complete run reads none."""
     read = []
     monkeypatch.setattr(batches, "make_loader", lambda run, dataset: (read.append(1) or Batch() for _ in range(99)))
-    monkeypatch.setattr(batches, "agree", lambda values, error, flags: Agreement(0, flags, values.tolist()))
+    nothing = torch.zeros(1, 0)
+    monkeypatch.setattr(batches, "agree", lambda values, error, flags, _: Agreement(0, flags, values.tolist(), nothing))
     monkeypatch.setattr(batches, "get_rank", lambda: 0)
     run = SimpleNamespace(
         config=SimpleNamespace(run=SimpleNamespace(total_images=40)), images=seen, device=torch.device("cpu"),
