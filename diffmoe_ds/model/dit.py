@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from diffmoe_ds.model.layers import (
     unpatchify,
 )
 from diffmoe_ds.moe.first_pass import both_passes
-from diffmoe_ds.moe.layer import MoELayer, Routing
+from diffmoe_ds.moe.layer import MoELayer, Routing, bounded_dispatch
 
 
 class DiTOutput(NamedTuple):
@@ -163,6 +164,10 @@ class DiT(nn.Module):
             raise ConfigError(unknown(f"routing of a {self.config.routing.kind!r} model", choice, valid))
         for layer in self.moe_layers().values():
             layer.inference = choice
+
+    def bounded_dispatch(self, capacities: float) -> AbstractContextManager[bool]:
+        """Return a context without host synchronizations; see `diffmoe_ds.moe.layer.bounded_dispatch`."""
+        return bounded_dispatch(self.moe_layers().values(), capacities)
 
     @property
     def images_compete(self) -> bool:

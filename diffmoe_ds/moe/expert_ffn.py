@@ -42,9 +42,8 @@ def expert_ffn(
     """
     if isinstance(rows_per_expert, Tensor):
         return grouped_ffn(kind, rows_RD, w1, w2, w3, rows_per_expert)
-    path = RAGGED_PRODUCTS.get((rows_RD.device.type, rows_RD.dtype))
-    if path == "grouped" and len(set(rows_per_expert)) > 1:
-        counts = torch.tensor(rows_per_expert, pin_memory=True).to(rows_RD.device, non_blocking=True)
+    if groups_ragged_rows(rows_RD) and len(set(rows_per_expert)) > 1:
+        counts = torch.tensor(rows_per_expert, pin_memory=rows_RD.is_cuda).to(rows_RD.device, non_blocking=True)
         return grouped_ffn(kind, rows_RD, w1, w2, w3, counts)
     blocks = Blocks(list(rows_per_expert), w1.shape[1], rows_RD.device.type)
     ffn = {"gelu": _GeluFFN, "swiglu": _SwiGLUFFN}[kind]
@@ -57,6 +56,13 @@ RAGGED_PRODUCTS = {("cuda", torch.bfloat16): "grouped"}
 or, if not listed, one product for each. On two CPU cores, grouped products took 1.2 to 1.3 times as long as a loop, in
 fp32 and in bf16. On GPUs, torch has a kernel for bf16 only: in other dtypes, `grouped_mm` is itself a loop, which waits
 for the device."""
+
+
+def groups_ragged_rows(like: Tensor) -> bool:
+    """Return whether experts with different numbers of rows are one grouped product, on ``like``'s device and dtype."""
+    return RAGGED_PRODUCTS.get((like.device.type, like.dtype)) == "grouped"
+
+
 CPU_BLOCK = 1 << 20
 """Hidden values of a batched block on a CPU, 4 MiB in fp32. At 128 rows of width 384, blocks of 4 experts took 1.04
 times as long as the bare products, single experts and all 16 at once 1.15 times."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.layers import FFN
+from diffmoe_ds.moe.bounded import BoundedDispatcher
 from diffmoe_ds.moe.capacity import predicted_mask
+from diffmoe_ds.moe.expert_ffn import groups_ragged_rows
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.logits import fp32_linear
@@ -88,6 +90,8 @@ class MoELayer(nn.Module):
         """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
         if routing.padded_dispatch is not None:
             self.padded_dispatcher = PaddedDispatcher(self.experts, routing.capacity, routing.padded_dispatch)
+        self.bounded_dispatcher: Dispatcher[Any] | None = None
+        """Likewise, in inference; see `bounded_dispatch`."""
         self.is_exact = False
         """Whether to use neither the padded dispatcher nor an unverified selection; see `exact_dispatch`."""
 
@@ -128,9 +132,9 @@ class MoELayer(nn.Module):
     def _count(self, selection: Selection) -> tuple[Dispatcher[Any], Counts]:
         """Choose how to dispatch a selection, and return its counts."""
         dispatcher = self.dispatcher
-        if self._is_padded and selection.rows_per_expert is None:
-            assert self.padded_dispatcher is not None, "see `_is_padded`"
-            dispatcher = self.padded_dispatcher
+        if selection.rows_per_expert is None:
+            padded = self.padded_dispatcher if self._is_padded else self.bounded_dispatcher
+            dispatcher = dispatcher if padded is None else padded
         return dispatcher, dispatcher.count(selection)
 
     def _must_redo(self, counts: Counts) -> Tensor | None:
@@ -185,3 +189,28 @@ def exact_dispatch(layers: Iterable[MoELayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.is_exact = False
+
+
+@contextmanager
+def bounded_dispatch(layers: Iterable[MoELayer], capacities: float) -> Iterator[bool]:
+    """Assume a bound for the number of rows within the context, instead of waiting for the device, where that pays.
+
+    It pays where all experts are held here and compute ragged rows as grouped products.
+
+    Args:
+        layers: of a model in eval mode.
+        capacities: the bound, as a multiple of the capacity.
+
+    Yields:
+        Whether it pays: `Routing.must_redo` then says whether a layer had more rows.
+    """
+    layers = list(layers)
+    pays = all(isinstance(e.dispatcher, LocalDispatcher) and groups_ragged_rows(e.experts.w1) for e in layers)
+    if pays:
+        for layer in layers:
+            layer.bounded_dispatcher = BoundedDispatcher(layer.capacity * capacities)
+    try:
+        yield pays and bool(layers)
+    finally:
+        for layer in layers:
+            layer.bounded_dispatcher = None

@@ -23,13 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ds.moe.expert_ffn import RAGGED_PRODUCTS
+from diffmoe_ds.moe.expert_ffn import groups_ragged_rows
 from diffmoe_ds.moe.experts import Experts
-from diffmoe_ds.moe.plan import RoutePlan
+from diffmoe_ds.moe.plan import RoutePlan, add_spare_bags
 from diffmoe_ds.moe.top_k import Selection
-
-SLOTS_OF_SPARE_BAG = 64
-"""Slots per bag that sums up unused ones, if all are unused: a GPU sums up a bag serially."""
 
 
 class PaddedCounts(NamedTuple):
@@ -49,6 +46,11 @@ class PaddedCounts(NamedTuple):
     def plan(self, mask_TE: Tensor, scores_TE: Tensor) -> RoutePlan:
         """Return the plan whose rows are the slots of all experts."""
         return make_padded_plan(mask_TE, scores_TE, self.slots)
+
+
+def slots_of_expert(tokens: int, experts: int, slots_per_token: float) -> int:
+    """Return M, the slots of each expert for the rows of a rank with ``tokens`` tokens."""
+    return math.ceil(min(tokens, slots_per_token * tokens / experts))
 
 
 class PaddedDispatcher:
@@ -77,7 +79,7 @@ class PaddedDispatcher:
         """Return the counts; see `plan.Dispatcher`."""
         tokens, experts = selection.mask_TE.shape
         local_experts = experts // self.ranks
-        slots = math.ceil(min(tokens, self._slots_per_token * tokens / experts))
+        slots = slots_of_expert(tokens, experts, self._slots_per_token)
         rows_E = selection.mask_TE.sum(0)
         computed: list[int] | Tensor
         counts_WE, k = selection.counts_WE, selection.rows_per_expert_in_pool
@@ -85,7 +87,7 @@ class PaddedDispatcher:
             # the pool has one replica of each expert, so all K rows arrive here; at least 1, for padding to refer to
             received_PL, size = self.received(selection), max(1, k) * local_experts
             computed = [max(1, k)] * local_experts
-        elif RAGGED_PRODUCTS.get((rows_E.device.type, self._experts.w1.dtype)) == "grouped":
+        elif groups_ragged_rows(self._experts.w1):
             received_PL, size = self.received(selection).clamp(max=slots), slots * experts
             computed = received_PL.sum(0)
         else:
@@ -136,11 +138,7 @@ def make_padded_plan(mask_TE: Tensor, scores_TE: Tensor, slots: int) -> RoutePla
     slot_ET = (mask_ET.cumsum(1) - 1).clamp(0, slots - 1) + expert_E1 * slots
     by_token_R, by_token_E = torch.nonzero_static(mask_TE, size=size, fill_value=0).unbind(1)
     row_R = slot_ET.flatten().index_select(0, by_token_E * tokens + by_token_R)
-    end_T = mask_TE.sum(1).cumsum(0).clamp(max=size)
-    spare_bags = math.ceil(size / SLOTS_OF_SPARE_BAG)
-    spare = torch.arange(1, spare_bags + 1, device=mask_TE.device)
-    end_of_spare = end_T[-1] + (size - end_T[-1]) * spare // spare_bags
-    start_T = F.pad(torch.cat([end_T, end_of_spare]), (1, 0))
+    start_T = add_spare_bags(F.pad(mask_TE.sum(1).cumsum(0).clamp(max=size), (1, 0)), size)
     return RoutePlan(token_EM.flatten(), weight_EM.flatten(), row_R, start_T, tokens)
 
 

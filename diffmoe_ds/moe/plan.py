@@ -6,6 +6,7 @@ P ranks of the EP group, L = E / P experts held by a rank, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -41,13 +42,30 @@ def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
         num_rows: R, the number of True in the mask.
     """
     mask_ET = mask_TE.T.contiguous()
-    expert_R, token_R = torch.nonzero_static(mask_ET, size=num_rows).unbind(1)
+    expert_R, token_R = torch.nonzero_static(mask_ET, size=num_rows, fill_value=0).unbind(1)
     row_ET = mask_ET.flatten().cumsum(0).view(mask_ET.shape) - 1
-    by_token_T, by_token_E = torch.nonzero_static(mask_TE, size=num_rows).unbind(1)
+    by_token_T, by_token_E = torch.nonzero_static(mask_TE, size=num_rows, fill_value=0).unbind(1)
     row_R = row_ET.flatten().index_select(0, by_token_E * len(mask_TE) + by_token_T)
     start_T = F.pad(mask_TE.sum(1).cumsum(0), (1, 0))
     weight_R = scores_TE.flatten().gather(0, token_R * scores_TE.shape[1] + expert_R)
     return RoutePlan(token_R, weight_R, row_R, start_T, len(mask_TE))
+
+
+SLOTS_OF_SPARE_BAG = 64
+"""Unused rows per bag that sums them up, if all are unused: a GPU sums up a bag serially."""
+
+
+def add_spare_bags(start_T: Tensor, size: int) -> Tensor:
+    """Extend ``RoutePlan.start_T`` so that unused rows are in bags of their own.
+
+    Args:
+        start_T: int64 [T + 1], at most ``size``.
+        size: R, unused rows included.
+    """
+    end = start_T[-1]
+    spare_bags = math.ceil(size / SLOTS_OF_SPARE_BAG)
+    spare = torch.arange(1, spare_bags + 1, device=start_T.device)
+    return torch.cat([start_T, end + (size - end) * spare // spare_bags])
 
 
 class Counts(Protocol):

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from diffmoe_ds.moe.padding import slots_of_expert
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
 AGREED_VALUES = 8
-"""Numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search."""
+"""Numbers of a rank in the loop's agreement: an error, two flags, four losses, the verdict on the last search. Padded
+dispatch adds one."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
 
@@ -115,20 +117,33 @@ def _rows(layout: Layout) -> list[Message]:
     found = []
     row_bytes = config.size.hidden_size * layout.weight_bytes
     found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
-    if config.routing.kind == "token_choice":
+    if config.routing.kind == "token_choice" and not _is_padded(layout):
         found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
     return found
 
 
 def routed_rows(layout: Layout) -> int:
-    """Return R, the rows that a rank's micro-batch sends to experts; an average where the pool spans ranks."""
-    return round(layout.config.routing.capacity * layout.tokens)
+    """Return R, the rows that a rank's micro-batch sends to experts, padding included.
+
+    An average where the pool spans ranks and rows are not padded.
+    """
+    routing, experts = layout.config.routing, layout.config.num_experts
+    if routing.padded_dispatch is not None and _is_padded(layout):
+        return experts * slots_of_expert(layout.tokens, experts, routing.capacity * routing.padded_dispatch)
+    return round(routing.capacity * layout.tokens)
+
+
+def _is_padded(layout: Layout) -> bool:
+    """Return whether the configuration asks for padded dispatch, and the rule does not fix the number of rows."""
+    routing = layout.config.routing
+    is_fixed = routing.kind != "token_choice" and (routing.kind != "batch_pool" or layout.pool_ranks == 1)
+    return routing.padded_dispatch is not None and layout.moe_layers > 0 and not is_fixed
 
 
 def _loop(layout: Layout) -> list[Message]:
     """Return what the training loop sends: errors, flags and losses of every rank, once per micro-step."""
     world, steps = layout.world, layout.settings.accumulation
-    size = 4 * AGREED_VALUES * world * steps
+    size = 4 * (AGREED_VALUES + _is_padded(layout)) * world * steps
     if _has_attached_table(layout):
         size += _table_bytes(layout, layout.moe_layers * layout.config.num_experts * steps)
     return [Message("agreement", "all_reduce", "world", world, steps, size)]

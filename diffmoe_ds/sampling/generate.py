@@ -15,13 +15,17 @@ from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.rng import image_stream
 from diffmoe_ds.sampling.guidance import GuideChannels, check_guidance, guided
 from diffmoe_ds.sampling.samplers import Progress, check_sampling, sample
 
 PIXEL_CHANNELS = (1, 3)
 """Models with this many channels generate pixels; all others generate latents that a VAE decodes."""
+
+ASSUMED_CAPACITIES = 2.0
+"""Rows of a layer that are assumed at most, as a multiple of the training capacity. The capacity predictor gives the
+steps of a sampler different numbers of tokens; on average over the steps it is the training capacity."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ def labels_of(seeds: Sequence[int], config: Config) -> Tensor:
 def generate(
     model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None = None
 ) -> Tensor:
-    """Generate one batch of images.  No step synchronizes with the device, unless the model does.
+    """Generate one batch of images.
+
+    No step waits for the device if experts compute ragged rows as grouped products (in bf16 on a GPU): the number of
+    rows is assumed to stay below a bound. If it did not, which is checked after the last step, all steps are repeated.
 
     Args:
         model: in eval mode, in any dtype; the state of the sampler is fp32.
@@ -84,10 +91,22 @@ def generate(
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.
     """
+    with model.bounded_dispatch(ASSUMED_CAPACITIES) as is_bounded:
+        images_BCHW, must_redo = _generate(model, label_B, seeds, settings, progress)
+    if is_bounded and must_redo:
+        images_BCHW, _ = _generate(model, label_B, seeds, settings, progress)
+    return images_BCHW
+
+
+def _generate(
+    model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None
+) -> tuple[Tensor, Tensor]:
+    """Return the images of `generate`, and whether rows were lost in any step, as a bool scalar."""
     config = model.config
     device = label_B.device
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     streams = [image_stream(seed) for seed in seeds]
+    must_redo = torch.zeros((), dtype=torch.bool, device=device)
 
     def noise() -> Tensor:
         fresh = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
@@ -95,8 +114,11 @@ def generate(
         return (fresh.pin_memory() if device.type == "cuda" else fresh).to(device, non_blocking=True)
 
     def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        prediction: Tensor = model(x_BCHW, t_B, y_B).prediction
-        return prediction
+        output: DiTOutput = model(x_BCHW, t_B, y_B)
+        for routing in output.routing:
+            if routing.must_redo is not None:
+                must_redo.logical_or_(routing.must_redo)
+        return output.prediction
 
     model_fn = guided(
         forward,
@@ -108,4 +130,4 @@ def generate(
         settings.guide_channels,
         one_batch=not model.images_compete,
     )
-    return sample(model_fn, settings.sampler, noise(), settings.steps, noise, progress)
+    return sample(model_fn, settings.sampler, noise(), settings.steps, noise, progress), must_redo

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.models import forward_loss, make_batch, make_model, model_config
 from diffmoe_ds.checkpoint.reference import reference_views
+from diffmoe_ds.moe import expert_ffn
 from diffmoe_ds.moe.capacity import capacity_loss
 from tests.golden.test_golden import MODELS, golden, inputs, model_of
 
@@ -74,3 +75,38 @@ def test_forward_and_backward_never_wait_for_the_gpu(routing, dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ("gelu", "swiglu"))
+def test_grouped_products_agree_with_a_loop(monkeypatch, kind):
+    """In bf16, experts with different numbers of rows are one grouped product."""
+    counts, width, hidden = [300, 0, 77, 647], 64, 256
+    third = (4, 1, hidden + width) if kind == "gelu" else (4, hidden, width)
+    shapes = ((sum(counts), width), (4, hidden, width), (4, width, hidden), third)
+    tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16).mul_(0.1).requires_grad_() for s in shapes]
+    gradient = torch.randn(sum(counts), width, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for products in ({("cuda", torch.bfloat16): "grouped"}, {}):
+        monkeypatch.setattr(expert_ffn, "RAGGED_PRODUCTS", products)
+        out = expert_ffn.expert_ffn(kind, *tensors, counts)
+        results.append([out, *torch.autograd.grad(out, tensors, gradient)])
+    for name, ours, expected in zip(("out", "x", "w1", "w2", "w3"), *results, strict=True):
+        error = (ours.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error < 0.03, (name, float(error))
+
+
+@pytest.mark.parametrize("routing", ("batch_pool", "token_choice"))
+def test_no_layer_waits_for_the_gpu_in_sampling(routing):
+    config = model_config("tiny", 4, routing)
+    model, batch = make_model(config, DEVICE, torch.bfloat16).eval(), make_batch(config, 4, DEVICE)
+    if routing == "batch_pool":
+        model.set_inference("per_token")
+    with torch.inference_mode(), model.bounded_dispatch(4.0) as is_bounded:
+        assert is_bounded
+        for mode in ("default", "error"):  # the first pass may fill caches
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                output = model(batch.x, batch.time, batch.label)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert output.prediction.isfinite().all() and not any(r.must_redo for r in output.routing)

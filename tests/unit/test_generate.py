@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,9 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.moe import expert_ffn, top_k
+from diffmoe_ds.moe.plan import LocalDispatcher
+from diffmoe_ds.sampling import generate as generation
 from diffmoe_ds.sampling.generate import SamplingSettings, generate, labels_of
 from diffmoe_ds.training import preview
 from tests.helpers.syncs import SyncCounter
@@ -94,6 +98,38 @@ def test_no_step_waits_for_the_device(sampler):
         counts[steps] = counter.counts
     more = counts[5] - counts[2]
     assert more == ({"tensor from the host": 3} if sampler == "ddpm" else {})
+
+
+@pytest.mark.parametrize(("kind", "rule", "compete"), RULES[1:])
+def test_no_layer_waits_for_the_device_where_products_are_grouped(monkeypatch, kind, rule, compete):
+    """As in bf16 on a GPU; the images are those of exact counts, also where the assumed bound is too low."""
+    model = model_of(config_of(kind))
+    model.set_inference(rule)
+    expected = images_of(model)
+    monkeypatch.setitem(expert_ffn.RAGGED_PRODUCTS, ("cpu", torch.float32), "grouped")
+    monkeypatch.setattr(top_k, "_local_kth_key", top_k.sorted_kth_key)  # the CPU's selection reads each K
+    monkeypatch.setattr(generation, "ASSUMED_CAPACITIES", 4.0)
+    for steps in (5, 2):
+        with SyncCounter() as counter:
+            images = images_of(model, steps=steps)
+        counter.counts.pop("tensor from the host")  # copied without waiting
+        assert counter.counts == {"__bool__": 1}, "rows lost or not, after the last step"
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    redone = []
+    monkeypatch.setattr(generation, "ASSUMED_CAPACITIES", 0.1)
+    monkeypatch.setattr(LocalDispatcher, "count", counting(LocalDispatcher.count, redone))
+    torch.testing.assert_close(images_of(model), expected, rtol=1e-4, atol=1e-4)
+    assert redone or rule == "static"
+
+
+def counting(function: Callable[..., object], calls: list[str]) -> Callable[..., object]:
+    """Return a function that also notes its calls."""
+
+    def counted(*arguments: object) -> object:
+        calls.append(function.__name__)
+        return function(*arguments)
+
+    return counted
 
 
 def test_the_counter_counts():

@@ -93,6 +93,8 @@ def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="
         (("routing.pool=ep",), 8, 8),
         (("routing.pool=rank", "model.activation_checkpointing=true"), 8, 2),
         (("routing.kind=token_choice",), 8, 2),
+        (("routing.pool=world", "routing.padded_dispatch=1.25"), 8, 4),
+        (("routing.kind=token_choice", "routing.padded_dispatch=1.5"), 8, 2),
         (("routing.kind=expert_choice", "routing.interleave=false"), 4, 4),
         (("model.name=Dense-S", "model.depth=2", "routing.kind=dense"), 4, 1),
     ),
