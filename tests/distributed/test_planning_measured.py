@@ -36,7 +36,7 @@ def test_memory_and_bytes_of_real_steps(tmp_path):
         runs.append(training_arguments(path, tmp_path / f"run_{number}", *overrides, base=BASE))
         config = load_config("fashion", [*BASE, *overrides])
         planned.append(resolve_layout(LayoutRequest(2, 2), config, json.loads(path.read_text()), str(path)))
-    finished = run_ranks(2, [str(WORKERS / "measure_steps.py"), json.dumps(runs)])
+    finished = run_ranks(2, [str(WORKERS / "measure_steps.py"), str(tmp_path), json.dumps(runs)])
     assert finished.code == 0, finished.output
     measured = json.loads(next(line for line in finished.output.splitlines() if line.startswith("[{")))
     for case, layout, step in zip(CASES, planned, measured, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,3 +69,15 @@ def training_arguments(
 def read_metrics(directory: Path) -> list[dict]:
     """Return the rows of a run's ``metrics.jsonl``."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_all_ranks(folder: str | Path, run: str, timeout_s: float = 120) -> None:
+    """Wait until all ranks have finished a run of several in one process.
+
+    Then no rank serves the store of this run any more, which has the same address as that of the next one.
+    """
+    Path(folder, f"{run} {os.environ['RANK']}").touch()
+    end = time.monotonic() + timeout_s
+    while not all(Path(folder, f"{run} {rank}").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+        assert time.monotonic() < end, f"not all ranks finished {run}"
+        time.sleep(0.01)

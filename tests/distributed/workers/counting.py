@@ -8,9 +8,7 @@ The folder contains zero2.json and zero3.json, DeepSpeed configurations.
 import json
 import os
 import sys
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.training import loop
 from tests.helpers.counting import HostWaits, counted_collectives
+from tests.helpers.training import wait_for_all_ranks
 
 CASES = {
     "pool=rank": ["routing.pool=rank"],
@@ -61,13 +60,6 @@ def counting_step(run, *arguments):
     return result
 
 
-def wait_for_the_other_rank(name):
-    """Wait until no rank serves the store of this run any more: the next run's would have the same address."""
-    Path(folder, f"{name} {rank}").touch()
-    while not all(Path(folder, f"{name} {other}").exists() for other in range(int(os.environ["WORLD_SIZE"]))):
-        time.sleep(0.01)
-
-
 loop.train_step = counting_step
 for name, overrides in CASES.items():
     step, layer_calls = 0, []
@@ -77,6 +69,6 @@ for name, overrides in CASES.items():
     code = main([*arguments, *(part for value in sets for part in ("--set", value))])
     assert code == 0, (name, code)
     assert not dist.is_initialized()
-    wait_for_the_other_rank(name)
+    wait_for_all_ranks(folder, name)
 if rank == 0:
     print("counted " + json.dumps(results), flush=True)
