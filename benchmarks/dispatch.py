@@ -77,7 +77,7 @@ def _ours(
 ) -> Callable[[], object]:
     def run() -> None:
         rows_RD.grad = None
-        counts = dispatcher.count(selection)
+        counts = dispatcher.count(selection, is_grouped=False)
         dispatcher.combine(dispatcher.start_dispatch(rows_RD, counts)(), counts).backward(gradient_RD)
 
     return run

@@ -232,7 +232,12 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
 
         def generate_batch(batch: range) -> Pixels:
             labels = labels_of(batch, model.config).to(model.pos_embed.device)
-            images = generate(model, labels, batch, plan.settings, lambda done, total: bar.update())
+            before = bar.n
+
+            def progress(done: int, total: int) -> None:
+                bar.update(before + done - bar.n)  # the steps of a batch may start again
+
+            images = generate(model, labels, batch, plan.settings, progress)
             if not images.isfinite().all():
                 raise NonFiniteError(
                     f"{plan.reader.path}: the generated images contain NaN or Inf; try a smaller --cfg-scale than "

@@ -89,10 +89,10 @@ class RoutingConfig(Section):
     threshold_decay: Fraction = 0.95
     """Decay per optimizer step of the moving average that sets the thresholds of `dynamic` and `per_token` routing."""
     padded_dispatch: Slack | None = None
-    """If set, every rank sends each expert this multiple of the expected number of tokens in training, padded, instead
-    of waiting for the GPU in every layer to learn the exact number; 1.25 is a good start. It affects `token_choice` and
-    pools that span several ranks, and pays on GPUs. If a rank has more tokens for an expert, all ranks repeat the
-    forward pass with exact numbers; see `redone` in the metrics."""
+    """Slots that every rank sends to each expert in training, as a multiple of the expected number of tokens; unused
+    ones are padding. It avoids waiting for the GPU in every layer to learn the exact number; 1.25 is a good start. It
+    affects `token_choice` and pools that span several ranks, and pays on GPUs. If a rank has more tokens for an expert,
+    all ranks repeat the forward pass with exact numbers; see `redone` in the metrics."""
 
 
 class ObjectiveConfig(Section):

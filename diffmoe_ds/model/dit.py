@@ -116,6 +116,9 @@ class DiT(nn.Module):
             mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, int(width * model.mlp_ratio))
             self.blocks.append(DiTBlock(width, size.num_heads, mlp))
         self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
+        self.assumed_capacities = 2.0
+        """Assumed upper bound on a layer's rows in `bounded_dispatch`, as a multiple of the training capacity. The
+        capacity predictor routes a different number of tokens in each sampler step; on average, it is that capacity."""
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
         """Predict velocity or noise from noisy images.
@@ -165,9 +168,9 @@ class DiT(nn.Module):
         for layer in self.moe_layers().values():
             layer.inference = choice
 
-    def bounded_dispatch(self, capacities: float) -> AbstractContextManager[bool]:
-        """Return a context without host synchronizations; see `diffmoe_ds.moe.layer.bounded_dispatch`."""
-        return bounded_dispatch(self.moe_layers().values(), capacities)
+    def bounded_dispatch(self) -> AbstractContextManager[bool]:
+        """Return a context that avoids host synchronizations where supported; see `moe.layer.bounded_dispatch`."""
+        return bounded_dispatch(self.moe_layers().values(), self.assumed_capacities)
 
     @property
     def images_compete(self) -> bool:

@@ -1,7 +1,7 @@
-"""Dispatch within one process where only the device knows how many rows there are: at most N, which is checked later.
+"""Dispatch within one process that assumes at most N rows, which is checked later, so that only the device counts them.
 
-Rows are sorted by expert, and padding fills them up to N. `moe/grouped_ffn.py` skips the padding, so a generous N costs
-memory, not products. If there are more than N rows, some are lost, and the pass must be repeated with exact counts:
+Rows are sorted by expert and padded to N. `moe/grouped_ffn.py` skips the padding, so a generous N costs memory, not
+products. If there are more than N rows, some are lost, and the pass must be repeated with exact counts:
 `BoundedCounts.overflow` says so, on the device.
 
 Legend: T tokens, E experts, N rows and padding, D width.
@@ -47,7 +47,7 @@ class BoundedDispatcher:
         """
         self._rows_per_token = rows_per_token
 
-    def count(self, selection: Selection) -> BoundedCounts:
+    def count(self, selection: Selection, is_grouped: bool) -> BoundedCounts:
         """Return the counts; see `plan.Dispatcher`."""
         tokens, experts = selection.mask_TE.shape
         size = math.ceil(min(experts, self._rows_per_token) * tokens)
@@ -67,7 +67,7 @@ class BoundedDispatcher:
 def make_bounded_plan(mask_TE: Tensor, scores_TE: Tensor, size: int) -> RoutePlan:
     """Build a plan of at most N rows, without a host synchronization.
 
-    Padding has the row of some token, weight 0, and no place in the sum of a token.
+    A padding row holds an arbitrary token with weight 0 and is excluded from every token's sum.
 
     Args:
         mask_TE: bool, expert e takes token t; rows beyond N are lost.

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import Exchange, all_to_all
-from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.padding import PaddedDispatcher
 from diffmoe_ds.moe.plan import RowCounts
@@ -33,21 +32,15 @@ class AllToAllDispatcher:
         """
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
         self.pool_offset = pool_offset
 
-    def count(self, selection: Selection) -> RowCounts:
+    def count(self, selection: Selection, is_grouped: bool) -> RowCounts:
         """Return the counts; see `plan.Dispatcher`."""
         local_experts = selection.mask_TE.shape[1] // self.ranks
         if selection.rows_per_expert is not None:  # of every rank: they hold the same number of tokens
             counts = [[selection.rows_per_expert] * local_experts] * self.ranks
             return RowCounts(counts, counts)
-        if selection.counts_WE is not None and self.pool_offset is not None:
-            counts_PPL = selection.counts_WE[self.pool_offset :][: self.ranks].view(self.ranks, self.ranks, -1)
-            sent_PL, received_PL = counts_PPL[self.rank], counts_PPL[:, self.rank]
-        else:
-            sent_PL = selection.mask_TE.sum(0).view(self.ranks, -1)
-            received_PL = all_to_all(sent_PL, group=self.group)
+        sent_PL, received_PL = _sent_and_received(selection, self.group, self.pool_offset)
         return RowCounts(*torch.stack([sent_PL, received_PL]).tolist())  # one copy to the host
 
     def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
@@ -64,33 +57,43 @@ class AllToAllDispatcher:
 class PaddedAllToAllDispatcher(PaddedDispatcher):
     """The `PaddedDispatcher` of an EP group."""
 
-    def __init__(
-        self, experts: Experts, capacity: float, slack: float, group: dist.ProcessGroup, pool_offset: int | None
-    ) -> None:
+    def __init__(self, capacity: float, slack: float, group: dist.ProcessGroup, pool_offset: int | None) -> None:
         """Set the number of slots and the group.
 
         Args:
-            experts: see `PaddedDispatcher`.
             capacity: see `PaddedDispatcher`.
             slack: see `PaddedDispatcher`.
             group: the EP group.
             pool_offset: see `AllToAllDispatcher`.
         """
-        super().__init__(experts, capacity, slack)
+        super().__init__(capacity, slack)
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
         self.pool_offset = pool_offset
 
+    def rows_per_expert(self, selection: Selection) -> int | None:
+        if self.pool_offset is None or selection.counts_WE is None or len(selection.counts_WE) != self.ranks:
+            return None
+        return selection.rows_per_expert_in_pool  # the pool has one replica of each expert, so all rows arrive here
+
     def received(self, selection: Selection) -> Tensor:
-        if selection.counts_WE is None or self.pool_offset is None:
-            return all_to_all(selection.mask_TE.sum(0).view(self.ranks, -1), group=self.group)
-        counts_PPL = selection.counts_WE[self.pool_offset :][: self.ranks].view(self.ranks, self.ranks, -1)
-        return counts_PPL[:, self.rank]
+        return _sent_and_received(selection, self.group, self.pool_offset)[1]
 
     def start_exchange(self, rows_RD: Tensor) -> Callable[[], Tensor]:
         slots = [len(rows_RD) // self.ranks] * self.ranks
         return start_exchange(rows_RD, slots, slots, self.group)
+
+
+def _sent_and_received(
+    selection: Selection, group: dist.ProcessGroup, pool_offset: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows that this rank sends and receives, int64 [P, L] each; see `AllToAllDispatcher`."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if selection.counts_WE is not None and pool_offset is not None:
+        counts_PPL = selection.counts_WE[pool_offset:][:ranks].view(ranks, ranks, -1)
+        return counts_PPL[rank], counts_PPL[:, rank]
+    sent_PL = selection.mask_TE.sum(0).view(ranks, -1)
+    return sent_PL, all_to_all(sent_PL, group=group)
 
 
 def _totals(counts_PL: list[list[int]]) -> list[int]:

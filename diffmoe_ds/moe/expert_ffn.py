@@ -26,7 +26,7 @@ def expert_ffn(
 ) -> Tensor:
     """Compute each row with its expert.
 
-    How depends on `RAGGED_PRODUCTS` and `Blocks`; the results agree to rounding.
+    `GROUPED` and `Blocks` select the implementation; results agree up to rounding.
 
     Args:
         kind: ``gelu`` or ``swiglu``.
@@ -40,27 +40,34 @@ def expert_ffn(
     Returns:
         [R, D].
     """
+    needs_backward = torch.is_grad_enabled()
     if isinstance(rows_per_expert, Tensor):
-        return grouped_ffn(kind, rows_RD, w1, w2, w3, rows_per_expert)
-    if groups_ragged_rows(rows_RD) and len(set(rows_per_expert)) > 1:
+        return grouped_ffn(kind, rows_RD, w1, w2, w3, rows_per_expert, needs_backward)
+    if len(set(rows_per_expert)) > 1 and groups_ragged_rows(rows_RD, w1.shape[2], w1.shape[1]):
         counts = torch.tensor(rows_per_expert, pin_memory=rows_RD.is_cuda).to(rows_RD.device, non_blocking=True)
-        return grouped_ffn(kind, rows_RD, w1, w2, w3, counts)
+        return grouped_ffn(kind, rows_RD, w1, w2, w3, counts, needs_backward)
     blocks = Blocks(list(rows_per_expert), w1.shape[1], rows_RD.device.type)
     ffn = {"gelu": _GeluFFN, "swiglu": _SwiGLUFFN}[kind]
-    out_RD: Tensor = ffn.apply(rows_RD, w1, w2, w3, blocks, torch.is_grad_enabled())
+    out_RD: Tensor = ffn.apply(rows_RD, w1, w2, w3, blocks, needs_backward)
     return out_RD
 
 
-RAGGED_PRODUCTS = {("cuda", torch.bfloat16): "grouped"}
-"""The products of experts with different numbers of rows, by device type and dtype: one `grouped_mm` for all experts,
-or, if not listed, one product for each. On two CPU cores, grouped products took 1.2 to 1.3 times as long as a loop, in
-fp32 and in bf16. On GPUs, torch has a kernel for bf16 only: in other dtypes, `grouped_mm` is itself a loop, which waits
-for the device."""
+GROUPED = {("cuda", torch.bfloat16)}
+"""Device types and dtypes in which experts with different numbers of rows are one `grouped_mm`; elsewhere they are one
+product each. On two CPU cores, grouped products took 1.2 to 1.3 times as long as a loop, in fp32 and in bf16. On GPUs,
+torch has a kernel for bf16 only: in other dtypes, `grouped_mm` is itself a loop, which waits for the device."""
 
 
-def groups_ragged_rows(like: Tensor) -> bool:
-    """Return whether experts with different numbers of rows are one grouped product, on ``like``'s device and dtype."""
-    return RAGGED_PRODUCTS.get((like.device.type, like.dtype)) == "grouped"
+def groups_ragged_rows(like: Tensor, width: int, hidden: int) -> bool:
+    """Return whether experts with different numbers of rows are one grouped product.
+
+    Args:
+        like: has the device and the dtype of the rows.
+        width: D.
+        hidden: H.
+    """
+    is_aligned = all(size * like.element_size() % 16 == 0 for size in (width, hidden))  # `grouped_mm` refuses others
+    return (like.device.type, like.dtype) in GROUPED and is_aligned
 
 
 CPU_BLOCK = 1 << 20
@@ -72,9 +79,9 @@ class Blocks:
     """How rows are divided into matrix products.
 
     Where all experts have the same number of rows, one batched product computes several: all of them on a GPU, where a
-    loop would launch many small kernels, and on a CPU as many as have their hidden values in the cache from one product
-    to the next, but at least one for each thread: two threads that share a product in bf16 took 1.4 times as long as
-    with one each. Otherwise expert by expert. All ways give the same gradients at the same time.
+    loop would launch many small kernels, and on a CPU as many as keep their hidden values in the cache between
+    products, but at least one for each thread: two threads that share a product in bf16 took 1.4 times as long as with
+    one each. Otherwise expert by expert. Every variant makes all gradients ready at once.
     """
 
     def __init__(self, rows_per_expert: list[int], hidden: int, device_type: str) -> None:

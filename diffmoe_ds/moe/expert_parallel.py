@@ -32,7 +32,7 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
             offset, slack = _pool_offset(self.pool, topology), config.routing.padded_dispatch
             self.dispatcher = AllToAllDispatcher(ep_group, offset)
             if slack is not None:
-                self.padded_dispatcher = PaddedAllToAllDispatcher(self.experts, self.capacity, slack, ep_group, offset)
+                self.padded_dispatcher = PaddedAllToAllDispatcher(self.capacity, slack, ep_group, offset)
         adopt_layer(self, topology, ep_group)
 
 

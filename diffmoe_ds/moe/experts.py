@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ds.moe.expert_ffn import expert_ffn
+from diffmoe_ds.moe.expert_ffn import expert_ffn, groups_ragged_rows
 
 
 class Experts(nn.Module):
@@ -29,10 +29,20 @@ class Experts(nn.Module):
         """
         super().__init__()
         self.kind = kind
+        self.width, self.hidden = width, hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, width, hidden))
         third = (num_experts, hidden, width) if kind == "swiglu" else (num_experts, 1, hidden + width)
         self.w3 = nn.Parameter(torch.empty(third))
+
+    def groups_ragged_rows(self, like: Tensor) -> bool:
+        """Return whether experts with different numbers of rows are one grouped product, so that only the device has to
+        know these numbers.
+
+        Args:
+            like: has the device and the dtype of the rows.
+        """
+        return groups_ragged_rows(like, self.width, self.hidden)
 
     def forward(self, rows_RD: Tensor, rows_per_expert: Sequence[int] | Tensor) -> Tensor:
         """Compute each row with its expert.

@@ -19,7 +19,6 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.layers import FFN
 from diffmoe_ds.moe.bounded import BoundedDispatcher
 from diffmoe_ds.moe.capacity import predicted_mask
-from diffmoe_ds.moe.expert_ffn import groups_ragged_rows
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.logits import fp32_linear
@@ -49,7 +48,8 @@ class Routing(NamedTuple):
     balance_loss: Tensor | None
     """Scalar with gradient; only for ``token_choice`` in training."""
     must_redo: Tensor | None
-    """bool scalar: the output is wrong, repeat the pass under `exact_dispatch`; None if it never is."""
+    """bool scalar: the output is invalid, so the pass must be repeated under `exact_dispatch`; None if it is always
+    valid."""
 
 
 class MoELayer(nn.Module):
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         self.padded_dispatcher: Dispatcher[Any] | None = None
         """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
         if routing.padded_dispatch is not None:
-            self.padded_dispatcher = PaddedDispatcher(self.experts, routing.capacity, routing.padded_dispatch)
+            self.padded_dispatcher = PaddedDispatcher(routing.capacity, routing.padded_dispatch)
         self.bounded_dispatcher: Dispatcher[Any] | None = None
         """Likewise, in inference; see `bounded_dispatch`."""
         self.is_exact = False
@@ -110,7 +110,7 @@ class MoELayer(nn.Module):
         logits_TE = None if rule == "static" else self._predict(tokens_TD)
         with torch.no_grad():
             selection = remember(lambda: self._select(rule, scores_TE, logits_TE))
-        dispatcher, counts = remember(lambda: self._count(selection))
+        dispatcher, counts = remember(lambda: self._count(selection, tokens_TD))
         plan = counts.plan(selection.mask_TE, scores_TE)
         finish_dispatch = dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
         # computed while the rows travel
@@ -129,13 +129,13 @@ class MoELayer(nn.Module):
         """Whether sizes may be assumed and verified later."""
         return self.padded_dispatcher is not None and self.training and not self.is_exact
 
-    def _count(self, selection: Selection) -> tuple[Dispatcher[Any], Counts]:
+    def _count(self, selection: Selection, tokens_TD: Tensor) -> tuple[Dispatcher[Any], Counts]:
         """Choose how to dispatch a selection, and return its counts."""
         dispatcher = self.dispatcher
         if selection.rows_per_expert is None:
             padded = self.padded_dispatcher if self._is_padded else self.bounded_dispatcher
             dispatcher = dispatcher if padded is None else padded
-        return dispatcher, dispatcher.count(selection)
+        return dispatcher, dispatcher.count(selection, self.experts.groups_ragged_rows(tokens_TD))
 
     def _must_redo(self, counts: Counts) -> Tensor | None:
         if counts.overflow is None or self._warm_start.inconclusive is None:
@@ -193,24 +193,29 @@ def exact_dispatch(layers: Iterable[MoELayer]) -> Iterator[None]:
 
 @contextmanager
 def bounded_dispatch(layers: Iterable[MoELayer], capacities: float) -> Iterator[bool]:
-    """Assume a bound for the number of rows within the context, instead of waiting for the device, where that pays.
+    """Within the context, assume a bound on the number of rows instead of waiting for the device, where supported.
 
-    It pays where all experts are held here and compute ragged rows as grouped products.
+    That is where every process computes alone and experts compute ragged rows as grouped products.
 
     Args:
         layers: of a model in eval mode.
         capacities: the bound, as a multiple of the capacity.
 
     Yields:
-        Whether it pays: `Routing.must_redo` then says whether a layer had more rows.
+        Whether the bound is used: `Routing.must_redo` then says whether a layer had more rows.
     """
     layers = list(layers)
-    pays = all(isinstance(e.dispatcher, LocalDispatcher) and groups_ragged_rows(e.experts.w1) for e in layers)
-    if pays:
+    is_used = bool(layers) and all(
+        isinstance(layer.dispatcher, LocalDispatcher)
+        and layer.pool.size == 1  # otherwise a rank that repeats its pass would wait for the others
+        and layer.experts.groups_ragged_rows(layer.gate_weight)
+        for layer in layers
+    )
+    if is_used:
         for layer in layers:
             layer.bounded_dispatcher = BoundedDispatcher(layer.capacity * capacities)
     try:
-        yield pays and bool(layers)
+        yield is_used
     finally:
         for layer in layers:
             layer.bounded_dispatcher = None

@@ -23,14 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ds.moe.expert_ffn import groups_ragged_rows
-from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.plan import RoutePlan, add_spare_bags
 from diffmoe_ds.moe.top_k import Selection
 
 
 class PaddedCounts(NamedTuple):
-    """Slots and rows of a padded dispatch. Except for ``overflow``, all is wrong where rows are lost."""
+    """Slots and rows of a padded dispatch. If rows are lost, only ``overflow`` is meaningful."""
 
     slots: int
     """M."""
@@ -54,46 +52,44 @@ def slots_of_expert(tokens: int, experts: int, slots_per_token: float) -> int:
 
 
 class PaddedDispatcher:
-    """A `plan.Dispatcher` that never synchronizes with the device; this one is for a process that holds all experts.
+    """A `plan.Dispatcher` that never synchronizes with the device. The base class serves a process with all experts.
 
     All ranks must have the same number of tokens.
     """
 
     ranks = 1
-    rank = 0
-    pool_offset: int | None = None
-    """See `dispatch.AllToAllDispatcher`."""
 
-    def __init__(self, experts: Experts, capacity: float, slack: float) -> None:
+    def __init__(self, capacity: float, slack: float) -> None:
         """Set the number of slots.
 
         Args:
-            experts: those held here.
             capacity: the average number of experts per token.
             slack: slots per expected row; at least 1.
         """
-        self._experts = experts
         self._slots_per_token = capacity * slack
 
-    def count(self, selection: Selection) -> PaddedCounts:
+    def count(self, selection: Selection, is_grouped: bool) -> PaddedCounts:
         """Return the counts; see `plan.Dispatcher`."""
         tokens, experts = selection.mask_TE.shape
         local_experts = experts // self.ranks
         slots = slots_of_expert(tokens, experts, self._slots_per_token)
         rows_E = selection.mask_TE.sum(0)
         computed: list[int] | Tensor
-        counts_WE, k = selection.counts_WE, selection.rows_per_expert_in_pool
-        if counts_WE is not None and k is not None and self.pool_offset is not None and len(counts_WE) == self.ranks:
-            # the pool has one replica of each expert, so all K rows arrive here; at least 1, for padding to refer to
-            received_PL, size = self.received(selection), max(1, k) * local_experts
-            computed = [max(1, k)] * local_experts
-        elif groups_ragged_rows(self._experts.w1):
+        known = self.rows_per_expert(selection)
+        if known is not None:
+            rows = max(1, known)  # so that padding has a valid index
+            received_PL, size, computed = self.received(selection), rows * local_experts, [rows] * local_experts
+        elif is_grouped:
             received_PL, size = self.received(selection).clamp(max=slots), slots * experts
             computed = received_PL.sum(0)
         else:
             received_PL, size = rows_E.new_full((self.ranks, local_experts), slots), slots * experts
             computed = [slots * self.ranks] * local_experts
         return PaddedCounts(slots, computed, *_positions(received_PL, slots, size), (rows_E > slots).any())
+
+    def rows_per_expert(self, selection: Selection) -> int | None:
+        """Return the number of rows of each expert held here, if the rule fixes it."""
+        return None
 
     def received(self, selection: Selection) -> Tensor:
         """Return the rows that this rank receives from each rank for each of its experts, int64 [P, L]."""
@@ -116,8 +112,8 @@ class PaddedDispatcher:
 def make_padded_plan(mask_TE: Tensor, scores_TE: Tensor, slots: int) -> RoutePlan:
     """Build a plan with M rows for each expert, without a host synchronization.
 
-    Padding has the row of some token, weight 0, and no place in the sum of a token: neither its output nor its gradient
-    has an effect.
+    A padding row holds an arbitrary token with weight 0 and is excluded from every token's sum: neither its output nor
+    its gradient has an effect.
 
     Args:
         mask_TE: bool, expert e takes token t; rows beyond M are lost.
@@ -164,7 +160,7 @@ def _positions(received_PL: Tensor, slots: int, size: int) -> tuple[Tensor, Tens
 
 
 def _take(rows_RD: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Return ``rows_RD[index]``; the gradient is taken at ``inverse``, instead of being added up."""
+    """Return ``rows_RD[index]``; its gradient is a gather at ``inverse`` instead of a scatter-add."""
     taken: Tensor = _Take.apply(rows_RD, index, inverse)  # type: ignore[no-untyped-call]
     return taken
 

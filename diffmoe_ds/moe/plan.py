@@ -18,14 +18,14 @@ from diffmoe_ds.moe.top_k import Selection
 
 
 class RoutePlan(NamedTuple):
-    """Routed rows, sorted by expert, then by token; under padded dispatch with unused ones (`moe/padding.py`)."""
+    """Routed rows, sorted by expert, then by token. Padded and bounded dispatch append unused rows."""
 
     token_R: Tensor
     """int64: the token of each row."""
     weight_R: Tensor
     """fp32: the score by which the expert's output is multiplied; carries the router's gradient."""
     row_R: Tensor
-    """int64: the rows once more, sorted by token, then by expert."""
+    """int64: row indices, sorted by token, then by expert."""
     start_T: Tensor
     """int64, at least T + 1: rows ``row_R[start_T[t] : start_T[t + 1]]`` are those of token t; after these, unused rows
     in parts of any size. The last element is R."""
@@ -52,7 +52,7 @@ def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
 
 
 SLOTS_OF_SPARE_BAG = 64
-"""Unused rows per bag that sums them up, if all are unused: a GPU sums up a bag serially."""
+"""The most unused rows in a bag: a GPU sums up each bag serially."""
 
 
 def add_spare_bags(start_T: Tensor, size: int) -> Tensor:
@@ -120,8 +120,15 @@ C = TypeVar("C", bound=Counts)
 class Dispatcher(Protocol[C]):
     """Moves rows to the ranks that hold their experts, and back."""
 
-    def count(self, selection: Selection) -> C:
-        """Return how many rows go where. Synchronizes with the device unless the routing rule fixes these numbers."""
+    def count(self, selection: Selection, is_grouped: bool) -> C:
+        """Return how many rows go where.
+
+        Synchronizes with the device unless the routing rule fixes these numbers, or the dispatcher assumes them.
+
+        Args:
+            selection: the tokens that experts take.
+            is_grouped: whether only the device has to know the numbers of rows; see `Experts.groups_ragged_rows`.
+        """
         ...
 
     def start_dispatch(self, rows_RD: Tensor, counts: C) -> Callable[[], Tensor]:
@@ -133,10 +140,10 @@ class Dispatcher(Protocol[C]):
         ...
 
     def combine(self, rows_RD: Tensor, counts: C) -> Tensor:
-        """Send one output for each row that `dispatch` returned, in the same order, back.
+        """Send one output for each row that `start_dispatch` returned, in the same order, back.
 
         Returns:
-            The outputs in the order of the rows passed to `dispatch`.
+            The outputs in the order of the rows passed to `start_dispatch`.
         """
         ...
 
@@ -144,7 +151,7 @@ class Dispatcher(Protocol[C]):
 class LocalDispatcher:
     """The `Dispatcher` of a process that holds all experts, without communication."""
 
-    def count(self, selection: Selection) -> RowCounts:
+    def count(self, selection: Selection, is_grouped: bool) -> RowCounts:
         """Return the counts; see `Dispatcher`."""
         if selection.rows_per_expert is not None:
             counts = [selection.rows_per_expert] * selection.mask_TE.shape[1]

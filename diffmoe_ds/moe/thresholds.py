@@ -26,7 +26,7 @@ from diffmoe_ds.moe.top_k import key_values, sort_keys
 class Thresholds:
     """Updates the thresholds of all layers of a model."""
 
-    def __init__(self, layers: Iterable[MoELayer], routing: RoutingConfig, world: int = 1) -> None:
+    def __init__(self, layers: Iterable[MoELayer], routing: RoutingConfig, world: int) -> None:
         """Collect the layers.
 
         Args:
@@ -39,10 +39,11 @@ class Thresholds:
         self._capacity = routing.capacity
         self._world = world
         self._observed: list[Tensor] = []
+        self._logits_TN = self._quantile_N = torch.empty(0)
         self._warm_start = WarmStart(verify_later=True)
         self._near: NearSearch | None = None
         self.attachment: Tensor | None = None
-        """int32 [X]: what `search` leaves to send to all ranks of the run, if anything."""
+        """int32 [X]: what the caller sends to all ranks of the run after `search`; None if there is nothing."""
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
@@ -106,6 +107,7 @@ class Thresholds:
 
     def _clear(self) -> None:
         self._observed.clear()
+        self._logits_TN = self._quantile_N = torch.empty(0)
         self._near = self.attachment = None
 
     def _search_alone(self) -> Tensor:

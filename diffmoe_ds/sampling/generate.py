@@ -23,10 +23,6 @@ from diffmoe_ds.sampling.samplers import Progress, check_sampling, sample
 PIXEL_CHANNELS = (1, 3)
 """Models with this many channels generate pixels; all others generate latents that a VAE decodes."""
 
-ASSUMED_CAPACITIES = 2.0
-"""Rows of a layer that are assumed at most, as a multiple of the training capacity. The capacity predictor gives the
-steps of a sampler different numbers of tokens; on average over the steps it is the training capacity."""
-
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -79,21 +75,23 @@ def generate(
     """Generate one batch of images.
 
     No step waits for the device if experts compute ragged rows as grouped products (in bf16 on a GPU): the number of
-    rows is assumed to stay below a bound. If it did not, which is checked after the last step, all steps are repeated.
+    rows is assumed to stay below a bound. The bound is checked after the last step; if it was exceeded, all steps are
+    repeated with exact counts, and the next batch assumes twice the bound.
 
     Args:
         model: in eval mode, in any dtype; the state of the sampler is fp32.
         label_B: int64 labels, on the model's device.
         seeds: one per image; all noise of an image comes from its own stream.
         settings: sampler and guidance.
-        progress: called after each step with (steps done, total steps).
+        progress: called after each step with (steps done, total steps); starts again if all steps are repeated.
 
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.
     """
-    with model.bounded_dispatch(ASSUMED_CAPACITIES) as is_bounded:
+    with model.bounded_dispatch() as is_bounded:
         images_BCHW, must_redo = _generate(model, label_B, seeds, settings, progress)
     if is_bounded and must_redo:
+        model.assumed_capacities *= 2
         images_BCHW, _ = _generate(model, label_B, seeds, settings, progress)
     return images_BCHW
 

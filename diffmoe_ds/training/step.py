@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     """Micro-steps whose forward pass was repeated; see ``routing.padded_dispatch``."""
 
 
-class _Passed(NamedTuple):
+class _ForwardResult(NamedTuple):
     """A micro-batch after its forward pass."""
 
     output: DiTOutput
@@ -58,8 +58,8 @@ class _Passed(NamedTuple):
     t_B: Tensor
 
 
-MUST_REPEAT, MUST_REDO = len(Losses._fields), len(Losses._fields) + 1
-"""Indices of the values after the losses on which the ranks agree."""
+SEARCH_INCONCLUSIVE, PASS_INVALID = len(Losses._fields), len(Losses._fields) + 1
+"""Indices, after the losses, of the values that the ranks agree on."""
 
 
 def train_step(
@@ -88,7 +88,7 @@ def train_step(
             is_last = len(micro_batches) == accumulation
             passed, agreed, is_redone = _agreed_forward(run, batches, flags, micro_batches[-1], is_last)
         redone += is_redone
-        means = [mean + value / accumulation for mean, value in zip(means, agreed[:MUST_REPEAT], strict=True)]
+        means = [mean + value / accumulation for mean, value in zip(means, agreed[:SEARCH_INCONCLUSIVE], strict=True)]
         loss = passed.losses.total
         if is_last and not all(map(math.isfinite, means)):
             problem = f"the loss is {means[0]} {locate_in_forward(run, micro_batches)}"
@@ -101,7 +101,7 @@ def train_step(
     grad_norm = seam.step(run.engine, run.settings.gradient_clipping)
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
-    run.thresholds.update(agreed[MUST_REPEAT] > 0, batches.attachments_WX)
+    run.thresholds.update(agreed[SEARCH_INCONCLUSIVE] > 0, batches.attachments_WX)
     run.ema.update()
     watchdog.tick()
     noise_level_B = run.objective.noise_level(passed.t_B)
@@ -110,8 +110,8 @@ def train_step(
 
 def _agreed_forward(
     run: Run, batches: BatchSource, flags: Callable[[], tuple[bool, ...]], batch: MicroBatch, is_last: bool
-) -> tuple[_Passed, list[float], bool]:
-    """Run a micro-batch forward, again with exact dispatch if padded dispatch went wrong on any rank.
+) -> tuple[_ForwardResult, list[float], bool]:
+    """Run a micro-batch forward; repeat it with exact dispatch if any rank lost rows or has an inconclusive selection.
 
     Nothing depends on the first pass yet: gradients are reduced in the backward pass.
 
@@ -120,7 +120,7 @@ def _agreed_forward(
     """
     passed, values = _forward(run, batch, is_last)
     agreed = batches.agree(flags(), values, run.thresholds.attachment)
-    if not any(agreed[MUST_REDO:]):
+    if not any(agreed[PASS_INVALID:]):
         return passed, agreed, False
     del passed  # frees its graph
     run.thresholds.retract()
@@ -129,7 +129,7 @@ def _agreed_forward(
     return passed, batches.agree_again(values, run.thresholds.attachment), True
 
 
-def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_Passed, Tensor]:
+def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_ForwardResult, Tensor]:
     """Run a micro-batch forward, and search the thresholds after the last one of a step.
 
     Returns:
@@ -144,7 +144,7 @@ def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_Passed, Tenso
     redo = [routing.must_redo for routing in output.routing if routing.must_redo is not None]
     if redo:
         values.append(torch.stack(redo).sum().float())
-    return _Passed(output, losses, t_B), torch.stack(values)
+    return _ForwardResult(output, losses, t_B), torch.stack(values)
 
 
 def _discard(run: Run, problem: str) -> NoReturn:

@@ -86,7 +86,7 @@ def test_train_step(name):
             compared.add(f"grad/{theirs}")
     assert compared == {key for key in file if key.startswith("grad/")}
 
-    thresholds = Thresholds(model.moe_layers().values(), model.config.routing)
+    thresholds = Thresholds(model.moe_layers().values(), model.config.routing, world=1)
     thresholds.observe(output.routing)
     assert thresholds.search() is None
     thresholds.update(is_inconclusive=False)

@@ -86,8 +86,8 @@ def test_grouped_products_agree_with_a_loop(monkeypatch, kind):
     tensors = [torch.randn(s, device=DEVICE, dtype=torch.bfloat16).mul_(0.1).requires_grad_() for s in shapes]
     gradient = torch.randn(sum(counts), width, device=DEVICE, dtype=torch.bfloat16)
     results = []
-    for products in ({("cuda", torch.bfloat16): "grouped"}, {}):
-        monkeypatch.setattr(expert_ffn, "RAGGED_PRODUCTS", products)
+    for grouped in ({("cuda", torch.bfloat16)}, set()):
+        monkeypatch.setattr(expert_ffn, "GROUPED", grouped)
         out = expert_ffn.expert_ffn(kind, *tensors, counts)
         results.append([out, *torch.autograd.grad(out, tensors, gradient)])
     for name, ours, expected in zip(("out", "x", "w1", "w2", "w3"), *results, strict=True):
@@ -101,7 +101,8 @@ def test_no_layer_waits_for_the_gpu_in_sampling(routing):
     model, batch = make_model(config, DEVICE, torch.bfloat16).eval(), make_batch(config, 4, DEVICE)
     if routing == "batch_pool":
         model.set_inference("per_token")
-    with torch.inference_mode(), model.bounded_dispatch(4.0) as is_bounded:
+    model.assumed_capacities = 4.0
+    with torch.inference_mode(), model.bounded_dispatch() as is_bounded:
         assert is_bounded
         for mode in ("default", "error"):  # the first pass may fill caches
             torch.cuda.set_sync_debug_mode(mode)

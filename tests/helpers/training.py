@@ -72,7 +72,7 @@ def read_metrics(directory: Path) -> list[dict]:
 
 
 def wait_for_all_ranks(folder: str | Path, run: str, timeout_s: float = 120) -> None:
-    """Wait until all ranks have finished a run of several in one process.
+    """Wait until all ranks have finished a run, when one process trains several in a row.
 
     Then no rank serves the store of this run any more, which has the same address as that of the next one.
     """

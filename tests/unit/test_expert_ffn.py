@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffmoe_ds.moe.expert_ffn import expert_ffn
+from diffmoe_ds.moe.expert_ffn import expert_ffn, groups_ragged_rows
 
 WIDTH, HIDDEN = 8, 16
 
@@ -82,11 +82,17 @@ def test_equal_counts(kind, threads, dtype):
         torch.set_num_threads(before)
 
 
-def test_rows_that_are_not_a_number_stay_with_their_expert():
-    """A padded row may follow one that is not finite; nothing of it reaches other experts or the padding."""
+def test_a_non_finite_row_does_not_reach_padding_or_the_matrices_of_other_experts():
     (x, *weights), gradient = make("gelu", [2, 2], 3, torch.float32)
     with torch.no_grad():
         x[0] = float("nan")
     out, dx, dw1, *_ = both_passes(lambda *t: expert_ffn("gelu", *t, torch.tensor([2, 2])), [x, *weights], gradient)
     assert out[0].isnan().all() and out[1:].isfinite().all()
     assert dx[1:].isfinite().all() and dw1[0].isnan().any() and dw1[1].isfinite().all()
+
+
+def test_rows_are_grouped_only_where_their_sizes_are_multiples_of_16_bytes(monkeypatch):
+    monkeypatch.setattr("diffmoe_ds.moe.expert_ffn.GROUPED", {("cpu", torch.bfloat16)})
+    rows = torch.zeros(1, dtype=torch.bfloat16)
+    assert groups_ragged_rows(rows, 16, 64) and not groups_ragged_rows(rows, 16, 60)
+    assert not groups_ragged_rows(rows.float(), 16, 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
-from diffmoe_ds.moe.expert_ffn import RAGGED_PRODUCTS
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.layer import MoELayer, exact_dispatch
 from diffmoe_ds.moe.padding import PaddedDispatcher, _positions
@@ -26,7 +24,7 @@ WIDTH = 8
 
 
 def results(
-    make: Callable[[Experts], Dispatcher], mask_TE: torch.Tensor
+    dispatcher: Dispatcher, mask_TE: torch.Tensor, is_grouped: bool = False
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """The output and all gradients of a dispatch, and its flag."""
     generator = torch.Generator().manual_seed(1)
@@ -36,8 +34,7 @@ def results(
     ffn = Experts("gelu", experts, WIDTH, 2 * WIDTH)
     for parameter in ffn.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    dispatcher = make(ffn)
-    counts = dispatcher.count(Selection(mask_TE))
+    counts = dispatcher.count(Selection(mask_TE), is_grouped)
     plan = counts.plan(mask_TE, scores)
     rows = ffn(dispatcher.start_dispatch(gather_rows(x, plan), counts)(), counts.of_local_experts)
     out = combine_rows(dispatcher.combine(rows, counts), plan)
@@ -54,15 +51,12 @@ def test_padding_changes_nothing_unless_it_overflows(tokens, experts, density, s
     """Whether experts compute the padding, or grouped products whose sizes only the device knows."""
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < density
     capacity = max(0.1, density * experts)
-    with pytest.MonkeyPatch.context() as patch:
-        if grouped:
-            patch.setitem(RAGGED_PRODUCTS, ("cpu", torch.float32), "grouped")
-        padded, overflow = results(lambda ffn: PaddedDispatcher(ffn, capacity, slack), mask)
+    padded, overflow = results(PaddedDispatcher(capacity, slack), mask, grouped)
     assert all(tensor.isfinite().all() for tensor in padded)
     slots = min(tokens, math.ceil(capacity * slack * tokens / experts))
     assert bool(overflow) == bool((mask.sum(0) > slots).any())
     if not overflow:
-        exact, never = results(lambda ffn: LocalDispatcher(), mask)
+        exact, never = results(LocalDispatcher(), mask)
         assert never is None
         for ours, expected in zip(padded, exact, strict=True):
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)

@@ -15,7 +15,7 @@ from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
-from diffmoe_ds.moe.expert_ffn import RAGGED_PRODUCTS
+from diffmoe_ds.moe import expert_ffn
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
 from diffmoe_ds.moe.layer import MoELayer, exact_dispatch
 from diffmoe_ds.moe.rows import combine_rows, gather_rows
@@ -80,7 +80,7 @@ def compare(mlp: str, ep: int, name: str, mask: torch.Tensor) -> None:
         x = x_all[part].clone().requires_grad_()
         scores = torch.nn.functional.linear(x, layer.gate_weight).softmax(-1)
         selection = Selection(mask[part])
-        counts = layer.dispatcher.count(selection)
+        counts = layer.dispatcher.count(selection, False)
         plan = counts.plan(selection.mask_TE, scores)
         rows = layer.dispatcher.start_dispatch(gather_rows(x, plan), counts)()
         rows = layer.dispatcher.combine(layer.experts(rows, counts.of_local_experts), counts)
@@ -130,7 +130,7 @@ def padded_forward(kind: str, pool: str, ep: int) -> None:
     _, layer = layers("gelu", pool, ep, f"routing.kind={kind}", slots_for_all_tokens)
     tokens = torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(RANK))
     outputs = []
-    grouped = patch.dict(RAGGED_PRODUCTS, {("cpu", torch.float32): "grouped"})
+    grouped = patch.object(expert_ffn, "GROUPED", {("cpu", torch.float32)})
     for context in (exact_dispatch([layer]), nullcontext(), nullcontext(), grouped):
         layer.zero_grad()
         x = tokens.clone().requires_grad_()
