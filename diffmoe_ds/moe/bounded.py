@@ -10,14 +10,13 @@ Legend: T tokens, E experts, N rows and padding, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ds.moe.plan import RoutePlan, add_spare_bags, make_plan
+from diffmoe_ds.moe.plan import RoutePlan, WithoutExchange, add_spare_bags, make_plan
 from diffmoe_ds.moe.top_k import Selection
 
 
@@ -36,7 +35,7 @@ class BoundedCounts(NamedTuple):
         return make_bounded_plan(mask_TE, scores_TE, self.size)
 
 
-class BoundedDispatcher:
+class BoundedDispatcher(WithoutExchange):
     """The `plan.Dispatcher` of a process that holds all experts and does not wait for the device."""
 
     def __init__(self, rows_per_token: float) -> None:
@@ -54,14 +53,6 @@ class BoundedDispatcher:
         end_E = selection.mask_TE.sum(0).cumsum(0)
         kept_E = F.pad(end_E.clamp(max=size), (1, 0)).diff()
         return BoundedCounts(size, kept_E, end_E[-1] > size)
-
-    def start_dispatch(self, rows_RD: Tensor, counts: BoundedCounts) -> Callable[[], Tensor]:
-        """Return the rows unchanged when called."""
-        return lambda: rows_RD
-
-    def combine(self, rows_RD: Tensor, counts: BoundedCounts) -> Tensor:
-        """Return the rows unchanged."""
-        return rows_RD
 
 
 def make_bounded_plan(mask_TE: Tensor, scores_TE: Tensor, size: int) -> RoutePlan:

@@ -20,10 +20,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from diffmoe_ds.moe.plan import RoutePlan, add_spare_bags
+from diffmoe_ds.moe.plan import RoutePlan, add_spare_bags, rows_by_token
 from diffmoe_ds.moe.top_k import Selection
 
 
@@ -132,9 +131,8 @@ def make_padded_plan(mask_TE: Tensor, scores_TE: Tensor, slots: int) -> RoutePla
     weight_EM = scores_TE.flatten().gather(0, (token_EM * experts + expert_E1).flatten()).view(experts, slots)
     weight_EM = weight_EM.masked_fill(number_M >= rows_E[:, None], 0)
     slot_ET = (mask_ET.cumsum(1) - 1).clamp(0, slots - 1) + expert_E1 * slots
-    by_token_R, by_token_E = torch.nonzero_static(mask_TE, size=size, fill_value=0).unbind(1)
-    row_R = slot_ET.flatten().index_select(0, by_token_E * tokens + by_token_R)
-    start_T = add_spare_bags(F.pad(mask_TE.sum(1).cumsum(0).clamp(max=size), (1, 0)), size)
+    row_R, start_T = rows_by_token(mask_TE, slot_ET, size)
+    start_T = add_spare_bags(start_T.clamp(max=size), size)
     return RoutePlan(token_EM.flatten(), weight_EM.flatten(), row_R, start_T, tokens)
 
 

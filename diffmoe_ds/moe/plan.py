@@ -44,11 +44,21 @@ def make_plan(mask_TE: Tensor, scores_TE: Tensor, num_rows: int) -> RoutePlan:
     mask_ET = mask_TE.T.contiguous()
     expert_R, token_R = torch.nonzero_static(mask_ET, size=num_rows, fill_value=0).unbind(1)
     row_ET = mask_ET.flatten().cumsum(0).view(mask_ET.shape) - 1
-    by_token_T, by_token_E = torch.nonzero_static(mask_TE, size=num_rows, fill_value=0).unbind(1)
-    row_R = row_ET.flatten().index_select(0, by_token_E * len(mask_TE) + by_token_T)
-    start_T = F.pad(mask_TE.sum(1).cumsum(0), (1, 0))
     weight_R = scores_TE.flatten().gather(0, token_R * scores_TE.shape[1] + expert_R)
-    return RoutePlan(token_R, weight_R, row_R, start_T, len(mask_TE))
+    return RoutePlan(token_R, weight_R, *rows_by_token(mask_TE, row_ET, num_rows), len(mask_TE))
+
+
+def rows_by_token(mask_TE: Tensor, row_ET: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return ``row_R`` and ``start_T`` of a plan without unused rows; see `RoutePlan`.
+
+    Args:
+        mask_TE: bool, expert e takes token t.
+        row_ET: int64, the row of each such pair.
+        size: elements of ``row_R``; those after the last pair are that of the first token and expert.
+    """
+    token_R, expert_R = torch.nonzero_static(mask_TE, size=size, fill_value=0).unbind(1)
+    row_R = row_ET.flatten().index_select(0, expert_R * len(mask_TE) + token_R)
+    return row_R, F.pad(mask_TE.sum(1).cumsum(0), (1, 0))
 
 
 SLOTS_OF_SPARE_BAG = 64
@@ -148,7 +158,19 @@ class Dispatcher(Protocol[C]):
         ...
 
 
-class LocalDispatcher:
+class WithoutExchange:
+    """The half of a `Dispatcher` that moves rows, for a process that holds all experts."""
+
+    def start_dispatch(self, rows_RD: Tensor, counts: Counts) -> Callable[[], Tensor]:
+        """Return the rows unchanged when called."""
+        return lambda: rows_RD
+
+    def combine(self, rows_RD: Tensor, counts: Counts) -> Tensor:
+        """Return the rows unchanged."""
+        return rows_RD
+
+
+class LocalDispatcher(WithoutExchange):
     """The `Dispatcher` of a process that holds all experts, without communication."""
 
     def count(self, selection: Selection, is_grouped: bool) -> RowCounts:
@@ -158,11 +180,3 @@ class LocalDispatcher:
         else:
             counts = selection.mask_TE.sum(0).tolist()
         return RowCounts([counts], [counts])
-
-    def start_dispatch(self, rows_RD: Tensor, counts: RowCounts) -> Callable[[], Tensor]:
-        """Return the rows unchanged when called."""
-        return lambda: rows_RD
-
-    def combine(self, rows_RD: Tensor, counts: RowCounts) -> Tensor:
-        """Return the rows unchanged."""
-        return rows_RD
