@@ -136,7 +136,7 @@ class PositionLoader:
             num_workers=workers,
             prefetch_factor=PREFETCHED_PER_WORKER if workers else None,
             collate_fn=_identity,
-            worker_init_fn=functools.partial(_ignore_signals, closing),
+            worker_init_fn=functools.partial(_start_worker, os.getpid(), closing),
             generator=torch.Generator(),  # otherwise each new iterator draws from the global generator
         )
         items = iter(loader)
@@ -187,12 +187,16 @@ def _close(closing: torch.Tensor) -> None:
     closing.fill_(1)
 
 
-def _ignore_signals(closing: torch.Tensor, worker: int) -> None:
-    """Make a worker ignore the signals that request a graceful stop: Ctrl-C, Slurm's warning, SIGTERM to a whole job.
+def _start_worker(parent: int, closing: torch.Tensor, worker: int) -> None:
+    """Let a worker live exactly as long as the training process needs it.
 
-    The training process stops at the end of a step and needs its workers until then.  When it exits, it sets `closing`,
-    and Python terminates the workers with SIGTERM.
+    It exits if that process is already gone: torch notices only if it dies after this. It ignores the signals that
+    request a graceful stop (Ctrl-C, Slurm's warning, SIGTERM to a whole job), because the training process stops at
+    the end of a step and needs its workers until then. When it exits, it sets `closing`, and Python terminates the
+    workers with SIGTERM.
     """
+    if os.getppid() != parent:
+        os._exit(1)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)

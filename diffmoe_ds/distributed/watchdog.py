@@ -7,11 +7,15 @@ with rank 0, which serves it, so a second thread only checks the clock.
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -118,7 +122,7 @@ class Watchdog:
                     beats = dict(enumerate(self._beats(self._store)))
                 else:
                     if self._store.check(["watchdog/verdict"]):
-                        self._leave(self._store.get("watchdog/verdict").decode())
+                        self._leave(*json.loads(self._store.get("watchdog/verdict")))
                     beats = {0: _numbers(self._store.get("watchdog/beat/0"))}
                 answered = self._answered = time.monotonic()
             except (RuntimeError, ValueError):
@@ -139,7 +143,7 @@ class Watchdog:
                     behind = [rank for rank, beat in beats.items() if beat[2] == min(now_ticks)]
                     where = self._name(self._store, behind)
                     step = beats[behind[0]][1]
-                    self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}")
+                    self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}", behind)
 
     def _guard(self) -> None:
         """Run the thread that only checks the clock."""
@@ -148,15 +152,25 @@ class Watchdog:
             if silent > self._timeout + 2 * self._beat_s:
                 self._leave(f"rank 0 has not answered for {silent:.0f} s, since step {self._step + 1}")
 
-    def _leave(self, why: str) -> None:
-        """Exit this process; the main thread may be in a collective that never returns."""
+    def _leave(self, why: str, stuck: Sequence[int] = ()) -> None:
+        """Exit this process, whose main thread may be in a call that never returns.
+
+        Args:
+            why: the reason, which names the ranks.
+            stuck: ranks that are alive but do not progress; each prints where its main thread is.
+        """
         if self._left.is_set():
             return
         if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
-            self._store.set("watchdog/verdict", why)
+            self._store.set("watchdog/verdict", json.dumps([why, list(stuck)]))
             time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
         print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
+        if self._rank in stuck:
+            stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+            print(f"rank {self._rank} is stuck here:\n{stack}", file=sys.stderr, end="", flush=True)
         sys.stdout.flush()
+        for worker in multiprocessing.active_children():  # one that is stuck would outlive this process
+            worker.kill()
         os._exit(RankLostError.exit_code)
 
 

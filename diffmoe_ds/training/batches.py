@@ -15,6 +15,7 @@ from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.distributed.collectives import get_rank
 from diffmoe_ds.distributed.consensus import agree, raise_agreed
 from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, DiffMoEError
 from diffmoe_ds.rng import training_draws
 from diffmoe_ds.training.setup import Run
@@ -23,18 +24,20 @@ from diffmoe_ds.training.setup import Run
 class BatchSource:
     """This rank's micro-batches from the run's current position, one ahead, and the time spent waiting for them."""
 
-    def __init__(self, run: Run, dataset: Dataset, lock: RunLock | None = None) -> None:
+    def __init__(self, run: Run, dataset: Dataset, watchdog: Watchdog, lock: RunLock | None = None) -> None:
         """Start the data loader.
 
         Args:
             run: from `setup_run`.
             dataset: the images.
+            watchdog: ticked after each micro-batch that is read.
             lock: the run lock, on the rank that holds it; if another job takes the lock, the next `take` raises.
         """
         self._batches: Iterator[MicroBatch] = iter(make_loader(run, dataset))
         missing = max(0, run.config.run.total_images - run.images)
         self._left = math.ceil(missing / run.settings.global_batch) * run.settings.accumulation
         self._device = run.device
+        self._watchdog = watchdog
         self._lock = lock
         self._waited_s = 0.0
         self._next: MicroBatch | None = None
@@ -105,6 +108,7 @@ class BatchSource:
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
             self._failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
         self._waited_s += time.perf_counter() - start
+        self._watchdog.tick()  # so that a rank that cannot read is behind those that wait for it
 
     def close(self) -> None:
         """End the loader's workers."""

@@ -80,7 +80,7 @@ class Session:
 
     def open_batches(self, run: Run) -> BatchSource:
         """Start this rank's data loader, whose workers end with the session."""
-        batches = BatchSource(run, self.plan.dataset, self.lock)
+        batches = BatchSource(run, self.plan.dataset, self.watchdog, self.lock)
         self.resources.callback(batches.close)
         return batches
 

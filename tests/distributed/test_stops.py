@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -184,3 +185,22 @@ def _wait_for_rows(directory, seconds=90):
             return
         time.sleep(0.02)
     pytest.fail("no step was completed")
+
+
+@pytest.mark.parametrize(("rank", "where"), ((1, "start"), pytest.param(0, "3", marks=pytest.mark.slow)))
+def test_a_worker_that_stops_responding_ends_the_run(tmp_path, rank, where):
+    """At its start or in a micro-batch: its rank is named, prints where it waits, and takes the worker along."""
+    config = write_json(tmp_path / "ds.json", ep=1, zero=1)
+    arguments = ["train", *training_arguments(config, tmp_path / "run", "run.rank_timeout_s=5")]
+    finished = run_ranks(2, [str(WORKERS / "stuck_loader.py"), str(rank), where, *arguments])
+    assert finished.code == 85, finished.output
+    step = 1 if where == "start" else int(where)
+    name = f"rank {rank} on {socket.gethostname()}"
+    assert f"error: {name} has been stuck for 5 s in step {step}; rank {rank} exits." in finished.output
+    assert f"rank {rank} is stuck here:" in finished.output and "self._next = next(self._batches)" in finished.output
+    assert f"rank {1 - rank} is stuck here:" not in finished.output
+    worker = int(re.search(r"worker (\d+) is stuck", finished.output)[1])
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{worker}"):
+        assert time.monotonic() < deadline, "the worker outlived its rank"
+        time.sleep(0.02)

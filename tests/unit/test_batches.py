@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffmoe_ds.distributed.consensus import Agreement
+from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.training import batches
 
 
@@ -30,7 +31,7 @@ def test_a_run_reads_only_the_micro_batches_of_its_steps(monkeypatch, seen, micr
         config=SimpleNamespace(run=SimpleNamespace(total_images=40)), images=seen, device=torch.device("cpu"),
         settings=SimpleNamespace(global_batch=16, accumulation=2),
     )  # fmt: skip
-    source = batches.BatchSource(run, dataset=None)
+    source = batches.BatchSource(run, dataset=None, watchdog=Watchdog(rank=0, world=1, timeout_s=1))
     source.agree((), torch.zeros(0))
     for _ in range(micro_steps):
         source.take()
