@@ -68,7 +68,7 @@ class Campaign:
                 subprocess.Popen(
                     [sys.executable, "diffmoe_ds/train.py", *arguments], cwd=REPOSITORY, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
-                    env=rank_environment(rank, 2, port, PYTHONUNBUFFERED="1"),
+                    env=rank_environment(rank, 2, port, PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1"),
                 )
                 for rank in range(2)
             ]  # fmt: skip
@@ -157,4 +157,4 @@ class Campaign:
             if sign in ranks.text() or any(process.poll() is not None for process in ranks.processes):
                 return
             time.sleep(0.01)
-        raise Failed(f"no {sign!r} after {START_LIMIT_S} s:\n{ranks.text()[-3000:]}")
+        raise Failed(f"no {sign!r} after {START_LIMIT_S} s:\n{ranks.stacks()}")

@@ -82,7 +82,7 @@ class Faults(Campaign):
             try:
                 other.wait(LEAVE_LIMIT_S)
             except subprocess.TimeoutExpired:
-                raise Failed(f"hangs next to a frozen rank:\n{ranks.text()[-3000:]}") from None
+                raise Failed(f"hangs next to a frozen rank:\n{ranks.stacks()}") from None
             if other.returncode and "has not answered for" not in ranks.text():
                 raise Failed(f"the frozen rank is not named:\n{ranks.text()[-3000:]}")
             ranks.kill(frozen)

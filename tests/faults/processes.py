@@ -12,6 +12,8 @@ from pathlib import Path
 
 STEPS = 400
 BATCH = 16
+PRINT_S = 3
+"""Seconds for a process to print its stacks."""
 
 
 class Failed(AssertionError):
@@ -47,8 +49,22 @@ class Ranks:
             try:
                 process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
-                raise Failed(f"a rank is still running after {limit_s} s:\n{self.text()[-3000:]}") from None
+                raise Failed(f"a rank is still running after {limit_s} s:\n{self.stacks()}") from None
         return [process.returncode for process in self.processes if process.pid not in self.killed]
+
+    def stacks(self) -> str:
+        """End the ranks and their workers by SIGABRT and return the output.
+
+        With PYTHONFAULTHANDLER, each prints where its threads are.
+        """
+        for process in self.processes:
+            if process.poll() is None:
+                workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for pid in (*map(int, workers), process.pid):
+                    os.kill(pid, signal.SIGABRT)
+        time.sleep(PRINT_S)
+        self.end()
+        return self.text()
 
     def end(self) -> None:
         for process in self.processes:
