@@ -117,7 +117,7 @@ def _rows(layout: Layout) -> list[Message]:
     found = []
     row_bytes = config.size.hidden_size * layout.weight_bytes
     found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
-    if config.routing.kind == "token_choice" and not _is_padded(layout):
+    if config.routing.kind == "token_choice" and _padding(layout) is None:
         found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
     return found
 
@@ -127,23 +127,23 @@ def routed_rows(layout: Layout) -> int:
 
     An average where the pool spans ranks and rows are not padded.
     """
-    routing, experts = layout.config.routing, layout.config.num_experts
-    if routing.padded_dispatch is not None and _is_padded(layout):
-        return experts * slots_of_expert(layout.tokens, experts, routing.capacity * routing.padded_dispatch)
-    return round(routing.capacity * layout.tokens)
+    capacity, experts, padding = layout.config.routing.capacity, layout.config.num_experts, _padding(layout)
+    if padding is None:
+        return round(capacity * layout.tokens)
+    return experts * slots_of_expert(layout.tokens, experts, capacity * padding)
 
 
-def _is_padded(layout: Layout) -> bool:
-    """Return whether the configuration asks for padded dispatch, and the rule does not fix the number of rows."""
+def _padding(layout: Layout) -> float | None:
+    """Return `routing.padded_dispatch`; None if the layers have no use for it."""
     routing = layout.config.routing
     is_fixed = routing.kind != "token_choice" and (routing.kind != "batch_pool" or layout.pool_ranks == 1)
-    return routing.padded_dispatch is not None and layout.moe_layers > 0 and not is_fixed
+    return routing.padded_dispatch if layout.moe_layers and not is_fixed else None
 
 
 def _loop(layout: Layout) -> list[Message]:
     """Return what the training loop sends: errors, flags and losses of every rank, once per micro-step."""
     world, steps = layout.world, layout.settings.accumulation
-    size = 4 * (AGREED_VALUES + _is_padded(layout)) * world * steps
+    size = 4 * (AGREED_VALUES + (_padding(layout) is not None)) * world * steps
     if _has_attached_table(layout):
         size += _table_bytes(layout, layout.moe_layers * layout.config.num_experts * steps)
     return [Message("agreement", "all_reduce", "world", world, steps, size)]
