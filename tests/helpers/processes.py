@@ -185,6 +185,16 @@ def run_together(starts: Sequence[Callable[[IO[str]], Process]], timeout: float)
     return Finished(code, text)
 
 
+def assert_ends(pid: int, timeout: float = 60) -> None:
+    """Wait for a process that is not our child to end."""
+    deadline = time.monotonic() + timeout
+    while os.path.exists(f"/proc/{pid}"):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"process {pid} is still running after {timeout} s")
+        time.sleep(0.02)
+
+
 class Process(Protocol):
     """A process that was started here."""
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+import signal
 import sys
 
 import numpy as np
@@ -14,7 +15,7 @@ from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws, training_draws
 from tests.helpers.data import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
-from tests.helpers.processes import clean_environment, run_processes
+from tests.helpers.processes import assert_ends, clean_environment, run_processes
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,35 @@ assert len(multiprocessing.active_children()) == 2
 print("went on")
 sys.exit(7)
 """
+
+
+KILLED = """
+import os, signal, time
+from functools import partial
+from diffmoe_ds.data import loader as loader_module
+from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
+from diffmoe_ds.rng import training_draws
+from tests.helpers.data import loader
+start_worker = loader_module._start_worker
+
+def start(parent, *arguments):
+    print("worker", os.getpid(), flush=True)
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    start_worker(parent, *arguments)
+
+loader_module._start_worker = start
+draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
+next(iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=1)))
+"""
+
+
+def test_a_worker_exits_if_its_process_is_killed_while_it_starts():
+    """torch's worker compares its parent with the one that it finds at its own start."""
+    finished = run_processes([([sys.executable, "-c", KILLED], clean_environment())], timeout=60)
+    assert finished.code == -signal.SIGKILL, finished.output
+    assert_ends(int(re.search(r"worker (\d+)", finished.output)[1]))
 
 
 def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it():
