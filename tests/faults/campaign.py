@@ -27,8 +27,8 @@ SAVE_STEPS = 10
 RANK_TIMEOUT_S = 8
 FIRST_STEP = " ETA "
 """Printed at every step."""
-START_LIMIT_S = 120
-"""From the start to the first step, on a busy machine."""
+START_LIMIT_S = 600
+"""From the start to the first step; beside other work this has taken over two minutes."""
 LEAVE_LIMIT_S = RANK_TIMEOUT_S + 25
 """From a fault until every process has exited."""
 
