@@ -44,7 +44,7 @@ class Routing(NamedTuple):
     mask_TE: Tensor
     """bool: the tokens that each expert selected."""
     capacity_logits_TE: Tensor | None
-    """The capacity predictor's logits, with gradient; None without a predictor."""
+    """The capacity predictor's logits, with gradient; None without a predictor, and in inference by ``static``."""
     balance_loss: Tensor | None
     """Scalar with gradient; only for ``token_choice`` in training."""
     must_redo: Tensor | None
@@ -115,7 +115,8 @@ class MoELayer(nn.Module):
         finish_dispatch = dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
         # computed while the rows travel
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
-        logits_TE = self._predict(tokens_TD) if logits_TE is None else logits_TE
+        if self.training:
+            logits_TE = self._predict(tokens_TD)
         balance = None
         if self.kind == "token_choice" and self.training:
             balance = balance_loss(scores_TE, selection.mask_TE, self.pool)

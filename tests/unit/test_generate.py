@@ -75,6 +75,16 @@ def test_guidance_takes_one_forward_pass_where_images_do_not_compete(monkeypatch
     torch.testing.assert_close(images, images_of(model, steps=1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rule", "predicts"), (("static", False), ("dynamic", True), ("per_token", True)))
+def test_capacities_are_predicted_only_for_rules_that_need_them(rule, predicts):
+    model, calls = model_of(config_of("batch_pool")), []
+    model.set_inference(rule)
+    for layer in model.moe_layers().values():
+        layer.capacity_predictor[0].register_forward_hook(lambda *_: calls.append(1))
+    images_of(model, steps=1)
+    assert bool(calls) is predicts
+
+
 def test_bf16_keeps_positions_thresholds_and_the_samplers_state_in_fp32():
     config = config_of("batch_pool")
     exact, rough = images_of(model_of(config)), images_of(model_of(config, torch.bfloat16))
