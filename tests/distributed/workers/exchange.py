@@ -115,7 +115,8 @@ def skewed_forward(pool: str, ep: int) -> None:
         for choice in ("static", "dynamic", "per_token"):
             layer.inference = choice
             out, routing = layer(x)
-            (out.sum() + routing.capacity_logits_TE.sum()).backward()
+            logits = routing.capacity_logits_TE
+            (out.sum() if logits is None else out.sum() + logits.sum()).backward()
             taken = routing.mask_TE.sum()
             if mode and pool == "world" and WORLD > 1:
                 assert taken == (int(0.25 * WORLD * IMAGES * TOKENS / EXPERTS) * EXPERTS if RANK == 0 else 0)
