@@ -134,6 +134,7 @@ class PositionLoader:
             sampler=self._positions,
             batch_size=None,  # each item of the sampler is a micro-batch
             num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # the index is inherited; see also `_start_worker`
             prefetch_factor=PREFETCHED_PER_WORKER if workers else None,
             collate_fn=_identity,
             worker_init_fn=functools.partial(_start_worker, os.getpid(), closing),
@@ -190,7 +191,7 @@ def _close(closing: torch.Tensor) -> None:
 def _start_worker(parent: int, closing: torch.Tensor, worker: int) -> None:
     """Let a worker live exactly as long as the training process needs it.
 
-    It exits if that process is already gone: torch notices only if it dies after this. It ignores the signals that
+    It exits if that process is already gone: torch notices only if it dies from now on. It ignores the signals that
     request a graceful stop (Ctrl-C, Slurm's warning, SIGTERM to a whole job), because the training process stops at
     the end of a step and needs its workers until then. When it exits, it sets `closing`, and Python terminates the
     workers with SIGTERM.

@@ -28,6 +28,10 @@ CONNECT_S = 4.0
 """Seconds to reconnect to the store after a collective failed."""
 JOIN_S = 1.0
 """Seconds that the threads have to end; a thread that is blocked on the store is abandoned."""
+LEAVE_S = 5.0
+"""Seconds to print and to tell the others before a process exits in any case."""
+VERDICT = "watchdog/verdict"
+"""Key of the store under which rank 0 says why all ranks exit, and which ranks are stuck."""
 MISSED_BEATS = 4
 """After a collective failed, a rank that misses this many heartbeats is the lost one."""
 
@@ -45,7 +49,7 @@ class Watchdog:
         """
         self._rank, self._world, self._timeout = rank, world, timeout_s
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
-        self._step = self._ticks = 0
+        self._step = self._ticks = self._waits = 0
         self._left = threading.Event()
         self._threads: list[threading.Thread] = []
         self._answered = time.monotonic()
@@ -66,13 +70,17 @@ class Watchdog:
             thread.join(JOIN_S)
 
     def tick(self, step: int | None = None) -> None:
-        """Record progress of the main thread.
+        """Record progress that every rank makes in the same order; the rank with the fewest ticks holds up the others.
 
         Args:
             step: optimizer steps finished; unchanged if None.
         """
         self._step = self._step if step is None else step
         self._ticks += 1
+
+    def alive(self) -> None:
+        """Record that this rank is working on something that takes every rank a different number of calls."""
+        self._waits += 1
 
     def find_lost(self) -> RankLostError | None:
         """Return an error that names the lost rank, after a collective failed; None if all ranks respond."""
@@ -81,6 +89,8 @@ class Watchdog:
         self._left.set()  # from here on, this thread decides
         try:
             store = self._connect(min(CONNECT_S, self._timeout))
+            if (verdict := self._verdict(store)) is not None:  # another rank has left because of it
+                return RankLostError(f"{verdict[0]}; the other ranks exit.")
             before = self._beats(store)
             for _ in range(MISSED_BEATS):
                 time.sleep(self._beat_s)
@@ -100,10 +110,10 @@ class Watchdog:
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
     def _beat(self, store: dist.TCPStore) -> None:
-        store.set(f"watchdog/beat/{self._rank}", f"{time.monotonic_ns()} {self._step} {self._ticks}")
+        store.set(f"watchdog/beat/{self._rank}", f"{time.monotonic_ns()} {self._step} {self._ticks} {self._waits}")
 
-    def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int]]:
-        """Return (heartbeat, step, ticks) of every rank; all have written one before the first step."""
+    def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int, int]]:
+        """Return (heartbeat, step, ticks, calls of `alive`) of every rank; all write one before the first step."""
         texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(self._world)])
         return [_numbers(text) for text in texts]
 
@@ -114,15 +124,15 @@ class Watchdog:
     def _watch(self) -> None:
         """Run the thread that reads the store, on which it may block forever."""
         seen: dict[int, tuple[tuple[int, ...], float]] = {}
-        moved, ticks = time.monotonic(), None
+        moved, progress = time.monotonic(), None
         while not self._left.wait(self._beat_s):
             try:
                 self._beat(self._store)
                 if self._rank == 0:
                     beats = dict(enumerate(self._beats(self._store)))
                 else:
-                    if self._store.check(["watchdog/verdict"]):
-                        self._leave(*json.loads(self._store.get("watchdog/verdict")))
+                    if (verdict := self._verdict(self._store)) is not None:
+                        self._leave(*verdict)
                     beats = {0: _numbers(self._store.get("watchdog/beat/0"))}
                 answered = self._answered = time.monotonic()
             except (RuntimeError, ValueError):
@@ -136,11 +146,11 @@ class Watchdog:
                 step = beats[silent_ranks[0]][1]
                 self._leave(f"{name} has not answered for {self._timeout:.0f} s, since step {step + 1}")
             if self._rank == 0:
-                now_ticks = [beat[2] for beat in beats.values()]
-                if now_ticks != ticks or min(now_ticks) == 0:  # setup may take long and does not tick
-                    moved, ticks = answered, now_ticks
+                now, fewest = [beat[2:] for beat in beats.values()], min(beat[2] for beat in beats.values())
+                if now != progress or fewest == 0:  # setup may take long and does not tick
+                    moved, progress = answered, now
                 elif answered - moved > self._timeout:
-                    behind = [rank for rank, beat in beats.items() if beat[2] == min(now_ticks)]
+                    behind = [rank for rank, beat in beats.items() if beat[2] == fewest]
                     where = self._name(self._store, behind)
                     step = beats[behind[0]][1]
                     self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}", behind)
@@ -161,19 +171,39 @@ class Watchdog:
         """
         if self._left.is_set():
             return
-        if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
-            self._store.set("watchdog/verdict", json.dumps([why, list(stuck)]))
-            time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
-        print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
-        if self._rank in stuck:
-            stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
-            print(f"rank {self._rank} is stuck here:\n{stack}", file=sys.stderr, end="", flush=True)
-        sys.stdout.flush()
-        for worker in multiprocessing.active_children():  # one that is stuck would outlive this process
+        is_stuck = self._rank in stuck
+        timer = threading.Timer(2 * self._beat_s + LEAVE_S, _exit, (is_stuck,))
+        timer.daemon = True
+        timer.start()  # what follows may block, e.g. on the file system that the rank is stuck on
+        try:
+            if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
+                self._store.set(VERDICT, json.dumps([why, list(stuck)]))
+                time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
+            print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
+            if is_stuck:
+                stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+                print(f"rank {self._rank} is stuck here:\n{stack}", file=sys.stderr, end="", flush=True)
+            sys.stdout.flush()
+        finally:
+            _exit(is_stuck)
+
+    def _verdict(self, store: dist.TCPStore) -> tuple[str, list[int]] | None:
+        """Return why all ranks exit and which are stuck, if rank 0 has said so."""
+        if not store.check([VERDICT]):
+            return None
+        why, stuck = json.loads(store.get(VERDICT))
+        return why, stuck
+
+
+def _exit(with_workers: bool) -> None:
+    """Exit immediately; with the loader's workers, because one that does not respond would outlive this process."""
+    try:
+        for worker in multiprocessing.active_children() if with_workers else ():
             worker.kill()
+    finally:
         os._exit(RankLostError.exit_code)
 
 
-def _numbers(text: bytes) -> tuple[int, int, int]:
-    beat, step, ticks = map(int, text.split())
-    return beat, step, ticks
+def _numbers(text: bytes) -> tuple[int, int, int, int]:
+    beat, step, ticks, waits = map(int, text.split())
+    return beat, step, ticks, waits

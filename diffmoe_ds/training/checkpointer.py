@@ -27,7 +27,7 @@ class Checkpointer:
 
         Args:
             run: the run to save.
-            watchdog: ticked while a checkpoint is written.
+            watchdog: told that the rank is alive while a checkpoint is written.
             lock: the run lock, on the rank that holds it; nothing is written once another job has taken it.
         """
         self._run = run
@@ -97,7 +97,7 @@ class Checkpointer:
         start = time.perf_counter()
         while self.is_writing:
             time.sleep(0.01)
-            self._watchdog.tick()
+            self._watchdog.alive()
         images = self._saver.images
         try:
             self.last = self._saver.finish()

@@ -39,9 +39,9 @@ def train(
     def flags() -> tuple[bool, bool]:
         return signals.received() != "", checkpointer.is_writing
 
-    watchdog.tick(run.step)  # limits the time from here on, also that of the loader's first micro-batch
     batches.agree(flags(), torch.zeros(0, device=run.device))  # reads the first micro-batch
     while not run.is_complete:
+        watchdog.tick(run.step)
         stop, writing = batches.flags
         if not writing:
             checkpointer.complete_earlier()

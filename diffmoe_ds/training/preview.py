@@ -26,7 +26,7 @@ class Preview:
         seeds = share_of_rank(sample.num_images, 0, run.topology.rank, run.topology.world)
         labels = labels_of(seeds, run.config).to(run.device)
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
-        images = generate(self._averaged(), labels, seeds, settings, lambda done, total: self._watchdog.tick())
+        images = generate(self._averaged(), labels, seeds, settings, lambda done, total: self._watchdog.alive())
         if run.config.model.in_channels not in PIXEL_CHANNELS:
             images = images[:, :3] / 4  # the first three latent channels, roughly scaled: enough to see progress
         every = all_gather(images)

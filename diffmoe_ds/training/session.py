@@ -82,6 +82,7 @@ class Session:
         """Start this rank's data loader, whose workers end with the session."""
         batches = BatchSource(run, self.plan.dataset, self.watchdog, self.lock)
         self.resources.callback(batches.close)
+        self.watchdog.tick(run.step)  # limits the time from here on, also that of the first micro-batch
         return batches
 
     def finish(self, run: Run, last: Path | None) -> None:

@@ -71,14 +71,13 @@ def train_step(
         run: the run.
         batches: source of the micro-batches.
         flags: this rank's answers, on which the ranks agree together with the losses; see `BatchSource.flags`.
-        watchdog: ticked at the start and after each micro-step.
+        watchdog: ticked after each micro-step.
         stragglers: measures this rank's own work.
 
     Raises:
         NonFiniteError: on all ranks, if the loss or a gradient is non-finite; the weights are unchanged.
         DataError: on all ranks, if any could not read its images; the weights are unchanged.
     """
-    watchdog.tick(run.step)
     accumulation = run.settings.accumulation
     means = [0.0] * len(MeanLosses._fields)
     micro_batches: list[MicroBatch] = []

@@ -24,7 +24,7 @@ from tests.helpers.processes import REPOSITORY, free_port, rank_environment
 from tests.helpers.training import training_arguments, write_json
 
 SAVE_STEPS = 10
-RANK_TIMEOUT_S = 8
+RANK_TIMEOUT_S = 15
 FIRST_STEP = " ETA "
 """Printed at every step."""
 START_LIMIT_S = 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -61,7 +62,8 @@ class Ranks:
             if process.poll() is None:
                 workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 for pid in (*map(int, workers), process.pid):
-                    os.kill(pid, signal.SIGABRT)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGABRT)
         time.sleep(PRINT_S)
         self.end()
         return self.text()

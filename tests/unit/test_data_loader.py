@@ -15,7 +15,7 @@ from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws, training_draws
 from tests.helpers.data import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
-from tests.helpers.processes import assert_ends, clean_environment, run_processes
+from tests.helpers.processes import clean_environment, run_processes, wait_for_end
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_worker_exits_if_its_process_is_killed_while_it_starts():
     """torch's worker compares its parent with the one that it finds at its own start."""
     finished = run_processes([([sys.executable, "-c", KILLED], clean_environment())], timeout=60)
     assert finished.code == -signal.SIGKILL, finished.output
-    assert_ends(int(re.search(r"worker (\d+)", finished.output)[1]))
+    wait_for_end(int(re.search(r"worker (\d+)", finished.output)[1]))
 
 
 def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it():

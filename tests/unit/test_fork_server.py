@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.helpers import processes
-from tests.helpers.processes import REPOSITORY, clean_environment, fork_server, run_processes, run_ranks
+from tests.helpers.processes import REPOSITORY, clean_environment, fork_server, run_processes, run_ranks, wait_for_end
 
 
 @pytest.fixture
@@ -116,12 +113,3 @@ def test_the_server_exits_with_its_parent(end):
     command = [sys.executable, "-c", f"{text}; {end}"]
     finished = run_processes([(command, clean_environment(PYTHONPATH=str(REPOSITORY)))])
     wait_for_end(int(finished.output))
-
-
-def wait_for_end(pid: int) -> None:
-    """Wait until a process has exited; fail after some seconds."""
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        assert time.monotonic() < deadline, f"process {pid} is still running"
-        time.sleep(0.05)
-    assert os.getpid() != pid

@@ -182,7 +182,7 @@ def test_nothing_of_a_preview_stays_alive(monkeypatch):
         ema=SimpleNamespace(copy_to=lambda model, trained: None),
         is_main=True,
     )
-    shown = preview.Preview(run, SimpleNamespace(tick=lambda: None))
+    shown = preview.Preview(run, SimpleNamespace(alive=lambda: None))
     gc.collect()
     gc.disable()
     try:
