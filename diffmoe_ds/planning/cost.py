@@ -2,7 +2,7 @@
 
 Assumptions, all of them constants of this file or of `planning/devices.py`:
 
-- *Compute*: matrix products run at `EFFICIENCY` of the GPU's dense bf16 peak (fp32: an eighth of it, TF32 off).
+- *Compute*: matrix products run at `EFFICIENCY` of the GPU's dense bf16 peak (fp32: half of it, with TF32).
   Activation checkpointing adds a forward pass. The host needs `OPERATOR_S` to launch an operator; the longer of the two
   counts.
 - *Update*: bound by memory; weights, gradient, moments and EMA are read and written once at `BANDWIDTH_SHARE` of the
@@ -39,8 +39,8 @@ LATENCY_S = ((1, 0.0), (2, 10e-6), (8, 18e-6), (64, 45e-6), (1024, 95e-6))
 """(ranks, seconds) of a small all-reduce; between them the logarithm of the ranks is interpolated."""
 PEER_S = 1e-6
 """Additional latency of an all-to-all for each rank of the group."""
-FP32_SHARE = 1 / 8
-"""Peak of fp32 products (no TF32) relative to bf16: between 1/6 (L40S) and 1/16 (A100, H100)."""
+FP32_SHARE = 1 / 2
+"""Peak of fp32 products, which use TF32 in training, relative to bf16, on all GPUs of `planning/devices.py`."""
 
 
 @dataclass(frozen=True)
