@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, default=Path("gpu_check.json"), metavar="FILE", help="results (default: %(default)s)")
     add("--budget-s", type=int, default=BUDGET_S, metavar="S", help="seconds for all parts (default: %(default)s)")
-    names = ", ".join(part.name for part in PARTS)
+    names = ", ".join(shlex.quote(part.name) for part in PARTS)
     add("--only", nargs="+", metavar="PART", help=f"run these parts only: {names}")
     parser.set_defaults(run=_run, argv=list(sys.argv[1:] if argv is None else argv), failed=False)
     args = parser.parse_args(argv)
@@ -251,7 +252,7 @@ def _run(args: argparse.Namespace) -> None:
     parts = [part for part in PARTS if args.only is None or part.name in args.only]
     if unknown := set(args.only or ()) - {part.name for part in PARTS}:
         raise ConfigError(
-            f"--only {' '.join(sorted(unknown))}: no such part; valid: {', '.join(p.name for p in PARTS)}."
+            f"--only {' '.join(sorted(unknown))}: no such part; valid: {', '.join(shlex.quote(p.name) for p in PARTS)}."
         )
     if not torch.cuda.is_available():
         raise ConfigError("make gpu-check needs a GPU that torch can use; torch.cuda.is_available() is False.")

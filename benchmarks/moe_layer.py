@@ -261,7 +261,7 @@ def _shapes(args: argparse.Namespace) -> tuple[Shape, ...]:
     if len(missing) == len(given):
         return QUICK_SHAPES if args.quick else SHAPES
     if missing:
-        raise ConfigError(f"--tokens, --width and --experts describe one shape; {' and '.join(missing)} missing.")
+        raise ConfigError(f"--tokens, --width and --experts must be given together; add {' and '.join(missing)}.")
     require_positive(args, *given)
     if args.tokens < args.experts:
         raise ConfigError(f"--tokens must be at least --experts ({args.experts}), got {args.tokens}.")

@@ -103,7 +103,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> str 
         if failed is not None:
             return f"rank {codes.index(failed)} failed with exit code {failed}."
         if time.monotonic() > deadline:
-            return "they did not finish in time."
+            return f"the processes did not finish within {TIMEOUT_S:.0f} s."
         time.sleep(0.05)
     return None
 

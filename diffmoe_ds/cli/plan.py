@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   diffmoe plan --model XL-E16 --gpu A100-40GB --set model.activation_checkpointing=true
   diffmoe plan --config fashion --world 2 --dtype fp32 --json
 
-Times come from a simple model, whose assumptions docs/planning.md lists.
+Times come from a simple model; docs/planning.md lists its assumptions.
 """
 RECIPE = "imagenet-256"
 """The default recipe: the paper's models on 256-pixel images."""
@@ -32,13 +32,23 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="model.name, such as L-E16 or Dense-L (default: the recipe's)")
     add("--pool", choices=("rank", "ep", "world"), help="routing.pool (default: the recipe's)")
     add("--world", type=int, default=8, metavar="W", help="number of GPUs (default: %(default)s)")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
-    add("--ep", type=int, metavar="P", help="expert-parallel size (default: the JSON's; auto: the largest of a node)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs per node (default: %(default)s)")
+    add(
+        "--ep",
+        type=int,
+        metavar="P",
+        help="expert-parallel size (default: the JSON's; auto: a node's largest)",
+    )
     add("--zero", type=int, choices=(0, 1, 2, 3), metavar="Z", help="ZeRO stage (default: the JSON's)")
     add("--micro-batch", type=int, metavar="B", help="images per GPU and forward pass (default: from the JSON)")
     add("--accumulation", type=int, metavar="N", help="forward passes per optimizer step (default: from the JSON)")
     add("--dtype", choices=("bf16", "fp32"), help="precision (default: the JSON's; auto: bf16)")
-    add("--gpu", default="H100", metavar="NAME", help="GPU of the verdict and of the times (default: %(default)s)")
+    add(
+        "--gpu",
+        default="H100",
+        metavar="NAME",
+        help="GPU model for memory and step times (default: %(default)s)",
+    )
     add(
         "--simulate", action="store_true",
         help="run rank 0 of the whole model on fake tensors, and count its activations and collectives",

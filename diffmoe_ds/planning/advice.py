@@ -72,7 +72,7 @@ def best_choice(choices: list[Choice], local_world: int) -> tuple[Choice, str]:
             f"fastest that fits, {saved:.0%} less time per step than ep {second.ep_size}{_because(best, second)}"
         )
     if best.ep_size > 1:
-        reasons.append(f"its row exchange stays {where}" if where == "within a node" else "rows cross nodes")
+        reasons.append(f"all-to-all stays {where}" if where == "within a node" else "all-to-all crosses nodes")
     if refused:
         reasons.append(f"ep {', '.join(map(str, refused))} would not fit")
     return best, "; ".join(reasons)

@@ -59,7 +59,7 @@ def _model(plan: dict[str, Any]) -> list[str]:
         _line(
             "parameters",
             f"{millions['params_total']} total, {millions['params_activated']} activated per token, "
-            f"{millions['params_touched']} with routers; {millions['params_per_rank']} on a GPU",
+            f"{millions['params_touched']} with routers; {millions['params_per_rank']} per GPU",
         ),
         _line("operations", f"{flops:,.1f} GFLOP per image forward, {training:,.1f} in training"),
     ]
@@ -91,13 +91,13 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     tight = [name for name, found in gpus if not found["fits"] and found["free_gb"] >= 0]
     verdict = "fits" if plan["fits"] else "does not fit"
     return [
-        "memory of a GPU, GB",
+        "memory per GPU, GB",
         *_rows(rows, (16, 8)),
         _line("activations", f"{without:.2f} GB, {with_:.2f} GB with activation checkpointing"),
-        _line("of these", f"{plan['dispatch_buffers_gb']:.2f} GB are rows sent to experts and back"),
+        _line("of which", f"{plan['dispatch_buffers_gb']:.2f} GB are rows sent to experts and back"),
         _line("host memory", host),
         _line("verdict", f"{verdict} on {plan['gpu']}"),
-        _line("fits on", ", ".join(fitting) or "none of the GPUs known here"),
+        _line("fits on", ", ".join(fitting) or "none of the supported GPUs"),
         *([_line("tight on", f"{', '.join(tight)}: no room for the CUDA context and fragmentation")] if tight else []),
         *([_line("too small", ", ".join(short))] if short else []),
     ]
@@ -109,7 +109,7 @@ def _traffic(plan: dict[str, Any]) -> list[str]:
         for m in plan["collectives"]
     ]
     return [
-        "collectives of a GPU in an optimizer step",
+        "collectives per GPU and optimizer step",
         *_rows([("purpose", "collective", "GPUs", "calls", "bytes", ""), *rows], (18, 15, 7, 8, 12)),
         _line("total", size_text(plan["bytes_per_step"])),
     ]
