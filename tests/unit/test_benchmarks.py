@@ -56,7 +56,7 @@ def test_moe_layer_takes_a_shape(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--tokens", "64"], "--width and --experts missing."),
+        (["--tokens", "64"], "must be given together; add --width and --experts."),
         (["--tokens", "4", "--width", "8", "--experts", "8"], "--tokens must be at least --experts (8), got 4."),
         (["--rounds", "0"], "--rounds must be positive, got 0."),
     ),
