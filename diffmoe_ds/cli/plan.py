@@ -33,22 +33,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool", choices=("rank", "ep", "world"), help="routing.pool (default: the recipe's)")
     add("--world", type=int, default=8, metavar="W", help="number of GPUs (default: %(default)s)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs per node (default: %(default)s)")
-    add(
-        "--ep",
-        type=int,
-        metavar="P",
-        help="expert-parallel size (default: the JSON's; auto: a node's largest)",
-    )
+    add("--ep", type=int, metavar="P", help="expert-parallel size (default: the JSON's; auto: a node's largest)")
     add("--zero", type=int, choices=(0, 1, 2, 3), metavar="Z", help="ZeRO stage (default: the JSON's)")
     add("--micro-batch", type=int, metavar="B", help="images per GPU and forward pass (default: from the JSON)")
     add("--accumulation", type=int, metavar="N", help="forward passes per optimizer step (default: from the JSON)")
     add("--dtype", choices=("bf16", "fp32"), help="precision (default: the JSON's; auto: bf16)")
-    add(
-        "--gpu",
-        default="H100",
-        metavar="NAME",
-        help="GPU model for memory and step times (default: %(default)s)",
-    )
+    add("--gpu", default="H100", metavar="NAME", help="GPU model for memory and step times (default: %(default)s)")
     add(
         "--simulate", action="store_true",
         help="run rank 0 of the whole model on fake tensors, and count its activations and collectives",

@@ -185,7 +185,7 @@ def run_together(starts: Sequence[Callable[[IO[str]], Process]], timeout: float)
     return Finished(code, text)
 
 
-def wait_for_end(pid: int, timeout: float = 60) -> None:
+def wait_for_end(pid: int, timeout: float = 10) -> None:
     """Wait until a process that is not our child has exited; kill it and fail after some seconds."""
     deadline = time.monotonic() + timeout
     while is_running(pid):

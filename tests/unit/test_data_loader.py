@@ -152,14 +152,21 @@ def test_workers_exit_with_an_unfinished_iterator(small):
     assert multiprocessing.active_children() == [] and [worker.exitcode for worker in workers] == [0, 0]
 
 
-SIGNALLED = """
-import multiprocessing, os, signal, sys
-from tests.helpers.data import loader
-from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
+OPEN = """
+import multiprocessing, os, signal, sys, time
 from functools import partial
+from diffmoe_ds.data import loader as loader_module
+from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.rng import training_draws
-draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
-batches = iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=2))
+from tests.helpers.data import loader
+
+def open_batches(workers):
+    draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
+    dataset = ShardDataset([EMBEDDED])
+    return iter(loader(dataset, image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=workers))
+"""
+SIGNALLED = f"""{OPEN}
+batches = open_batches(2)
 next(batches), next(batches)  # one from each worker, so both have started
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     for worker in multiprocessing.active_children():
@@ -172,13 +179,7 @@ sys.exit(7)
 """
 
 
-KILLED = """
-import os, signal, time
-from functools import partial
-from diffmoe_ds.data import loader as loader_module
-from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
-from diffmoe_ds.rng import training_draws
-from tests.helpers.data import loader
+KILLED = f"""{OPEN}
 start_worker = loader_module._start_worker
 
 def start(parent, *arguments):
@@ -189,8 +190,7 @@ def start(parent, *arguments):
     start_worker(parent, *arguments)
 
 loader_module._start_worker = start
-draws = partial(training_draws, 5, shape=(1, 28, 28), label_dropout=0.3)
-next(iter(loader(ShardDataset([EMBEDDED]), image_shape=(1, 28, 28), num_classes=10, draws=draws, num_workers=1)))
+next(open_batches(1))
 """
 
 
