@@ -57,6 +57,11 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
         raise ConfigError(f"routing.capacity must not exceed the number of experts ({num_experts}), got {capacity}.")
     if routing.kind == "token_choice" and capacity != int(capacity):
         raise ConfigError(f"routing.capacity must be an integer for token_choice, got {capacity}.")
+    if routing.kind != "batch_pool" and routing.pool_images is not None:
+        raise ConfigError(
+            f"routing.pool_images must be unset for the router {routing.kind}, got {routing.pool_images}; only "
+            "batch_pool has a pool."
+        )
     if routing.kind == "expert_choice" and tokens_per_image * capacity < num_experts:
         raise ConfigError(
             f"routing.capacity must be at least {num_experts / tokens_per_image:g} for expert_choice, else an expert "

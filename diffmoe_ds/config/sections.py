@@ -71,6 +71,10 @@ class RoutingConfig(Section):
     pool: PoolScope = "world"
     """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""
+    pool_images: PositiveInteger | None = None
+    """Divide the pool of `batch_pool` in training into pools of this many consecutive images; by default it is not
+    divided. With 1, experts choose from each image as in `expert_choice`. Must divide the micro-batch of a rank, or be
+    a multiple of it that divides the pool. Thresholds still track the whole pool."""
     num_experts: PositiveInteger | None = None
     """Number of experts E per MoE layer; defaults to that of the named model."""
     capacity: PositiveNumber = 1.0

@@ -17,7 +17,14 @@ from diffmoe_ds.topology import Topology
 class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # DeepSpeed has no types
     """`MoELayer` with the pool and the dispatcher of a cluster; the computation is inherited unchanged."""
 
-    def __init__(self, config: Config, width: int, topology: Topology, ep_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: Config,
+        width: int,
+        topology: Topology,
+        ep_group: dist.ProcessGroup,
+        part_of_pool: Pool | None = None,
+    ) -> None:
         """Allocate the weights of the experts held here; `model/init.py` sets their values.
 
         Args:
@@ -25,11 +32,13 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
             width: token width D.
             topology: the ranks and the expert placement.
             ep_group: the process group of this rank's EP group.
+            part_of_pool: the ranks with the images of one pool of `routing.pool_images`, if these are several.
         """
         MoELayer.__init__(self, config, width, topology.num_local_experts)
         self.pool = make_pool(config.routing.pool, topology, ep_group)
+        self.part_of_pool = part_of_pool
         if topology.ep_size > 1:
-            offset, slack = _pool_offset(self.pool, topology), config.routing.padded_dispatch
+            offset, slack = _pool_offset(part_of_pool or self.pool, topology), config.routing.padded_dispatch
             self.dispatcher = AllToAllDispatcher(ep_group, offset)
             if slack is not None:
                 self.padded_dispatcher = PaddedAllToAllDispatcher(self.capacity, slack, ep_group, offset)
@@ -38,7 +47,7 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
 
 def _pool_offset(pool: Pool, topology: Topology) -> int | None:
     """Return the number, in a pool, of the first rank of this rank's EP group; None if the pool lacks the group."""
-    return {topology.world: topology.rank - topology.ep_rank, topology.ep_size: 0}.get(pool.size)
+    return None if pool.size % topology.ep_size else topology.rank % pool.size - topology.ep_rank
 
 
 def make_pool(scope: str, topology: Topology, ep_group: dist.ProcessGroup) -> Pool:
@@ -55,3 +64,25 @@ def make_pool(scope: str, topology: Topology, ep_group: dist.ProcessGroup) -> Po
     if scope == "ep" and topology.ep_size > 1:
         return GroupPool(ep_group)
     return LocalPool()
+
+
+def make_part_of_pool(
+    images: int | None, micro_batch: int | None, topology: Topology, ep_group: dist.ProcessGroup
+) -> Pool | None:
+    """Return this rank's pool among those of a number of images, if these are spread over several ranks.
+
+    All ranks must call this.
+
+    Args:
+        images: images of a pool, `routing.pool_images`; None for one pool.
+        micro_batch: images per rank; None for inference, where all images of a batch compete.
+        topology: the ranks.
+        ep_group: the process group of this rank's EP group.
+    """
+    if images is None or micro_batch is None or images <= micro_batch:
+        return None
+    ranks = images // micro_batch
+    if ranks in (topology.world, topology.ep_size):
+        return make_pool("world" if ranks == topology.world else "ep", topology, ep_group)
+    group, _ = dist.new_subgroups(ranks)
+    return GroupPool(group)

@@ -85,6 +85,9 @@ class MoELayer(nn.Module):
         self._warm_start = WarmStart()
         self.inference = "static"
         self.pool: Pool = LocalPool()
+        self.pool_images = routing.pool_images
+        self.part_of_pool: Pool | None = None
+        """The ranks with the images of one pool of `pool_images`, if these are several; set for training."""
         self.dispatcher: Dispatcher[Any] = LocalDispatcher()
         self.padded_dispatcher: Dispatcher[Any] | None = None
         """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
@@ -158,12 +161,12 @@ class MoELayer(nn.Module):
             return Selection(token_choice(scores_TE, int(self.capacity)))
         images = len(scores_TE) // self.tokens_per_image
         if rule == "static":
-            if self.kind == "batch_pool":
-                k = batch_pool_static(len(scores_TE), self.num_experts, self.capacity, self.pool)
-                return select_top_k(scores_TE, k, self.pool, self._warm_start)
-            k = expert_choice_static(scores_TE.shape[0] // images, self.num_experts, self.capacity)
-            k_BE = torch.full((images, self.num_experts), k, device=scores_TE.device)
-            return Selection(expert_choice(scores_TE, k_BE), rows_per_expert=k * images)
+            images_of_pool = self.pool_images if self.training else None
+            if self.kind == "expert_choice" or (images_of_pool is not None and images_of_pool < images):
+                return self._select_in_parts(scores_TE, images // (images_of_pool or 1))
+            pool = self.pool if images_of_pool is None else self.part_of_pool or LocalPool()
+            k = batch_pool_static(len(scores_TE), self.num_experts, self.capacity, pool)
+            return select_top_k(scores_TE, k, pool, self._warm_start)
         assert logits_TE is not None, "`DiT.set_inference` allows these rules only with a capacity predictor"
         if rule == "per_token":
             return Selection(predicted_mask(logits_TE, self.expert_threshold))
@@ -172,6 +175,12 @@ class MoELayer(nn.Module):
             return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
         k_BE = expert_choice_dynamic(logits_TE, self.expert_threshold, images)
         return Selection(expert_choice(scores_TE, k_BE))
+
+    def _select_in_parts(self, scores_TE: Tensor, parts: int) -> Selection:
+        """Select by the training rule from each of ``parts`` equal parts of this rank's tokens."""
+        k = expert_choice_static(len(scores_TE) // parts, self.num_experts, self.capacity)
+        k_PE = torch.full((parts, self.num_experts), k, device=scores_TE.device)
+        return Selection(expert_choice(scores_TE, k_PE), rows_per_expert=k * parts)
 
     def forget_last_search(self) -> None:
         """Search exactly the next time, wherever the last search ended."""

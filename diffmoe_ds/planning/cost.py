@@ -107,8 +107,8 @@ def message_time(message: Message, layout: Layout, device: Device) -> float:
     ranks = message.ranks
     if ranks == 1:
         return 0.0
-    together = {"world": layout.local_world, "ep": ranks, "edp": max(1, layout.local_world // layout.settings.ep_size)}
-    on_a_node = min(ranks, layout.local_world, together[message.scope])
+    replicas = max(1, layout.local_world // layout.settings.ep_size)
+    on_a_node = min(ranks, layout.local_world, replicas if message.scope == "edp" else ranks)
     is_one_node = ranks == on_a_node
     seconds = message.calls * latency(ranks)
     if message.collective == "all_to_all":

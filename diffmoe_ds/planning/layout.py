@@ -19,7 +19,7 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.flops import count_moe_blocks
-from diffmoe_ds.planning.pool import pool_rows
+from diffmoe_ds.planning.pool import pool_ranks, pool_rows, selection_ranks
 from diffmoe_ds.topology import Topology
 
 MAX_EXPERT_GROUP = 178_956_971
@@ -102,8 +102,13 @@ class Layout:
 
     @property
     def pool_ranks(self) -> int:
-        """Ranks over which tokens are selected and counted."""
-        return {"rank": 1, "ep": self.settings.ep_size, "world": self.world}[self.config.routing.pool]
+        """Ranks over which thresholds are searched and tokens are counted."""
+        return pool_ranks(self.config, self.settings, self.world)
+
+    @property
+    def selection_ranks(self) -> int:
+        """Ranks over which tokens are selected."""
+        return selection_ranks(self.config, self.settings, self.world)
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -34,8 +34,8 @@ class Message:
     collective: str
     """``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``all_to_all``."""
     scope: str
-    """The ranks that take part: ``world``, ``ep`` (the ranks that share a set of experts) or ``edp`` (the replicas of
-    an expert)."""
+    """The ranks that take part: ``world``, ``ep`` (the ranks that share a set of experts), ``edp`` (the replicas of
+    an expert) or ``pool`` (those with the images of one pool of `routing.pool_images`)."""
     ranks: int
     """Their number."""
     calls: int
@@ -79,12 +79,14 @@ def _selection(layout: Layout) -> list[Message]:
         return []
     scope = "world" if config.routing.pool == "world" else "ep"
     ranks, found = layout.pool_ranks, []
-    if config.routing.kind == "batch_pool":
-        size = (_histogram_bytes(experts) + _table_bytes(layout, experts)) * layers * steps
-        found.append(Message("selection", "all_reduce", scope, ranks, 2 * layers * steps, size))
+    competing = layout.selection_ranks
+    if config.routing.kind == "batch_pool" and competing > 1:
+        size = (_histogram_bytes(experts) + _table_bytes(competing, experts)) * layers * steps
+        part = scope if competing == ranks else "pool"
+        found.append(Message("selection", "all_reduce", part, competing, 2 * layers * steps, size))
     if config.has_capacity_predictor:  # one search for the experts of all layers and micro-steps
         columns, calls = layers * experts * steps, 1 if _has_attached_table(layout) else 2
-        size = _histogram_bytes(columns) + (calls - 1) * _table_bytes(layout, columns)
+        size = _histogram_bytes(columns) + (calls - 1) * _table_bytes(ranks, columns)
         found.append(Message("thresholds", "all_reduce", scope, ranks, calls, size))
     if config.routing.kind == "token_choice":
         calls = layers * steps
@@ -98,8 +100,7 @@ def _histogram_bytes(experts: int) -> int:
     return 4 * experts * BINS
 
 
-def _table_bytes(layout: Layout, experts: int) -> int:
-    ranks = layout.pool_ranks
+def _table_bytes(ranks: int, experts: int) -> int:
     return 4 * ranks * experts * (2 + candidates_of_rank(ranks))
 
 
@@ -117,7 +118,9 @@ def _rows(layout: Layout) -> list[Message]:
     found = []
     row_bytes = config.size.hidden_size * layout.weight_bytes
     found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
-    if config.routing.kind == "token_choice" and _padding(layout) is None:
+    competing, kind = layout.selection_ranks, config.routing.kind
+    is_unknown = kind == "token_choice" or (kind == "batch_pool" and competing > 1 and competing % ranks > 0)
+    if is_unknown and _padding(layout) is None:  # otherwise the selection knows the counts of the whole EP group
         found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
     return found
 
@@ -136,7 +139,7 @@ def routed_rows(layout: Layout) -> int:
 def _padding(layout: Layout) -> float | None:
     """Return `routing.padded_dispatch`; None if the layers have no use for it."""
     routing = layout.config.routing
-    is_fixed = routing.kind != "token_choice" and (routing.kind != "batch_pool" or layout.pool_ranks == 1)
+    is_fixed = routing.kind != "token_choice" and (routing.kind != "batch_pool" or layout.selection_ranks == 1)
     return routing.padded_dispatch if layout.moe_layers and not is_fixed else None
 
 
@@ -145,7 +148,7 @@ def _loop(layout: Layout) -> list[Message]:
     world, steps = layout.world, layout.settings.accumulation
     size = 4 * (AGREED_VALUES + (_padding(layout) is not None)) * world * steps
     if _has_attached_table(layout):
-        size += _table_bytes(layout, layout.moe_layers * layout.config.num_experts * steps)
+        size += _table_bytes(layout.pool_ranks, layout.moe_layers * layout.config.num_experts * steps)
     return [Message("agreement", "all_reduce", "world", world, steps, size)]
 
 

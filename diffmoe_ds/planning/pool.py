@@ -1,4 +1,4 @@
-"""Sizes of the routing pool: competing tokens, and tokens per expert."""
+"""Sizes of the routing pool: ranks, competing tokens, and tokens per expert."""
 
 from __future__ import annotations
 
@@ -8,18 +8,45 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.moe.capacity import tokens_per_expert
 
 
+def pool_ranks(config: Config, settings: DeepSpeedSettings, world: int) -> int:
+    """Return the number of ranks of the pool that `routing.pool` names."""
+    return {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
+
+
+def selection_ranks(config: Config, settings: DeepSpeedSettings, world: int) -> int:
+    """Return the number of ranks whose tokens compete: those of the pool, or of a part of `routing.pool_images`."""
+    images = config.routing.pool_images
+    return pool_ranks(config, settings, world) if images is None else max(1, images // settings.micro_batch)
+
+
 def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[int, int]:
-    """Return (tokens T of a pool, rows K that each expert takes from it) for one micro-batch.
+    """Return (tokens T that compete, rows K that each expert takes of them) for one micro-batch.
 
     Raises:
-        ConfigError: the pool is too small for each expert to take at least one token.
+        ConfigError: the pool is too small for each expert to take at least one token, or `routing.pool_images` does not
+            divide it.
     """
-    ranks = {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
-    tokens = settings.micro_batch * ranks * config.tokens_per_image
+    ranks = pool_ranks(config, settings, world)
+    images = _images_that_compete(config, settings.micro_batch, ranks)
+    tokens = images * config.tokens_per_image
     rows = tokens_per_expert(config.routing.capacity, tokens, config.num_experts)
     if rows < 1:
         raise ConfigError(
             f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives each of "
-            f"{config.num_experts} experts less than one token; raise the capacity or the micro-batch."
+            f"{config.num_experts} experts less than one token; raise the capacity or the number of images in a pool."
         )
     return tokens, rows
+
+
+def _images_that_compete(config: Config, micro_batch: int, ranks: int) -> int:
+    """Return the number of images in a pool, after checking that pools of `routing.pool_images` are of equal size."""
+    images, whole = config.routing.pool_images, micro_batch * ranks
+    if images is None:
+        return whole
+    if whole % images or (images % micro_batch and micro_batch % images):
+        valid = [n for n in range(1, whole + 1) if not whole % n and (not n % micro_batch or not micro_batch % n)]
+        raise ConfigError(
+            f"routing.pool_images is {images}, but must be one of {', '.join(map(str, valid))}, because the pool has "
+            f"{ranks} rank(s) with {micro_batch} images each."
+        )
+    return images

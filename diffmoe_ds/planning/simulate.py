@@ -25,7 +25,7 @@ from diffmoe_ds.distributed.fake import fake_ranks
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.model.layers import time_frequencies
 from diffmoe_ds.moe.capacity import capacity_loss
-from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
+from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE, make_part_of_pool
 from diffmoe_ds.planning.counting import Counter
 from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.topology import Topology
@@ -65,7 +65,9 @@ def simulate(config: Config, topology: Topology, micro_batch: int, dtype: torch.
     time_frequencies(torch.device("cpu"))  # cached by the process, so it must be a real tensor
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_ranks(topology) as ep_group, fake, expected, counter:
-        model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group)).train()
+        part = make_part_of_pool(config.routing.pool_images, micro_batch, topology, ep_group)
+        make_moe = partial(ExpertParallelMoE, topology=topology, ep_group=ep_group, part_of_pool=part)
+        model = DiT(config, make_moe).train()
         _prepare_weights(model, dtype)
         inputs = _inputs(config, micro_batch)
         weights = counter.live

@@ -133,6 +133,9 @@ def _pool(plan: TrainPlan) -> str:
     if config.routing.kind != "batch_pool":
         return "none: each image or token is routed independently"
     tokens, rows = pool_rows(config, settings, world)
+    if config.routing.pool_images is not None:
+        images = "1 image" if config.routing.pool_images == 1 else f"{config.routing.pool_images} images"
+        return f"{tokens:,} tokens of {images}; each expert takes K = {rows:,}"
     batch = "one micro-batch" if settings.accumulation > 1 else "a batch"
     scope = {
         "rank": "one rank",

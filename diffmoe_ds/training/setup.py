@@ -18,7 +18,7 @@ from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
-from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE
+from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE, make_part_of_pool
 from diffmoe_ds.moe.thresholds import Thresholds
 from diffmoe_ds.topology import Topology
 from diffmoe_ds.training.ema import EMA
@@ -93,7 +93,7 @@ def setup_run(plan: TrainPlan) -> Run:
     config, settings, reader = plan.config, plan.settings, plan.reader
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
     device = local_device(plan.launch)
-    model = build_model(config, topology)
+    model = build_model(config, topology, micro_batch=settings.micro_batch)
     if reader is not None:
         raise_on_all_ranks(device, lambda: restore_weights(model, reader, topology, "fp32"))
     else:
@@ -136,7 +136,11 @@ def compile_blocks(model: DiT) -> None:
 
 
 def build_model(
-    config: Config, topology: Topology, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: Config,
+    topology: Topology,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    micro_batch: int | None = None,
 ) -> DiT:
     """Return the model with this rank's experts and uninitialized weights. Every rank must call this.
 
@@ -145,8 +149,10 @@ def build_model(
         topology: the ranks and the expert placement.
         device: the device of the weights.
         dtype: of the weights.
+        micro_batch: images per rank in training, which `routing.pool_images` needs; None for inference.
     """
     ep_group = seam.expert_parallel_group(topology.ep_size)
+    part = make_part_of_pool(config.routing.pool_images, micro_batch, topology, ep_group)
     with torch.device("meta"):
-        model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group))
+        model = DiT(config, partial(ExpertParallelMoE, topology=topology, ep_group=ep_group, part_of_pool=part))
     return allocate(model, device, dtype)

@@ -96,3 +96,21 @@ def test_offloaded_optimizer_trains_the_same(train_tiny):
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     extra = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
     assert_same(train_tiny(2, 2, 2, **extra), train_tiny(2, 2, 2))
+
+
+@pytest.mark.slow
+def test_pools_of_some_images_do_not_depend_on_the_ranks(train_tiny):
+    """A pool of 8 images is half of a rank's, all of a rank's, or those of 2 of 4 ranks, with and without EP groups."""
+    reference = train_tiny(1, 1, 0, "routing.pool_images=8")
+    for world, ep, zero in ((2, 2, 1), (4, 2, 2), (4, 4, 3)):
+        assert_same(train_tiny(world, ep, zero, "routing.pool_images=8"), reference)
+    padded = train_tiny(4, 4, 2, "routing.pool_images=8", "routing.padded_dispatch=1.5")
+    assert padded.column("loss") == pytest.approx(reference.column("loss"), abs=TOLERANCE)
+
+
+def test_a_pool_of_one_image_is_expert_choice_and_one_of_all_images_the_default(train_tiny):
+    one, half = train_tiny(1, 1, 0, "routing.pool_images=1"), train_tiny(1, 1, 0, "routing.pool_images=8")
+    per_image, whole = train_tiny(1, 1, 0, "routing.kind=expert_choice"), train_tiny(1, 1, 0)
+    assert one.column("loss") == per_image.column("loss")
+    assert train_tiny(1, 1, 0, "routing.pool_images=16").column("loss") == whole.column("loss")
+    assert len({tuple(run.column("loss")) for run in (one, half, whole)}) == 3
