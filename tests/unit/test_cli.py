@@ -42,8 +42,16 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
         (["--set", "sample.sampler=ddpm"], 2, "sample.sampler must be euler or heun for a flow model, got 'ddpm'"),
         (["--set", "sample.steps=0"], 2, "fashion.yaml with --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
-        (["--set", "routing.pool_images=3"], 2, "is 3, but must be one of 1, 2, 4, 8, 16, 32, because the pool has 1 rank"),
-        (["--set", "routing.kind=dense", "routing.pool_images=2"], 2, "must be unset for the router dense, got 2; only"),
+        (
+            ["--set", "routing.pool_images=3"],
+            2,
+            "is 3, but must be one of 1, 2, 4, 8, 16, 32, because the pool has 1 rank",
+        ),
+        (
+            ["--set", "routing.kind=dense", "routing.pool_images=2"],
+            2,
+            "must be unset for the router dense, got 2; only",
+        ),
         (["--set", "routing.capacity=0.0001"], 2, "gives each of 8 experts less than one"),
         (["--set", "data.path=/nowhere/x.tar"], 4, "/nowhere/x.tar"),
         (["--config", "imagenet-256", "--dry-run"], 4, "latents exists; expected"),

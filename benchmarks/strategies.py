@@ -1,0 +1,183 @@
+"""The paper's comparison of strategies in miniature (arXiv 2503.14487, table 2): train, evaluate, keep every result.
+
+    python -m benchmarks.strategies --data fashion --runs runs/strategies
+
+trains each model and evaluates it with each inference rule, three seeds each, and writes one JSON file for each result
+to ``--results``. What exists is skipped, and an interrupted training resumes, so the same command continues the work.
+``python -m benchmarks.strategies_report`` draws the figures and prints the tables. `benchmarks/README.md` says how to
+build the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import machine_facts, progress, require_positive_list
+from diffmoe_ds.cli import run_command
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
+from diffmoe_ds.files import write_json
+from diffmoe_ds.planning.parameters import count_parameters
+
+RECIPE = Path(__file__).with_suffix(".yaml")
+RESULTS = Path(__file__).parent / "results" / "strategies"
+BATCH = 50
+"""Images that are generated at once, and that compete under `static` and `dynamic`."""
+
+DENSE = ("model.name=Dense-tiny", "routing.kind=dense")
+MODELS: dict[str, tuple[str, ...]] = {
+    "TC": ("routing.kind=token_choice",),
+    "dense": DENSE,
+    "EC": ("routing.kind=expert_choice",),
+    "DiffMoE": (),
+    "dense-1.5x": (*DENSE, "model.depth=6"),
+    "dense-3x": (*DENSE, "model.depth=6", "model.hidden_size=140"),
+    **{f"pool-{images}": (f"routing.pool_images={images}",) for images in (1, 2, 4, 8)},
+}
+"""Values for ``--set`` by model. A dense model of 1.5 (3) times the activated parameters is deeper (and wider)."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A model and how it is sampled."""
+
+    model: str
+    """A key of `MODELS`."""
+    routing: str
+    """The inference rule."""
+    options: tuple[str, ...] = ()
+    """Further options of ``diffmoe evaluate``."""
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "TC": Strategy("TC", "static"),
+    "dense": Strategy("dense", "static"),
+    "EC-static": Strategy("EC", "static"),
+    "EC-dynamic": Strategy("EC", "dynamic"),
+    "DiffMoE-static": Strategy("DiffMoE", "static"),
+    "DiffMoE-dynamic": Strategy("DiffMoE", "dynamic"),
+    "DiffMoE-per_token": Strategy("DiffMoE", "per_token"),
+    "dense-1.5x": Strategy("dense-1.5x", "static"),
+    "dense-3x": Strategy("dense-3x", "static"),
+    **{f"{model}-per_token": Strategy(model, "per_token") for model in MODELS if model.startswith("pool-")},
+    **{f"DiffMoE-dynamic-{n}": Strategy("DiffMoE", "dynamic", ("--batch-size", str(n))) for n in (5, 500)},
+    **{
+        f"DiffMoE-capacity-{c:g}": Strategy("DiffMoE", "per_token", ("--capacity", str(c)))
+        for c in (0.25, 0.5, 0.75, 1.5, 2, 4)
+    },
+}
+"""The rows of the table, then those of the three figures: sizes of the pool, batches of `dynamic`, and capacities."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="directory with the shards train/*.tar and test/*.tar")
+    add("--runs", type=Path, required=True, metavar="DIR", help="directory for the run directories, about 60 MB each")
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory for the results (default: %(default)s)")
+    add("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="default: all")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="seeds of training (default: 0 1 2)")
+    add("--num-images", type=int, default=5000, metavar="N", help="images to generate (default: %(default)s)")
+    add("--steps", type=int, default=25, metavar="K", help="Euler steps (default: %(default)s)")
+    add("--jobs", type=int, default=2, metavar="J", help="processes at the same time (default: %(default)s)")
+    add("--set", nargs="+", default=[], metavar="a.b=c", help="further overrides of the recipe, such as a shorter run")
+    parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
+    return run_command(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and evaluate what is missing.
+
+    Raises:
+        ConfigError: an option is invalid.
+        DataError: the data is missing.
+        DiffMoEError: a command has failed; it has printed why.
+    """
+    require_positive(args, "num_images", "steps", "jobs")
+    require_positive_list("--seeds", [seed + 1 for seed in args.seeds])
+    for name in args.strategies:
+        if name not in STRATEGIES:
+            raise ConfigError(unknown("--strategies", name, STRATEGIES))
+    for part in ("train", "test"):
+        if not any((args.data / part).glob("*.tar")):
+            raise DataError(f"--data {args.data}: no shards in {part}/; see benchmarks/README.md")
+    missing = [
+        (name, seed) for seed in args.seeds for name in args.strategies if not _result(args, name, seed).is_file()
+    ]
+    models = list(dict.fromkeys((STRATEGIES[name].model, seed) for name, seed in missing))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: train(args, *job), models))
+        list(pool.map(lambda job: evaluate(args, *job), missing))
+
+
+def train(args: argparse.Namespace, model: str, seed: int) -> None:
+    """Train a model, or finish its training."""
+    progress(f"train {model}, seed {seed}")
+    log = args.runs / model / f"seed{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    chosen = [f"data.path={args.data / 'train'}", f"run.seed={seed}", *MODELS[model], *args.set]
+    command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
+    with log.open("a", encoding="utf-8") as file:
+        _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
+
+
+def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
+    """Evaluate a strategy and write its result."""
+    progress(f"evaluate {name}, seed {seed}")
+    strategy = STRATEGIES[name]
+    test = str(args.data / "test")
+    command = [
+        "evaluate", "--checkpoint", str(args.runs / strategy.model / f"seed{seed}"), "--reference", test,
+        "--validation", test, "--num-images", str(args.num_images), "--steps", str(args.steps),
+        "--batch-size", str(BATCH), "--routing", strategy.routing, *strategy.options, "--json",
+    ]  # fmt: skip
+    printed = _diffmoe(command, args.jobs, stdout=subprocess.PIPE)
+    metrics: Mapping[str, Any] = json.loads(printed.splitlines()[-1])
+    config = load_config(str(RECIPE), [*MODELS[strategy.model], *args.set])
+    counts = count_parameters(config)
+    result = {
+        "strategy": name, "model": strategy.model, "routing": strategy.routing, "seed": seed,
+        "params_activated": counts.activated, "params_total": counts.total,
+        "train_images": config.run.total_images, "steps": args.steps, **metrics,
+        "machine": machine_facts("benchmarks.strategies", args.argv),
+    }  # fmt: skip
+    path = _result(args, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+
+
+def _result(args: argparse.Namespace, name: str, seed: int) -> Path:
+    path: Path = args.results / f"{name}-seed{seed}.json"
+    return path
+
+
+def _diffmoe(command: Sequence[str], jobs: int, **streams: Any) -> str:
+    """Run ``diffmoe`` with its share of the cores, and return what it prints to a pipe.
+
+    Raises:
+        DiffMoEError: it failed.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    finished = subprocess.run(
+        [sys.executable, "-m", "diffmoe_ds", *command], text=True, check=False, env=env, **streams
+    )
+    if finished.returncode:
+        raise DiffMoEError(f"diffmoe {' '.join(command)}: exit code {finished.returncode}")
+    return finished.stdout or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

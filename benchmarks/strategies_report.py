@@ -1,0 +1,217 @@
+"""Tables and figures of `benchmarks/strategies.py`, from the results that are there.
+
+    python -m benchmarks.strategies_report --figures docs
+
+prints the tables in Markdown, with the mean over the seeds of training, their standard deviation and the 95% prediction
+interval: where the value of one further seed is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.strategies import BATCH, RESULTS, STRATEGIES
+from diffmoe_ds.cli import run_command
+from diffmoe_ds.errors import DataError
+from diffmoe_ds.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+"""The results of every seed, by strategy."""
+
+METRICS = {"frechet": "Fréchet distance", "validation_loss": "validation loss"}
+"""What the figures show, and its name."""
+POOLS: dict[float, str] = {**{n: f"pool-{n}-per_token" for n in (1, 2, 4, 8)}, 32: "DiffMoE-per_token"}
+"""Images of a pool -> strategy."""
+DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 500: "DiffMoE-dynamic-500"}
+"""Images of a batch -> strategy."""
+COLOUR, GREY = "#1f5a99", "#8a8a8a"
+
+
+class Summary(NamedTuple):
+    """A metric over the seeds of training."""
+
+    mean: float
+    deviation: float
+    """Standard deviation; NaN for one seed."""
+    low: float
+    """Lower end of the 95% prediction interval for a further seed."""
+    high: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables, draw the figures and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory of the results (default: %(default)s)")
+    add("--figures", type=Path, metavar="DIR", help="existing directory for the figures (default: draw none)")
+    parser.set_defaults(run=run)
+    return run_command(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tables and draw the figures.
+
+    Raises:
+        DataError: there are no results, or one is damaged.
+    """
+    results = read_results(args.results)
+    print("\n".join(table(results, [name for name in STRATEGIES if name in results])))
+    if args.figures is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    for name, draw in (("pool-size", draw_pools), ("per-token", draw_rules), ("capacity", draw_capacities)):
+        figure = draw(results)
+        with replacing(args.figures / f"{name}.png") as tmp:
+            figure.savefig(tmp, format="png", dpi=150)
+
+
+def read_results(directory: Path) -> Results:
+    """Read the results, sorted by seed.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
+    results = defaultdict(list)
+    for path in sorted(directory.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            results[result["strategy"]].append(result)
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure again") from None
+    if not results:
+        raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
+    return {name: sorted(rows, key=lambda row: int(row["seed"])) for name, rows in results.items()}
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Return mean, standard deviation and the 95% prediction interval, which assumes a normal distribution."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Summary(mean, math.nan, math.nan, math.nan)
+    deviation = statistics.stdev(values)
+    reach = float(t.ppf(0.975, len(values) - 1)) * deviation * math.sqrt(1 + 1 / len(values))
+    return Summary(mean, deviation, mean - reach, mean + reach)
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def table(results: Results, names: Iterable[str]) -> list[str]:
+    """Return the lines of a Markdown table with a row for each strategy."""
+    lines = [
+        "| strategy | activated / total parameters | experts per token | Fréchet distance | 95% prediction interval | "
+        "validation loss | 95% prediction interval | precision / recall | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        rows = results[name]
+        cells = [
+            name,
+            f"{rows[0]['params_activated'] / 1e6:.2f} M / {rows[0]['params_total'] / 1e6:.2f} M",
+            f"{_capacity(rows):.2f}" if rows[0].get("capacity") is not None else "",
+            *_cells(rows, "frechet", 2),
+            *_cells(rows, "validation_loss", 4),
+            f"{statistics.fmean(row['precision'] for row in rows):.3f} / "
+            f"{statistics.fmean(row['recall'] for row in rows):.3f}",
+            str(len(rows)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _capacity(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the measured experts per token, averaged over the seeds."""
+    return statistics.fmean(row["capacity"] for row in rows)
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], metric: str, digits: int) -> tuple[str, str]:
+    """Return the mean with its standard deviation, and the interval."""
+    found = summarize([row[metric] for row in rows])
+    if len(rows) < 2:
+        return f"{found.mean:.{digits}f}", ""
+    return (
+        f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f}",
+        f"{found.low:.{digits}f} to {found.high:.{digits}f}",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_pools(results: Results) -> Figure:
+    """Draw both metrics against the number of images in a training pool."""
+    figure, panels = _panels("images in a pool during training")
+    for axes, metric in zip(panels, METRICS, strict=True):
+        _curve(axes, results, POOLS, metric)
+    return figure
+
+
+def draw_rules(results: Results) -> Figure:
+    """Draw both metrics of `dynamic` against the batch size, with `per_token`, which does not depend on it."""
+    figure, panels = _panels("images that are generated at once")
+    for axes, metric in zip(panels, METRICS, strict=True):
+        _curve(axes, results, DYNAMIC, metric, label="dynamic")
+        rows = results.get("DiffMoE-per_token", [])
+        if rows:
+            axes.axhline(summarize([row[metric] for row in rows]).mean, color=GREY, linestyle="--", label="per_token")
+            for row in rows:
+                axes.axhline(row[metric], color=GREY, linewidth=0.5, alpha=0.6)
+        axes.legend(frameon=False)
+    return figure
+
+
+def draw_capacities(results: Results) -> Figure:
+    """Draw both metrics against the measured number of experts per token."""
+    names = [name for name in STRATEGIES if name.startswith("DiffMoE-capacity") or name == "DiffMoE-per_token"]
+    figure, panels = _panels("experts per token at inference (measured)")
+    for axes, metric in zip(panels, METRICS, strict=True):
+        measured = {_capacity(results[name]): name for name in names if name in results}
+        _curve(axes, results, dict(sorted(measured.items())), metric)
+    return figure
+
+
+def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with one panel for each metric."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(METRICS), figsize=(9, 3.4), layout="constrained")
+    for axes, title in zip(panels, METRICS.values(), strict=True):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _curve(axes: Axes, results: Results, strategies: Mapping[float, str], metric: str, label: str = "mean") -> None:
+    """Draw the mean as a line, every seed as a dot, on a logarithmic axis of the strategies' numbers."""
+    from matplotlib.ticker import NullFormatter
+
+    found = {x: [row[metric] for row in results[name]] for x, name in strategies.items() if name in results}
+    axes.plot(list(found), [statistics.fmean(values) for values in found.values()], color=COLOUR, label=label)
+    for x, values in found.items():
+        axes.plot([x] * len(values), values, "o", color=COLOUR, markersize=4, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_xticks(list(found), [f"{x:.3g}" for x in found])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The comparison of strategies: its table of models, its statistics, and what it skips."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks import strategies, strategies_report
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.planning.parameters import count_parameters
+
+
+def test_models_are_compared_at_equal_activated_parameters():
+    configs = {name: load_config(str(strategies.RECIPE), list(chosen)) for name, chosen in strategies.MODELS.items()}
+    counts = {name: count_parameters(config).activated for name, config in configs.items()}
+    for name, activated in counts.items():
+        larger = {"dense-1.5x": 1.5, "dense-3x": 3}.get(name, 1)
+        assert activated / counts["dense"] == pytest.approx(larger, rel=0.05), name
+    assert {strategy.model for strategy in strategies.STRATEGIES.values()} == set(configs)
+    for strategy in strategies.STRATEGIES.values():
+        assert strategy.routing in configs[strategy.model].inference_choices
+
+
+def test_the_prediction_interval_holds_the_next_seed():
+    """Of many draws of three seeds, about 95% contain a fourth."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(10, 2, size=(2000, 4))
+    inside = [
+        found.low <= row[3] <= found.high for row in values for found in [strategies_report.summarize(row[:3].tolist())]
+    ]
+    assert statistics.fmean(inside) == pytest.approx(0.95, abs=0.015)
+    alone = strategies_report.summarize([3.0])
+    assert alone.mean == 3 and math.isnan(alone.low)
+
+
+def result(name: str, seed: int, **changes: object) -> dict:
+    strategy = strategies.STRATEGIES[name]
+    return {
+        "strategy": name, "model": strategy.model, "routing": strategy.routing, "seed": seed, "frechet": 20.0 + seed,
+        "validation_loss": 0.3 + seed / 100, "params_activated": 600_000, "params_total": 1_100_000, "capacity": 1.0,
+        "precision": 0.5, "recall": 0.4, **changes,
+    }  # fmt: skip
+
+
+def test_the_report_shows_every_result(tmp_path, capsys):
+    names = ["dense", "pool-1-per_token", "DiffMoE-per_token", "DiffMoE-dynamic", "DiffMoE-capacity-2"]
+    for name in names:
+        for seed in (0, 1):
+            changes = {"capacity": None} if name == "dense" else {}
+            (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps(result(name, seed, **changes)))
+    assert strategies_report.main(["--results", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == sorted(names, key=list(strategies.STRATEGIES).index)
+    assert "20.50 ± 0.71" in lines[2] and "| 2 |" in lines[2]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"pool-size.png", "per-token.png", "capacity.png"}
+
+
+def test_damaged_and_missing_results_are_named(tmp_path, capsys):
+    assert strategies_report.main(["--results", str(tmp_path)]) == 4
+    assert "no results; run python -m benchmarks.strategies first" in capsys.readouterr().err
+    (tmp_path / "dense-seed0.json").write_text("{}")
+    assert strategies_report.main(["--results", str(tmp_path)]) == 4
+    assert "dense-seed0.json: not a result" in capsys.readouterr().err
+
+
+def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    for part in ("train", "test"):
+        (data / part).mkdir(parents=True)
+        (data / part / "0.tar").touch()
+    commands = []
+
+    def run(command, jobs, **streams):
+        commands.append(command)
+        return 'a line\n{"frechet": 1.5}\n'
+
+    monkeypatch.setattr(strategies, "_diffmoe", run)
+    results = tmp_path / "results"
+    arguments = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(results), "--seeds", "0", "7"]
+    chosen = [*arguments, "--strategies", "EC-static", "EC-dynamic"]
+    (results).mkdir()
+    (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7)))
+    assert strategies.main(chosen) == 0
+    assert sorted(command[0] for command in commands) == ["evaluate"] * 3 + ["train"] * 2
+    written = json.loads((results / "EC-static-seed7.json").read_text())
+    assert written["frechet"] == 1.5 and written["seed"] == 7 and written["machine"]["command"].endswith("EC-dynamic")
+    commands.clear()
+    assert strategies.main(chosen) == 0 and not commands
+    for options, message in (
+        (["--strategies", "EC"], "did you mean"),
+        (["--jobs", "0"], "--jobs must be positive, got 0"),
+        (["--data", str(tmp_path)], "no shards in train/"),
+    ):
+        assert strategies.main([*arguments, *options]) in (2, 4)
+        assert message in capsys.readouterr().err
