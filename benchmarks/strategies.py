@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="directory with the shards train/*.tar and test/*.tar")
+    add("--data", type=Path, required=True, metavar="DIR", help="directory with train.tar and test.tar")
     add("--runs", type=Path, required=True, metavar="DIR", help="directory for the run directories, about 60 MB each")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory for the results (default: %(default)s)")
     add("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="default: all")
@@ -110,9 +110,9 @@ def run(args: argparse.Namespace) -> None:
     for name in args.strategies:
         if name not in STRATEGIES:
             raise ConfigError(unknown("--strategies", name, STRATEGIES))
-    for part in ("train", "test"):
-        if not any((args.data / part).glob("*.tar")):
-            raise DataError(f"--data {args.data}: no shards in {part}/; see benchmarks/README.md")
+    for name in ("train.tar", "test.tar"):
+        if not (args.data / name).is_file():
+            raise DataError(f"--data {args.data}: has no {name}; see benchmarks/README.md")
     missing = [
         (name, seed) for seed in args.seeds for name in args.strategies if not _result(args, name, seed).is_file()
     ]
@@ -127,7 +127,7 @@ def train(args: argparse.Namespace, model: str, seed: int) -> None:
     progress(f"train {model}, seed {seed}")
     log = args.runs / model / f"seed{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [f"data.path={args.data / 'train'}", f"run.seed={seed}", *MODELS[model], *args.set]
+    chosen = [f"data.path={args.data / 'train.tar'}", f"run.seed={seed}", *MODELS[model], *args.set]
     command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
     with log.open("a", encoding="utf-8") as file:
         _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
@@ -137,7 +137,7 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
     """Evaluate a strategy and write its result."""
     progress(f"evaluate {name}, seed {seed}")
     strategy = STRATEGIES[name]
-    test = str(args.data / "test")
+    test = str(args.data / "test.tar")
     command = [
         "evaluate", "--checkpoint", str(args.runs / strategy.model / f"seed{seed}"), "--reference", test,
         "--validation", test, "--num-images", str(args.num_images), "--steps", str(args.steps),

@@ -69,9 +69,9 @@ def test_damaged_and_missing_results_are_named(tmp_path, capsys):
 
 def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, monkeypatch):
     data = tmp_path / "data"
-    for part in ("train", "test"):
-        (data / part).mkdir(parents=True)
-        (data / part / "0.tar").touch()
+    data.mkdir()
+    for name in ("train.tar", "test.tar"):
+        (data / name).touch()
     commands = []
 
     def run(command, jobs, **streams):
@@ -93,7 +93,7 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     for options, message in (
         (["--strategies", "EC"], "did you mean"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
-        (["--data", str(tmp_path)], "no shards in train/"),
+        (["--data", str(tmp_path)], "has no train.tar; see"),
     ):
         assert strategies.main([*arguments, *options]) in (2, 4)
         assert message in capsys.readouterr().err
