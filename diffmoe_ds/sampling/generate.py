@@ -18,6 +18,7 @@ from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.rng import image_stream
 from diffmoe_ds.sampling.guidance import GuideChannels, check_guidance, guided
+from diffmoe_ds.sampling.observer import Observer
 from diffmoe_ds.sampling.samplers import Progress, check_sampling, sample
 
 PIXEL_CHANNELS = (1, 3)
@@ -70,7 +71,12 @@ def labels_of(seeds: Sequence[int], config: Config) -> Tensor:
 
 @torch.inference_mode()
 def generate(
-    model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None = None
+    model: DiT,
+    label_B: Tensor,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> Tensor:
     """Generate one batch of images.
 
@@ -84,20 +90,28 @@ def generate(
         seeds: one per image; all noise of an image comes from its own stream.
         settings: sampler and guidance.
         progress: called after each step with (steps done, total steps); starts again if all steps are repeated.
+        observer: sees the routing of every forward pass.
 
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.
     """
     with model.bounded_dispatch() as is_bounded:
-        images_BCHW, must_redo = _generate(model, label_B, seeds, settings, progress)
+        images_BCHW, must_redo = _generate(model, label_B, seeds, settings, progress, observer)
     if is_bounded and must_redo:
         model.assumed_capacities *= 2
-        images_BCHW, _ = _generate(model, label_B, seeds, settings, progress)
+        images_BCHW, _ = _generate(model, label_B, seeds, settings, progress, observer)
+    if observer is not None:
+        observer.keep()
     return images_BCHW
 
 
 def _generate(
-    model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None
+    model: DiT,
+    label_B: Tensor,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    progress: Progress | None,
+    observer: Observer | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the images of `generate`, and whether rows were lost in any step, as a bool scalar."""
     config = model.config
@@ -105,6 +119,8 @@ def _generate(
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     streams = [image_stream(seed) for seed in seeds]
     must_redo = torch.zeros((), dtype=torch.bool, device=device)
+    if observer is not None:
+        observer.start()
 
     def noise() -> Tensor:
         fresh = torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
@@ -113,6 +129,8 @@ def _generate(
 
     def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         output: DiTOutput = model(x_BCHW, t_B, y_B)
+        if observer is not None:
+            observer.observe(t_B, y_B, output)
         for routing in output.routing:
             if routing.must_redo is not None:
                 must_redo.logical_or_(routing.must_redo)
