@@ -27,12 +27,14 @@ from diffmoe_ds.distributed.collectives import gather_to_main, init_process_grou
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError, TopologyError
+from diffmoe_ds.errors import CheckpointError, ConfigError, TopologyError
 from diffmoe_ds.files import write_together
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.precision import set_tf32
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
-from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png, to_uint8
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, share_of_rank
+from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
+from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.stream import generate_batches
 from diffmoe_ds.topology import Topology
 
 GRID_IMAGES = 100
@@ -231,19 +233,14 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
     with tqdm(total=plan.settings.steps * len(starts), unit="step", desc="sample", disable=launch.rank != 0) as bar:
 
         def generate_batch(batch: range) -> Pixels:
-            labels = labels_of(batch, model.config).to(model.pos_embed.device)
+            labels = cycle_labels(batch, range(model.config.model.num_classes))
             before = bar.n
 
             def progress(done: int, total: int) -> None:
                 bar.update(before + done - bar.n)  # the steps of a batch may start again
 
-            images = generate(model, labels, batch, plan.settings, progress)
-            if not images.isfinite().all():
-                raise NonFiniteError(
-                    f"{plan.reader.path}: the generated images contain NaN or Inf; try a smaller --cfg-scale than "
-                    f"{plan.settings.cfg_scale:g} or an earlier checkpoint."
-                )
-            return to_uint8(decode(images))
+            ((_, pixels),) = generate_batches(model, labels, batch, plan.settings, decode, len(batch), progress)
+            return pixels
 
         for start in starts:
             batch = seeds[start : start + plan.batch_size]
@@ -263,7 +260,7 @@ def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
     """
     config = plan.reader.config
     pixels = pixels[: plan.num_images]
-    labels = labels_of(range(plan.seed, plan.seed + plan.num_images), config).numpy()
+    labels = cycle_labels(range(plan.seed, plan.seed + plan.num_images), range(config.model.num_classes)).numpy()
     shown = pixels[:GRID_IMAGES]
     grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
     writers: dict[str, Callable[[Path], Any]] = {

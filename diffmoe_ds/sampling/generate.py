@@ -63,11 +63,6 @@ def share_of_rank(num_images: int, seed: int, rank: int, world: int) -> range:
     return range(seed + rank * share, seed + (rank + 1) * share)
 
 
-def labels_of(seeds: Sequence[int], config: Config) -> Tensor:
-    """Return the int64 class labels of the images of these seeds: classes cycle with the seed."""
-    return torch.tensor([seed % config.model.num_classes for seed in seeds])
-
-
 @torch.inference_mode()
 def generate(
     model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None = None
