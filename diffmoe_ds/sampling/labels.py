@@ -32,5 +32,5 @@ def random_labels(seeds: Sequence[int], classes: Sequence[int]) -> Tensor:
         seeds: seeds of the images; an image's label has a stream of its own, disjoint from the image's noise.
         classes: the classes to choose from.
     """
-    drawn = [classes[label_stream(seed).integers(len(classes))] for seed in seeds]
+    drawn = [classes[int(label_stream(seed).integers(len(classes)))] for seed in seeds]
     return torch.tensor(drawn, dtype=torch.int64)
