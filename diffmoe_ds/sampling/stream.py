@@ -14,7 +14,7 @@ from diffmoe_ds.errors import NonFiniteError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.grid import Pixels, to_uint8
-from diffmoe_ds.sampling.samplers import Progress
+from diffmoe_ds.sampling.fields import Progress
 
 DECODED_TOGETHER = 4
 """Images that are decoded at once. Decoding one image of 256x256 pixels in fp32 takes about 1 GB of activations."""
@@ -31,6 +31,7 @@ def generate_batches(
     decode: Decode,
     batch_size: int,
     progress: Progress | None = None,
+    guide: DiT | None = None,
 ) -> Iterator[tuple[int, Pixels]]:
     """Generate one rank's images, in batches of consecutive ones.
 
@@ -46,6 +47,7 @@ def generate_batches(
         decode: decodes what the model generates; called with at most `DECODED_TOGETHER` images.
         batch_size: images per batch; the last batch may be smaller.
         progress: called after each step of a batch with (steps done, total steps).
+        guide: the model of ``settings.autoguidance``; see `generate`.
 
     Yields:
         The position of the batch's first image in ``seeds_N``, and uint8 [B, H, W, C].
@@ -56,7 +58,7 @@ def generate_batches(
     device = model.pos_embed.device
     for first in range(0, len(seeds_N), batch_size):
         chosen = slice(first, first + batch_size)
-        images_BCHW = generate(model, labels_N[chosen].to(device), seeds_N[chosen], settings, progress)
+        images_BCHW = generate(model, labels_N[chosen].to(device), seeds_N[chosen], settings, progress, guide)
         yield first, _decode(images_BCHW, decode, settings)
 
 
