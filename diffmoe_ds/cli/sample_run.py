@@ -15,6 +15,7 @@ import torch
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
+from diffmoe_ds.cli.capacity import Dial, print_capacity, set_capacity
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sample_set import Generate, open_set
 from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
@@ -25,9 +26,11 @@ from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.precision import set_tf32
+from diffmoe_ds.sampling.capacity import check_capacity
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.observer import CapacityMeter, observing
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
@@ -59,6 +62,8 @@ class SamplingPlan:
     """The images to generate."""
     batch_size: int
     """Images per batch."""
+    capacity: float | None
+    """Average number of experts per token; None leaves the model as it was trained."""
     guide: SamplingPlan | None = None
     """How to load the second model of autoguidance."""
 
@@ -97,7 +102,13 @@ def run_sampling(args: argparse.Namespace) -> None:
             model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
             guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
             decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
-            work.generate(missing, plan.batch_size, batch_generator(plan, model, guide, decode))
+            if plan.capacity is not None:
+                key = partial(model_settings, plan, dtype)
+                dial = Dial(plan.capacity, plan.reader, key, plan.settings, plan.batch_size)
+                set_capacity(model, guide, dial, rendezvous)
+            with observing(model, CapacityMeter(model)) as meter:
+                work.generate(missing, plan.batch_size, batch_generator(plan, model, guide, decode))
+            print_capacity(meter, plan.capacity, launch)
         work.assemble()
     except DiffMoEError:
         work.discard_if_empty()
@@ -125,6 +136,8 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         )
     settings = resolve_settings(args, config)
     routing = args.routing or config.inference_choices[0]
+    if args.capacity is not None:
+        check_capacity(args.capacity, routing, config)
     outline = empty_model(config)
     outline.set_inference(routing)
     plan = SamplingPlan(
@@ -138,6 +151,7 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         vae=args.vae,
         images=choose_images(args, reader),
         batch_size=args.batch_size,
+        capacity=args.capacity,
     )
     guide = open_guide(settings, config)
     return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
@@ -279,23 +293,32 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
 
 
-def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that the bytes of the images depend on, by the name of its option."""
-    settings, images = plan.settings, plan.images
+def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the generated latents or pixels of a seed and class depend on, but for the capacity."""
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": plan.kind,
-        **asdict(settings),
+        **asdict(plan.settings),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],
+    }
+    if plan.guide is not None:
+        found["autoguidance"] = _identity(plan.guide.reader)
+    return found
+
+
+def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the bytes of the images depend on, by the name of its option."""
+    images = plan.images
+    found = {
+        **model_settings(plan, dtype),
+        "capacity": plan.capacity,
         "vae": plan.vae,
         "num_images": images.num_images,
         "seed": images.seed,
         "classes": images.classes,
         "labels": images.labels,
     }
-    if plan.guide is not None:
-        found["autoguidance"] = _identity(plan.guide.reader)
     if plan.images_compete:
         found["batch_size"] = plan.batch_size
     return found

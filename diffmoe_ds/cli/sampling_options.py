@@ -28,6 +28,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
+    text = (
+        "average number of experts per token, more than 0 and at most all of them (default: as in training). A "
+        "calibration on the first use finds the thresholds of the experts, which are kept beside the checkpoint"
+    )
+    add("--capacity", type=float, metavar="C", help=text)
     add(
         "--vae",
         metavar="PATH|HUB_ID",

@@ -1,18 +1,19 @@
-"""The compute dial: choose how many experts a token takes on average, after training.
+"""The compute dial: choose after training how many experts a token takes on average.
 
-The capacity predictor's thresholds decide how many experts a token takes. `calibrate` finds the thresholds at which
-every expert takes its share c / E of all tokens of all sampler steps. Thresholds change the trajectories, and with them
-the predicted probabilities, so it generates the calibration images again until they have the capacity c.
+The capacity predictor's thresholds decide which experts take a token. `calibrate` finds the thresholds at which every
+expert takes its share c / E of all tokens, over all sampler steps. Other thresholds give other images, and so other
+probabilities: the calibration images are generated again until their capacity is c.
 
-Legend: B images of a batch, T tokens of a forward pass, L MoE layers, E experts, N bins.
-Source: DiffMoE (arXiv 2503.14487) varies one threshold for all experts; thresholds per layer and expert are ours.
+Legend: T tokens of a forward pass, L MoE layers, E experts, S tokens of an image, N bins.
+Source: DiffMoE (arXiv 2503.14487) varies one threshold for all experts; here each layer and expert has its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,20 +22,22 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
-from diffmoe_ds.sampling.observer import CapacityMeter, Counter, capacities
+from diffmoe_ds.sampling.observer import CapacityMeter, capacities, observing
 
-IMAGES = 64
-"""Calibration images. Their seeds are the last ones of all, `2**64 - 64` and up, and their classes evenly spaced."""
+IMAGES = 128
+"""Calibration images; a power of two."""
+FIRST_SEED = 2**64 - IMAGES
+"""Their seeds are the last ones there are."""
 BATCH = 16
-"""Calibration images of a batch, at most."""
+"""Largest batch of calibration images; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
 ROUNDS = 8
 """The most times that the calibration images are generated."""
 TOLERANCE = 0.01
-"""Largest relative error of the capacity of the calibration images that ends the search."""
-LOGIT_RANGE = 32.0
-"""Logits are counted in bins between minus and plus this; fp32 probabilities round to 1 above 17."""
+"""The search ends once the capacity of the calibration images differs from c by at most this fraction of c."""
+LOGIT_RANGE = 32
+"""Logits are counted between minus and plus this; already from 17 on, the probability is 1 in fp32."""
 BINS_PER_UNIT = 256
-"""The bins are so narrow that the probability changes by less than 0.4% within one; thresholds are interpolated."""
+"""The probability changes by at most 0.4% within a bin of logits, in which thresholds are interpolated."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +45,30 @@ class Calibration:
     """Thresholds, and the capacity that they give."""
 
     capacity: float
-    """The capacity that was asked for."""
+    """c, the average number of experts per token that was asked for."""
     threshold_LE: Tensor | None
-    """fp32 on the CPU; None where the rule needs no thresholds."""
+    """fp32 on the CPU; None if the routing rule does not use thresholds."""
     measured: float
-    """The capacity of the calibration images at these thresholds."""
+    """The capacity of the calibration images with these thresholds."""
     rounds: int
-    """How many times they were generated."""
+    """How many times the calibration images were generated."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that calibrate together."""
 
-    rank: int = 0
+    rank: int
     """This rank."""
-    size: int = 1
+    size: int
     """Number of ranks."""
-    sum: Callable[[Tensor], Tensor] = lambda counts: counts
-    """Returns the sum of an int64 tensor on the CPU over the ranks."""
+    sum: Callable[[Tensor], Tensor]
+    """Returns the sum over the ranks of an int64 tensor on the CPU."""
+
+
+ALONE = Ranks(0, 1, lambda counts: counts)
+RoundProgress = Callable[[int, int, int], object]
+"""(round from 1, sampler steps of this rank done in it, their total) -> anything."""
 
 
 def check_capacity(capacity: float, routing: str, config: Config, option: str = "--capacity") -> None:
@@ -75,20 +83,20 @@ def check_capacity(capacity: float, routing: str, config: Config, option: str = 
     Raises:
         ConfigError: it cannot.
     """
-    E, S = config.num_experts, config.tokens_per_image
-    if config.routing.kind == "dense" or E == 1:
-        raise ConfigError(f"{option} needs a model with experts, and this one is dense; omit it.")
+    E, S, kind = config.num_experts, config.tokens_per_image, config.routing.kind
+    if E == 1:
+        raise ConfigError(f"{option} needs a model with experts; this model is dense.")
     if not 0 < capacity <= E:
-        raise ConfigError(f"{option} must be above 0 and at most {E}, the number of experts, got {capacity:g}.")
-    if config.routing.kind == "token_choice" and capacity != int(capacity):
+        raise ConfigError(f"{option} must be positive and at most the number of experts, {E}, got {capacity:g}.")
+    if kind == "token_choice" and capacity != int(capacity):
         raise ConfigError(
-            f"{option} must be an integer from 1 to {E} for a token_choice model, whose tokens all take the same "
-            f"number of experts, got {capacity:g}."
+            f"{option} must be an integer for a token_choice model, in which all tokens take the same number of "
+            f"experts, got {capacity:g}."
         )
-    if config.routing.kind != "token_choice" and routing == "static" and capacity * S < E:
+    if kind != "token_choice" and routing == "static" and capacity * S < E:
         raise ConfigError(
-            f"{option} must be at least {E / S:g} with --routing static, so that each of {E} experts takes one of the "
-            f"{S} tokens of an image, got {capacity:g}."
+            f"{option} must be at least {E / S:g} with static routing, so that each of the {E} experts takes one of "
+            f"the {S} tokens of an image, got {capacity:g}."
         )
 
 
@@ -96,116 +104,170 @@ def calibrate(
     model: DiT,
     settings: SamplingSettings,
     capacity: float,
+    guide: DiT | None = None,
     batch_size: int = BATCH,
-    ranks: Ranks | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    ranks: Ranks = ALONE,
+    progress: RoundProgress | None = None,
 ) -> Calibration:
     """Find the thresholds at which tokens take a given number of experts on average.
 
-    The result depends neither on the number of ranks nor on the batch size, apart from rounding and from rules by which
-    the images of a batch compete. Every rank must call this.
+    Apart from rounding, the result depends neither on the number of ranks nor, unless images compete, on the batch
+    size. Every rank must call this.
 
     Args:
-        model: in eval mode, with its inference rule set; it is left unchanged.
-        settings: sampler and guidance, which the thresholds belong to.
-        capacity: c, checked by `check_capacity`.
-        batch_size: largest number of images that a rank generates at once; more than 16 has the effect of 16.
-        ranks: share the calibration images; None for this process alone.
-        progress: called after every sampler step with (steps done, steps at most).
+        model: in eval mode, with its inference rule set; left unchanged.
+        settings: sampler and guidance; the thresholds belong to them.
+        capacity: c, valid for the model; see `check_capacity`.
+        guide: the model of ``settings.autoguidance``.
+        batch_size: images that a rank may generate at once.
+        ranks: share the calibration images.
+        progress: called after every sampler step.
 
     Returns:
         The calibration, the same on every rank; `apply` sets it.
     """
     layers = list(model.moe_layers().values())
-    if layers[0].capacity_predictor is None or layers[0].inference == "static":
+    E = layers[0].num_experts
+    if not uses_thresholds(model):
         return Calibration(capacity, None, capacity, 0)
-    if capacity == layers[0].num_experts:
-        return Calibration(capacity, torch.full((len(layers), layers[0].num_experts), -1.0), capacity, 0)
-    found: Calibration | None = None
+    if capacity == E:
+        return Calibration(capacity, torch.full((len(layers), E), -1.0), capacity, 0)  # below any probability
+    progress = progress or (lambda number, done, total: None)
+    best: Calibration | None = None
     with _unchanged(model):
-        for round in range(ROUNDS):
-            measured, histogram_LEN = _generate_round(model, settings, min(batch_size, BATCH), ranks or Ranks())
-            if round > 0:
-                now = Calibration(capacity, threshold_LE, measured, round + 1)
-                print(round, measured)
-                if found is None or abs(measured - capacity) < abs(found.measured - capacity):
-                    found = now
-                if abs(measured - capacity) <= TOLERANCE * capacity:
-                    break
-            threshold_LE = quantile(histogram_LEN, capacity / layers[0].num_experts)
-            apply(model, Calibration(capacity, threshold_LE, measured, 0))
-    assert found is not None
-    return found
+        calibration_round = _Round(model, settings, guide, batch_size, ranks)
+        _, histogram_LEN = calibration_round.generate(partial(progress, 1))
+        logit_LE = quantile_logits(histogram_LEN, capacity / E)
+        for number in range(2, ROUNDS + 1):
+            threshold_LE = logit_LE.sigmoid().float()
+            apply(model, Calibration(capacity, threshold_LE, capacity, number))
+            measured, histogram_LEN = calibration_round.generate(partial(progress, number))
+            if best is None or abs(measured - capacity) < abs(best.measured - capacity):
+                best = Calibration(capacity, threshold_LE, measured, number)
+            if abs(measured - capacity) <= TOLERANCE * capacity:
+                break
+            # full steps may alternate between two sets of thresholds
+            logit_LE = (logit_LE + quantile_logits(histogram_LEN, capacity / E)) / 2
+    assert best is not None, "there are at least two rounds"
+    return best
 
 
-def _generate_round(model, settings, batch_size, ranks):
-    device = model.pos_embed.device
-    meter, histogram = CapacityMeter(model), Histogram(model)
-    starts = range(0, IMAGES, batch_size)
-    for start in starts:
-        index = torch.arange(start, min(start + batch_size, IMAGES))
-        label = index * 7 % IMAGES * model.config.model.num_classes // IMAGES
-        both = Both(meter, histogram)
-        generate(model, label.to(device), [2**64 - IMAGES + int(i) for i in index], settings, None, both)
-    return float(capacities(meter.counts).mean()), histogram.counts.cpu()
+def uses_thresholds(model: DiT) -> bool:
+    """Return whether the capacity predictor's thresholds decide the capacity of a model, with its inference rule."""
+    return any(
+        layer.capacity_predictor is not None and layer.inference != "static" for layer in model.moe_layers().values()
+    )
 
 
-class Both:
-    def __init__(self, *observers):
-        self.o = observers
-    def start(self):
-        for o in self.o: o.start()
-    def keep(self):
-        for o in self.o: o.keep()
-    def observe(self, *a):
-        for o in self.o: o.observe(*a)
-
-
-class Histogram(Counter):
-    """Counts the capacity predictor's logits in bins."""
-
-    def __init__(self, model: DiT) -> None:
-        layers = list(model.moe_layers().values())
-        bins = int(2 * LOGIT_RANGE * BINS_PER_UNIT)
-        super().__init__((len(layers), layers[0].num_experts, bins), model.pos_embed.device)
-
-    def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
-        for counts_EN, routing in zip(self.pending, output.routing, strict=True):
-            assert routing.capacity_logits_TE is not None
-            E, N = counts_EN.shape
-            logits_TE = routing.capacity_logits_TE.float().nan_to_num(nan=-LOGIT_RANGE)
-            bin_TE = ((logits_TE + LOGIT_RANGE) * BINS_PER_UNIT).clamp(0, N - 1).long()
-            first_E = torch.arange(E, device=bin_TE.device) * N
-            index = (bin_TE + first_E).flatten()
-            counts_EN.view(-1).index_add_(0, index, torch.ones_like(index))
-
-
-def quantile(histogram_LEN: Tensor, fraction: float) -> Tensor:
-    """Return the probability that a fraction of the tokens exceeds, fp32 [L, E]; interpolated within a bin."""
-    above_LEN = histogram_LEN.flip(2).cumsum(2).double()  # tokens in the highest 1, 2, ... bins
-    total = above_LEN[..., -1:]
-    target = fraction * total
-    index = torch.searchsorted(above_LEN, target).clamp(max=above_LEN.shape[2] - 1)
-    upto = above_LEN.gather(2, index)
-    inside = histogram_LEN.flip(2).gather(2, index).double().clamp(min=1)
-    part = ((target - (upto - inside)) / inside).clamp(0, 1)
-    logit = LOGIT_RANGE - (index + part) / BINS_PER_UNIT
-    return logit.squeeze(2).sigmoid().float()
-
-
+@torch.no_grad()
 def apply(model: DiT, calibration: Calibration) -> None:
-    for layer, threshold_E in zip(model.moe_layers().values(), calibration.threshold_LE, strict=True):
-        layer.capacity = calibration.capacity
-        layer.expert_threshold.copy_(threshold_E)
+    """Set the capacity of a model in memory; its checkpoint stays as it is.
+
+    Args:
+        model: the model of the calibration.
+        calibration: from `calibrate`.
+    """
+    for index, layer in enumerate(model.moe_layers().values()):
+        layer.capacity = calibration.capacity  # for `static`, and the bound of `bounded_dispatch`
+        if calibration.threshold_LE is not None:
+            layer.expert_threshold.copy_(calibration.threshold_LE[index])
 
 
 @contextmanager
 def _unchanged(model: DiT) -> Iterator[None]:
+    """Restore the capacity and the thresholds at the end of the context."""
     layers = list(model.moe_layers().values())
     before = [(layer.capacity, layer.expert_threshold.clone()) for layer in layers]
     try:
         yield
     finally:
-        for layer, (c, t) in zip(layers, before):
-            layer.capacity = c
-            layer.expert_threshold.copy_(t)
+        for layer, (capacity, threshold_E) in zip(layers, before, strict=True):
+            layer.capacity = capacity
+            layer.expert_threshold.copy_(threshold_E)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Generates the calibration images once, on all ranks."""
+
+    model: DiT
+    settings: SamplingSettings
+    guide: DiT | None
+    batch_size: int
+    ranks: Ranks
+
+    def generate(self, progress: Callable[[int, int], object]) -> tuple[float, Tensor]:
+        """Return the capacity, and the histogram of the logits, int64 [L, E, N] on the CPU."""
+        census = Census(self.model)
+        size = 1 << min(self.batch_size, BATCH).bit_length() - 1  # all batches of all ranks have the same size
+        count = IMAGES // size
+        turns = range(self.ranks.rank, self.ranks.rank + count, self.ranks.size)
+        for turn, index in enumerate(turns):
+            # a rank without a batch of its own repeats one: ranks that share experts have to stay in step
+            observer = census if index < count else Census(self.model)
+            images = range(index % count, IMAGES, count)
+
+            def batch_progress(done: int, total: int, turn: int = turn) -> None:
+                progress(turn * total + done, len(turns) * total)
+
+            self._generate_batch(images, observer, batch_progress)
+        counts, histogram_LEN = self.ranks.sum(census.counts.cpu()), self.ranks.sum(census.histogram_LEN.cpu())
+        return float(capacities(counts).mean()), histogram_LEN
+
+    def _generate_batch(self, images: Sequence[int], observer: Census, progress: Callable[[int, int], object]) -> None:
+        classes = self.model.config.model.num_classes
+        label_B = torch.tensor([image * classes // IMAGES for image in images])  # all classes, or evenly spaced ones
+        seeds = [FIRST_SEED + image for image in images]
+        with observing(self.model, observer):
+            label_B = label_B.to(self.model.pos_embed.device)
+            generate(self.model, label_B, seeds, self.settings, progress, self.guide)
+
+
+class Census(CapacityMeter):
+    """Also counts the capacity predictor's logits, in bins."""
+
+    def __init__(self, model: DiT) -> None:
+        """Start at zero; see `CapacityMeter`."""
+        super().__init__(model)
+        layers, experts = len(model.moe_layers()), model.config.num_experts
+        shape = layers, experts, 2 * LOGIT_RANGE * BINS_PER_UNIT
+        self.histogram_LEN = torch.zeros(shape, dtype=torch.int64, device=self.counts.device)
+        """int64: the first and the last bin also hold the logits beyond."""
+        self._pending_LEN = torch.zeros_like(self.histogram_LEN)
+
+    def start(self) -> None:
+        """Start a batch; see `Observer.start`."""
+        super().start()
+        self._pending_LEN.zero_()
+
+    def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
+        """Add the logits of a forward pass; see `Observer.observe`."""
+        super().observe(t_B, y_B, output)
+        for counts_EN, routing in zip(self._pending_LEN, output.routing, strict=True):
+            assert routing.capacity_logits_TE is not None, "the rule uses thresholds"
+            experts, bins = counts_EN.shape
+            logits_TE = routing.capacity_logits_TE.float().nan_to_num(nan=-LOGIT_RANGE)  # no expert takes a NaN
+            bin_TE = ((logits_TE + LOGIT_RANGE) * BINS_PER_UNIT).clamp(0, bins - 1).long()
+            index = (bin_TE + bins * torch.arange(experts, device=bin_TE.device)).flatten()
+            counts_EN.view(-1).index_add_(0, index, torch.ones_like(index))
+
+    def keep(self) -> None:
+        """End a batch; see `Observer.keep`."""
+        super().keep()
+        self.histogram_LEN += self._pending_LEN
+
+
+def quantile_logits(histogram_LEN: Tensor, fraction: float) -> Tensor:
+    """Return the logits that a fraction of the tokens exceeds, fp64 [L, E], interpolated linearly within a bin.
+
+    Args:
+        histogram_LEN: of a `Census`.
+        fraction: between 0 and 1.
+    """
+    descending_LEN = histogram_LEN.flip(2).double()
+    above_LEN = descending_LEN.cumsum(2)
+    wanted_LE1 = fraction * above_LEN[..., -1:]
+    bin_LE1 = torch.searchsorted(above_LEN, wanted_LE1)
+    inside_LE1 = descending_LEN.gather(2, bin_LE1)
+    part_LE1 = 1 - (above_LEN.gather(2, bin_LE1) - wanted_LE1) / inside_LE1
+    return (LOGIT_RANGE - (bin_LE1 + part_LE1) / BINS_PER_UNIT).squeeze(2)

@@ -1,60 +1,34 @@
-"""Observe the routing of generated images, on the device: nothing here waits for it.
+"""Count what the experts of generated images do, on the device: nothing here waits for it.
 
-Legend: B images of a forward pass, T tokens of a forward pass, L MoE layers, E experts.
+Legend: B images and T tokens of a forward pass, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from diffmoe_ds.model.dit import DiT, DiTOutput
+from diffmoe_ds.model.dit import DiT, DiTOutput, Observer
+
+AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 
-class Observer(Protocol):
-    """Sees every forward pass of `generate`, which may have to repeat all steps of a batch."""
-
-    def start(self) -> None:
-        """Start a batch: forget what was observed since the last `keep`."""
-        ...
-
-    def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
-        """Observe one forward pass, without waiting for the device.
-
-        Args:
-            t_B: the times, as the model gets them.
-            y_B: int64 labels; with guidance, those of unconditional passes are the null label.
-            output: of the model, with the routing of each MoE layer.
-        """
-        ...
-
-    def keep(self) -> None:
-        """End a batch: what was observed since `start` is valid."""
-        ...
+@contextmanager
+def observing(model: DiT, observer: AnyObserver) -> Iterator[AnyObserver]:
+    """Let an observer see the forward passes of `generate` within the context."""
+    before, model.observer = model.observer, observer
+    try:
+        yield observer
+    finally:
+        model.observer = before
 
 
-class Counter:
-    """An `Observer` that counts in one tensor; subclasses define `observe`, which adds to `pending`."""
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        """Of all valid batches."""
-        self.pending = torch.zeros_like(self.counts)
-        """Of the current batch."""
-
-    def start(self) -> None:
-        """Start a batch; see `Observer.start`."""
-        self.pending.zero_()
-
-    def keep(self) -> None:
-        """End a batch; see `Observer.keep`."""
-        self.counts += self.pending
-
-
-class CapacityMeter(Counter):
-    """Counts how many tokens each expert takes; conditional and unconditional passes count as they happen."""
+class CapacityMeter:
+    """Counts how many tokens each expert takes (an `Observer`); conditional and unconditional passes both count."""
 
     def __init__(self, model: DiT) -> None:
         """Start at zero.
@@ -63,22 +37,31 @@ class CapacityMeter(Counter):
             model: with or without experts.
         """
         layers = model.moe_layers().values()
-        experts = max((layer.num_experts for layer in layers), default=0)
-        super().__init__((len(layers), experts + 1), model.pos_embed.device)
-        # int64 [L, E + 1]: tokens that each expert of a layer took, and tokens that passed the layer
+        shape = len(layers), model.config.num_experts + 1
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=model.pos_embed.device)
+        """int64 [L, E + 1]: the tokens that each expert took, and all tokens of the layer; may be summed over ranks."""
+        self._pending = torch.zeros_like(self.counts)
+
+    def start(self) -> None:
+        """Start a batch; see `Observer.start`."""
+        self._pending.zero_()
 
     def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
         """Add the tokens of a forward pass; see `Observer.observe`."""
         if output.routing:
-            self.pending[:, :-1] += torch.stack([routing.mask_TE.sum(0) for routing in output.routing])
-            self.pending[:, -1] += len(output.routing[0].mask_TE)
+            self._pending[:, :-1] += torch.stack([routing.mask_TE.sum(0) for routing in output.routing])
+            self._pending[:, -1] += len(output.routing[0].mask_TE)
+
+    def keep(self) -> None:
+        """End a batch; see `Observer.keep`."""
+        self.counts += self._pending
 
 
 def capacities(counts: Tensor) -> Tensor:
-    """Return the average number of experts per token in each layer, fp64 [L].
+    """Return the average number of experts per token in each layer, fp64 [L] on the CPU.
 
     Args:
         counts: of a `CapacityMeter`, or their sum over ranks.
     """
-    counts = counts.double().cpu()
+    counts = counts.cpu().double()
     return counts[:, :-1].sum(1) / counts[:, -1]
