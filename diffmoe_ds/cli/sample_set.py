@@ -32,7 +32,7 @@ FORMATS = {"npz": (SAMPLES,), "png": (PNG,), "both": (SAMPLES, PNG)}
 WRITE_BAR_AFTER_S = 2.0
 """Seconds after which assembling the results shows a progress bar."""
 
-LOST = ("by peer", "remote process exited")
+LOST = ("by peer", "Broken pipe", "remote process exited")
 """What gloo and NCCL say when the connection to another rank is gone."""
 
 Generate = Callable[[range, Progress], Pixels]

@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.cli.sample_images import ImageSet
+from diffmoe_ds.cli.sample_set import open_set
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
 from diffmoe_ds.rng import image_stream, label_stream
 from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 from diffmoe_ds.sampling.output import check_png_folder, write_labels, write_npz, write_pngs
@@ -180,3 +183,29 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
     (files.folder / "manifest.json").write_bytes(damage)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read; remove"):
         started(tmp_path)
+
+
+def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
+    class SecondHost:
+        """The rendezvous of rank 1, while rank 0 writes to a directory of the same name on another host."""
+
+        launch = Launch(1, 2, 0, 1, "a test")
+
+        def on_main(self, name: str, action: object) -> None:
+            pass
+
+        def check_same(self, name: str, text: str, message: str) -> None:
+            if text != identity:
+                raise LaunchError(f"rank 1 on second {message}")
+
+        def raise_on_all_ranks(self, name: str, action):
+            return action()
+
+    images = ImageSet(7, 0, (0,), "cycle", tmp_path / "out", "npz")
+    identity = started(tmp_path / "elsewhere").identity()
+    for prepare in (lambda: None, lambda: started(images.out)):  # no directory, or one of an earlier run
+        prepare()
+        with pytest.raises(LaunchError, match="rank 1 on second cannot see what rank 0 writes to --out .*out; it must"):
+            open_set(images, dict, 3, False, SecondHost())
+    identity = started(images.out).identity()
+    assert len(open_set(images, dict, 3, False, SecondHost()).shards) == 4, "of the two images that rank 0 chose"
