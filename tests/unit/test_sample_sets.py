@@ -205,7 +205,7 @@ def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
     identity = started(tmp_path / "elsewhere").identity()
     for prepare in (lambda: None, lambda: started(images.out)):  # no directory, or one of an earlier run
         prepare()
-        with pytest.raises(LaunchError, match=r"rank 1 on second cannot see what rank 0 writes to --out .*out; it must"):
+        with pytest.raises(LaunchError, match=r"rank 1 on second cannot see what rank 0 writes to --out "):
             open_set(images, dict, 3, False, SecondHost())
     identity = started(images.out).identity()
     assert len(open_set(images, dict, 3, False, SecondHost()).shards) == 4, "of the two images that rank 0 chose"
