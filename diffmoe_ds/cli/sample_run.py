@@ -37,6 +37,7 @@ from diffmoe_ds.topology import Topology
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The values of ``--dtype``."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHTS_NAMES = {kind: name for name, kind in WEIGHTS.items()}
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,6 @@ def batch_generator(plan: SamplingPlan, model: DiT, guide: DiT | None, decode: D
 def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     """Return lines that say which weights generate the images, and how."""
     settings, reader = plan.settings, plan.reader
-    weights = next(name for name, kind in WEIGHTS.items() if kind == plan.kind)
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
     how = [f"{settings.sampler}, {settings.steps} steps", f"guidance {settings.cfg_scale:g}"]
     if settings.guidance_interval is not None:
@@ -289,7 +289,7 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
         how.append(f"by {plan.guide.reader.path}")
     if reader.config.num_experts > 1:
         how.append(f"routing {plan.routing}")
-    model = f"{reader.path}, {weights} weights, {trained}"
+    model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
     return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
 
 
@@ -297,7 +297,7 @@ def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
     """Return everything that the generated latents or pixels of a seed and class depend on, but for the capacity."""
     found = {
         "checkpoint": _identity(plan.reader),
-        "weights": plan.kind,
+        "weights": WEIGHTS_NAMES[plan.kind],
         **asdict(plan.settings),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],

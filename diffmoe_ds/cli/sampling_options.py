@@ -25,7 +25,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     text = (
         "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
         "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
-        "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
+        "batch compete in batch_pool models, so an image changes with --batch-size"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
     text = (
