@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SAMPLING = 2
     SHARD_SHUFFLE = 3
     WINDOW_SHUFFLE = 4
+    LABELS = 6
 
 
 class TrainingDraws(NamedTuple):
@@ -94,3 +95,8 @@ def _quantiles() -> np.ndarray:
 def image_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for all noise of one sampled image; it is disjoint from all training streams."""
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))
+
+
+def label_stream(image_seed: int) -> np.random.Generator:
+    """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
+    return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))

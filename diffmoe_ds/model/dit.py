@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -43,6 +43,25 @@ class DiTOutput(NamedTuple):
     """fp32 [B, C, height, width]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
     routing: tuple[Routing, ...]
     """One entry for each MoE layer, in the order of the blocks."""
+
+
+class Observer(Protocol):
+    """Sees the forward passes that generate images; a batch's passes are repeated if any of them was invalid."""
+
+    def start(self) -> None:
+        """Start a batch, or start it again: forget what was observed since the last `keep`."""
+
+    def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
+        """Observe one forward pass, without waiting for the device.
+
+        Args:
+            t_B: the times, as the model gets them.
+            y_B: int64 labels; in unconditional passes, the null label.
+            output: with the routing of each MoE layer.
+        """
+
+    def keep(self) -> None:
+        """End a batch: what was observed since `start` is valid."""
 
 
 class DiTBlock(nn.Module):
@@ -119,6 +138,8 @@ class DiT(nn.Module):
         self.assumed_capacities = 2.0
         """Assumed upper bound on a layer's rows in `bounded_dispatch`, as a multiple of the training capacity. The
         capacity predictor routes a different number of tokens in each sampler step; on average, it is that capacity."""
+        self.observer: Observer | None = None
+        """Sees the forward passes of `sampling.generate`."""
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
         """Predict velocity or noise from noisy images.
