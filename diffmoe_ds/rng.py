@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     SAMPLING = 2
     SHARD_SHUFFLE = 3
     WINDOW_SHUFFLE = 4
+    HELD_OUT = 5
+    HELD_OUT_STRATA = 6
 
 
 class TrainingDraws(NamedTuple):
@@ -71,6 +73,29 @@ def training_draws(
     noise = rng.standard_normal(shape, dtype=np.float32)
     latent = posterior_noise(rng.bit_generator, shape) if posterior else None
     return TrainingDraws(flip and flip_uniform < 0.5, drop_uniform < label_dropout, time, noise, latent)
+
+
+def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, posterior: bool = False) -> TrainingDraws:
+    """Draw the random numbers of one held-out image, the same for every model and seed; it is never mirrored.
+
+    Of any block of `strata` consecutive positions, each image gets the time of another stratum, which is one of
+    `strata` equal parts of [0, 1). A random permutation for each block decides which, so that an order of the images,
+    such as classes that repeat, does not tie a class to a noise level.
+
+    Args:
+        position: position of the image among those that are evaluated.
+        shape: (C, H, W) of the noise.
+        strata: number of parts.
+        posterior: also draw noise for a VAE's posterior.
+    """
+    block, row = divmod(position, strata)
+    stratum = np.random.Generator(philox(0, Purpose.HELD_OUT_STRATA, block)).permutation(strata)[row]
+    rng = np.random.Generator(philox(0, Purpose.HELD_OUT, position))
+    # One of 2^16 mid-points: far enough from the ends of the stratum to stay inside when rounded to float32.
+    offset = (rng.integers(2**16) + 0.5) / 2**16
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    latent = posterior_noise(rng.bit_generator, shape) if posterior else None
+    return TrainingDraws(flip=False, drop=False, time=float(stratum + offset) / strata, noise=noise, posterior=latent)
 
 
 def posterior_noise(bits: np.random.BitGenerator, shape: tuple[int, int, int]) -> np.ndarray:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.diffusion.objective import NOISE_BINS
 from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.devices import device_reported
 from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
-from diffmoe_ds.training.routing_report import NOISE_BINS, RoutingReport
+from diffmoe_ds.training.routing_report import RoutingReport
 
 SPEED_STEPS = 50
 """Recent steps over which the log line's throughput and ETA are averaged."""
