@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.data.dataset import image_shape
+from diffmoe_ds.data.dataset import image_shape, open_dataset
 from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
 from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.rng import held_out_draws
+
+MIN_IMAGES = 2
+"""Fewest held-out images; the covariance of their features needs two."""
 
 
 class HeldOut:
@@ -77,6 +81,39 @@ class HeldOut:
             if isinstance(item, DataError):
                 raise item
             yield to_micro_batch(reader, 0, item)
+
+
+def open_held_out(config: Config) -> HeldOut | None:
+    """Open the held-out images of a run and read the first one, unless it is behind a URL.
+
+    Returns:
+        None if the run does not evaluate.
+
+    Raises:
+        ConfigError: `eval` and `data.validation_path` do not fit together.
+        DataError: the images cannot be read or do not fit the model.
+    """
+    data, evaluation = config.data, config.eval
+    if not evaluation.every_images:
+        if evaluation.metrics:
+            raise ConfigError("eval.metrics is set, but eval.every_images is 0: set it to the interval in images.")
+        return None
+    if data.validation_path is None:
+        raise ConfigError(
+            f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set: set it to the "
+            "held-out images."
+        )
+    path = data.validation_path
+    try:
+        dataset = open_dataset(config.model_copy(update={"data": data.model_copy(update={"path": path})}))
+        if len(dataset) < MIN_IMAGES:
+            raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
+        held_out = HeldOut(dataset, config, evaluation.num_images)
+        if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
+            next(held_out.batches(1))
+    except DataError as error:
+        raise DataError(f"data.validation_path {path}: {error}") from None
+    return held_out
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class BatchSource:
         except DiffMoEError as error:
             self._failure = error
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
-            self._failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
+            self._failure = as_data_error(error)
         self._waited_s += time.perf_counter() - start
         self._watchdog.tick()  # so that a rank that cannot read is behind those that wait for it
 
@@ -118,6 +118,11 @@ class BatchSource:
         """Return the seconds spent waiting for images since the last call."""
         seconds, self._waited_s = self._waited_s, 0.0
         return round(seconds, 6)
+
+
+def as_data_error(error: Exception) -> DataError:
+    """Return the error that reports any other error which occurred while images were read."""
+    return DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:

@@ -20,7 +20,7 @@ from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.moe import expert_ffn, top_k
 from diffmoe_ds.moe.plan import LocalDispatcher
 from diffmoe_ds.sampling.generate import SamplingSettings, generate, labels_of
-from diffmoe_ds.training import preview
+from diffmoe_ds.training import averaged, preview
 from tests.helpers.syncs import SyncCounter
 
 
@@ -171,7 +171,7 @@ def test_nothing_of_a_preview_stays_alive(monkeypatch):
         assert dtype == torch.bfloat16
         return model
 
-    monkeypatch.setattr(preview, "build_model", build_model)
+    monkeypatch.setattr(averaged, "build_model", build_model)
     monkeypatch.setattr(preview, "all_gather", lambda images: [images])
     run = SimpleNamespace(
         config=config,

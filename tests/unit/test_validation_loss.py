@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.data.dataset import open_source
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS, make_objective, noise_bin
-from diffmoe_ds.errors import DataError
-from diffmoe_ds.evaluation.held_out import HeldOut
+from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.evaluation.held_out import HeldOut, open_held_out
 from diffmoe_ds.evaluation.validation_loss import ValidationLoss, validation_loss
 from diffmoe_ds.rng import held_out_draws
 from tests.helpers.data import numbered_shard
@@ -57,7 +58,7 @@ def test_every_noise_level_gets_one_of_ten_images(kind):
     assert (bins.sort(1).values == torch.arange(10)).all()
     by_class = torch.stack([torch.bincount(bins[:, label], minlength=10) for label in range(10)])
     assert by_class.min() > 5 and by_class.max() < 40  # 20 on average
-    assert len(times.unique()) > 1900 and 0 <= times.min() and times.max() < 1
+    assert len(times.unique()) > 1900 and times.min() >= 0 and times.max() < 1
 
 
 def test_the_edges_of_ddpm_timesteps_fall_into_the_right_bins():
@@ -123,5 +124,34 @@ def test_images_that_do_not_fit_are_refused(dataset, tmp_path):
     damaged = HeldOut(open_source(numbered_shard(tmp_path / "bad.tar", 9, damaged=5)), config_of())
     batches = damaged.batches(4)
     next(batches)
-    with pytest.raises(DataError, match="sample '0005' of shard .*bad.tar has a .png that cannot be decoded"):
+    with pytest.raises(DataError, match=r"sample '0005' of shard .* has a .png that cannot be decoded"):
         next(batches)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "path", "error", "message"),
+    (
+        ({"every_images": 100}, None, ConfigError, "eval.every_images is 100, but data.validation_path is not set"),
+        ({"metrics": ["kid"]}, "good.tar", ConfigError, "eval.metrics is set, but eval.every_images is 0"),
+        ({"every_images": 100}, "none.tar", DataError, "data.validation_path {path}: "),
+        (
+            {"every_images": 100},
+            "one.tar",
+            DataError,
+            "data.validation_path {path}: evaluation needs at least 2 images",
+        ),
+        ({"every_images": 100}, "bad.tar", DataError, "data.validation_path {path}: sample '0000' of shard"),
+    ),
+)
+def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path, evaluation, path, error, message):
+    numbered_shard(tmp_path / "good.tar", 3)
+    numbered_shard(tmp_path / "one.tar", 1)
+    numbered_shard(tmp_path / "bad.tar", 3, damaged=0)
+    data = {} if path is None else {"validation_path": str(tmp_path / path)}
+    config = config_from_dict({"model": MODEL, "data": data, "eval": evaluation}, "a test")
+    with pytest.raises(error, match=re.escape(message.format(path=data.get("validation_path")))):
+        open_held_out(config)
+
+
+def test_nothing_is_opened_for_a_run_that_does_not_evaluate():
+    assert open_held_out(config_from_dict({"data": {"validation_path": "/nowhere"}}, "a test")) is None
