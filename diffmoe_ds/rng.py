@@ -23,7 +23,7 @@ class Purpose(IntEnum):
     SHARD_SHUFFLE = 3
     WINDOW_SHUFFLE = 4
     HELD_OUT = 5
-    HELD_OUT_STRATA = 6
+    LABELS = 6
 
 
 class TrainingDraws(NamedTuple):
@@ -89,7 +89,7 @@ def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, post
         posterior: also draw noise for a VAE's posterior.
     """
     block, row = divmod(position, strata)
-    stratum = np.random.Generator(philox(0, Purpose.HELD_OUT_STRATA, block)).permutation(strata)[row]
+    stratum = np.random.Generator(philox(1, Purpose.HELD_OUT, block)).permutation(strata)[row]
     rng = np.random.Generator(philox(0, Purpose.HELD_OUT, position))
     # One of 2^16 mid-points: far enough from the ends of the stratum to stay inside when rounded to float32.
     offset = (rng.integers(2**16) + 0.5) / 2**16
@@ -119,3 +119,8 @@ def _quantiles() -> np.ndarray:
 def image_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for all noise of one sampled image; it is disjoint from all training streams."""
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))
+
+
+def label_stream(image_seed: int) -> np.random.Generator:
+    """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
+    return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
 from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -25,32 +25,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=int, default=40, metavar="N", help="images to generate (default: %(default)s)")
     text = "image i has seed S + i and class (S + i) mod classes (default: %(default)s)"
     add("--seed", type=int, default=0, metavar="S", help=text)
-    add("--steps", type=int, default=50, metavar="K", help="sampler steps (default: %(default)s; the paper uses 250)")
-    text = "flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim"
-    add("--sampler", metavar="NAME", help=text)
-    text = "classifier-free guidance scale; 1 disables it (default: %(default)s)"
-    add("--cfg-scale", type=float, default=1.0, metavar="G", help=text)
-    text = "channels guided in ddpm models; the reference code guides the first 3 (default: %(default)s)"
-    add("--guide-channels", type=_channels, default="all", metavar="all|C", help=text)
-    text = (
-        "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
-        "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
-        "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
-    )
-    add("--routing", metavar="static|dynamic|per_token", help=text)
-    add(
-        "--vae",
-        metavar="PATH|HUB_ID",
-        help="directory or hub ID of the AutoencoderKL that decodes the latents of a latent model",
-    )
-    add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
-    text = "images that a rank generates at once (default: %(default)s)"
-    add("--batch-size", type=int, default=50, metavar="B", help=text)
-    text = (
-        "precision of the weights and activations (default: bf16 on GPUs that support it, fp32 elsewhere); the sampler "
-        "always computes in fp32"
-    )
-    add("--dtype", choices=("fp32", "bf16"), help=text)
+    add_sampling_options(parser)
     text = (
         "with several ranks: gathered holds all experts on every rank (default); sharded splits them over the ranks, "
         "for models that do not fit on one GPU. The images are the same"
@@ -74,13 +49,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a number is out of range.
     """
-    require_positive(args, "num_images", "batch_size", "steps")
+    require_positive(args, "num_images")
+    check_sampling_numbers(args)
     last_seed = 2**64 - 2 * args.num_images  # ranks may use further seeds to fill their shares
     if not 0 <= args.seed <= last_seed:
         raise ConfigError(f"--seed must be from 0 to {last_seed} with --num-images {args.num_images}, got {args.seed}.")
-    if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
-        raise ConfigError(f"--cfg-scale must be a finite number of at least 0, got {args.cfg_scale}.")
-
-
-def _channels(text: str) -> int | str:
-    return text if text == "all" else int(text)

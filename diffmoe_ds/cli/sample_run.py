@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,19 +20,20 @@ from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
-from diffmoe_ds.config.nearest import unknown
-from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
+from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
 from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import gather_to_main, init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import CheckpointError, ConfigError, NonFiniteError, TopologyError
+from diffmoe_ds.errors import CheckpointError, ConfigError, TopologyError
 from diffmoe_ds.files import write_together
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.precision import set_tf32
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
-from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png, to_uint8
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, share_of_rank
+from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
+from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.stream import generate_batches
 from diffmoe_ds.topology import Topology
 
 GRID_IMAGES = 100
@@ -64,6 +65,8 @@ class SamplingPlan:
     seed: int
     batch_size: int
     out: Path
+    guide: SamplingPlan | None = None
+    """How to load the second model of autoguidance."""
 
 
 def run_sampling(args: argparse.Namespace) -> None:
@@ -85,14 +88,16 @@ def run_sampling(args: argparse.Namespace) -> None:
     if launch.world > 1:
         if launch.rank == 0:
             print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
-        create_groups(plan.topology, device)
+        models = (plan,) if plan.guide is None else (plan, plan.guide)
+        create_groups(max((model.topology for model in models), key=lambda topology: topology.ep_size), device)
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
+    guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
     decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
     rendezvous.on_main("out", lambda: _make_folder(plan.out))
     if launch.world == 1:
-        write_images(plan, generate_share(plan, model, decode, launch))
+        write_images(plan, generate_share(plan, model, decode, launch, guide))
         return
-    every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch)))
+    every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch, guide)))
     pixels = None if every is None else torch.cat(every).numpy()
     _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
 
@@ -116,12 +121,8 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         raise ConfigError(
             f"{reader.path}: the model generates latents ({channels} channels); pass --vae to decode them to pixels."
         )
-    if args.sampler is not None and args.sampler not in SAMPLERS:
-        raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
-    sampler = args.sampler or make_objective(config.objective.kind).samplers[0]
-    settings = SamplingSettings(sampler, args.steps, args.cfg_scale, args.guide_channels)
-    settings.check(config)
-    return SamplingPlan(
+    settings = resolve_settings(args, config)
+    plan = SamplingPlan(
         reader=reader,
         kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
         routing=args.routing or config.inference_choices[0],
@@ -134,6 +135,26 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         batch_size=args.batch_size,
         out=args.out,
     )
+    guide = open_guide(settings, config)
+    return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+
+
+def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:
+    """Return the plan that loads the second model of autoguidance, with its own weights, routing and placement.
+
+    Args:
+        plan: the plan of the guided model.
+        reader: the weights of the second model.
+        experts: see `place_experts`.
+        launch: the ranks.
+
+    Raises:
+        TopologyError: the second model's experts cannot be sharded over the ranks.
+    """
+    config = reader.config
+    topology = place_experts(experts, launch, config.num_experts)
+    routing = config.inference_choices[0]
+    return replace(plan, reader=reader, kind=best_kind(reader), routing=routing, topology=topology)
 
 
 def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
@@ -193,6 +214,11 @@ def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
     return model.eval()
 
 
+def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
+    """Return the second model of autoguidance, if there is one; see `load_model`."""
+    return None if plan.guide is None else load_model(plan.guide, device)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 on GPUs that compute in it, as ``"auto"`` does in training, and fp32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
@@ -217,7 +243,9 @@ def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor],
     return vae.decode
 
 
-def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch) -> Pixels:
+def generate_share(
+    plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch, guide: DiT | None
+) -> Pixels:
     """Generate this rank's share of the images; if any rank fails, all raise.
 
     All ranks run the same number of batches of the same sizes, so that ranks that share experts stay in step.
@@ -231,19 +259,14 @@ def generate_share(plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Te
     with tqdm(total=plan.settings.steps * len(starts), unit="step", desc="sample", disable=launch.rank != 0) as bar:
 
         def generate_batch(batch: range) -> Pixels:
-            labels = labels_of(batch, model.config).to(model.pos_embed.device)
+            labels = cycle_labels(batch, range(model.config.model.num_classes))
             before = bar.n
 
             def progress(done: int, total: int) -> None:
                 bar.update(before + done - bar.n)  # the steps of a batch may start again
 
-            images = generate(model, labels, batch, plan.settings, progress)
-            if not images.isfinite().all():
-                raise NonFiniteError(
-                    f"{plan.reader.path}: the generated images contain NaN or Inf; try a smaller --cfg-scale than "
-                    f"{plan.settings.cfg_scale:g} or an earlier checkpoint."
-                )
-            return to_uint8(decode(images))
+            ((_, pixels),) = generate_batches(model, labels, batch, plan.settings, decode, len(batch), progress, guide)
+            return pixels
 
         for start in starts:
             batch = seeds[start : start + plan.batch_size]
@@ -263,7 +286,7 @@ def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
     """
     config = plan.reader.config
     pixels = pixels[: plan.num_images]
-    labels = labels_of(range(plan.seed, plan.seed + plan.num_images), config).numpy()
+    labels = cycle_labels(range(plan.seed, plan.seed + plan.num_images), range(config.model.num_classes)).numpy()
     shown = pixels[:GRID_IMAGES]
     grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
     writers: dict[str, Callable[[Path], Any]] = {

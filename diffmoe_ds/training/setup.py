@@ -59,6 +59,8 @@ class Run:
     """Optimizer steps so far."""
     began_from: str | None = None
     """The absolute PATH of the ``--resume PATH`` that the run began with; the same command resumes the run itself."""
+    class_names: tuple[str, ...] | None = None
+    """Name of each label, if the labels of the training data have names."""
     again: str = "the same command"
     """How to resume, for messages."""
 
@@ -122,6 +124,7 @@ def setup_run(plan: TrainPlan) -> Run:
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         held_out=plan.held_out,
         began_from=plan.began_from,
+        class_names=None if plan.dataset.classes is None else tuple(plan.dataset.classes),
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:
