@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SAMPLING = 2
     SHARD_SHUFFLE = 3
     WINDOW_SHUFFLE = 4
+    EVALUATION = 8
 
 
 class TrainingDraws(NamedTuple):
@@ -94,3 +95,8 @@ def _quantiles() -> np.ndarray:
 def image_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for all noise of one sampled image; it is disjoint from all training streams."""
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))
+
+
+def evaluation_stream(seed: int, index: int) -> np.random.Generator:
+    """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
+    return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
