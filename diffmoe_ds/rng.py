@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     WINDOW_SHUFFLE = 4
     HELD_OUT = 5
     LABELS = 6
+    EVALUATION = 8
 
 
 class TrainingDraws(NamedTuple):
@@ -124,3 +125,8 @@ def image_stream(image_seed: int) -> np.random.Generator:
 def label_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
     return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))
+
+
+def evaluation_stream(seed: int, index: int) -> np.random.Generator:
+    """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
+    return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
