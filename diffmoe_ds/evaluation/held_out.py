@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.dataset import image_shape, open_dataset
 from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
@@ -17,7 +19,9 @@ from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_la
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS
 from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.evaluation.extractors import load_extractor
 from diffmoe_ds.rng import held_out_draws
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 
 MIN_IMAGES = 2
 """Fewest held-out images; the covariance of their features needs two."""
@@ -113,7 +117,51 @@ def open_held_out(config: Config) -> HeldOut | None:
             next(held_out.batches(1))
     except DataError as error:
         raise DataError(f"data.validation_path {path}: {error}") from None
+    if evaluation.metrics:
+        check_metrics(config)
     return held_out
+
+
+def decoder_path(config: Config) -> str | None:
+    """Return the VAE that decodes what a model generates for ``eval.metrics``; None for a model of pixels.
+
+    Raises:
+        ConfigError: ``eval.vae`` is missing, or superfluous.
+    """
+    channels, vae = config.model.in_channels, config.eval.vae
+    if channels in PIXEL_CHANNELS:
+        if vae is not None:
+            raise ConfigError(f"eval.vae is {vae}, but the model generates pixels ({channels} channels); remove it.")
+        return None
+    if vae is None and config.data.vae is None:
+        raise ConfigError(
+            f"eval.metrics needs eval.vae, because the model generates latents ({channels} channels): set it to the "
+            "AutoencoderKL that decodes them."
+        )
+    return vae or config.data.vae
+
+
+def check_metrics(config: Config) -> None:
+    """Check that ``eval.metrics`` can be computed: load the extractor and read the configuration of the VAE.
+
+    Raises:
+        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model.
+        DataError: the extractor's weights cannot be read.
+    """
+    path = decoder_path(config)
+    if path is not None:
+        from diffmoe_ds.data.vae import vae_settings  # imports diffusers, an extra
+
+        found = vae_settings(path)["latent_channels"]
+        if found != config.model.in_channels:
+            raise ConfigError(
+                f"eval.vae {path} decodes latents of {found} channels, but the model generates "
+                f"{config.model.in_channels}."
+            )
+    try:
+        load_extractor(config.eval.extractor, torch.device("cpu"))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"eval.extractor {str(error).removeprefix('--extractor ')}") from None
 
 
 @dataclass(frozen=True)

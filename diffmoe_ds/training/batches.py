@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from diffmoe_ds.data.dataset import image_shape
@@ -19,6 +21,9 @@ from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, DiffMoEError
 from diffmoe_ds.rng import training_draws
 from diffmoe_ds.training.setup import Run
+
+if TYPE_CHECKING:
+    from diffmoe_ds.data.vae import VAE
 
 
 class BatchSource:
@@ -152,6 +157,18 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     loader = PositionLoader(dataset, reading, draws)
     if data.vae is None:
         return loader
-    from diffmoe_ds.data.vae import VAE, EncodingLoader  # imports diffusers, an extra
+    from diffmoe_ds.data.vae import EncodingLoader  # imports diffusers, an extra
 
-    return EncodingLoader(loader, VAE(data.vae, run.device))
+    return EncodingLoader(loader, load_vae(data.vae, run.device))
+
+
+@cache
+def load_vae(path: str, device: torch.device) -> VAE:
+    """Load a VAE, once per process: training and evaluation share it.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
+
+    return VAE(path, device)

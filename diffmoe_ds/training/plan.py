@@ -171,14 +171,14 @@ def _is_prebuilt(operator: str) -> bool:
 
 
 def _check_sampling(config: Config) -> None:
-    """Raise ConfigError if the sample grids of the run cannot be generated."""
+    """Raise ConfigError if the sample grids of the run, or the images of its metrics, cannot be generated."""
     from diffmoe_ds.diffusion.objective import make_objective
     from diffmoe_ds.sampling.guidance import check_guidance
     from diffmoe_ds.sampling.samplers import check_sampling
 
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, config.sample.steps, prefix="sample.")
-    if config.run.sample_every_images:
+    if config.run.sample_every_images or config.eval.metrics:
         check_guidance(config.sample.cfg_scale, None, config)
 
 

@@ -239,6 +239,10 @@ class MainLog(RunLog):
         scalars = {"validation/loss": row["validation_loss"]}
         for level, loss in enumerate(row["validation_loss_by_noise_level"]):
             scalars[f"validation_by_noise_level/noise_{(level + 0.5) / NOISE_BINS:.2f}"] = loss
+        metrics = row.get("metrics", {})
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                scalars[f"metrics/{name}_{metrics['extractor']}"] = value
         if self._board is not None:
             for tag, value in scalars.items():
                 if value is not None:
@@ -265,8 +269,12 @@ def peak_memory_mb() -> float:
 
 def _evaluation_line(row: dict[str, Any]) -> str:
     """Return an evaluation in words, for the console."""
-    loss = row["validation_loss"]
-    return f"loss {'nan' if loss is None else f'{loss:.4f}'} on {row['validation_images']:,} held-out images"
+    loss, metrics = row["validation_loss"], row.get("metrics")
+    text = f"loss {'nan' if loss is None else f'{loss:.4f}'} on {row['validation_images']:,} held-out images"
+    if metrics is None:
+        return text
+    values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+    return f"{text} | {values} of {metrics['n']:,} generated images by {metrics['extractor']}"
 
 
 def _clock(seconds: float) -> str:

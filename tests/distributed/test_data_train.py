@@ -35,12 +35,18 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [("data.shuffle=whole",), ("data.shuffle=window", "data.shuffle_window=30")])
 def test_latents_train_the_same_on_two_ranks_and_resume_exactly(made, train_tiny, tmp_path, shuffle):
-    evaluation = (f"data.validation_path={made / 'latents'}", "eval.every_images=48", "eval.num_images=15")
+    evaluation = (
+        f"data.validation_path={made / 'latents'}", "eval.every_images=48", "eval.num_images=15",
+        "eval.metrics=[frechet,recall]", "eval.metric_images=11", f"eval.vae={made / 'vae'}", "sample.steps=2",
+    )  # fmt: skip
     data = (f"data.path={made / 'latents'}", *LATENTS, *shuffle, *evaluation)
     alone = train_tiny(1, 1, 1, *data)
     two = train_tiny(2, 2, 1, *data, "data.num_workers=1", "run.save_every_images=32")
     assert two.column("loss") == pytest.approx(alone.column("loss"), abs=1e-5)
     assert validation_losses(two) == pytest.approx(validation_losses(alone), abs=1e-5)
+    metrics, others = (read_metrics(run.directory, "validation.jsonl")[-1]["metrics"] for run in (alone, two))
+    assert metrics == pytest.approx(others, rel=1e-3), "pixels may be rounded differently"
+    assert metrics["n"] == 11 and metrics["n_reference"] == 50 and metrics["frechet"] > 1
     stopped = tmp_path / "stopped"
     shutil.copytree(two.directory, stopped)
     for folder in (stopped / "checkpoints").iterdir():
