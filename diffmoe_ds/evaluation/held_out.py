@@ -24,7 +24,7 @@ from diffmoe_ds.rng import held_out_draws
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 
 MIN_IMAGES = 2
-"""Fewest held-out images; the covariance of their features needs two."""
+"""Fewest images of a set; the covariance of their features needs two."""
 
 
 class HeldOut:
@@ -145,9 +145,12 @@ def check_metrics(config: Config) -> None:
     """Check that ``eval.metrics`` can be computed: load the extractor and read the configuration of the VAE.
 
     Raises:
-        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model.
+        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model, or a single image
+            would be generated.
         DataError: the extractor's weights cannot be read.
     """
+    if config.eval.metric_images < MIN_IMAGES:
+        raise ConfigError(f"eval.metric_images must be at least {MIN_IMAGES}, got {config.eval.metric_images}.")
     path = decoder_path(config)
     if path is not None:
         from diffmoe_ds.data.vae import vae_settings  # imports diffusers, an extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -20,7 +21,8 @@ def lockstep(items: Iterator[T], total: int, what: str, run: Run, watchdog: Watc
     """Yield items; if one cannot be produced on any rank, all ranks raise. Every rank must exhaust it.
 
     Args:
-        items: equally many on all ranks.
+        items: equally many on all ranks. Producing one may call collectives, but not `raise_on_all_ranks` itself:
+            nobody would report the error.
         total: their number, for the progress bar, which rank 0 shows on a terminal.
         what: names the bar.
         run: the run.
@@ -31,6 +33,16 @@ def lockstep(items: Iterator[T], total: int, what: str, run: Run, watchdog: Watc
             yield item
             watchdog.tick()
             bar.update()
+
+
+def num_batches(count: int, run: Run) -> int:
+    """Return the number of batches, of a micro-batch each, of a rank's equal share of images.
+
+    Args:
+        count: images over all ranks.
+        run: the run.
+    """
+    return math.ceil(math.ceil(count / run.topology.world) / run.settings.micro_batch)
 
 
 def reading(items: Iterator[T]) -> Iterator[T]:

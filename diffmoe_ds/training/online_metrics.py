@@ -7,7 +7,6 @@ Legend: N images, B images of a batch, C channels, H, W height and width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -27,7 +26,7 @@ from diffmoe_ds.sampling.grid import Pixels, to_uint8
 from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.sampling.stream import DECODED_TOGETHER, Decode, generate_batches
 from diffmoe_ds.training.batches import load_vae
-from diffmoe_ds.training.lockstep import lockstep, reading
+from diffmoe_ds.training.lockstep import lockstep, num_batches, reading
 from diffmoe_ds.training.setup import Run
 
 
@@ -53,8 +52,8 @@ class OnlineMetrics:
             DiffMoEError: on all ranks, if any cannot read an image, load the extractor or the VAE, or generated NaN.
         """
         run, names, count = self._run, self._run.config.eval.metrics, self._run.config.eval.metric_images
-        reference = self._reference
-        samples = self._features(self._generated_images(model), count, "generate")
+        decode, reference = self._decode, self._reference
+        samples = self._features(self._generated_images(model, decode), count, "generate")
 
         def compare() -> dict[str, float]:
             if samples is None or reference is None:  # not rank 0
@@ -72,7 +71,7 @@ class OnlineMetrics:
     @cached_property
     def _reference(self) -> ImageFeatures | None:
         """The features of all held-out images, on rank 0."""
-        return self._features(self._held_out_images(), len(self._held_out), "reference")
+        return self._features(self._held_out_images(self._decode), len(self._held_out), "reference")
 
     @cached_property
     def _decode(self) -> Decode:
@@ -82,10 +81,9 @@ class OnlineMetrics:
             return lambda pixels: pixels
         return raise_on_all_ranks(device, lambda: load_vae(path, device)).decode
 
-    def _held_out_images(self) -> Iterator[Tensor]:
+    def _held_out_images(self, decode: Decode) -> Iterator[Tensor]:
         """Yield this rank's share of the held-out images, uint8 [B, C, H, W]."""
         run, topology = self._run, self._run.topology
-        decode = self._decode
         holds_latents = decoder_path(run.config) is not None and run.config.data.vae is None
         for batch in reading(self._held_out.batches(run.settings.micro_batch, topology.rank, topology.world)):
             images_BCHW = batch.x
@@ -94,14 +92,14 @@ class OnlineMetrics:
                 images_BCHW = torch.cat([decode(part) for part in parts])
             yield _channels_first(to_uint8(images_BCHW))
 
-    def _generated_images(self, model: DiT) -> Iterator[Tensor]:
+    def _generated_images(self, model: DiT, decode: Decode) -> Iterator[Tensor]:
         """Yield this rank's share of the generated images, uint8 [B, C, H, W]; the same seeds in every evaluation."""
         run, sample = self._run, self._run.config.sample
         seeds = share_of_rank(run.config.eval.metric_images, 0, run.topology.rank, run.topology.world)
         labels = cycle_labels(seeds, range(run.config.model.num_classes))
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
         for _, pixels in generate_batches(
-            model, labels, seeds, settings, self._decode, run.settings.micro_batch,
+            model, labels, seeds, settings, decode, run.settings.micro_batch,
             lambda done, total: self._watchdog.alive(),
         ):  # fmt: skip
             yield _channels_first(pixels)
@@ -115,9 +113,8 @@ class OnlineMetrics:
             what: names the progress bar.
         """
         run, extractor = self._run, self._extractor
-        batches = math.ceil(math.ceil(count / run.topology.world) / run.settings.micro_batch)
         outputs = (extractor.extract(batch) for batch in images)
-        parts = list(lockstep(outputs, batches, what, run, self._watchdog))
+        parts = list(lockstep(outputs, num_batches(count, run), what, run, self._watchdog))
         features_NF = self._collect([part.features_BF for part in parts], count)
         logits_NK = self._collect([part.logits_BK for part in parts if part.logits_BK is not None], count)
         return None if features_NF is None else ImageFeatures(features_NF, logits_NK)

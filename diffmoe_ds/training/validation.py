@@ -14,7 +14,7 @@ from diffmoe_ds.evaluation.held_out import HeldOut
 from diffmoe_ds.evaluation.validation_loss import validation_loss
 from diffmoe_ds.training.averaged import averaged_model
 from diffmoe_ds.training.batches import load_vae
-from diffmoe_ds.training.lockstep import lockstep, reading
+from diffmoe_ds.training.lockstep import lockstep, num_batches, reading
 from diffmoe_ds.training.online_metrics import OnlineMetrics
 from diffmoe_ds.training.setup import Run
 
@@ -54,16 +54,14 @@ class Validation:
     def _batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's share of the images."""
         run, topology, held_out = self._run, self._run.topology, self._held_out
-        size = run.settings.micro_batch
-        share = reading(held_out.batches(size, topology.rank, topology.world))
+        share = reading(held_out.batches(run.settings.micro_batch, topology.rank, topology.world))
         path = run.config.data.vae
         if path is not None:
             from diffmoe_ds.data.vae import EncodingLoader  # imports diffusers, an extra
 
             vae = raise_on_all_ranks(run.device, lambda: load_vae(path, run.device))
             share = iter(EncodingLoader(share, vae))
-        batches = math.ceil(math.ceil(len(held_out) / topology.world) / size)
-        return lockstep(share, batches, "validate", run, self._watchdog)
+        return lockstep(share, num_batches(len(held_out), run), "validate", run, self._watchdog)
 
 
 def _finite(value: Any) -> Any:

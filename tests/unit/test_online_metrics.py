@@ -59,6 +59,7 @@ def test_without_logits_there_is_no_inception_score():
     (
         (1, {"extractor": "efficientnet"}, "eval.extractor efficientnet: unknown; expected efficientnet-lite0"),
         (1, {"vae": "some"}, "eval.vae is some, but the model generates pixels (1 channels); remove it."),
+        (1, {"metric_images": 1}, "eval.metric_images must be at least 2, got 1."),
         (1, {"vae": "some", "metrics": []}, None),
     ),
 )
@@ -107,9 +108,9 @@ def test_an_evaluation_is_logged_everywhere(tmp_path, capsys):
         rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
         assert rows[-1] == row and [kept["step"] for kept in rows] == sorted({1, row["step"]})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == "validation loss 0.2500 on 9 held-out images".split()
+    assert lines[0].split() == ["validation", "loss", "0.2500", "on", "9", "held-out", "images"]
     assert lines[1].endswith("| frechet 12.35 of 7 generated images by named")
-    assert lines[2].split() == "validation loss nan on 9 held-out images".split()
+    assert lines[2].split() == ["validation", "loss", "nan", "on", "9", "held-out", "images"]
     board = EventAccumulator(str(tmp_path / "board"), purge_orphaned_data=False)
     board.Reload()
     tags = board.Tags()["scalars"]
