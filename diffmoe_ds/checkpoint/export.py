@@ -9,21 +9,22 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.layout import BUFFER
+from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
-from diffmoe_ds.checkpoint.metadata import stored_config
+from diffmoe_ds.checkpoint.metadata import stored_config, stored_names
 from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import write_json, write_together
+from diffmoe_ds.files import sha256_of, write_json, write_together
 from diffmoe_ds.model.dit import empty_model
 
 WEIGHTS_FILE = "model.safetensors"
@@ -48,7 +49,7 @@ class ModelFileReader:
         """
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
-        self.weights, self.images, self.config = _read_description(config)
+        self.weights, self.images, self.config, self.class_names = _read_description(config)
         try:
             self._file = safe_open(self.path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
@@ -107,11 +108,11 @@ class ModelFileReader:
         return part[start - first * row : start - first * row + numel]
 
 
-def _read_description(path: Path) -> tuple[str, int, Config]:
-    """Return (weights, images, configuration) of ``config.json``."""
+def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None]:
+    """Return (weights, images, configuration, class names) of ``config.json``."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        weights, images, config = tree["weights"], tree["images"], tree["config"]
+        weights, images, config, names = tree["weights"], tree["images"], tree["config"], tree.get("class_names")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -120,7 +121,7 @@ def _read_description(path: Path) -> tuple[str, int, Config]:
         raise CheckpointError(f"{path}: weights is {weights!r}; valid: {', '.join(WEIGHTS)}.")
     if type(images) is not int or images < 0:
         raise CheckpointError(f"{path}: images must be a non-negative integer, got {images!r}.")
-    return weights, images, stored_config(config, str(path))
+    return weights, images, stored_config(config, str(path)), stored_names(names, str(path))
 
 
 def open_weights(path: Path) -> WeightsReader | None:
@@ -143,6 +144,19 @@ def open_weights(path: Path) -> WeightsReader | None:
         return ModelFileReader(path)
     found = newest_valid(path, full=True)
     return None if found is None else CheckpointReader(found)
+
+
+def digest_of(reader: WeightsReader) -> str:
+    """Return a hexadecimal SHA-256 that identifies the contents of a checkpoint or an exported model.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    path = reader.path if os.path.isfile(reader.path) else reader.path / MANIFEST  # lists the digests of all files
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -175,10 +189,18 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
         entries.append(Entry(name, (numel,), torch.float32, pieces(BUFFER, name, numel, torch.float32)))
     total = sum(torch.Size(entry.shape).numel() for entry in entries)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
-        return write_model(out, entries, reader.config, weights, reader.metadata.images)
+        saved = reader.metadata
+        return write_model(out, entries, reader.config, weights, saved.images, saved.class_names)
 
 
-def write_model(out: Path, entries: Sequence[Entry], config: Config, weights: str, images: int) -> Path:
+def write_model(
+    out: Path,
+    entries: Sequence[Entry],
+    config: Config,
+    weights: str,
+    images: int,
+    class_names: Sequence[str] | None = None,
+) -> Path:
     """Write ``model.safetensors`` and ``config.json``; both appear when they are complete.
 
     Args:
@@ -187,6 +209,7 @@ def write_model(out: Path, entries: Sequence[Entry], config: Config, weights: st
         config: configuration of the run that trained the model.
         weights: ``ema`` or ``raw``.
         images: images that the model was trained on.
+        class_names: name of each label, if the labels have names.
 
     Returns:
         The file with the weights.
@@ -194,7 +217,9 @@ def write_model(out: Path, entries: Sequence[Entry], config: Config, weights: st
     Raises:
         CheckpointError: they cannot be written; existing files are unchanged.
     """
-    description = {"weights": weights, "images": images, "config": config_to_dict(config)}
+    description: dict[str, Any] = {"weights": weights, "images": images, "config": config_to_dict(config)}
+    if class_names is not None:
+        description["class_names"] = list(class_names)
     written = write_together(
         out,
         {

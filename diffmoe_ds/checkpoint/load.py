@@ -44,6 +44,10 @@ class WeightsReader(Protocol):
     """Where the weights are, for messages."""
     config: Config
     """Configuration of the run that trained the model."""
+    images: int
+    """Images that the model was trained on; 0 if unknown."""
+    class_names: tuple[str, ...] | None
+    """Name of each label, if the labels have names."""
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""
@@ -91,6 +95,8 @@ class CheckpointReader:
         self.path = path
         self.metadata = read_metadata(path)
         self.config = self.metadata.config
+        self.images = self.metadata.images
+        self.class_names = self.metadata.class_names
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         for rank in range(self.metadata.files):
             self._open(path / rank_file(rank))

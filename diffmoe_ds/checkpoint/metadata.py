@@ -87,10 +87,12 @@ class CheckpointMetadata:
     """Absolute PATH of the ``--resume PATH`` that the run began with; None otherwise."""
     deepspeed: dict[str, Any] | None = None
     """Resolved DeepSpeed settings besides the layout; None in checkpoints of versions that did not save them."""
+    class_names: tuple[str, ...] | None = None
+    """Name of each label; None if the labels of the training data have no names."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of ``meta.json``."""
-        tree = {
+        tree: dict[str, Any] = {
             "format": FORMAT,
             "files": self.files,
             "images": self.images,
@@ -104,6 +106,8 @@ class CheckpointMetadata:
         }
         if self.deepspeed is not None:
             tree["deepspeed"] = self.deepspeed
+        if self.class_names is not None:
+            tree["class_names"] = list(self.class_names)
         return {**tree, "config": config_to_dict(self.config)}
 
 
@@ -151,6 +155,7 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
         lr_scheduler=top.optional("lr_scheduler", dict),
         began_from=top.optional("began_from", str),
         deepspeed=top.value("deepspeed", dict) if "deepspeed" in tree else None,
+        class_names=stored_names(tree.get("class_names"), source),
     )
 
 
@@ -164,6 +169,19 @@ def stored_config(tree: Any, source: str) -> Config:
         return config_from_dict(tree, source)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def stored_names(names: Any, source: str) -> tuple[str, ...] | None:
+    """Return the class names that a checkpoint or an exported model holds, if any.
+
+    Raises:
+        CheckpointError: they are not a list of strings.
+    """
+    if names is None:
+        return None
+    if type(names) is not list or not all(type(name) is str for name in names):
+        raise _Object({}, source).error("class_names", names, "a list of strings")
+    return tuple(names)
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:

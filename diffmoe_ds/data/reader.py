@@ -26,6 +26,10 @@ class Dataset(Protocol):
         """Labels, int64 [n]; all `NO_LABEL` in a dataset without labels."""
 
     @property
+    def classes(self) -> list[str] | None:
+        """Name of each label, if they have names."""
+
+    @property
     def shard_sizes(self) -> Sequence[int]:
         """Samples of each shard, in order, for shuffling in windows."""
 

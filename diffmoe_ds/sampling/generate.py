@@ -6,7 +6,8 @@ Legend: N images, B images of a batch, C channels, H, W height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,19 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.rng import image_stream
-from diffmoe_ds.sampling.guidance import GuideChannels, check_guidance, guided
-from diffmoe_ds.sampling.samplers import Progress, check_sampling, sample
+from diffmoe_ds.sampling.fields import IntervalField, ModelFn, Progress
+from diffmoe_ds.sampling.guidance import (
+    GuideChannels,
+    Interval,
+    check_guidance,
+    check_scale_is_used,
+    guide_by_model,
+    guided,
+    in_interval,
+)
+from diffmoe_ds.sampling.samplers import check_sampling, sample
 
 PIXEL_CHANNELS = (1, 3)
 """Models with this many channels generate pixels; all others generate latents that a VAE decodes."""
@@ -34,8 +43,12 @@ class SamplingSettings:
     """Sampler steps."""
     cfg_scale: float = 1.0
     """Guidance scale; 1 disables guidance."""
-    guide_channels: GuideChannels = "all"
-    """Guided channels of a DDPM model; the reference guides the first 3."""
+    guide_channels: GuideChannels | None = None
+    """Guided channels; None is the objective's default: all for flow, the first 3 for DDPM."""
+    guidance_interval: Interval | None = None
+    """Noise levels between which guidance is applied; None is all of them."""
+    autoguidance: str | None = None
+    """Path of the model that guides instead of the unconditional prediction; `generate` is given the model itself."""
 
     def check(self, config: Config) -> None:
         """Check that the settings, which are options of ``diffmoe sample``, are valid for a model.
@@ -44,7 +57,8 @@ class SamplingSettings:
             ConfigError: a setting does not fit the model.
         """
         check_sampling(config.objective.kind, self.sampler, self.steps, prefix="--")
-        check_guidance(self.cfg_scale, self.guide_channels, config)
+        check_scale_is_used(self.cfg_scale, self.guidance_interval, self.autoguidance)
+        check_guidance(self.cfg_scale, self.guide_channels, config, is_autoguided=self.autoguidance is not None)
 
 
 def share_of_rank(num_images: int, seed: int, rank: int, world: int) -> range:
@@ -63,20 +77,20 @@ def share_of_rank(num_images: int, seed: int, rank: int, world: int) -> range:
     return range(seed + rank * share, seed + (rank + 1) * share)
 
 
-def labels_of(seeds: Sequence[int], config: Config) -> Tensor:
-    """Return the int64 class labels of the images of these seeds: classes cycle with the seed."""
-    return torch.tensor([seed % config.model.num_classes for seed in seeds])
-
-
 @torch.inference_mode()
 def generate(
-    model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None = None
+    model: DiT,
+    label_B: Tensor,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    progress: Progress | None = None,
+    guide: DiT | None = None,
 ) -> Tensor:
     """Generate one batch of images.
 
-    No step waits for the device if experts compute ragged rows as grouped products (in bf16 on a GPU): the number of
-    rows is assumed to stay below a bound. The bound is checked after the last step; if it was exceeded, all steps are
-    repeated with exact counts, and the next batch assumes twice the bound.
+    No step of a sampler with fixed steps waits for the device if experts compute ragged rows as grouped products (in
+    bf16 on a GPU): the number of rows is assumed to stay below a bound. The bound is checked after the last step; if it
+    was exceeded, all steps are repeated with exact counts, and the next batch assumes twice the bound.
 
     Args:
         model: in eval mode, in any dtype; the state of the sampler is fp32.
@@ -84,23 +98,28 @@ def generate(
         seeds: one per image; all noise of an image comes from its own stream.
         settings: sampler and guidance.
         progress: called after each step with (steps done, total steps); starts again if all steps are repeated.
+        guide: the model of ``settings.autoguidance``, in eval mode on the same device.
 
     Returns:
         fp32 [B, C, H, W] on the model's device, pixels in about [-1, 1] or latents.
     """
-    with model.bounded_dispatch() as is_bounded:
-        images_BCHW, must_redo = _generate(model, label_B, seeds, settings, progress)
-    if is_bounded and must_redo:
-        model.assumed_capacities *= 2
-        images_BCHW, _ = _generate(model, label_B, seeds, settings, progress)
+    assert (guide is None) == (settings.autoguidance is None), "the guiding model belongs to its path in the settings"
+    models = [model] if guide is None else [model, guide]
+    with ExitStack() as stack:
+        bounded = [each for each in models if stack.enter_context(each.bounded_dispatch())]
+        images_BCHW, must_redo = _generate(models, label_B, seeds, settings, progress)
+    if bounded and must_redo:
+        for each in bounded:
+            each.assumed_capacities *= 2
+        images_BCHW, _ = _generate(models, label_B, seeds, settings, progress)
     return images_BCHW
 
 
 def _generate(
-    model: DiT, label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None
+    models: Sequence[DiT], label_B: Tensor, seeds: Sequence[int], settings: SamplingSettings, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """Return the images of `generate`, and whether rows were lost in any step, as a bool scalar."""
-    config = model.config
+    config = models[0].config
     device = label_B.device
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     streams = [image_stream(seed) for seed in seeds]
@@ -111,21 +130,46 @@ def _generate(
         # from pageable memory the copy would wait for all steps before it
         return (fresh.pin_memory() if device.type == "cuda" else fresh).to(device, non_blocking=True)
 
-    def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        output: DiTOutput = model(x_BCHW, t_B, y_B)
-        for routing in output.routing:
-            if routing.must_redo is not None:
-                must_redo.logical_or_(routing.must_redo)
-        return output.prediction
-
-    model_fn = guided(
-        forward,
-        label_B,
-        model.y_embedder.null_like(label_B),
-        settings.cfg_scale,
-        make_objective(config.objective.kind).kind,
-        config.model.in_channels,
-        settings.guide_channels,
-        one_batch=not model.images_compete,
-    )
+    model_fn = _guided_model(models, label_B, settings, must_redo)
     return sample(model_fn, settings.sampler, noise(), settings.steps, noise, progress), must_redo
+
+
+def _guided_model(
+    models: Sequence[DiT], label_B: Tensor, settings: SamplingSettings, must_redo: Tensor
+) -> ModelFn | IntervalField:
+    """Return the function that the sampler calls; it sets ``must_redo`` if rows were lost.
+
+    Args:
+        models: the model, and the guiding one if there is one.
+        label_B: int64 labels.
+        settings: guidance.
+        must_redo: a bool scalar.
+    """
+
+    def forward_of(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+            output: DiTOutput = model(x_BCHW, t_B, y_B)
+            for routing in output.routing:
+                if routing.must_redo is not None:
+                    must_redo.logical_or_(routing.must_redo)
+            return output.prediction
+
+        return forward
+
+    model, *guides = models
+    forward, kind, channels = forward_of(model), model.config.objective.kind, model.config.model.in_channels
+    if guides:
+        pair = (forward, forward_of(guides[0]))
+        guided_fn = guide_by_model(pair, label_B, settings.cfg_scale, kind, channels, settings.guide_channels)
+    else:
+        guided_fn = guided(
+            forward,
+            label_B,
+            model.y_embedder.null_like(label_B),
+            settings.cfg_scale,
+            kind,
+            channels,
+            settings.guide_channels,
+            one_batch=not model.images_compete,
+        )
+    return in_interval(guided_fn, lambda x, t_B: forward(x, t_B, label_B), settings.guidance_interval)

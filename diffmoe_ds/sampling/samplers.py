@@ -9,8 +9,6 @@ Legend: B images, C channels, H, W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -18,13 +16,7 @@ from diffmoe_ds.diffusion.ddpm import TRAIN_STEPS, check_steps, dit_diffusion
 from diffmoe_ds.diffusion.flow import at_least_float32
 from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
 from diffmoe_ds.errors import ConfigError
-
-ModelFn = Callable[[Tensor, Tensor], Tensor]
-"""(x_BCHW, t_B) -> prediction."""
-NoiseFn = Callable[[], Tensor]
-"""() -> standard normal noise with the shape of the images, different at each call."""
-Progress = Callable[[int, int], object]
-"""(steps done, total steps) -> anything."""
+from diffmoe_ds.sampling.fields import Field, IntervalField, ModelFn, NoiseFn, Progress, as_field
 
 
 def check_sampling(objective: str, sampler: str, steps: int, prefix: str = "") -> None:
@@ -54,7 +46,7 @@ def _check_steps(sampler: str, steps: int, name: str = "steps") -> None:
 
 @torch.inference_mode()
 def sample(
-    model_fn: ModelFn,
+    model_fn: ModelFn | IntervalField,
     sampler: str,
     noise_BCHW: Tensor,
     steps: int,
@@ -83,22 +75,23 @@ def sample(
     _check_steps(sampler, steps)
     x = at_least_float32(noise_BCHW)
     progress = progress or (lambda done, total: None)
+    field = as_field(model_fn)
     if SAMPLERS[sampler] == "flow":
-        return _sample_flow(model_fn, x, steps, sampler == "heun", progress)
+        return _sample_flow(field, x, steps, sampler == "heun", progress)
     if sampler == "ddim":
-        return _sample_ddpm(model_fn, x, steps, None, progress)
+        return _sample_ddpm(field, x, steps, None, progress)
     if noise_fn is None:
         raise ConfigError("the sampler ddpm needs noise_fn, because every step but the last adds noise.")
-    return _sample_ddpm(model_fn, x, steps, noise_fn, progress)
+    return _sample_ddpm(field, x, steps, noise_fn, progress)
 
 
-def _sample_flow(model_fn: ModelFn, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
+def _sample_flow(field: Field, x: Tensor, steps: int, heun: bool, progress: Progress) -> Tensor:
     """Integrate with explicit Euler, or with Heun's method: two evaluations in every step, the last one included."""
     # one copy to the device; the steps take views of it
     times = torch.tensor([i / steps for i in range(steps + 1)], dtype=torch.float32, device=x.device)
 
     def velocity(x: Tensor, i: int) -> Tensor:
-        return model_fn(x, times[i].expand(len(x))).to(x.dtype)
+        return field(x, times[i].expand(len(x)), 1 - i / steps).to(x.dtype)
 
     for i in range(steps):
         v = velocity(x, i)
@@ -109,13 +102,13 @@ def _sample_flow(model_fn: ModelFn, x: Tensor, steps: int, heun: bool, progress:
     return x
 
 
-def _sample_ddpm(model_fn: ModelFn, x: Tensor, steps: int, noise_fn: NoiseFn | None, progress: Progress) -> Tensor:
+def _sample_ddpm(field: Field, x: Tensor, steps: int, noise_fn: NoiseFn | None, progress: Progress) -> Tensor:
     """Take ancestral steps with noise from ``noise_fn``, or DDIM steps if it is None."""
     process = dit_diffusion().respaced(steps)
     steps_N = torch.arange(process.num_steps, device=x.device)
     for i in reversed(range(process.num_steps)):
         t_B = steps_N[i].expand(len(x))
-        prediction = model_fn(x, process.model_timesteps(t_B))
+        prediction = field(x, process.model_timesteps(t_B), process.timesteps_N[i] / TRAIN_STEPS)
         if noise_fn is None:
             x = process.ddim_step(prediction, x, t_B)
         else:

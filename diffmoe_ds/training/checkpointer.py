@@ -138,4 +138,5 @@ def _metadata(run: Run) -> CheckpointMetadata:
         lr_scheduler=None if scheduler is None else scheduler.state_dict(),
         began_from=run.began_from,
         deepspeed=settings.beside_layout(),
+        class_names=run.class_names,
     )

@@ -174,7 +174,7 @@ def _check_sampling(config: Config) -> None:
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, config.sample.steps, prefix="sample.")
     if config.run.sample_every_images:
-        check_guidance(config.sample.cfg_scale, "all", config)
+        check_guidance(config.sample.cfg_scale, None, config)
 
 
 def resume_choices(resume: str, directory: Path) -> list[Path]:

@@ -8,8 +8,9 @@ import torch
 from diffmoe_ds.distributed.collectives import all_gather
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, labels_of, share_of_rank
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, share_of_rank
 from diffmoe_ds.sampling.grid import grid_columns, make_grid, to_uint8
+from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.training.setup import Run, build_model
 
 
@@ -24,7 +25,7 @@ class Preview:
         """Return a grid, uint8 [height, width, 3], on rank 0 and None on the others.  Every rank must call this."""
         run, sample = self._run, self._run.config.sample
         seeds = share_of_rank(sample.num_images, 0, run.topology.rank, run.topology.world)
-        labels = labels_of(seeds, run.config).to(run.device)
+        labels = cycle_labels(seeds, range(run.config.model.num_classes)).to(run.device)
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
         images = generate(self._averaged(), labels, seeds, settings, lambda done, total: self._watchdog.alive())
         if run.config.model.in_channels not in PIXEL_CHANNELS:

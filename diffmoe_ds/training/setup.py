@@ -56,6 +56,8 @@ class Run:
     """Optimizer steps so far."""
     began_from: str | None = None
     """The absolute PATH of the ``--resume PATH`` that the run began with; the same command resumes the run itself."""
+    class_names: tuple[str, ...] | None = None
+    """Name of each label, if the labels of the training data have names."""
     again: str = "the same command"
     """How to resume, for messages."""
 
@@ -118,6 +120,7 @@ def setup_run(plan: TrainPlan) -> Run:
         ema=EMA(fragments, seam.parts(engine), config.ema.decay),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         began_from=plan.began_from,
+        class_names=None if plan.dataset.classes is None else tuple(plan.dataset.classes),
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:

@@ -45,14 +45,15 @@ METADATA = st.builds(
     lr_scheduler=st.none() | OBJECTS,
     began_from=st.none() | st.text(max_size=5),
     deepspeed=st.none() | OBJECTS,
+    class_names=st.none() | st.lists(st.text(max_size=5), max_size=3).map(tuple),
 )
 TREE = CheckpointMetadata(
     files=2, images=640, step=20, adam_step=19, shapes={"w": (4, 2), "b": ()}, config=Config(),
     lr_now=ScheduledValues(3e-3, (0.9, 0.99)), layout=SavedLayout(2, 2, 1, 32, 16, 1), lr_scheduler={"step": 3},
-    began_from="/old", deepspeed={"gradient_clipping": 1.0},
+    began_from="/old", deepspeed={"gradient_clipping": 1.0}, class_names=("cat", "dog"),
 ).to_json()  # fmt: skip
 REQUIRED = ("format", "files", "images", "step", "adam_step", "shapes", "config", "lr_now", "layout")
-OPTIONAL = ("lr_scheduler", "began_from", "deepspeed")
+OPTIONAL = ("lr_scheduler", "began_from", "deepspeed", "class_names")
 NESTED = (("lr_now", "lr"), ("lr_now", "betas"), ("shapes", "w"), *[("layout", key) for key in TREE["layout"]])
 
 
@@ -90,7 +91,7 @@ def test_keys_that_old_checkpoints_lack_have_defaults():
     found = parse_metadata({**tree, "from_a_later_version": [1]}, META)
     assert (found.lr_scheduler, found.began_from, found.deepspeed) == (None, None, None)
     assert found.layout == SavedLayout(2, 1, 1, 32) and "micro_batch" not in found.to_json()["layout"]
-    assert "deepspeed" not in found.to_json()
+    assert found.class_names is None and not {"deepspeed", "class_names"} & found.to_json().keys()
 
 
 @settings(max_examples=300)

@@ -19,7 +19,8 @@ from diffmoe_ds.errors import TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.moe import expert_ffn, top_k
 from diffmoe_ds.moe.plan import LocalDispatcher
-from diffmoe_ds.sampling.generate import SamplingSettings, generate, labels_of
+from diffmoe_ds.sampling.generate import SamplingSettings, generate
+from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.training import preview
 from tests.helpers.syncs import SyncCounter
 
@@ -49,7 +50,8 @@ def model_of(config: Config, dtype: torch.dtype = torch.float32) -> DiT:
 
 def images_of(model: DiT, sampler: str = "euler", steps: int = 2, cfg_scale: float = 2.0) -> torch.Tensor:
     seeds = range(3)
-    return generate(model, labels_of(seeds, model.config), seeds, SamplingSettings(sampler, steps, cfg_scale))
+    labels = cycle_labels(seeds, range(model.config.model.num_classes))
+    return generate(model, labels, seeds, SamplingSettings(sampler, steps, cfg_scale))
 
 
 RULES = [

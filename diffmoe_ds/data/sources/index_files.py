@@ -73,6 +73,7 @@ def load_index(folder: Path) -> Index:
         # Datasets from before the checksums existed have none.
         hashes = tree.get("index_sha256", {}).items()
         fits = all(sha256_of(folder / name) == sha256 for name, sha256 in hashes if name in (SAMPLES, KEYS))
+        classes = _class_names(tree.get("classes"))
         samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))
         fits = fits and samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64
         fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
@@ -81,7 +82,7 @@ def load_index(folder: Path) -> Index:
         raise DataError(f"the index {folder / INDEX} cannot be read: {error!r}; {remedy}") from None
     if not fits:
         raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
-    return Index(shards, samples, keys, latents)
+    return Index(shards, samples, keys, latents, classes)
 
 
 def listed(folder: Path) -> list[str]:
@@ -107,7 +108,8 @@ def subset(index: Index, names: Sequence[str]) -> Index | None:
         block = np.array(index.samples[ends[old] - index.shards[old].samples : ends[old]])
         block[:, 0] = new
         blocks.append(block)
-    return Index(tuple(index.shards[old] for old in chosen), np.concatenate(blocks), index.keys, index.latents)
+    shards = tuple(index.shards[old] for old in chosen)
+    return Index(shards, np.concatenate(blocks), index.keys, index.latents, index.classes)
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -123,6 +125,12 @@ def refuse_unfinished(folder: Path) -> None:
         begun = begun or "keys_and_labels" in json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if begun:
         raise DataError(f"the preparation in {folder} is not finished; run the same diffmoe prepare again to finish it")
+
+
+def _class_names(names: Any) -> tuple[str, ...] | None:
+    if not isinstance(names, (list, type(None))) or not all(isinstance(name, str) for name in names or ()):
+        raise ValueError("classes is not a list of names")
+    return None if names is None else tuple(names)
 
 
 def _map(path: Path) -> np.ndarray:

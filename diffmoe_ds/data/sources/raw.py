@@ -44,6 +44,11 @@ class RawImages:
         return self._source.labels
 
     @property
+    def classes(self) -> list[str] | None:
+        """Name of each label, if they have names."""
+        return self._source.classes
+
+    @property
     def shard_sizes(self) -> list[int]:
         """Samples of each shard of the source, or of each block of `IMAGES_TOGETHER` files."""
         sizes = getattr(self._source, "shard_sizes", None)

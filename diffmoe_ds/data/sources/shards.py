@@ -35,6 +35,9 @@ from diffmoe_ds.data.sources.tar_index import (
 from diffmoe_ds.errors import DataError
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
+EMBEDDED_CLASSES = (
+    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 
 MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is kept in memory
 MAX_OPEN_FILES = 512  # per dataset and process; the usual limit is 1,024 per process
@@ -126,9 +129,11 @@ class ShardDataset:
         return [shard.samples for shard in self.index.shards]
 
     @property
-    def classes(self) -> None:
-        """None: in shards, classes have numbers but no names."""
-        return None
+    def classes(self) -> list[str] | None:
+        """Name of each label, if the index of the shards lists them; labels themselves are numbers."""
+        if self._shards == [str(EMBEDDED)]:
+            return list(EMBEDDED_CLASSES)
+        return None if self.index.classes is None else list(self.index.classes)
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""

@@ -57,6 +57,7 @@ class Index:
     samples: np.ndarray  # int64 [n, len(Entry._fields)]
     keys: np.ndarray  # uint8, the UTF-8 of all keys
     latents: LatentFormat | None = None
+    classes: tuple[str, ...] | None = None  # name of each label, if the labels have names
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""
@@ -130,7 +131,7 @@ def without_labels(index: Index) -> Index:
     """Return the same samples without labels."""
     samples = np.array(index.samples)
     samples[:, Entry._fields.index("label")] = NO_LABEL
-    return replace(index, samples=samples)
+    return replace(index, samples=samples, classes=None)
 
 
 def check_latents(index: Index) -> None:

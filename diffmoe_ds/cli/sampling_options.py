@@ -1,0 +1,143 @@
+"""Options that say how images are generated, for every command that generates them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from diffmoe_ds.checkpoint.load import WeightsReader
+    from diffmoe_ds.config.schema import Config
+    from diffmoe_ds.sampling.generate import SamplingSettings
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the sampler, of guidance and of the model's precision and routing."""
+    _add_sampler_options(parser)
+    _add_guidance_options(parser)
+    add = parser.add_argument
+    text = (
+        "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
+        "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
+        "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
+    )
+    add("--routing", metavar="static|dynamic|per_token", help=text)
+    add(
+        "--vae",
+        metavar="PATH|HUB_ID",
+        help="directory or hub ID of the AutoencoderKL that decodes the latents of a latent model",
+    )
+    add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
+    text = "images that a rank generates at once (default: %(default)s)"
+    add("--batch-size", type=int, default=50, metavar="B", help=text)
+    text = (
+        "precision of the weights and activations (default: bf16 on GPUs that support it, fp32 elsewhere); the sampler "
+        "always computes in fp32"
+    )
+    add("--dtype", choices=("fp32", "bf16"), help=text)
+
+
+def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "sampler steps (default: %(default)s; the paper uses 250)"
+    add("--steps", type=int, default=50, metavar="K", help=text)
+    text = "flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim"
+    add("--sampler", metavar="NAME", help=text)
+
+
+def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "guidance scale; 1 disables guidance (default: %(default)s)"
+    add("--cfg-scale", type=float, default=1.0, metavar="G", help=text)
+    text = "guided channels (default: all for flow, the first 3 for ddpm, as in DiT and in the reference code)"
+    add("--guide-channels", type=_channels, metavar="all|C", help=text)
+    text = (
+        "noise levels, from 0 (clean) to 1 (noise), between which guidance is applied; elsewhere, only the conditional "
+        "pass runs (default: 0 1)"
+    )
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = (
+        "autoguidance: a smaller or less trained model of the same data, which replaces the unconditional prediction; "
+        "its EMA weights are used if present"
+    )
+    add("--autoguidance", type=Path, metavar="PATH", help=text)
+
+
+def check_sampling_numbers(args: argparse.Namespace) -> None:
+    """Check what can be checked without the model.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+    require_positive(args, "batch_size", "steps")
+    if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
+        raise ConfigError(f"--cfg-scale must be a finite number of at least 0, got {args.cfg_scale}.")
+
+
+def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettings:
+    """Return the settings of the options for a model, with their defaults filled in.
+
+    Args:
+        args: of `add_sampling_options`, with valid numbers.
+        config: the model's configuration.
+
+    Raises:
+        ConfigError: an option does not fit the model.
+    """
+    from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
+    from diffmoe_ds.sampling.generate import SamplingSettings
+
+    if args.sampler is not None and args.sampler not in SAMPLERS:
+        raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
+    settings = SamplingSettings(
+        sampler=args.sampler or make_objective(config.objective.kind).samplers[0],
+        steps=args.steps,
+        cfg_scale=args.cfg_scale,
+        guide_channels=args.guide_channels,
+        guidance_interval=None if args.guidance_interval is None else tuple(args.guidance_interval),
+        autoguidance=None if args.autoguidance is None else str(args.autoguidance),
+    )
+    settings.check(config)
+    return settings
+
+
+def open_guide(settings: SamplingSettings, config: Config) -> WeightsReader | None:
+    """Open the second model of autoguidance.
+
+    Args:
+        settings: with the model's path.
+        config: configuration of the guided model.
+
+    Returns:
+        The reader of its weights, or None without autoguidance.
+
+    Raises:
+        CheckpointError: it does not exist or is damaged.
+        ConfigError: it cannot guide the model.
+    """
+    from diffmoe_ds.checkpoint.export import open_weights
+    from diffmoe_ds.sampling.guidance import check_guide
+
+    if settings.autoguidance is None:
+        return None
+    reader = open_weights(Path(settings.autoguidance))
+    if reader is None:
+        path = settings.autoguidance
+        raise CheckpointError(f"--autoguidance {path}: not a checkpoint, run directory or exported model.")
+    check_guide(reader.config, config, f"--autoguidance {reader.path}")
+    return reader
+
+
+def _channels(text: str) -> int | str:
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be all or a number, got {text!r}") from None

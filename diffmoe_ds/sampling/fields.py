@@ -1,0 +1,54 @@
+"""What a sampler sees of a model: a function of noisy images and times, which may depend on the noise level.
+
+Legend: B images, C channels, H, W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from diffmoe_ds.diffusion.flow import per_image
+
+ModelFn = Callable[[Tensor, Tensor], Tensor]
+"""(x_BCHW, t_B) -> prediction."""
+NoiseLevel = float | npt.NDArray[np.float64]
+"""0 (clean) to 1 (noise), on the host: of all images, or float64 [B] where each image has its own."""
+Field = Callable[[Tensor, Tensor, NoiseLevel], Tensor]
+"""(x_BCHW, t_B, noise level) -> prediction. Times on the device say the same as the level, but reading them waits."""
+NoiseFn = Callable[[], Tensor]
+"""() -> standard normal noise with the shape of the images, different at each call."""
+Progress = Callable[[int, int], object]
+"""(steps done, total steps) -> anything."""
+
+
+@dataclass(frozen=True)
+class IntervalField:
+    """A `Field` that calls one model function at noise levels in an interval and another at all others."""
+
+    inside: ModelFn
+    outside: ModelFn
+    low: float
+    """Lower end of the interval, included."""
+    high: float
+    """Upper end of the interval, included."""
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, level: NoiseLevel) -> Tensor:
+        """Return the prediction; both functions are called only if the levels of the images are on both sides."""
+        is_inside = (self.low <= np.asarray(level)) & (np.asarray(level) <= self.high)
+        if is_inside.all():
+            return self.inside(x_BCHW, t_B)
+        if not is_inside.any():
+            return self.outside(x_BCHW, t_B)
+        mask_B = torch.from_numpy(is_inside).to(x_BCHW.device)
+        return torch.where(per_image(mask_B, x_BCHW), self.inside(x_BCHW, t_B), self.outside(x_BCHW, t_B))
+
+
+def as_field(model_fn: ModelFn | IntervalField) -> Field:
+    """Return a model function as a field."""
+    return model_fn if isinstance(model_fn, IntervalField) else lambda x_BCHW, t_B, level: model_fn(x_BCHW, t_B)

@@ -1,0 +1,103 @@
+"""Write complete sets of images: ADM's ``samples.npz``, a folder of PNG files, and a grid.
+
+Legend: N images, B images of a shard, H, W height and width, C channels.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.sampling.grid import Pixels
+
+SAMPLES, PNG, GRID = "samples.npz", "png", "grid.png"
+"""Names of the results."""
+LABELS = "labels.csv"
+"""Labels of the images in a folder of PNG files."""
+
+
+def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], labels_N: Pixels) -> None:
+    """Write the bytes that ``np.savez(path, arr_0=images, arr_1=labels)`` would, holding one part at a time.
+
+    Args:
+        path: the file.
+        shape: (N, H, W, C) of all images.
+        parts: uint8 [B, H, W, C], which together have that shape.
+        labels_N: int64.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                written = _write_array(member, shape, parts)
+            with archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, labels_N, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    assert written == shape[0], "the parts hold all images"
+
+
+def _write_array(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[Pixels]) -> int:
+    """Write uint8 parts as one array and return their number of images."""
+    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    written = 0
+    for part in parts:
+        assert part.shape[1:] == shape[1:] and part.dtype == np.uint8
+        file.write(np.ascontiguousarray(part).data)
+        written += len(part)
+    return written
+
+
+def write_pngs(folder: Path, images: range, pixels: Pixels, num_images: int) -> None:
+    """Write images as PNG files whose names sort by index.
+
+    Args:
+        folder: an existing folder.
+        images: their indices.
+        pixels: uint8 [B, H, W, C] with one or three channels.
+        num_images: N.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for index, image in zip(images, pixels, strict=True):
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        picture.save(folder / png_name(index, num_images))
+
+
+def png_name(index: int, num_images: int) -> str:
+    """Return the name of an image's PNG file."""
+    return f"{index:0{max(6, len(str(num_images - 1)))}d}.png"
+
+
+def write_labels(folder: Path, labels: Sequence[int]) -> None:
+    """Write the labels of a folder of PNG files, one line per image.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(folder / LABELS, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("file", "label"))
+        rows.writerows((png_name(index, len(labels)), label) for index, label in enumerate(labels))
+
+
+def check_png_folder(folder: Path) -> None:
+    """Check that a folder of PNG files may be replaced: that it does not exist, or was written by us.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if folder.exists() and not (folder / LABELS).is_file() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} exists but was not written by diffmoe; pass another --out or move it away.")

@@ -1,0 +1,175 @@
+"""A set of images that is being generated: finished shards, and a manifest of everything that determines them.
+
+They are in the directory ``unfinished`` of the output directory until the set is complete. A killed run leaves them
+there, and the same command continues with the missing shards.
+
+Legend: B images of a shard, H, W height and width, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.files import (
+    REMOVING_PREFIX,
+    atomic_write,
+    remove_leftovers,
+    remove_tree,
+    rename_for_removal,
+    write_error,
+    write_json,
+)
+from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.output import PNG
+from diffmoe_ds.sampling.turns import Shard
+
+FOLDER = "unfinished"
+MANIFEST = "manifest.json"
+
+
+class UnfinishedSet:
+    """The files of a set of images that is not complete yet."""
+
+    def __init__(self, out: Path) -> None:
+        """Name the files without touching them.
+
+        Args:
+            out: the output directory, on a file system that all ranks share.
+        """
+        self.out = out
+        self.folder = out / FOLDER
+
+    def open(self, settings: Mapping[str, Any], shard_images: int) -> None:
+        """Create the set, or check that an unfinished one was started with the same settings.
+
+        Args:
+            settings: plain data that determines the images, by the name that messages use.
+            shard_images: images per shard of a new set; an existing one keeps its own.
+
+        Raises:
+            CheckpointError: the directory cannot be created or read.
+            ConfigError: the directory holds an unfinished set with other settings.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in (FOLDER, PNG):  # half removed when a run was killed
+                remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
+            self.folder.mkdir(exist_ok=True)
+            remove_leftovers(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
+        if not ((self.folder / MANIFEST).exists() and any(self.folder.glob("*.npy"))):
+            tree = {"settings": dict(settings), "shard_images": shard_images, "id": uuid.uuid4().hex}
+            write_json(self.folder / MANIFEST, tree)
+            return
+        found = self._manifest()["settings"]
+        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        for name in (*wanted, *found):
+            if found.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"--out {self.out} holds an unfinished set that was started with --{name.replace('_', '-')} "
+                    f"{_shown(found.get(name))}, got {_shown(wanted.get(name))}; use the same options to continue it, "
+                    f"another --out, or remove {self.folder}."
+                )
+
+    def shard_images(self) -> int:
+        """Return the images per shard.
+
+        Raises:
+            CheckpointError: the manifest cannot be read.
+        """
+        return int(self._manifest()["shard_images"])
+
+    def identity(self) -> str:
+        """Return a text that differs between any two sets, or says that this process cannot see the set."""
+        try:
+            return str(self._manifest()["id"])
+        except CheckpointError:
+            return "not found"
+
+    def finished(self, shards: Sequence[Shard]) -> list[bool]:
+        """Return for each shard whether its file exists, by one look at the directory.
+
+        Raises:
+            CheckpointError: the directory cannot be read.
+        """
+        try:
+            names = {path.name for path in self.folder.iterdir()}
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be read: {error.strerror}.") from None
+        return [_file_name(shard) in names for shard in shards]
+
+    def write(self, shard: Shard, pixels: Pixels) -> None:
+        """Write the images of a shard, uint8 [B, H, W, C], atomically.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
+        with atomic_write(self.folder / _file_name(shard)) as file:
+            np.lib.format.write_array(file, pixels, allow_pickle=False)
+
+    def read(self, shard: Shard) -> Pixels:
+        """Return the images of a shard, uint8 [B, H, W, C].
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        path = self.folder / _file_name(shard)
+        try:
+            pixels: Pixels = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: the file of a finished shard is missing; --out must be on a file system that all ranks share."
+            ) from None
+        except (OSError, ValueError, EOFError):
+            pixels = np.empty(0)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
+            raise CheckpointError(
+                f"{path}: is damaged; remove it and run the same command again, which generates its images again."
+            )
+        return pixels
+
+    def discard_if_empty(self) -> None:
+        """Remove the set if no shard is finished, ignoring errors."""
+        if not any(self.folder.glob("*.npy")):
+            remove_tree(self.folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove the shards and the manifest.
+
+        Raises:
+            CheckpointError: something cannot be removed.
+        """
+        try:
+            remove_tree(rename_for_removal(self.folder))
+        except OSError as error:
+            raise write_error(self.folder, error) from None
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(tree["settings"], dict) and type(tree["shard_images"]) is int and tree["id"]):
+                raise ValueError
+            if tree["shard_images"] < 1:
+                raise ValueError
+            return dict(tree)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start again.") from None
+
+
+def _file_name(shard: Shard) -> str:
+    return f"images-{shard.images.start:08d}-{shard.images.stop:08d}.npy"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
