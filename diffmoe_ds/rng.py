@@ -122,11 +122,11 @@ def image_stream(image_seed: int) -> np.random.Generator:
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))
 
 
-def label_stream(image_seed: int) -> np.random.Generator:
-    """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
-    return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))
-
-
 def evaluation_stream(seed: int, index: int) -> np.random.Generator:
     """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
     return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
+
+
+def label_stream(image_seed: int) -> np.random.Generator:
+    """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
+    return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))

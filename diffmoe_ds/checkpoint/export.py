@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.layout import BUFFER
+from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.checkpoint.metadata import stored_config, stored_names
 from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
@@ -24,7 +24,7 @@ from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import write_json, write_together
+from diffmoe_ds.files import sha256_of, write_json, write_together
 from diffmoe_ds.model.dit import empty_model
 
 WEIGHTS_FILE = "model.safetensors"
@@ -146,6 +146,19 @@ def open_weights(path: Path) -> WeightsReader | None:
     return None if found is None else CheckpointReader(found)
 
 
+def digest_of(reader: WeightsReader) -> str:
+    """Return a hexadecimal SHA-256 that identifies the contents of a checkpoint or an exported model.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    path = reader.path if os.path.isfile(reader.path) else reader.path / MANIFEST  # lists the digests of all files
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
 def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint's model into one file, holding one piece of one tensor at a time; needs no process group.
 
@@ -176,7 +189,8 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
         entries.append(Entry(name, (numel,), torch.float32, pieces(BUFFER, name, numel, torch.float32)))
     total = sum(torch.Size(entry.shape).numel() for entry in entries)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
-        return write_model(out, entries, reader.config, weights, reader.images, reader.class_names)
+        saved = reader.metadata
+        return write_model(out, entries, reader.config, weights, saved.images, saved.class_names)
 
 
 def write_model(

@@ -8,7 +8,7 @@ from diffmoe_ds.errors import ConfigError
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Check numeric options; those that a subcommand does not have are skipped.
+    """Check numeric options; those that a subcommand does not have, or that are not given, are skipped.
 
     Args:
         args: the parsed options.
@@ -19,5 +19,5 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         value = getattr(args, name, 1)
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}.")

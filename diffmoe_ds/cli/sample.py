@@ -7,11 +7,11 @@ from pathlib import Path
 
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
-from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
   diffmoe sample --checkpoint runs/fashion --out samples
   diffmoe sample --checkpoint runs/fashion --num-images 40 --steps 50 --sampler heun --cfg-scale 2 --out samples
+  diffmoe sample --checkpoint runs/fashion --classes sneaker,bag --per-class 8 --format both --out samples
   torchrun --nproc_per_node 2 -m diffmoe_ds.cli sample --checkpoint runs/fashion --out samples
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli sample --checkpoint runs/L-E16 --experts sharded --out samples
 """
@@ -22,17 +22,43 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "run directory (its newest checkpoint), checkpoint, or exported model"
     add("--checkpoint", type=Path, required=True, metavar="PATH", help=text)
-    add("--num-images", type=int, default=40, metavar="N", help="images to generate (default: %(default)s)")
-    text = "image i has seed S + i and class (S + i) mod classes (default: %(default)s)"
-    add("--seed", type=int, default=0, metavar="S", help=text)
+    add_image_options(parser, default=40)
     add_sampling_options(parser)
     text = (
         "with several ranks: gathered holds all experts on every rank (default); sharded splits them over the ranks, "
         "for models that do not fit on one GPU. The images are the same"
     )
     add("--experts", choices=("gathered", "sharded"), default="gathered", help=text)
-    text = "output directory for samples.npz (arr_0: images, arr_1: labels) and grid.png"
+    text = (
+        "output directory, on a file system that all ranks share, for the images and grid.png; the same command "
+        "continues an interrupted run"
+    )
     add("--out", type=Path, required=True, metavar="DIR", help=text)
+    text = (
+        "npz: samples.npz with arr_0, uint8 images [N, H, W, C], and arr_1, labels (default); png: a folder png with "
+        "one file per image and labels.csv"
+    )
+    add("--format", choices=("npz", "png", "both"), default="npz", help=text)
+
+
+def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add the options that say which images to generate.
+
+    Args:
+        parser: the command's parser.
+        default: images without ``--num-images`` and ``--per-class``; both then stay None.
+    """
+    add = parser.add_argument
+    add("--num-images", type=int, metavar="N", help=f"images to generate (default: {default:,})")
+    add("--seed", type=int, default=0, metavar="S", help="image k has seed S + k (default: %(default)s)")
+    text = "classes to generate, as numbers or names, separated by commas (default: all)"
+    add("--classes", metavar="A,B", help=text)
+    add("--per-class", type=int, metavar="N", help="images of each class, instead of --num-images")
+    text = (
+        "cycle: image k has class k mod the number of classes (default); random: classes are drawn uniformly, as for "
+        "ADM's sample files"
+    )
+    add("--labels", choices=("cycle", "random"), default="cycle", help=text)
 
 
 def sample_command(args: argparse.Namespace) -> None:
@@ -49,8 +75,5 @@ def check_numbers(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a number is out of range.
     """
-    require_positive(args, "num_images")
+    require_positive(args, "num_images", "per_class")
     check_sampling_numbers(args)
-    last_seed = 2**64 - 2 * args.num_images  # ranks may use further seeds to fill their shares
-    if not 0 <= args.seed <= last_seed:
-        raise ConfigError(f"--seed must be from 0 to {last_seed} with --num-images {args.num_images}, got {args.seed}.")

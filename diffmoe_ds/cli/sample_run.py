@@ -1,4 +1,4 @@
-"""Implementation of ``diffmoe sample``: plan, join the ranks, generate a share of the images on each, write on rank 0.
+"""Implementation of ``diffmoe sample``: plan, join the ranks, load the model, generate shards, assemble the results.
 
 The ranks agree on errors after each phase, so that no rank waits for a failed one and the user reads one message.
 """
@@ -7,41 +7,33 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
+from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
+from diffmoe_ds.cli.sample_images import ImageSet, choose_images
+from diffmoe_ds.cli.sample_set import Generate, open_set
 from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
-from diffmoe_ds.distributed import consensus
-from diffmoe_ds.distributed.collectives import gather_to_main, init_process_group
+from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import CheckpointError, ConfigError, TopologyError
-from diffmoe_ds.files import write_together
+from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.precision import set_tf32
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, share_of_rank
-from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
-from diffmoe_ds.sampling.labels import cycle_labels
-from diffmoe_ds.sampling.stream import generate_batches
+from diffmoe_ds.sampling.fields import Progress
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
+from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
-GRID_IMAGES = 100
-"""Largest number of images in grid.png."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The values of ``--dtype``."""
-
-T = TypeVar("T")
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,8 @@ class SamplingPlan:
     """Which weights to read: a kind of the reader."""
     routing: str
     """The inference rule of the experts."""
+    images_compete: bool
+    """Whether an image depends on the rest of its batch."""
     settings: SamplingSettings
     dtype: str | None
     """``fp32``, ``bf16``, or None for the default of the device."""
@@ -61,16 +55,16 @@ class SamplingPlan:
     """The ranks and the expert placement."""
     vae: str | None
     """The decoder of a latent model."""
-    num_images: int
-    seed: int
+    images: ImageSet
+    """The images to generate."""
     batch_size: int
-    out: Path
+    """Images per batch."""
     guide: SamplingPlan | None = None
     """How to load the second model of autoguidance."""
 
 
 def run_sampling(args: argparse.Namespace) -> None:
-    """Generate images on all ranks and write them on rank 0.
+    """Generate images in shards on all ranks, and assemble the results on rank 0.
 
     Args:
         args: of `cli.sample.add_sample_arguments`, with valid numbers.
@@ -84,22 +78,30 @@ def run_sampling(args: argparse.Namespace) -> None:
     same = f"{plan.reader.path} {plan.settings.sampler}"
     rendezvous.check_same("model", same, "samples a different checkpoint than rank 0; pass the path of one checkpoint.")
     device = local_device(launch)
+    dtype = dtype_of(plan, device)
     set_tf32(True)
-    if launch.world > 1:
-        if launch.rank == 0:
+    if launch.rank == 0:
+        print(describe(plan, dtype), flush=True)
+        if launch.world > 1:
             print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
-        models = (plan,) if plan.guide is None else (plan, plan.guide)
-        create_groups(max((model.topology for model in models), key=lambda topology: topology.ep_size), device)
-    model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
-    guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
-    decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
-    rendezvous.on_main("out", lambda: _make_folder(plan.out))
-    if launch.world == 1:
-        write_images(plan, generate_share(plan, model, decode, launch, guide))
-        return
-    every = gather_to_main(torch.from_numpy(generate_share(plan, model, decode, launch, guide)))
-    pixels = None if every is None else torch.cat(every).numpy()
-    _raise_on_all_ranks(launch, lambda: None if pixels is None else write_images(plan, pixels))
+    models = (plan,) if plan.guide is None else (plan, plan.guide)
+    topology = max((model.topology for model in models), key=lambda topology: topology.ep_size)
+    work = open_set(
+        plan.images, partial(determining_settings, plan, dtype), plan.batch_size, topology.ep_size > 1, rendezvous
+    )
+    if launch.world > 1:
+        create_groups(topology, device)
+    try:
+        missing = work.missing()
+        if missing:
+            model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
+            guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
+            decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
+            work.generate(missing, plan.batch_size, batch_generator(plan, model, guide, decode))
+        work.assemble()
+    except DiffMoEError:
+        work.discard_if_empty()
+        raise
 
 
 def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
@@ -122,18 +124,20 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
             f"{reader.path}: the model generates latents ({channels} channels); pass --vae to decode them to pixels."
         )
     settings = resolve_settings(args, config)
+    routing = args.routing or config.inference_choices[0]
+    outline = empty_model(config)
+    outline.set_inference(routing)
     plan = SamplingPlan(
         reader=reader,
         kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
-        routing=args.routing or config.inference_choices[0],
+        routing=routing,
+        images_compete=outline.images_compete,
         settings=settings,
         dtype=args.dtype,
         topology=place_experts(args.experts, launch, config.num_experts),
         vae=args.vae,
-        num_images=args.num_images,
-        seed=args.seed,
+        images=choose_images(args, reader),
         batch_size=args.batch_size,
-        out=args.out,
     )
     guide = open_guide(settings, config)
     return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
@@ -200,7 +204,7 @@ def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
         ConfigError: the model does not support the routing.
     """
     config, topology = plan.reader.config, plan.topology
-    dtype = DTYPES[plan.dtype] if plan.dtype else default_dtype(device)
+    dtype = dtype_of(plan, device)
     if topology.ep_size == 1:
         model = allocate(empty_model(config), device, dtype)
     else:
@@ -219,12 +223,17 @@ def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
     return None if plan.guide is None else load_model(plan.guide, device)
 
 
+def dtype_of(plan: SamplingPlan, device: torch.device) -> torch.dtype:
+    """Return the type of weights and activations."""
+    return DTYPES[plan.dtype] if plan.dtype else default_dtype(device)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """Return bf16 on GPUs that compute in it, as ``"auto"`` does in training, and fp32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
-def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor], Tensor]:
+def load_decoder(plan: SamplingPlan, device: torch.device) -> Decode:
     """Return the function that decodes the model's output to pixels in about [-1, 1].
 
     Raises:
@@ -243,67 +252,54 @@ def load_decoder(plan: SamplingPlan, device: torch.device) -> Callable[[Tensor],
     return vae.decode
 
 
-def generate_share(
-    plan: SamplingPlan, model: DiT, decode: Callable[[Tensor], Tensor], launch: Launch, guide: DiT | None
-) -> Pixels:
-    """Generate this rank's share of the images; if any rank fails, all raise.
+def batch_generator(plan: SamplingPlan, model: DiT, guide: DiT | None, decode: Decode) -> Generate:
+    """Return the function that generates one batch of the plan's images."""
 
-    All ranks run the same number of batches of the same sizes, so that ranks that share experts stay in step.
+    def generate(images: range, progress: Progress) -> Pixels:
+        seeds, labels = plan.images.seeds_of(images), plan.images.labels_of(images)
+        ((_, pixels),) = generate_batches(model, labels, seeds, plan.settings, decode, len(images), progress, guide)
+        return pixels
 
-    Returns:
-        uint8 [n, H, W, C], the same n on all ranks; shares past the last image are padded with further seeds.
-    """
-    seeds = share_of_rank(plan.num_images, plan.seed, launch.rank, launch.world)
-    starts = range(0, len(seeds), plan.batch_size)
-    parts = []
-    with tqdm(total=plan.settings.steps * len(starts), unit="step", desc="sample", disable=launch.rank != 0) as bar:
-
-        def generate_batch(batch: range) -> Pixels:
-            labels = cycle_labels(batch, range(model.config.model.num_classes))
-            before = bar.n
-
-            def progress(done: int, total: int) -> None:
-                bar.update(before + done - bar.n)  # the steps of a batch may start again
-
-            ((_, pixels),) = generate_batches(model, labels, batch, plan.settings, decode, len(batch), progress, guide)
-            return pixels
-
-        for start in starts:
-            batch = seeds[start : start + plan.batch_size]
-            parts.append(_raise_on_all_ranks(launch, partial(generate_batch, batch)))
-    return np.concatenate(parts)
+    return generate
 
 
-def write_images(plan: SamplingPlan, pixels: Pixels) -> None:
-    """Write ``samples.npz`` and ``grid.png``; both files appear only once complete.
+def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
+    """Return lines that say which weights generate the images, and how."""
+    settings, reader = plan.settings, plan.reader
+    weights = next(name for name, kind in WEIGHTS.items() if kind == plan.kind)
+    trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
+    how = [f"{settings.sampler}, {settings.steps} steps", f"guidance {settings.cfg_scale:g}"]
+    if settings.guidance_interval is not None:
+        how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
+    if plan.guide is not None:
+        how.append(f"by {plan.guide.reader.path}")
+    if reader.config.num_experts > 1:
+        how.append(f"routing {plan.routing}")
+    model = f"{reader.path}, {weights} weights, {trained}"
+    return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
 
-    Args:
-        plan: the plan.
-        pixels: uint8 [n, H, W, C], at least as many as the plan asks for.
 
-    Raises:
-        CheckpointError: a file cannot be written.
-    """
-    config = plan.reader.config
-    pixels = pixels[: plan.num_images]
-    labels = cycle_labels(range(plan.seed, plan.seed + plan.num_images), range(config.model.num_classes)).numpy()
-    shown = pixels[:GRID_IMAGES]
-    grid = make_grid(shown, grid_columns(len(shown), config.model.num_classes))
-    writers: dict[str, Callable[[Path], Any]] = {
-        "samples.npz": lambda path: np.savez(path, arr_0=pixels, arr_1=labels),
-        "grid.png": lambda path: save_png(grid, path),
+def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the bytes of the images depend on, by the name of its option."""
+    settings, images = plan.settings, plan.images
+    found = {
+        "checkpoint": _identity(plan.reader),
+        "weights": plan.kind,
+        **asdict(settings),
+        "routing": plan.routing,
+        "dtype": DTYPE_NAMES[dtype],
+        "vae": plan.vae,
+        "num_images": images.num_images,
+        "seed": images.seed,
+        "classes": images.classes,
+        "labels": images.labels,
     }
-    write_together(plan.out, writers)
-    print(f"{len(pixels)} images in {plan.out / 'samples.npz'}, the first {len(shown)} in {plan.out / 'grid.png'}")
+    if plan.guide is not None:
+        found["autoguidance"] = _identity(plan.guide.reader)
+    if plan.images_compete:
+        found["batch_size"] = plan.batch_size
+    return found
 
 
-def _raise_on_all_ranks(launch: Launch, action: Callable[[], T]) -> T:
-    """Run an action that may fail on a single rank; all ranks of the process group fail together."""
-    return action() if launch.world == 1 else consensus.raise_on_all_ranks(torch.device("cpu"), action)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"--out {path}: cannot create the directory: {error.strerror}.") from None
+def _identity(reader: WeightsReader) -> str:
+    return f"{reader.path.name} (SHA-256 {digest_of(reader)[:16]})"

@@ -6,9 +6,13 @@ import difflib
 from collections.abc import Collection
 
 
-def unknown(where: str, name: object, valid: Collection[str]) -> str:
-    """Return one sentence with the key, the value found, the nearest valid value and all valid ones."""
+def did_you_mean(name: object, valid: Collection[str]) -> str:
+    """Return the nearest valid value as the middle of a sentence; empty if none is near."""
     folded = {str(value).casefold(): value for value in valid}  # adamw is AdamW, not Adam
     nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
-    hint = f"did you mean {folded[nearest[0]]!r}? " if nearest else ""
-    return f"{where}: {name!r} is not known; {hint}valid: {', '.join(sorted(valid))}."
+    return f"did you mean {folded[nearest[0]]!r}? " if nearest else ""
+
+
+def unknown(where: str, name: object, valid: Collection[str]) -> str:
+    """Return one sentence with the key, the value found, the nearest valid value and all valid ones."""
+    return f"{where}: {name!r} is not known; {did_you_mean(name, valid)}valid: {', '.join(sorted(valid))}."

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -156,6 +158,8 @@ class UserExtractor:
             device: where to run it, if it is a module.
         """
         module_name, _, class_name = name.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # as with python -m
         try:
             self._network: Any = getattr(importlib.import_module(module_name), class_name)()
         except Exception as error:  # the user's code may raise anything

@@ -92,6 +92,11 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
         height, width = _small(reader, "image_size", (2,))
         check_size(path, (height, width), size)
     pooled = read_gaussian(reader, "mu", "sigma")
+    features_F = extractor.features(torch.zeros(1, 3, *size, dtype=torch.uint8))[0]
+    if len(pooled.mean_F) != len(features_F):
+        raise DataError(
+            f"{path}: statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
+        )
     spatial = read_gaussian(reader, "mu_s", "sigma_s") if "mu_s" in reader and extractor.is_inception else None
     count = None
     if "n" in reader:

@@ -24,9 +24,16 @@ def to_uint8(images_NCHW: Tensor) -> Pixels:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid_columns(num_images: int, num_classes: int) -> int:
-    """Return the number of columns: one per class if there are at most 16, since labels cycle; else nearly square."""
-    return num_classes if num_classes <= 16 else math.ceil(math.sqrt(num_images))
+def grid_columns(num_images: int, num_classes: int | None) -> int:
+    """Return the number of columns: one per class if labels cycle over at most 16, otherwise nearly square.
+
+    Args:
+        num_images: images of the grid.
+        num_classes: classes over which labels cycle; None if they do not.
+    """
+    if num_classes is not None and num_classes <= 16:
+        return num_classes
+    return math.ceil(math.sqrt(num_images))
 
 
 def make_grid(images_NHWC: Pixels, columns: int, border: int = 2) -> Pixels:

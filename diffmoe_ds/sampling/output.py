@@ -19,6 +19,8 @@ from PIL import Image
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.grid import Pixels
 
+SAMPLES, PNG, GRID = "samples.npz", "png", "grid.png"
+"""Names of the results."""
 LABELS = "labels.csv"
 """Labels of the images in a folder of PNG files."""
 

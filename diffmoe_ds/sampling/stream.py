@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffmoe_ds.errors import NonFiniteError
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.grid import Pixels, to_uint8
-from diffmoe_ds.sampling.fields import Progress
 
 DECODED_TOGETHER = 4
 """Images that are decoded at once. Decoding one image of 256x256 pixels in fp32 takes about 1 GB of activations."""

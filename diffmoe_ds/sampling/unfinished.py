@@ -27,6 +27,7 @@ from diffmoe_ds.files import (
     write_json,
 )
 from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.output import PNG
 from diffmoe_ds.sampling.turns import Shard
 
 FOLDER = "unfinished"
@@ -58,12 +59,13 @@ class UnfinishedSet:
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            remove_tree(self.out / f"{REMOVING_PREFIX}{FOLDER}")
+            for name in (FOLDER, PNG):  # half removed when a run was killed
+                remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
             self.folder.mkdir(exist_ok=True)
             remove_leftovers(self.folder)
         except OSError as error:
             raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
-        if not (self.folder / MANIFEST).exists():
+        if not ((self.folder / MANIFEST).exists() and any(self.folder.glob("*.npy"))):
             tree = {"settings": dict(settings), "shard_images": shard_images, "id": uuid.uuid4().hex}
             write_json(self.folder / MANIFEST, tree)
             return
@@ -72,9 +74,9 @@ class UnfinishedSet:
         for name in (*wanted, *found):
             if found.get(name) != wanted.get(name):
                 raise ConfigError(
-                    f"--out {self.out} holds an unfinished set that was started with {name} {_shown(found.get(name))}, "
-                    f"got {_shown(wanted.get(name))}; use the same options to continue it, another --out, or remove "
-                    f"{self.folder}."
+                    f"--out {self.out} holds an unfinished set that was started with --{name.replace('_', '-')} "
+                    f"{_shown(found.get(name))}, got {_shown(wanted.get(name))}; use the same options to continue it, "
+                    f"another --out, or remove {self.folder}."
                 )
 
     def shard_images(self) -> int:
@@ -134,6 +136,11 @@ class UnfinishedSet:
                 f"{path}: is damaged; remove it and run the same command again, which generates its images again."
             )
         return pixels
+
+    def discard_if_empty(self) -> None:
+        """Remove the set if no shard is finished, ignoring errors."""
+        if not any(self.folder.glob("*.npy")):
+            remove_tree(self.folder, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove the shards and the manifest.

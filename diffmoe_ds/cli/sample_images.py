@@ -1,0 +1,105 @@
+"""Which images ``diffmoe sample`` generates: their seeds, their classes and their number."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.config.nearest import did_you_mean
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.sampling.labels import cycle_labels, random_labels
+
+NUM_IMAGES = 40
+"""Default of ``--num-images``."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a run: image k has seed ``seed + k``, and a class that does not depend on its batch or rank."""
+
+    num_images: int
+    seed: int
+    classes: tuple[int, ...]
+    """The classes to choose from."""
+    labels: str
+    """``cycle`` or ``random``."""
+    out: Path
+    """The output directory."""
+    format: str
+    """``npz``, ``png`` or ``both``."""
+
+    def seeds_of(self, images: range) -> range:
+        """Return the seeds of images."""
+        return range(self.seed + images.start, self.seed + images.stop)
+
+    def labels_of(self, images: range) -> Tensor:
+        """Return the int64 labels of images."""
+        if self.labels == "cycle":
+            return cycle_labels(images, self.classes)
+        return random_labels(self.seeds_of(images), self.classes)
+
+
+def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
+    """Resolve the options that say which images to generate.
+
+    Args:
+        args: of `cli.sample.add_sample_arguments`.
+        reader: the model.
+
+    Raises:
+        ConfigError: an option does not fit the model or another option.
+    """
+    num_classes = reader.config.model.num_classes
+    names = (reader.class_names or ())[:num_classes]
+    classes = tuple(range(num_classes))
+    if args.classes is not None:
+        if num_classes == 1:
+            raise ConfigError(f"--classes {args.classes}: {reader.path} was trained without classes; omit the option.")
+        classes = parse_classes(args.classes, num_classes, names)
+    num_images = args.num_images or NUM_IMAGES
+    if args.per_class is not None:
+        if args.num_images is not None:
+            raise ConfigError(
+                f"--per-class {args.per_class} and --num-images {args.num_images} contradict each other; omit one."
+            )
+        if args.labels == "random":
+            raise ConfigError(f"--per-class {args.per_class} and --labels random contradict each other; omit one.")
+        num_images = args.per_class * len(classes)
+    last_seed = 2**64 - 2 * num_images  # ranks in step may generate further images, which are discarded
+    if not 0 <= args.seed <= last_seed:
+        raise ConfigError(f"--seed must be from 0 to {last_seed} with {num_images} images, got {args.seed}.")
+    return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format)
+
+
+def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the classes of ``--classes``.
+
+    Args:
+        text: numbers or names, separated by commas; a number is always a label, even if it is also a name.
+        num_classes: classes of the model.
+        names: name of each label; empty if they are unknown.
+
+    Raises:
+        ConfigError: one is unknown, out of range or given twice.
+    """
+    labels = {name.casefold(): label for label, name in enumerate(names)}
+    found: list[int] = []
+    for word in (part.strip() for part in text.split(",")):
+        if word.lstrip("-").isdecimal():
+            label = int(word)
+            if not 0 <= label < num_classes:
+                raise ConfigError(f"--classes must be from 0 to {num_classes - 1} for this model, got {label}.")
+        elif word.casefold() in labels:
+            label = labels[word.casefold()]
+        else:
+            hint = did_you_mean(word, names) or ("" if names else "the checkpoint records no names of its classes; ")
+            raise ConfigError(f"--classes: {word!r} is not known; {hint}valid: 0 to {num_classes - 1}.")
+        if label in found:
+            raise ConfigError(f"--classes {text}: class {label} is given twice.")
+        found.append(label)
+    return tuple(found)
