@@ -89,7 +89,7 @@ def write_shard(source: Path, output: Path, per_class: int = 1000, split: str = 
 
 
 @contextmanager
-def open_output(path: Path) -> Iterator[IO[bytes]]:
+def open_output(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     """Open a file for writing, compressed without a time or name if it ends in ``.gz``."""
     with open(path, "wb") as file:
         if path.suffix != ".gz":
