@@ -22,7 +22,9 @@ class Purpose(IntEnum):
     SAMPLING = 2
     SHARD_SHUFFLE = 3
     WINDOW_SHUFFLE = 4
+    HELD_OUT = 5
     LABELS = 6
+    EVALUATION = 8
 
 
 class TrainingDraws(NamedTuple):
@@ -74,6 +76,29 @@ def training_draws(
     return TrainingDraws(flip and flip_uniform < 0.5, drop_uniform < label_dropout, time, noise, latent)
 
 
+def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, posterior: bool = False) -> TrainingDraws:
+    """Draw the random numbers of one held-out image, the same for every model and seed; it is never mirrored.
+
+    Of any block of `strata` consecutive positions, each image gets the time of another stratum, which is one of
+    `strata` equal parts of [0, 1). A random permutation for each block decides which, so that an order of the images,
+    such as classes that repeat, does not tie a class to a noise level.
+
+    Args:
+        position: position of the image among those that are evaluated.
+        shape: (C, H, W) of the noise.
+        strata: number of parts.
+        posterior: also draw noise for a VAE's posterior.
+    """
+    block, row = divmod(position, strata)
+    stratum = np.random.Generator(philox(1, Purpose.HELD_OUT, block)).permutation(strata)[row]
+    rng = np.random.Generator(philox(0, Purpose.HELD_OUT, position))
+    # One of 2^16 mid-points: far enough from the ends of the stratum to stay inside when rounded to float32.
+    offset = (rng.integers(2**16) + 0.5) / 2**16
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    latent = posterior_noise(rng.bit_generator, shape) if posterior else None
+    return TrainingDraws(flip=False, drop=False, time=float(stratum + offset) / strata, noise=noise, posterior=latent)
+
+
 def posterior_noise(bits: np.random.BitGenerator, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw standard normal float32 noise for a VAE's posterior, five times as fast as `Generator.standard_normal`.
 
@@ -95,6 +120,11 @@ def _quantiles() -> np.ndarray:
 def image_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for all noise of one sampled image; it is disjoint from all training streams."""
     return np.random.Generator(philox(image_seed, Purpose.SAMPLING, 0))
+
+
+def evaluation_stream(seed: int, index: int) -> np.random.Generator:
+    """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
+    return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
 
 
 def label_stream(image_seed: int) -> np.random.Generator:

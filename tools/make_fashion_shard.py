@@ -1,6 +1,8 @@
-"""Build the embedded shard: the first images of each class of Fashion-MNIST's training set, as a WebDataset.
+"""Build a WebDataset shard of Fashion-MNIST: by default the embedded one, of the first training images of each class.
 
     python -m tools.make_fashion_shard usr/share/datasets/fashion-mnist fashion-mnist-00000.tar.gz
+    python -m tools.make_fashion_shard --split train --per-class 0 usr/share/datasets/fashion-mnist train.tar
+    python -m tools.make_fashion_shard --split test --per-class 0 usr/share/datasets/fashion-mnist test.tar
 
 The output depends only on the input, Pillow and zlib: the shard contains no time, user or path.
 """
@@ -9,14 +11,19 @@ import argparse
 import gzip
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import webdataset
 from PIL import Image
 
 from diffmoe_ds.errors import DataError
+
+FILES = {"train": "train", "test": "t10k"}
+"""Split -> prefix of its idx files."""
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
@@ -49,39 +56,62 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(source: Path, output: Path, per_class: int = 1000) -> int:
-    """Write the first ``per_class`` training images of each class in their original order.
+def write_shard(source: Path, output: Path, per_class: int = 1000, split: str = "train") -> int:
+    """Write the first images of each class in their original order.
 
-    A sample's key is ``train-`` and the image's index in the original training set.
+    A sample's key is the split and the image's index in it, such as ``train-00000``.
+
+    Args:
+        source: directory with the idx files.
+        output: the shard, compressed if its name ends in ``.gz``.
+        per_class: images of each class; 0 for all.
+        split: ``train`` or ``test``.
 
     Returns:
         The number of images.
+
+    Raises:
+        DataError: the idx files are missing or invalid.
     """
-    images = read_idx(source, "train-images-idx3-ubyte")
-    labels = read_idx(source, "train-labels-idx1-ubyte")
+    images = read_idx(source, f"{FILES[split]}-images-idx3-ubyte")
+    labels = read_idx(source, f"{FILES[split]}-labels-idx1-ubyte")
     if len(images) != len(labels):
         raise DataError(f"{source} contains {len(images)} images but {len(labels)} labels; the numbers must be equal")
-    kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in np.unique(labels)]))
+    kept = np.sort(np.concatenate([np.flatnonzero(labels == c)[: per_class or None] for c in np.unique(labels)]))
     with (
-        open(output, "wb") as file,
-        gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=9, mtime=0) as packed,
-        webdataset.TarWriter(packed, encoder=False, user="", group="", mtime=0) as writer,
+        open_output(output) as file,
+        webdataset.TarWriter(file, encoder=False, user="", group="", mtime=0) as writer,
     ):
         for index in kept.tolist():
             label = str(labels[index]).encode("ascii")
-            writer.write({"__key__": f"train-{index:05d}", "png": png(images[index]), "cls": label})
+            writer.write({"__key__": f"{split}-{index:05d}", "png": png(images[index]), "cls": label})
     return len(kept)
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """Open a file for writing, compressed without a time or name if it ends in ``.gz``."""
+    with open(path, "wb") as file:
+        if path.suffix != ".gz":
+            yield file
+            return
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=9, mtime=0) as packed:
+            yield packed
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build the shard; exit with code 4 if the input is not usable."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="directory with train-{images-idx3,labels-idx1}-ubyte[.gz]")
-    parser.add_argument("output", type=Path, help="the .tar.gz to write")
-    parser.add_argument("--per-class", type=int, default=1000, help="images of each class (default: %(default)s)")
+    parser.add_argument("source", type=Path, help="directory with {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
+    parser.add_argument("output", type=Path, help="the .tar.gz or .tar to write")
+    text = "images of each class; 0 for all (default: %(default)s)"
+    parser.add_argument("--per-class", type=int, default=1000, metavar="N", help=text)
+    parser.add_argument("--split", choices=FILES, default="train", help="images to use (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.per_class < 0:
+        parser.error(f"--per-class must be non-negative, got {options.per_class}")
     try:
-        count = write_shard(options.source, options.output, options.per_class)
+        count = write_shard(options.source, options.output, options.per_class, options.split)
     except DataError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

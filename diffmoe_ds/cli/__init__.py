@@ -1,4 +1,4 @@
-"""The command line: ``diffmoe train``, ``sample``, ``prepare``, ``checkpoint``, ``plan``, ``config`` and
+"""The command line: ``diffmoe train``, ``sample``, ``evaluate``, ``prepare``, ``checkpoint``, ``plan``, ``config`` and
 ``doctor``."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
 COMMANDS = {
     "train": "train a model",
     "sample": "generate images",
+    "evaluate": "compare images with a reference: Frechet distance or FID, KID, precision, recall",
     "doctor": "check these hosts, their network and storage",
     "checkpoint": "inspect, reshard, export and import checkpoints",
     "prepare": "convert images to shards",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -110,6 +110,12 @@ def _pair(value: Any) -> Any:
     return value
 
 
+def _names(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong("a list of names")
+    return value
+
+
 def _mapping(value: Any) -> Any:
     if value is None:
         return {}
@@ -138,6 +144,9 @@ Slack = Annotated[float, Field(ge=1), BeforeValidator(_number)]
 Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)]  # the optimizer stores it as float32
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
+Metrics = Annotated[
+    tuple[Literal["frechet", "kid", "inception_score", "precision", "recall"], ...], BeforeValidator(_names)
+]
 Steps = Annotated[
     int | str,
     BeforeValidator(_steps),

@@ -54,4 +54,7 @@ def _siblings(place: tuple[int | str, ...]) -> list[str]:
 def _field(place: tuple[int | str, ...]) -> dict[str, Any]:
     """Return the JSON schema of the value at ``section.key`` or ``section.key[item]``."""
     field = value_schema(definition(str(place[0]))["properties"][place[1]])
-    return field["prefixItems"][place[2]] if len(place) == 3 else field
+    if len(place) < 3:
+        return field
+    item: dict[str, Any] = field["prefixItems"][place[2]] if "prefixItems" in field else field["items"]
+    return item

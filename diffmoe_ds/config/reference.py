@@ -95,8 +95,12 @@ def _key(name: str, field: dict[str, Any]) -> Key:
     value = value_schema(field)
     kind, choices, bounds = TYPES.get(value["type"], ""), tuple(value.get("enum", ())), range_in_words(value)
     if value["type"] == "array":
-        items = value["prefixItems"]
-        kind, bounds = f"list of {len(items)} {TYPES[items[0]['type']]}s", f"each {range_in_words(items[0])}"
+        if "prefixItems" in value:
+            items = value["prefixItems"]
+            kind, bounds = f"list of {len(items)} {TYPES[items[0]['type']]}s", f"each {range_in_words(items[0])}"
+        else:
+            *names, last = value["items"]["enum"]
+            kind, bounds = "list of names", f"each {', '.join(names)} or {last}"
     return Key(name, kind, field.get("default"), choices, bounds, _one_line(field.get("description", "")))
 
 

@@ -15,6 +15,7 @@ from diffmoe_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
     EMAConfig,
+    EvalConfig,
     ExpertParallelConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EMAConfig",
+    "EvalConfig",
     "ExpertParallelConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -73,6 +75,8 @@ class Config(Section):
     """Writing and keeping checkpoints."""
     sample: SampleConfig = Field(default_factory=SampleConfig)
     """Sample grids during training."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Validation loss and metrics during training."""
     expert_parallel: ExpertParallelConfig = Field(default_factory=ExpertParallelConfig)
     """A cross-check of the DeepSpeed JSON."""
     deepspeed: Mapping = Field(default_factory=dict)

@@ -13,6 +13,7 @@ from diffmoe_ds.config.fields import (
     Fraction,
     Integer,
     LearningRate,
+    Metrics,
     ModelName,
     NonNegativeInteger,
     NonNegativeNumber,
@@ -117,6 +118,8 @@ class DataConfig(Section):
     """WebDataset shards (a file, a directory, a pattern such as `shards-{000..127}.tar`, URLs, `pipe:` commands) or a
     folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST. A dataset without
     labels needs `model.num_classes: 1`."""
+    validation_path: Text | None = None
+    """Held-out images for `eval.every_images`, in the same forms as `path`. They are neither mirrored nor shuffled."""
     horizontal_flip: Flag = True
     """Mirror each image with probability 0.5; prepared latents include the latent of the mirrored image for this."""
     num_workers: NonNegativeInteger = 0
@@ -214,6 +217,24 @@ class SampleConfig(Section):
     """Name of the sampler; defaults to `euler` for `flow` and `ddpm` for `ddpm`."""
     cfg_scale: NonNegativeNumber = 1.0
     """Scale of classifier-free guidance; 1 disables guidance."""
+
+
+class EvalConfig(Section):
+    """Evaluation of the averaged weights on held-out images (`data.validation_path`) during a run."""
+
+    every_images: NonNegativeInteger = 0
+    """Interval in training images between evaluations, plus one at the end; 0 disables them."""
+    num_images: NonNegativeInteger = 0
+    """Number of held-out images for the validation loss, evenly spaced in the dataset; 0 uses all of them."""
+    metrics: Metrics = ()
+    """Metrics of generated images against all held-out images, as computed by `diffmoe evaluate`, such as
+    `[frechet, kid, precision, recall]`. Images are generated as for the sample grids, with the `sample` section."""
+    metric_images: PositiveInteger = 1_000
+    """Number of images to generate for the metrics; values with different numbers are not comparable."""
+    extractor: Text = "efficientnet-lite0"
+    """Feature extractor of the metrics, as in `diffmoe evaluate --extractor`."""
+    vae: Text | None = None
+    """Directory or hub ID of the `AutoencoderKL` that decodes latents for the metrics; defaults to `data.vae`."""
 
 
 class ExpertParallelConfig(Section):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
 from diffmoe_ds.data.shuffle import Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
@@ -145,14 +145,14 @@ class PositionLoader:
             for number, item in enumerate(items):
                 if isinstance(item, DataError):
                     raise item
-                yield _micro_batch(reader, number, item)
+                yield to_micro_batch(reader, number, item)
         finally:
             _close(closing)
             del items  # ends the workers even if a traceback refers to this frame
 
 
-def _micro_batch(reader: Reader, number: int, item: Any) -> MicroBatch:
-    """Return micro-batch ``number`` from what a worker has sent, and from its slot of the shared memory."""
+def to_micro_batch(reader: Reader, number: int, item: Packed) -> MicroBatch:
+    """Return micro-batch ``number`` from what a reader returned and, if it has slots, from its slot."""
     large = item.large
     if large is None:
         slot = reader.slot(number)

@@ -20,6 +20,10 @@ SAMPLERS: dict[str, str] = {"euler": "flow", "heun": "flow", "ddpm": "ddpm", "dd
 """Sampler -> the objective whose models it samples; the first sampler of an objective is its default."""
 
 
+NOISE_BINS = 10
+"""Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
+
+
 class Objective(Protocol):
     """How images are noised, what the model predicts and how the prediction is scored."""
 
@@ -146,6 +150,11 @@ def make_objective(kind: str) -> Objective:
     if kind not in objectives:
         raise ConfigError(f"objective.kind must be {' or '.join(objectives)}, got {kind!r}.")
     return objectives[kind]()
+
+
+def noise_bin(noise_level_B: Tensor) -> Tensor:
+    """Return the bin of each noise level in [0, 1], int64 from 0 (clean) to `NOISE_BINS` - 1 (pure noise)."""
+    return (noise_level_B * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
 
 
 def _samplers_of(objective: str) -> tuple[str, ...]:

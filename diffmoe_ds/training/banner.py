@@ -41,6 +41,7 @@ def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
             f"micro-step(s) x {world} rank(s)",
         ),
         ("data", f"{config.data.path or 'embedded Fashion-MNIST'}, {len(plan.dataset):,} images"),
+        *_evaluation(plan),
         ("length", f"{config.run.total_images:,} images; {describe_start(plan)}"),
         ("run", str(plan.directory)),  # slurm/train.sbatch, and copies of it on clusters, parse this line
         (
@@ -143,6 +144,16 @@ def _pool(plan: TrainPlan) -> str:
         "world": f"all {world} rank(s)",
     }
     return f"{tokens:,} tokens of {batch} over {scope[config.routing.pool]}; each expert takes K = {rows:,}"
+
+
+def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
+    if plan.held_out is None:
+        return []
+    config = plan.config.eval
+    text = f"{plan.config.data.validation_path}, {len(plan.held_out):,} images, every {config.every_images:,} images"
+    if config.metrics:
+        text += f"; {', '.join(config.metrics)} of {config.metric_images:,} images by {config.extractor}"
+    return [("validation", text)]
 
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:

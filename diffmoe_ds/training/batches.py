@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from diffmoe_ds.data.dataset import image_shape
@@ -19,6 +21,9 @@ from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, DiffMoEError
 from diffmoe_ds.rng import training_draws
 from diffmoe_ds.training.setup import Run
+
+if TYPE_CHECKING:
+    from diffmoe_ds.data.vae import VAE
 
 
 class BatchSource:
@@ -106,7 +111,7 @@ class BatchSource:
         except DiffMoEError as error:
             self._failure = error
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
-            self._failure = DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
+            self._failure = as_data_error(error)
         self._waited_s += time.perf_counter() - start
         self._watchdog.tick()  # so that a rank that cannot read is behind those that wait for it
 
@@ -118,6 +123,11 @@ class BatchSource:
         """Return the seconds spent waiting for images since the last call."""
         seconds, self._waited_s = self._waited_s, 0.0
         return round(seconds, 6)
+
+
+def as_data_error(error: Exception) -> DataError:
+    """Return the error that reports any other error which occurred while images were read."""
+    return DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
@@ -147,6 +157,18 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
     loader = PositionLoader(dataset, reading, draws)
     if data.vae is None:
         return loader
-    from diffmoe_ds.data.vae import VAE, EncodingLoader  # imports diffusers, an extra
+    from diffmoe_ds.data.vae import EncodingLoader  # imports diffusers, an extra
 
-    return EncodingLoader(loader, VAE(data.vae, run.device))
+    return EncodingLoader(loader, load_vae(data.vae, run.device))
+
+
+@cache
+def load_vae(path: str, device: torch.device) -> VAE:
+    """Load a VAE, once per process: training and evaluation share it.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
+
+    return VAE(path, device)

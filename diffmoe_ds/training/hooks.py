@@ -14,6 +14,7 @@ import numpy as np
 
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
+from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
@@ -23,6 +24,7 @@ from diffmoe_ds.training.routing_report import routing_report
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
 from diffmoe_ds.training.step import StepResult
+from diffmoe_ds.training.validation import Validation
 
 Hook = Callable[[StepResult], None]
 """Called on every rank after every optimizer step."""
@@ -36,6 +38,7 @@ def make_hooks(
         LogStep(run, log, batches),
         CompareRanks(run, log, stragglers),
         LogLine(run, log),
+        Validate(run, log, checkpointer, watchdog),
         Save(run, log, checkpointer),
         SampleGrid(run, log, watchdog),
         ProfileSteps(run, log),
@@ -105,6 +108,30 @@ class LogLine:
             report = routing_report(step.routing, step.noise_level_B)
             self._log.routing(report, self._run.model.moe_layers(), self._run.images)
         self._log.line()
+
+
+class Validate:
+    """Evaluate the averaged weights on held-out images.
+
+    It comes before `Save`: a run that is killed while it evaluates resumes before the evaluation and repeats it.
+    """
+
+    def __init__(self, run: Run, log: RunLog, checkpointer: Checkpointer, watchdog: Watchdog) -> None:
+        self._run, self._log, self._checkpointer = run, log, checkpointer
+        self._validation = None if run.held_out is None else Validation(run, run.held_out, watchdog)
+        self._due = Interval(run.config.eval.every_images, run.images)
+
+    def __call__(self, step: StepResult) -> None:
+        if self._validation is None or not (self._due(self._run.images) or self._run.is_complete):
+            return
+        try:
+            row = self._validation.evaluate()
+        except DiffMoEError:  # on all ranks
+            self._log.settle()
+            self._checkpointer.save_rest()  # training itself did not fail
+            raise
+        self._log.evaluation(row)
+        self._log.pause()
 
 
 class Save:

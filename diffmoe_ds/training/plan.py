@@ -24,6 +24,7 @@ from diffmoe_ds.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
     from diffmoe_ds.data.reader import Dataset
+    from diffmoe_ds.evaluation.held_out import HeldOut
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class TrainPlan:
     """``auto``, ``none`` or a path."""
     dataset: Dataset
     """The training images, opened."""
+    held_out: HeldOut | None = None
+    """The held-out images, opened; None if the run does not evaluate."""
     choices: tuple[Path, ...] = ()
     """Checkpoints to resume from, in order of preference."""
     reader: CheckpointReader | None = None
@@ -130,6 +133,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     import torch
 
     from diffmoe_ds.data.dataset import check_first_image, open_dataset
+    from diffmoe_ds.evaluation.held_out import open_held_out
     from diffmoe_ds.planning.pool import pool_rows
 
     _check_sampling(config)
@@ -140,7 +144,8 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
-    plan = TrainPlan(launch, config, settings, directory, request.resume, dataset).with_start()
+    held_out = open_held_out(config)
+    plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
     check_first_image(config, dataset)
     return plan
 
@@ -166,14 +171,14 @@ def _is_prebuilt(operator: str) -> bool:
 
 
 def _check_sampling(config: Config) -> None:
-    """Raise ConfigError if the sample grids of the run cannot be generated."""
+    """Raise ConfigError if the sample grids of the run, or the images of its metrics, cannot be generated."""
     from diffmoe_ds.diffusion.objective import make_objective
     from diffmoe_ds.sampling.guidance import check_guidance
     from diffmoe_ds.sampling.samplers import check_sampling
 
     sampler = config.sample.sampler or make_objective(config.objective.kind).samplers[0]
     check_sampling(config.objective.kind, sampler, config.sample.steps, prefix="sample.")
-    if config.run.sample_every_images:
+    if config.run.sample_every_images or config.eval.metrics:
         check_guidance(config.sample.cfg_scale, None, config)
 
 

@@ -7,11 +7,11 @@ import torch
 
 from diffmoe_ds.distributed.collectives import all_gather
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, share_of_rank
 from diffmoe_ds.sampling.grid import grid_columns, make_grid, to_uint8
 from diffmoe_ds.sampling.labels import cycle_labels
-from diffmoe_ds.training.setup import Run, build_model
+from diffmoe_ds.training.averaged import averaged_model
+from diffmoe_ds.training.setup import Run
 
 
 class Preview:
@@ -27,7 +27,7 @@ class Preview:
         seeds = share_of_rank(sample.num_images, 0, run.topology.rank, run.topology.world)
         labels = cycle_labels(seeds, range(run.config.model.num_classes)).to(run.device)
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
-        images = generate(self._averaged(), labels, seeds, settings, lambda done, total: self._watchdog.alive())
+        images = generate(averaged_model(run), labels, seeds, settings, lambda done, total: self._watchdog.alive())
         if run.config.model.in_channels not in PIXEL_CHANNELS:
             images = images[:, :3] / 4  # the first three latent channels, roughly scaled: enough to see progress
         every = all_gather(images)
@@ -35,16 +35,3 @@ class Preview:
             return None
         pixels = to_uint8(torch.cat(every))
         return make_grid(pixels, grid_columns(len(pixels), run.config.model.num_classes))
-
-    def _averaged(self) -> DiT:
-        """Return a new model with the current averaged weights, in the dtype in which the run trains.
-
-        Keeping it would cost a second set of weights during training; building it takes milliseconds, because its
-        values are not initialized.
-        """
-        run = self._run
-        dtype = next(run.model.parameters()).dtype
-        model = build_model(run.config, run.topology, run.device, dtype).eval()
-        model.set_inference(run.config.inference_choices[0])
-        run.ema.copy_to(model, run.model)
-        return model

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmoe_ds.diffusion.objective import NOISE_BINS, noise_bin
 from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.moe.layer import Routing
-
-NOISE_BINS = 10
-"""Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def routing_report(routings: tuple[Routing, ...], noise_level_B: Tensor) -> Rout
         noise_level_B: the noise level of each image, in [0, 1].
     """
     images, experts = len(noise_level_B), routings[0].mask_TE.shape[1]
-    bin_B = (noise_level_B * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+    bin_B = noise_bin(noise_level_B)
     layers = []
     for routing in routings:
         taken_T = routing.mask_TE.sum(1)

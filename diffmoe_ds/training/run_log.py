@@ -1,4 +1,4 @@
-"""The log of a run: ``metrics.jsonl``, TensorBoard and periodic console lines."""
+"""The log of a run: ``metrics.jsonl``, ``validation.jsonl``, TensorBoard and periodic console lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.diffusion.objective import NOISE_BINS
 from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.devices import device_reported
 from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
-from diffmoe_ds.training.routing_report import NOISE_BINS, RoutingReport
+from diffmoe_ds.training.routing_report import RoutingReport
 
 SPEED_STEPS = 50
 """Recent steps over which the log line's throughput and ETA are averaged."""
@@ -62,6 +63,13 @@ class RunLog:
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
         """Write a uint8 image to TensorBoard."""
 
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Write an evaluation to ``validation.jsonl`` and TensorBoard, and print a line about it.
+
+        Args:
+            row: see `Validation.evaluate`.
+        """
+
     def pause(self) -> None:
         """Exclude the time since the last step from the throughput."""
 
@@ -71,7 +79,7 @@ class RunLog:
 
 def open_log(
     directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool,
-    peak_images_per_s: float | None = None,
+    peak_images_per_s: float | None = None, evaluates: bool = False,
 ) -> RunLog:  # fmt: skip
     """Return the log of this rank.
 
@@ -83,6 +91,7 @@ def open_log(
         total_images: images of the whole run, for the ETA.
         is_main: whether this is rank 0.
         peak_images_per_s: throughput at the peak of all devices, see `peak_images_per_s`.
+        evaluates: whether `RunLog.evaluation` will be called.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -90,8 +99,10 @@ def open_log(
     if not is_main:
         return RunLog()
     rows = JsonlLog(directory / "metrics.jsonl", step)
+    path = directory / "validation.jsonl"
+    evaluations = JsonlLog(path, step) if evaluates or path.exists() else None
     board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
-    return MainLog(rows, board, images, total_images, peak_images_per_s)
+    return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
 
 
 def peak_images_per_s(config: Config, world: int, device: torch.device) -> float | None:
@@ -113,10 +124,12 @@ class MainLog(RunLog):
     """The log of rank 0."""
 
     def __init__(
-        self, rows: JsonlLog, board: TensorBoardLog | None, images: int, total_images: int, peak: float | None
-    ) -> None:
+        self, rows: JsonlLog, evaluations: JsonlLog | None, board: TensorBoardLog | None, images: int,
+        total_images: int, peak: float | None,
+    ) -> None:  # fmt: skip
         self._peak = peak
         self._rows = rows
+        self._evaluations = evaluations
         self._board = board
         self._total = total_images
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
@@ -220,9 +233,28 @@ class MainLog(RunLog):
         if self._board is not None:
             self._board.add_image(tag, grid_HWC, images)
 
+    def evaluation(self, row: dict[str, Any]) -> None:
+        assert self._evaluations is not None, "opened for runs that evaluate"
+        self._evaluations.add(row)
+        scalars = {"validation/loss": row["validation_loss"]}
+        for level, loss in enumerate(row["validation_loss_by_noise_level"]):
+            scalars[f"validation_by_noise_level/noise_{(level + 0.5) / NOISE_BINS:.2f}"] = loss
+        metrics = row.get("metrics", {})
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                scalars[f"metrics/{name}_{metrics['extractor']}"] = value
+        if self._board is not None:
+            for tag, value in scalars.items():
+                if value is not None:
+                    self._board.add_scalar(tag, value, row["images"])
+            self._board.flush()
+        print(f"{'validation':>11}  {_evaluation_line(row)}", flush=True)
+
     def close(self) -> None:
         self.settle()
         self._rows.close()
+        if self._evaluations is not None:
+            self._evaluations.close()
         if self._board is not None:
             self._board.close()
 
@@ -233,6 +265,16 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _evaluation_line(row: dict[str, Any]) -> str:
+    """Return an evaluation in words, for the console."""
+    loss, metrics = row["validation_loss"], row.get("metrics")
+    text = f"loss {'nan' if loss is None else f'{loss:.4f}'} on {row['validation_images']:,} held-out images"
+    if metrics is None:
+        return text
+    values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
+    return f"{text} | {values} of {metrics['n']:,} generated images by {metrics['extractor']}"
 
 
 def _clock(seconds: float) -> str:

@@ -72,7 +72,14 @@ class Session:
         log = raise_on_all_ranks(
             run.device,
             lambda: open_log(
-                directory, board, run.images, run.step, total, is_main=run.is_main, peak_images_per_s=peak
+                directory,
+                board,
+                run.images,
+                run.step,
+                total,
+                is_main=run.is_main,
+                peak_images_per_s=peak,
+                evaluates=run.held_out is not None,
             ),
         )
         self.resources.callback(log.close)

@@ -16,6 +16,7 @@ from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
+from diffmoe_ds.evaluation.held_out import HeldOut
 from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE, make_part_of_pool
@@ -50,6 +51,8 @@ class Run:
     """The averaged weights."""
     thresholds: Thresholds
     """The moving thresholds of dynamic inference."""
+    held_out: HeldOut | None = None
+    """The held-out images, if the run evaluates."""
     images: int = 0
     """Images trained on so far."""
     step: int = 0
@@ -119,6 +122,7 @@ def setup_run(plan: TrainPlan) -> Run:
         objective=make_objective(config.objective.kind),
         ema=EMA(fragments, seam.parts(engine), config.ema.decay),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
+        held_out=plan.held_out,
         began_from=plan.began_from,
         class_names=None if plan.dataset.classes is None else tuple(plan.dataset.classes),
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),

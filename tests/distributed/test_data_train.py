@@ -15,7 +15,8 @@ from PIL import Image
 from benchmarks.data import main as bench_main
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.vae import VAE
-from tests.helpers.data import photographs, tiny_vae
+from tests.helpers.data import numbered_shard, photographs, tiny_vae
+from tests.helpers.training import Trained, read_metrics
 
 LATENTS = ("model.in_channels=4", "model.input_size=8", "model.patch_size=2", "model.num_classes=3")
 
@@ -34,10 +35,19 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [("data.shuffle=whole",), ("data.shuffle=window", "data.shuffle_window=30")])
 def test_latents_train_the_same_on_two_ranks_and_resume_exactly(made, train_tiny, tmp_path, shuffle):
-    data = (f"data.path={made / 'latents'}", *LATENTS, *shuffle)
+    evaluation = (
+        f"data.validation_path={made / 'latents'}", "eval.every_images=48", "eval.num_images=15",
+        "eval.metrics=[frechet,recall]", "eval.metric_images=11", f"eval.vae={made / 'vae'}", "sample.steps=2",
+    )  # fmt: skip
+    data = (f"data.path={made / 'latents'}", *LATENTS, *shuffle, *evaluation)
     alone = train_tiny(1, 1, 1, *data)
     two = train_tiny(2, 2, 1, *data, "data.num_workers=1", "run.save_every_images=32")
     assert two.column("loss") == pytest.approx(alone.column("loss"), abs=1e-5)
+    assert validation_losses(two) == pytest.approx(validation_losses(alone), abs=1e-5)
+    metrics, others = (read_metrics(run.directory, "validation.jsonl")[-1]["metrics"] for run in (alone, two))
+    assert metrics.pop("extractor") == others.pop("extractor") == "efficientnet-lite0"
+    assert metrics == pytest.approx(others, rel=1e-3), "pixels may be rounded differently"
+    assert metrics["n"] == 11 and metrics["n_reference"] == 50 and metrics["frechet"] > 1
     stopped = tmp_path / "stopped"
     shutil.copytree(two.directory, stopped)
     for folder in (stopped / "checkpoints").iterdir():
@@ -50,9 +60,31 @@ def test_latents_train_the_same_on_two_ranks_and_resume_exactly(made, train_tiny
 
 @pytest.mark.slow
 def test_raw_images_train_the_same_on_two_ranks(made, train_tiny):
-    data = (f"data.path={made / 'photographs'}", f"data.vae={made / 'vae'}", *LATENTS)
+    evaluation = (f"data.validation_path={made / 'photographs'}", "eval.every_images=48", "eval.num_images=15")
+    data = (f"data.path={made / 'photographs'}", f"data.vae={made / 'vae'}", *LATENTS, *evaluation)
     alone, two = train_tiny(1, 1, 1, *data), train_tiny(2, 2, 1, *data)
     assert len(alone.metrics) == 5 and two.column("loss") == pytest.approx(alone.column("loss"), abs=1e-5)
+    assert validation_losses(two) == pytest.approx(validation_losses(alone), abs=1e-5)
+
+
+def validation_losses(run: Trained) -> list[float]:
+    rows = read_metrics(run.directory, "validation.jsonl")
+    assert [row["images"] for row in rows] == [48, 80]
+    return [row["validation_loss"] for row in rows]
+
+
+@pytest.mark.slow
+def test_a_damaged_held_out_image_ends_the_run_after_saving(train_tiny, tmp_path):
+    """Rank 1 cannot read it, both exit, one reports it, and the same command continues from where they stopped."""
+    held_out = numbered_shard(tmp_path / "held_out.tar", 20, damaged=14)
+    evaluation = (f"data.validation_path={held_out}", "eval.every_images=32")
+    stopped = train_tiny(2, 2, 1, *evaluation, code=4)
+    error = "sample '0014' of shard"
+    assert stopped.output.count(error) == 1 and "Traceback" not in stopped.output
+    numbered_shard(held_out, 20)
+    resumed = train_tiny(2, 2, 1, *evaluation, directory=stopped.directory)
+    assert "at 32 images" in resumed.output and resumed.column("images") == [16, 32, 48, 64, 80]
+    assert [row["images"] for row in read_metrics(resumed.directory, "validation.jsonl")] == [64, 80]
 
 
 @pytest.mark.slow

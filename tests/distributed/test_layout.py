@@ -7,7 +7,8 @@ import torch
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
-from tests.helpers.training import Trained
+from tests.helpers.data import numbered_shard
+from tests.helpers.training import Trained, read_metrics
 
 TOLERANCE = 1e-5
 ZERO = {(2, 2, 1): {"overlap_comm": True}, (4, 2, 2): {"use_multi_rank_bucket_allreduce": False}}
@@ -49,11 +50,23 @@ def test_every_layout_trains_the_same(train_tiny):
         assert_same(train_tiny(world, ep, zero, zero_optimization=settings), reference)
 
 
-def test_two_ranks_train_like_one(train_tiny):
-    """The fast one, with SwiGLU and a shared expert: EP 2, ZeRO 2 and activation checkpointing against one rank."""
-    swiglu = ("model.mlp=swiglu", "routing.shared_experts=1", "run.total_images=48")
+def test_two_ranks_train_like_one(train_tiny, tmp_path):
+    """The fast one, with SwiGLU and a shared expert: EP 2, ZeRO 2 and activation checkpointing against one rank.
+
+    The validation losses agree as well; two ranks divide 21 held-out images unevenly.
+    """
+    held_out = f"data.validation_path={numbered_shard(tmp_path / 'held_out.tar', 21)}"
+    swiglu = ("model.mlp=swiglu", "routing.shared_experts=1", "run.total_images=48", "eval.every_images=32", held_out)
     reference = train_tiny(1, 1, 0, *swiglu)
-    assert_same(train_tiny(2, 2, 2, *swiglu, "model.activation_checkpointing=true"), reference)
+    two = train_tiny(2, 2, 2, *swiglu, "model.activation_checkpointing=true")
+    assert_same(two, reference)
+    rows = read_metrics(reference.directory, "validation.jsonl")
+    assert [(row["step"], row["images"], row["validation_images"]) for row in rows] == [(2, 32, 21), (3, 48, 21)]
+    for row, other in zip(rows, read_metrics(two.directory, "validation.jsonl"), strict=True):
+        losses = [row["validation_loss"], *row["validation_loss_by_noise_level"]]
+        others = [other["validation_loss"], *other["validation_loss_by_noise_level"]]
+        assert others == pytest.approx(losses, rel=TOLERANCE)
+        assert list(other) == list(row) and other["routing"] == row["routing"] == "per_token"
 
 
 @pytest.mark.slow

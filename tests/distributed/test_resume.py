@@ -29,9 +29,15 @@ SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, Tr
     [(2, 2, 1, False), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS)],
 )
 def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, bf16):
-    """Train 5 steps with a save after 2; resume there; losses, weights, moments, EMA and thresholds are equal."""
+    """Train 5 steps with a save after 2; resume there; losses, weights, moments, EMA and thresholds are equal.
+
+    Only the first run evaluates on held-out images, after every step: that does not change the training.
+    """
     changes = {"bf16": {"enabled": bf16}, "scheduler": SCHEDULER}
-    straight = train_tiny(world, ep, zero, "run.save_every_images=32", **changes)
+    held_out = f"data.validation_path={numbered_shard(tmp_path / 'held_out.tar', 10)}"
+    straight = train_tiny(world, ep, zero, "run.save_every_images=32", held_out, "eval.every_images=16", **changes)
+    evaluated = read_metrics(straight.directory, "validation.jsonl")
+    assert [row["step"] for row in evaluated] == [1, 2, 3, 4, 5]
     interrupted = tmp_path / "interrupted"
     shutil.copytree(straight.directory, interrupted)
     for folder in (interrupted / "checkpoints").iterdir():
@@ -47,6 +53,7 @@ def test_same_layout_resumes_bit_for_bit(train_tiny, tmp_path, world, ep, zero, 
         assert resumed.column(key) == straight.column(key)
     ours, theirs = tensors(resumed), tensors(straight)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_metrics(interrupted, "validation.jsonl") == evaluated[:2], "rows after the checkpoint are dropped"
 
     if zero == 1:
         again = train_tiny(world, ep, zero, directory=interrupted, **changes)

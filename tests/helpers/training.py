@@ -66,9 +66,9 @@ def training_arguments(
     return [*chosen, *options, "--set", *base, *overrides]
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """Return the rows of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(directory: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Return the rows of a run's ``metrics.jsonl`` or ``validation.jsonl``."""
+    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
 
 
 def wait_for_all_ranks(folder: str | Path, run: str, timeout_s: float = 120) -> None:

@@ -93,6 +93,8 @@ def test_sample_grids_of_shipped_recipes_are_cheap(name):
         (f"optimizer.lr={'9' * 400}", "--set optimizer.lr: '999"),
         ("run.seed=-1", "run.seed must be at least 0 and less than 2^64, got -1"),
         ("optimizer.lr=.nan", "optimizer.lr must be a finite number, got nan"),
+        ("eval.metrics=[fid]", "eval.metrics[0]: 'fid' is not known; did you mean 'kid'?"),
+        ("eval.metrics=kid", "eval.metrics must be a list of names, got 'kid'"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be a list of 2 numbers, got [0.9]"),
         ("ema.decay=1", "ema.decay must be at least 0 and less than 1, got 1"),
         ("model=5", "model must be a section with keys, got 5"),

@@ -88,12 +88,13 @@ def test_a_deeply_nested_value_is_shortened_in_the_message():
 def test_configurations_that_older_versions_stored_load_unchanged():
     """As `meta.json` and `resolved.yaml` of commit 7d693e9 hold them: every key, in the same order.
 
-    Keys that are newer have their default.
+    Sections and keys that are newer have their defaults.
     """
     stored = yaml.safe_load(CONFIG_OF_7D693E9)
     loaded, defaults = config_to_dict(config_from_dict(stored, "meta.json")), config_to_dict(Config())
-    assert list(loaded) == list(stored)
-    for name, section in loaded.items():
+    assert [name for name in loaded if name in stored] == list(stored)
+    assert all(section == defaults[name] for name, section in loaded.items() if name not in stored)
+    for name, section in ((name, loaded[name]) for name in stored):
         newer = section.keys() - stored[name].keys()
         assert {key: value for key, value in section.items() if key not in newer} == stored[name]
         assert [key for key in section if key not in newer] == list(stored[name])

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -37,6 +38,20 @@ def test_make_shard_is_reproducible(tmp_path, suffix, capsys):
     assert [dataset[i].key for i in range(len(dataset))] == [f"train-{i:05d}" for i in kept]
     assert all((dataset[row].image[0] == images[i]).all() for row, i in enumerate(kept))
     assert [dataset[row].label for row in range(6)] == labels[kept].tolist()
+
+
+def test_make_shard_writes_all_test_images(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", np.array([1, 1, 0, 1, 2], np.uint8))):
+        header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        (tmp_path / f"t10k-{name}-ubyte").write_bytes(header + array.tobytes())
+    make_shard([str(tmp_path), str(tmp_path / "test.tar"), "--split", "test", "--per-class", "0"])
+    dataset = ShardDataset([tmp_path / "test.tar"])
+    assert [dataset[i].key for i in range(len(dataset))] == [f"test-{i:05d}" for i in range(5)]
+    assert all((dataset[i].image[0] == images[i]).all() for i in range(5))
+    assert dataset.labels.tolist() == [1, 1, 0, 1, 2]
+    with tarfile.open(tmp_path / "test.tar", "r:") as tar:  # not compressed
+        assert len(tar.getnames()) == 10
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0\0\x08\x01\0\0\0\x05abc", b"\0\0\x0d\x01\0\0\0\0"])

@@ -21,7 +21,7 @@ from diffmoe_ds.moe import expert_ffn, top_k
 from diffmoe_ds.moe.plan import LocalDispatcher
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.labels import cycle_labels
-from diffmoe_ds.training import preview
+from diffmoe_ds.training import averaged, preview
 from tests.helpers.syncs import SyncCounter
 
 
@@ -173,7 +173,7 @@ def test_nothing_of_a_preview_stays_alive(monkeypatch):
         assert dtype == torch.bfloat16
         return model
 
-    monkeypatch.setattr(preview, "build_model", build_model)
+    monkeypatch.setattr(averaged, "build_model", build_model)
     monkeypatch.setattr(preview, "all_gather", lambda images: [images])
     run = SimpleNamespace(
         config=config,

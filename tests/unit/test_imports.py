@@ -42,7 +42,7 @@ RULES = {
     "checkpoint": "config model distributed",
     "training": (
         "config diffusion model model.conditioning moe moe.expert_parallel distributed data sampling planning"
-        " checkpoint"
+        " checkpoint evaluation"
     ),
     "doctor": "config distributed",
     "evaluation": "config diffusion model distributed data sampling checkpoint",

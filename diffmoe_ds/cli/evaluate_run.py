@@ -1,0 +1,209 @@
+"""Implementation of ``diffmoe evaluate``: features of the samples, then of the reference, then the metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_ds.cli.sample_run import (
+    SamplingPlan,
+    batch_generator,
+    describe,
+    dtype_of,
+    load_decoder,
+    load_guide,
+    load_model,
+    plan_sampling,
+)
+from diffmoe_ds.cli.sample_set import Generate
+from diffmoe_ds.data.vae import downsampling, vae_settings
+from diffmoe_ds.distributed.collectives import init_process_group
+from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.evaluation.evaluate import (
+    FeatureSet,
+    ReferenceSet,
+    Team,
+    compute_metrics,
+    extract_features,
+    gaussian_of,
+    steps_of,
+)
+from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
+from diffmoe_ds.evaluation.images import Images, check_count, open_images
+from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
+from diffmoe_ds.evaluation.sharded import ShardedRows
+from diffmoe_ds.evaluation.table import metric_lines
+from diffmoe_ds.precision import set_tf32
+
+
+def run_evaluation(args: argparse.Namespace) -> None:
+    """Evaluate on all ranks and print the metrics on rank 0.
+
+    Args:
+        args: of `cli.evaluate.add_evaluate_arguments`, with valid numbers.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank fails.
+    """
+    launch = resolve_launch()
+    rendezvous = join_ranks(launch)
+    device = local_device(launch)
+    set_tf32(False)
+    samples = rendezvous.raise_on_all_ranks("samples", lambda: open_samples(args, launch))
+    extractor = rendezvous.raise_on_all_ranks("extractor", lambda: load_extractor(args.extractor, device))
+    reference = rendezvous.raise_on_all_ranks(
+        "reference", lambda: open_reference(args.reference, extractor, samples.size)
+    )
+    rendezvous.raise_on_all_ranks("save", lambda: _check_saving(args, reference))
+    rendezvous.check_same("extractor name", extractor.name, "loads another --extractor than rank 0.")
+    team = Team(launch.rank, launch.world)
+    if team.world > 1:
+        init_process_group("gloo")
+    if isinstance(samples, GeneratedImages):
+        rendezvous.raise_on_all_ranks("model", lambda: samples.load(device))
+    sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
+    reference_set = features_of_reference(args, reference, extractor, team, samples.size)
+    with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
+        result = compute_metrics(sample_set, reference_set, extractor, bar.update)
+    if team.rank == 0:
+        print(json.dumps(result) if args.json else "\n".join(metric_lines(result, extractor.is_inception)))
+
+
+def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
+    """Return the images to evaluate.
+
+    Raises:
+        DiffMoEError: they cannot be read, or the options do not fit the checkpoint.
+    """
+    if args.checkpoint is None:
+        return open_images(args.samples)
+    return GeneratedImages(plan_sampling(args, launch))
+
+
+class GeneratedImages:
+    """Images that a model generates when they are read; implements `Images`."""
+
+    def __init__(self, plan: SamplingPlan) -> None:
+        """Plan the images; `load` must be called before they are read.
+
+        Args:
+            plan: the model, its sampler and the images.
+        """
+        self._plan = plan
+        self._generate: Generate | None = None
+        side = plan.reader.config.model.input_size
+        if plan.vae is not None:
+            side *= downsampling(vae_settings(plan.vae))
+        self.size = side, side
+        check_count(len(self), f"--num-images {len(self)}")
+
+    def __len__(self) -> int:
+        return self._plan.images.num_images
+
+    def load(self, device: torch.device) -> None:
+        """Load the model. Every rank must call this.
+
+        Raises:
+            DiffMoEError: weights cannot be read.
+        """
+        plan = self._plan
+        if plan.topology.rank == 0:
+            print(describe(plan, dtype_of(plan, device)), file=sys.stderr, flush=True)
+        self._generate = batch_generator(
+            plan, load_model(plan, device), load_guide(plan, device), load_decoder(plan, device)
+        )
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 [B, C, H, W].
+
+        Raises:
+            NonFiniteError: an image contains NaN or Inf.
+        """
+        assert self._generate is not None, "load() comes first"
+        for first in range(start, stop, batch_size):
+            set_tf32(True)  # as `diffmoe sample` does
+            pixels = self._generate(range(first, min(first + batch_size, stop)), lambda done, total: None)
+            set_tf32(False)  # features are in full fp32
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def features_of_images(images: Images, extractor: Extractor, team: Team, batch_size: int, what: str) -> FeatureSet:
+    """Extract the features of a set of images, with a progress bar over the images of all ranks.
+
+    Args:
+        images: the set.
+        extractor: the network.
+        team: the ranks.
+        batch_size: images per batch.
+        what: names the bar.
+    """
+    share = team.share(len(images))
+    batches = images.batches(share.start, share.stop, batch_size)
+    with _bar(team, len(share), what, "image") as bar:
+        return extract_features(extractor, batches, team, bar.update, classify=what == "samples")
+
+
+def features_of_reference(
+    args: argparse.Namespace, reference: Reference, extractor: Extractor, team: Team, size: tuple[int, int]
+) -> ReferenceSet:
+    """Return statistics and features of the reference, from the file where it has them; save them if asked to.
+
+    Args:
+        args: of the command.
+        reference: from `open_reference`.
+        extractor: the network.
+        team: the ranks.
+        size: height and width of the images.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank cannot read an image, or rank 0 cannot write the file.
+    """
+    pooled, spatial, count = reference.pooled, reference.spatial, reference.count
+    features = None
+    if reference.images is not None:
+        found = features_of_images(reference.images, extractor, team, args.batch_size, "reference")
+        features, count = found.pooled, len(found.pooled)
+        if pooled is None:
+            pooled = gaussian_of(found.pooled)
+            spatial = None if found.spatial is None else gaussian_of(found.spatial)
+    elif reference.features is not None:
+        assert count is not None, "saved features come with their number"
+        share = team.share(count)
+        features = team.rows(team.agree(lambda: torch.cat([*reference.saved_features(share.start, share.stop)])))
+    assert pooled is not None, "a reference has statistics or images"
+    if args.save_reference is not None and features is not None:
+        kept = _rows_on_main(features, team) if len(features) <= SAVED_FEATURES else None
+        count_saved = len(features)
+
+        def save() -> None:
+            if team.rank == 0:
+                save_reference(args.save_reference, extractor.name, size, pooled, spatial, count_saved, kept)
+
+        team.agree(save)
+    return ReferenceSet(pooled, spatial, features, count)
+
+
+def _rows_on_main(rows: ShardedRows, team: Team) -> Tensor | None:
+    """Return all rows on rank 0, None elsewhere. Every rank must call this."""
+    kept = [block.rows_BF for block in rows.blocks() if team.rank == 0]
+    return torch.cat(kept) if kept else None
+
+
+def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
+    if args.save_reference is not None and reference.pooled is not None:
+        raise ConfigError(
+            f"--save-reference {args.save_reference}: --reference {args.reference} already holds statistics; omit one."
+        )
+
+
+def _bar(team: Team, total: int, what: str, unit: str) -> Any:
+    return tqdm(total=total, unit=unit, desc=what, disable=team.rank != 0, dynamic_ncols=True)

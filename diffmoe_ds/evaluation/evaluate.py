@@ -1,0 +1,190 @@
+"""Compare images with a reference: features in one pass over the images of each set, then every metric.
+
+Each rank computes the features of a contiguous share of the images and keeps them. Every rank must call these
+functions, and gets the same numbers. Legend: N images, B images of a batch, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.distributed import consensus
+from diffmoe_ds.distributed.collectives import all_reduce
+from diffmoe_ds.errors import NonFiniteError
+from diffmoe_ds.evaluation import metrics
+from diffmoe_ds.evaluation.extractors import Extractor
+from diffmoe_ds.evaluation.metrics import Interval, Progress
+from diffmoe_ds.evaluation.reference import Gaussian
+from diffmoe_ds.evaluation.sharded import ShardedRows
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that evaluate together."""
+
+    rank: int = 0
+    """This process's rank."""
+    world: int = 1
+    """Number of ranks; above 1, they need a process group on CPUs."""
+
+    def share(self, count: int) -> range:
+        """Return the images of this rank: contiguous, in the order of ranks."""
+        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run an action that may fail on one rank; if it fails on any, all raise. Every rank must call this."""
+        return action() if self.world == 1 else consensus.raise_on_all_ranks(CPU, action)
+
+    def repeat(self, action: Callable[[], bool]) -> None:
+        """Repeat an action until it returns False on every rank; errors as in `agree`. Every rank must call this."""
+        busy = True
+        while busy:
+            busy = self.agree(action)
+            if self.world > 1:
+                (busy,) = consensus.vote(CPU, None, busy)
+
+    def rows(self, local_NF: Tensor) -> ShardedRows:
+        """Return the rows of all ranks."""
+        return ShardedRows(local_NF, self.world)
+
+
+class FeatureSet(NamedTuple):
+    """What an extractor computed from a set of images."""
+
+    pooled: ShardedRows
+    spatial: ShardedRows | None = None
+    logits: ShardedRows | None = None
+
+
+class ReferenceSet(NamedTuple):
+    """The reference of the metrics."""
+
+    pooled: Gaussian
+    spatial: Gaussian | None
+    features: ShardedRows | None
+    """Without features, there is no KID, precision and recall."""
+    count: int | None
+    """N, if known."""
+
+
+def extract_features(
+    extractor: Extractor,
+    batches: Iterator[Tensor],
+    team: Team,
+    progress: Callable[[int], object],
+    *,
+    classify: bool = True,
+) -> FeatureSet:
+    """Extract the features of this rank's images.
+
+    Args:
+        extractor: the network.
+        batches: this rank's images, uint8 [B, C, H, W]; may be none.
+        team: the ranks.
+        progress: called with the images of each batch.
+        classify: keep the logits, too.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank cannot read an image or a feature is not finite.
+    """
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+
+    def step() -> bool:
+        batch_BCHW = next(batches, None)
+        if batch_BCHW is None:
+            return False
+        outputs = extractor.extract(batch_BCHW)
+        if not outputs.features_BF.isfinite().all():
+            raise NonFiniteError(f"{extractor.name}: the features of an image contain NaN or Inf.")
+        kept = (outputs.features_BF, outputs.spatial_BS, outputs.logits_BK if classify else None)
+        for held, part in zip(parts, kept, strict=True):
+            if part is not None:
+                held.append(part.float().cpu())
+        progress(len(batch_BCHW))
+        return True
+
+    team.repeat(step)
+    widths = torch.tensor([part[0].shape[1] if part else 0 for part in parts])
+    if team.world > 1:
+        all_reduce(widths, "max")  # a rank without images does not know them
+    pooled, spatial, logits = (
+        team.rows(torch.cat(part) if part else torch.empty(0, width)) if width else None
+        for part, width in zip(parts, widths.tolist(), strict=True)
+    )
+    assert pooled is not None, "there are at least two images"
+    return FeatureSet(pooled, spatial, logits)
+
+
+def gaussian_of(rows: ShardedRows) -> Gaussian:
+    """Return mean and covariance of the rows of all ranks."""
+    moments = metrics.total_moments(rows)
+    return Gaussian(moments.mean_F, moments.covariance())
+
+
+def compute_metrics(
+    samples: FeatureSet, reference: ReferenceSet, extractor: Extractor, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Return every metric under the names of ``diffmoe evaluate --json``.
+
+    Args:
+        samples: features of the evaluated images.
+        reference: statistics and features of the reference.
+        extractor: what computed the features.
+        progress: called after each of the `steps_of` parts of the work.
+
+    Returns:
+        Plain numbers, lists of two for intervals, and None for what cannot be computed.
+    """
+    result: dict[str, Any] = {"extractor": extractor.name, "n": len(samples.pooled), "n_reference": reference.count}
+    value, interval = _frechet(samples.pooled, reference.pooled, progress)
+    result |= {"frechet": value, "frechet_interval": interval}
+    if extractor.is_inception:
+        result |= {"fid": value}
+    if samples.spatial is not None and reference.spatial is not None:
+        value, interval = _frechet(samples.spatial, reference.spatial, progress)
+        result |= {"sfid": value, "sfid_interval": interval}
+    names = ("kid", "kid_std", "inception_score", "precision", "recall")
+    result |= dict.fromkeys((*names, *(f"{name}_interval" for name in names[2:])))
+    if samples.logits is not None:
+        score, spread = metrics.inception_score(samples.logits)
+        result |= {"inception_score": score, "inception_score_interval": _pair(spread)}
+    if reference.features is not None:
+        mean, std = metrics.kid(samples.pooled, reference.features)
+        _advance(progress)
+        precision, recall = metrics.precision_recall(samples.pooled, reference.features)
+        _advance(progress)
+        result |= {"kid": mean, "kid_std": std, "precision": precision, "recall": recall}
+        result["precision_interval"] = _pair(metrics.proportion_interval(precision, len(samples.pooled)))
+        result["recall_interval"] = _pair(metrics.proportion_interval(recall, len(reference.features)))
+    return result
+
+
+def steps_of(samples: FeatureSet, reference: ReferenceSet) -> int:
+    """Return how often `compute_metrics` calls its ``progress``."""
+    distances = 1 + (samples.spatial is not None and reference.spatial is not None)
+    return distances * min(metrics.GROUPS, len(samples.pooled)) + 2 * (reference.features is not None)
+
+
+def _frechet(rows: ShardedRows, of: Gaussian, progress: Progress | None) -> tuple[float, list[float] | None]:
+    """Return a Frechet distance and its interval."""
+    root_FR = metrics.factor(of.covariance_FF)
+    mine = gaussian_of(rows)
+    value = metrics.frechet_from_factor(of.mean_F, root_FR, mine.mean_F, mine.covariance_FF)
+    return value, _pair(metrics.frechet_interval(rows, of.mean_F, root_FR, value, progress=progress))
+
+
+def _pair(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
+
+
+def _advance(progress: Progress | None) -> None:
+    if progress is not None:
+        progress()

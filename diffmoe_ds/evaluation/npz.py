@@ -1,0 +1,159 @@
+"""Read arrays of untrusted .npz files: headers first, nothing unpickled, a few rows at a time.
+
+`numpy.load` allocates what a header claims. Here shapes and sizes are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from diffmoe_ds.errors import DataError
+
+MAX_RATIO = 200
+"""Largest factor by which a large array may be compressed; zeros reach 1,000, images rarely 5."""
+MAX_UNCHECKED_BYTES = 64 << 20
+"""Arrays up to this size may be compressed by any factor."""
+DAMAGED = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError)
+"""What zipfile, zlib and numpy raise on damaged or encrypted files."""
+
+
+class Header(NamedTuple):
+    """Description of a stored array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def describe(self) -> str:
+        """Return dtype and shape, for messages."""
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class NpzReader:
+    """The arrays of a file."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the list of arrays.
+
+        Args:
+            path: a file that ``numpy.savez`` or ``savez_compressed`` has written.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        self.path = path
+        with self._refusing_damage(), zipfile.ZipFile(path) as archive:
+            self._size = path.stat().st_size
+            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arrays."""
+        return list(self._members)
+
+    def header(self, name: str) -> Header:
+        """Return the shape and type of an array, after checking that the file can hold it.
+
+        Raises:
+            DataError: the array is damaged, pickled or too strongly compressed.
+        """
+        with self._open(name) as (header, _):
+            return header
+
+    def rows(self, name: str, start: int, stop: int, together: int) -> Iterator[np.ndarray]:
+        """Yield rows of an array in parts.
+
+        Args:
+            name: the array.
+            start: first row.
+            stop: one past the last row.
+            together: rows of each part; the last may have fewer.
+
+        Raises:
+            DataError: the array is damaged.
+        """
+        with self._open(name) as (header, file):
+            row_bytes = math.prod(header.shape[1:]) * header.dtype.itemsize
+            file.seek(start * row_bytes, 1)
+            for first in range(start, stop, together):
+                count = min(together, stop - first)
+                data = file.read(count * row_bytes)
+                if len(data) != count * row_bytes:
+                    raise DataError(f"{self.path}: array {name!r} is truncated.")
+                yield np.frombuffer(data, header.dtype).reshape(count, *header.shape[1:])
+
+    def array(self, name: str, max_bytes: int) -> np.ndarray:
+        """Return a whole array.
+
+        Raises:
+            DataError: it is damaged or larger than `max_bytes`.
+        """
+        with self._open(name) as (header, file):
+            size = math.prod(header.shape) * header.dtype.itemsize
+            if size > max_bytes:
+                raise DataError(f"{self.path}: array {name!r} of {header.describe()} is larger than expected.")
+            data = file.read(size)
+            if len(data) != size:
+                raise DataError(f"{self.path}: array {name!r} is truncated.")
+            return np.frombuffer(data, header.dtype).reshape(header.shape)
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[tuple[Header, IO[bytes]]]:
+        """Provide the header of an array and a file at its first byte."""
+        if name not in self._members:
+            raise DataError(f"{self.path}: has no array {name!r}, only {', '.join(self.names[:8]) or 'nothing'}.")
+        info = self._members[name]
+        stored = info.compress_type == zipfile.ZIP_STORED
+        claims_more = info.compress_size > self._size or (stored and info.file_size != info.compress_size)
+        ratio = info.file_size / max(1, info.compress_size)
+        if claims_more or (info.file_size > MAX_UNCHECKED_BYTES and ratio > MAX_RATIO):
+            raise DataError(
+                f"{self.path}: array {name!r} claims {info.file_size / 1e9:.3g} GB in a file of "
+                f"{self._size / 1e9:.3g} GB; refused as a decompression bomb."
+            )
+        with self._refusing_damage(), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
+            header, length = self._parse(name, file)
+            expected = math.prod(header.shape) * header.dtype.itemsize
+            if expected != info.file_size - length:
+                raise DataError(
+                    f"{self.path}: array {name!r} claims {header.describe()}, {expected} bytes, but holds "
+                    f"{info.file_size - length}."
+                )
+            yield header, file
+
+    def _parse(self, name: str, file: IO[bytes]) -> tuple[Header, int]:
+        """Return the header and its length in bytes."""
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, by_columns, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"array {name!r} has version {version} of numpy's format")
+        if any(side < 0 for side in shape):
+            raise ValueError(f"array {name!r} has the shape {shape}")
+        if dtype.hasobject:
+            raise DataError(f"{self.path}: array {name!r} holds pickled objects, which are never loaded.")
+        if by_columns and len(shape) > 1:
+            raise DataError(f"{self.path}: array {name!r} is stored by columns; save it with numpy.ascontiguousarray.")
+        return Header(tuple(shape), dtype), file.tell()
+
+    @contextlib.contextmanager
+    def _refusing_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise DataError(f"{self.path}: does not exist.") from None
+        except DAMAGED as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            raise DataError(f"{self.path}: is not a complete .npz file: {reason}.") from None

@@ -1,0 +1,208 @@
+"""References: images, or statistics in ADM's .npz layout (``mu, sigma``, for sFID ``mu_s, sigma_s``).
+
+Files written by `save_reference` also hold the extractor's name, the number and size of the images and, up to 50,000
+images, their features. ADM's own files name no extractor: their statistics are Inception's.
+Legend: N images, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_ds.errors import DataError
+from diffmoe_ds.evaluation.extractors import Extractor
+from diffmoe_ds.evaluation.images import Images, NpzImages, check_count, check_size, open_images
+from diffmoe_ds.evaluation.metrics import factor
+from diffmoe_ds.evaluation.npz import NpzReader
+from diffmoe_ds.files import atomic_write
+
+MAX_FEATURES = 16_384
+"""F of statistics: their covariance then takes 2 GB."""
+SAVED_FEATURES = 50_000
+"""Images up to which their features are saved."""
+INDEFINITE = 1e-3
+"""Part of a covariance's trace that may be missing from its factor; fp32 rounding reaches 1e-6."""
+
+
+class Gaussian(NamedTuple):
+    """Mean and covariance of a set of features."""
+
+    mean_F: Tensor
+    """fp64 [F]."""
+    covariance_FF: Tensor
+    """fp64 [F, F]."""
+
+
+class Reference(NamedTuple):
+    """What the evaluated images are compared with."""
+
+    path: str
+    pooled: Gaussian | None = None
+    """Statistics of the features; None: to be computed from the images."""
+    spatial: Gaussian | None = None
+    """Statistics of the features of sFID."""
+    images: Images | None = None
+    """The images, for KID, precision and recall, and for statistics that are not given."""
+    count: int | None = None
+    """Images behind the statistics, if known."""
+    features: NpzReader | None = None
+    """A file with the features of all images, instead of the images."""
+
+    def saved_features(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield the saved features of images from `start` up to `stop`, fp32 [B, F].
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        assert self.features is not None
+        for rows in self.features.rows("features", start, stop, 1024):
+            yield torch.from_numpy(rows.copy())
+
+
+def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Reference:
+    """Open a reference.
+
+    Args:
+        path: an .npz file with images or statistics, a folder of images, or shards.
+        extractor: computes the features of the evaluated images.
+        size: height and width of the evaluated images.
+
+    Raises:
+        DataError: it cannot be read, or its statistics are of another extractor or of images of another size.
+    """
+    if not path.endswith(".npz"):
+        return Reference(path, images=open_images(path, size))
+    reader = NpzReader(Path(path).expanduser())
+    if "mu" not in reader:
+        return Reference(path, images=open_images(path, size))
+    images = NpzImages(reader) if "arr_0" in reader else None
+    if "extractor" not in reader and not extractor.is_inception and images is not None:
+        check_size(path, images.size, size)
+        return Reference(path, images=images)
+    _check_extractor(reader, extractor)
+    if images is not None:
+        check_size(path, images.size, size)
+    if "image_size" in reader:
+        height, width = _small(reader, "image_size", (2,))
+        check_size(path, (height, width), size)
+    pooled = read_gaussian(reader, "mu", "sigma")
+    features_F = extractor.features(torch.zeros(1, 3, *size, dtype=torch.uint8))[0]
+    if len(pooled.mean_F) != len(features_F):
+        raise DataError(
+            f"{path}: statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
+        )
+    spatial = read_gaussian(reader, "mu_s", "sigma_s") if "mu_s" in reader and extractor.is_inception else None
+    count = None
+    if "n" in reader:
+        (count,) = _small(reader, "n", (1,))
+        check_count(count, path)
+    features = reader if images is None and "features" in reader else None
+    if features is not None:
+        header = reader.header("features")
+        if header.dtype != np.float32 or header.shape != (count, len(pooled.mean_F)):
+            raise DataError(f"{path}: features is {header.describe()}; expected float32 {[count, len(pooled.mean_F)]}.")
+    return Reference(path, pooled, spatial, images, count, features)
+
+
+def read_gaussian(reader: NpzReader, mean: str, covariance: str) -> Gaussian:
+    """Read statistics.
+
+    Args:
+        reader: the file.
+        mean: name of the mean, [F].
+        covariance: name of the covariance, [F, F].
+
+    Raises:
+        DataError: they are missing, no floats of these shapes, not finite, or not a covariance.
+    """
+    headers = reader.header(mean), reader.header(covariance)
+    mu, sigma = headers
+    size = mu.shape[0] if len(mu.shape) == 1 else 0
+    if not (0 < size <= MAX_FEATURES and sigma.shape == (size, size)) or any(h.dtype.kind != "f" for h in headers):
+        raise DataError(
+            f"{reader.path}: {mean} is {mu.describe()} and {covariance} {sigma.describe()}; expected floats [F] and "
+            f"[F, F], F at most {MAX_FEATURES}."
+        )
+    limit = 8 * MAX_FEATURES**2
+    mean_F, covariance_FF = (
+        torch.from_numpy(reader.array(name, limit).astype(np.float64)) for name in (mean, covariance)
+    )
+    if not (mean_F.isfinite().all() and covariance_FF.isfinite().all()):
+        raise DataError(f"{reader.path}: {mean} or {covariance} contains NaN or Inf.")
+    scale = float(covariance_FF.diagonal().abs().max())
+    trace = float(covariance_FF.trace())
+    asymmetry = float((covariance_FF - covariance_FF.T).abs().max())
+    missing = trace - float(factor(covariance_FF).square().sum())
+    if asymmetry > INDEFINITE * scale or missing > INDEFINITE * trace or covariance_FF.diagonal().min() < 0:
+        raise DataError(f"{reader.path}: {covariance} is not a covariance: not symmetric and positive semidefinite.")
+    return Gaussian(mean_F, (covariance_FF + covariance_FF.T) / 2)
+
+
+def save_reference(
+    path: Path,
+    extractor: str,
+    size: tuple[int, int],
+    pooled: Gaussian,
+    spatial: Gaussian | None,
+    count: int,
+    features_NF: Tensor | None,
+) -> None:
+    """Write a reference's statistics, atomically.
+
+    Args:
+        path: the file, ending in .npz.
+        extractor: name of the extractor.
+        size: height and width of the images.
+        pooled: statistics of the features.
+        spatial: statistics of the features of sFID, if the extractor has them.
+        count: N.
+        features_NF: fp32 features of all images, if they should be saved as well.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    arrays = {
+        "mu": pooled.mean_F.numpy(),
+        "sigma": pooled.covariance_FF.numpy(),
+        "extractor": np.array(extractor),
+        "n": np.array([count]),
+        "image_size": np.array(size),
+    }
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean_F.numpy(), "sigma_s": spatial.covariance_FF.numpy()}
+    if features_NF is not None:
+        arrays["features"] = features_NF.numpy()
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
+    """Check that statistics are of the extractor; those without a name are Inception's."""
+    if "extractor" not in reader:
+        if not extractor.is_inception:
+            raise DataError(
+                f"{reader.path}: its statistics name no extractor, so they are Inception's, but --extractor is "
+                f"{extractor.name}; use --extractor inception:WEIGHTS_FILE, or a reference with images."
+            )
+        return
+    header = reader.header("extractor")
+    found = str(reader.array("extractor", 4096).item()) if header.dtype.kind == "U" and not header.shape else "unknown"
+    if found != extractor.name:
+        raise DataError(
+            f"{reader.path}: its statistics are of {found}, but --extractor is {extractor.name}; use the same "
+            "extractor, or a reference with images."
+        )
+
+
+def _small(reader: NpzReader, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a few whole numbers."""
+    header = reader.header(name)
+    if header.dtype != np.int64 or header.shape != shape:
+        raise DataError(f"{reader.path}: {name} is {header.describe()}; expected int64 {list(shape)}.")
+    return tuple(reader.array(name, 64).tolist())

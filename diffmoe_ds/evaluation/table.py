@@ -1,0 +1,38 @@
+"""The metrics as lines of text, each with its extractor, number of images and spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+LABELS = {
+    "frechet": "Frechet distance",
+    "sfid": "sFID",
+    "kid": "KID",
+    "inception_score": "class score",
+    "precision": "precision",
+    "recall": "recall",
+}
+"""Names of the metrics in any space; a distance in another space than Inception's is not called FID."""
+INCEPTION_LABELS = {**LABELS, "frechet": "FID", "inception_score": "Inception Score"}
+
+
+def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
+    """Yield the lines that ``diffmoe evaluate`` prints.
+
+    Args:
+        result: of `evaluate.compute_metrics`.
+        is_inception: whether the features are those of FID.
+    """
+    reference = "statistics" if result["n_reference"] is None else f"{result['n_reference']:,} images"
+    space = f"{result['extractor']}, {result['n']:,} images against {reference}"
+    for name, label in (INCEPTION_LABELS if is_inception else LABELS).items():
+        value = result.get(name)
+        if value is None:
+            continue
+        interval = result.get(f"{name}_interval")
+        if name == "kid":
+            spread = f"standard deviation of subsets {result['kid_std']:.2g}"
+        else:
+            spread = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}"
+        yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"

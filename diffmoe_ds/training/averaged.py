@@ -1,0 +1,20 @@
+"""The model with the averaged weights, for sample grids and evaluation during training."""
+
+from __future__ import annotations
+
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.training.setup import Run, build_model
+
+
+def averaged_model(run: Run) -> DiT:
+    """Return a new model with the current averaged weights, in eval mode with the default inference rule.
+
+    Every rank must call this. The model has the dtype in which the run trains and the same expert placement. Keeping it
+    would cost a second set of weights during training; building it takes milliseconds, because its values are not
+    initialized.
+    """
+    dtype = next(run.model.parameters()).dtype
+    model = build_model(run.config, run.topology, run.device, dtype).eval()
+    model.set_inference(run.config.inference_choices[0])
+    run.ema.copy_to(model, run.model)
+    return model
