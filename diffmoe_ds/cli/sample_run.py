@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
-from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
 from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import gather_to_main, init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
@@ -134,7 +134,12 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         out=args.out,
     )
     guide = open_guide(settings, config)
-    return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    if guide is not None:
+        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    for each in (plan, plan.guide):
+        if each is not None:
+            check_sharded_sampler(settings, each.topology.ep_size)
+    return plan
 
 
 def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:

@@ -44,6 +44,13 @@ def test_errors_are_reported_once_and_sharded_experts_give_the_same_images(train
     alone = images("per_token", "--num-images", "5", "--cfg-scale", "2")
     assert np.abs(alone.astype(int) - pixels).max() <= 1
 
+    guided = ("--autoguidance", str(trained), "--weights", "raw", "--guidance-interval", "0.2", "0.9")
+    sample("--sampler", "sde", *sharded, *guided)
+    with np.load(out / "samples.npz") as file:
+        autoguided = file["arr_0"]
+    alone = images("per_token", "--num-images", "5", "--cfg-scale", "2", "--sampler", "sde", *guided)
+    assert np.abs(alone.astype(int) - autoguided).max() <= 1
+
     # the images of a rank's batch compete, not those of both ranks: as if the other rank did not exist
     sample("--routing", "static", *sharded)
     with np.load(out / "samples.npz") as file:
