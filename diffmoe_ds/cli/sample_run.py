@@ -18,7 +18,7 @@ from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
 from diffmoe_ds.cli.capacity import Dial, print_capacity, set_capacity
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sample_set import Generate, open_set
-from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
@@ -155,7 +155,12 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         capacity=args.capacity,
     )
     guide = open_guide(settings, config)
-    return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    if guide is not None:
+        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    for each in (plan, plan.guide):
+        if each is not None:
+            check_sharded_sampler(settings, each.topology.ep_size)
+    return plan
 
 
 def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:

@@ -60,6 +60,12 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
         assert f"{4 // world} of 4 on each rank, EP size {world}" in output
         assert np.abs(images_in(out) - expected).max() <= 1
 
+    # a second model guides at some noise levels, every step adds noise, and thresholds are calibrated
+    guide = sampling.write_random_model(tmp_path / "guide", seed=1)
+    chosen = ("--sampler", "sde", "--autoguidance", str(guide), "--guidance-interval", "0.2", "0.9", "--capacity", "2")
+    sample(2, model, tmp_path / "chosen", *guided, *chosen, "--experts", "sharded", "--batch-size", "3")
+    assert np.abs(images_in(tmp_path / "chosen") - alone("per_token", *chosen)).max() <= 1
+
     # the images of a batch compete, whoever generates it
     sample(2, model, tmp_path / "static", "--routing", "static", *guided, "--experts", "sharded", "--batch-size", "3")
     static = images_in(tmp_path / "static")
