@@ -11,8 +11,8 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe import expert_ffn, top_k
 from diffmoe_ds.sampling.fields import IntervalField
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
-from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.sampling.guidance import check_guide, guide_by_model
+from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.sampling.samplers import sample
 from tests.unit.test_generate import config_of, model_of
 
