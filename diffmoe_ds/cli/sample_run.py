@@ -17,7 +17,7 @@ from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sample_set import Generate, open_set
-from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
@@ -28,6 +28,7 @@ from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.samplers import ADAPTIVE
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
@@ -141,7 +142,12 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         batch_size=args.batch_size,
     )
     guide = open_guide(settings, config)
-    return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    if guide is not None:
+        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    for each in (plan, plan.guide):
+        if each is not None:
+            check_sharded_sampler(settings, each.topology.ep_size)
+    return plan
 
 
 def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:
@@ -268,7 +274,11 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     """Return lines that say which weights generate the images, and how."""
     settings, reader = plan.settings, plan.reader
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
-    how = [f"{settings.sampler}, {settings.steps} steps", f"guidance {settings.cfg_scale:g}"]
+    tolerances = settings.tolerances
+    steps = f"{settings.steps} steps"
+    if settings.sampler in ADAPTIVE:
+        steps = f"tolerances {tolerances.rtol:g} and {tolerances.atol:g}"
+    how = [settings.sampler, steps, f"guidance {settings.cfg_scale:g}"]
     if settings.guidance_interval is not None:
         how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
     if plan.guide is not None:
@@ -285,7 +295,8 @@ def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, An
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": WEIGHTS_NAMES[plan.kind],
-        **asdict(settings),
+        **{name: value for name, value in asdict(settings).items() if name != "tolerances"},
+        **asdict(settings.tolerances),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],
         "vae": plan.vae,

@@ -27,12 +27,12 @@ def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def write_random_model(folder: Path, class_names: Sequence[str] | None = None) -> Path:
+def write_random_model(folder: Path, class_names: Sequence[str] | None = None, seed: int = 0) -> Path:
     """Export a tiny model of Fashion-MNIST with random weights, whose images depend on their class; return its folder.
 
     A model that was trained for a few steps still predicts nearly 0, whatever the class.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape))
