@@ -177,7 +177,8 @@ def test_a_sampler_of_adaptive_steps_is_refused_where_ranks_must_stay_in_step():
         check_sharded_sampler(settings, ep_size=2)
 
     def config(**routing: object) -> Config:
-        return config_from_dict({"routing": {"kind": "batch_pool", **routing}, "sample": shown}, "a test")
+        run = {"sample_every_images": 64}
+        return config_from_dict({"routing": {"kind": "batch_pool", **routing}, "sample": shown, "run": run}, "a test")
 
     check_adaptive_previews(config(), ep_size=1, world=2)
     check_adaptive_previews(config(capacity_predictor=False), ep_size=1, world=1)
