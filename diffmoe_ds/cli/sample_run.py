@@ -31,6 +31,7 @@ from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
+from diffmoe_ds.sampling.samplers import ADAPTIVE
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
@@ -287,7 +288,11 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     """Return lines that say which weights generate the images, and how."""
     settings, reader = plan.settings, plan.reader
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
-    how = [f"{settings.sampler}, {settings.steps} steps", f"guidance {settings.cfg_scale:g}"]
+    tolerances = settings.tolerances
+    steps = f"{settings.steps} steps"
+    if settings.sampler in ADAPTIVE:
+        steps = f"tolerances {tolerances.rtol:g} and {tolerances.atol:g}"
+    how = [settings.sampler, steps, f"guidance {settings.cfg_scale:g}"]
     if settings.guidance_interval is not None:
         how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
     if plan.guide is not None:
@@ -303,7 +308,8 @@ def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": WEIGHTS_NAMES[plan.kind],
-        **asdict(plan.settings),
+        **{name: value for name, value in asdict(plan.settings).items() if name != "tolerances"},
+        **asdict(plan.settings.tolerances),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],
     }

@@ -124,7 +124,6 @@ def setup_run(plan: TrainPlan) -> Run:
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         held_out=plan.held_out,
         began_from=plan.began_from,
-        class_names=None if plan.dataset.classes is None else tuple(plan.dataset.classes),
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:

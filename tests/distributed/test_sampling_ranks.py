@@ -53,12 +53,13 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
         options = ("--num-images", "7", "--routing", routing, *guided, *options)
         return sampling.sample(model, tmp_path / "alone", *options).astype(int)
 
-    expected = alone("per_token")
-    for world, batch_size in ((2, 3), (4, 2)):
+    guide = sampling.write_random_model(tmp_path / "guide", seed=1)
+    autoguided = ("--autoguidance", str(guide), "--guidance-interval", "0.2", "0.9", "--sampler", "sde")
+    for world, batch_size, how in ((2, 3, ()), (4, 2, autoguided)):
         out, sharded = tmp_path / f"sharded-{world}", ("--experts", "sharded", "--batch-size", str(batch_size))
-        output = sample(world, model, out, *guided, *sharded)
+        output = sample(world, model, out, *guided, *sharded, *how)
         assert f"{4 // world} of 4 on each rank, EP size {world}" in output
-        assert np.abs(images_in(out) - expected).max() <= 1
+        assert np.abs(images_in(out) - alone("per_token", *how)).max() <= 1
 
     # a second model guides at some noise levels, every step adds noise, and thresholds are calibrated
     guide = sampling.write_random_model(tmp_path / "guide", seed=1)
