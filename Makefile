@@ -34,7 +34,12 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 	@echo; echo "Images: $(abspath $(DEMO))/drawn/grid.png"
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
-test: test-fast  ## all tests that run on one host
+# torch-fidelity, which one test compares with, needs torchvision. Its build from PyPI does not import beside the CPU build
+# of torch, and diffusers and transformers import it wherever they find it; so it is kept apart from them.
+$(VENV)/inception: $(VENV)/installed-dev
+	rm -rf $@ && $(PIP) install --quiet --no-deps -c $(CONSTRAINTS) --target $@ torch-fidelity torchvision
+
+test: $(VENV)/inception test-fast  ## all tests that run on one host
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not long"
 
 test-fast: $(VENV)/installed-dev  ## only the fast tests

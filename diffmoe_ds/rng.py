@@ -101,6 +101,8 @@ def image_stream(image_seed: int) -> np.random.Generator:
 def evaluation_stream(seed: int, index: int) -> np.random.Generator:
     """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
     return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
+
+
 def label_stream(image_seed: int) -> np.random.Generator:
     """Return the generator for the random label of one sampled image; it is disjoint from the image's noise."""
     return np.random.Generator(philox(image_seed, Purpose.LABELS, 0))

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffmoe_ds.cli.sample_run import (
+    SamplingPlan,
+    batch_generator,
+    describe,
+    dtype_of,
+    load_decoder,
+    load_guide,
+    load_model,
+    plan_sampling,
+)
+from diffmoe_ds.cli.sample_set import Generate
+from diffmoe_ds.data.vae import downsampling, vae_settings
 from diffmoe_ds.distributed.collectives import init_process_group
-from diffmoe_ds.distributed.launch import local_device, resolve_launch
+from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.evaluation.evaluate import (
     FeatureSet,
     ReferenceSet,
@@ -26,7 +40,8 @@ from diffmoe_ds.evaluation.evaluate import (
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
 from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
-from diffmoe_ds.evaluation.report_text import metric_lines
+from diffmoe_ds.evaluation.sharded import ShardedRows
+from diffmoe_ds.evaluation.table import metric_lines
 from diffmoe_ds.precision import set_tf32
 
 
@@ -43,7 +58,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     rendezvous = join_ranks(launch)
     device = local_device(launch)
     set_tf32(False)
-    samples = rendezvous.raise_on_all_ranks("samples", lambda: open_images(args.samples))
+    samples = rendezvous.raise_on_all_ranks("samples", lambda: open_samples(args, launch))
     extractor = rendezvous.raise_on_all_ranks("extractor", lambda: load_extractor(args.extractor, device))
     reference = rendezvous.raise_on_all_ranks(
         "reference", lambda: open_reference(args.reference, extractor, samples.size)
@@ -53,6 +68,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo")
+    if isinstance(samples, GeneratedImages):
+        rendezvous.raise_on_all_ranks("model", lambda: samples.load(device))
     sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
     reference_set = features_of_reference(args, reference, extractor, team, samples.size)
     with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
@@ -61,8 +78,70 @@ def run_evaluation(args: argparse.Namespace) -> None:
         print(json.dumps(result) if args.json else "\n".join(metric_lines(result, extractor.is_inception)))
 
 
+def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
+    """Return the images to evaluate.
+
+    Raises:
+        DiffMoEError: they cannot be read, or the options do not fit the checkpoint.
+    """
+    if args.checkpoint is None:
+        return open_images(args.samples)
+    return GeneratedImages(plan_sampling(args, launch))
+
+
+class GeneratedImages:
+    """Images that a model generates when they are read; implements `Images`."""
+
+    def __init__(self, plan: SamplingPlan) -> None:
+        """Plan the images; `load` must be called before they are read.
+
+        Args:
+            plan: the model, its sampler and the images.
+
+        Raises:
+            ConfigError: there are fewer than 2 images.
+        """
+        self._plan = plan
+        self._generate: Generate | None = None
+        side = plan.reader.config.model.input_size
+        if plan.vae is not None:
+            side *= downsampling(vae_settings(plan.vae))
+        self.size = side, side
+        if len(self) < 2:
+            raise ConfigError(f"{len(self)} image(s) to generate; metrics need at least 2.")
+
+    def __len__(self) -> int:
+        return self._plan.images.num_images
+
+    def load(self, device: torch.device) -> None:
+        """Load the model. Every rank must call this.
+
+        Raises:
+            DiffMoEError: weights cannot be read.
+        """
+        plan = self._plan
+        if plan.topology.rank == 0:
+            print(describe(plan, dtype_of(plan, device)), file=sys.stderr, flush=True)
+        self._generate = batch_generator(
+            plan, load_model(plan, device), load_guide(plan, device), load_decoder(plan, device)
+        )
+
+    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 [B, C, H, W].
+
+        Raises:
+            NonFiniteError: an image contains NaN or Inf.
+        """
+        assert self._generate is not None, "load() comes first"
+        for first in range(start, stop, batch_size):
+            set_tf32(True)  # as `diffmoe sample` does
+            pixels = self._generate(range(first, min(first + batch_size, stop)), lambda done, total: None)
+            set_tf32(False)  # features are in full fp32
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
 def features_of_images(images: Images, extractor: Extractor, team: Team, batch_size: int, what: str) -> FeatureSet:
-    """Extract the features of a set of images, with a progress bar over the images of all ranks.
+    """Extract the features of a set of images, with a progress bar over the share of rank 0.
 
     Args:
         images: the set.
@@ -92,7 +171,7 @@ def features_of_reference(
     Raises:
         DiffMoEError: on all ranks, if any rank cannot read an image, or rank 0 cannot write the file.
     """
-    pooled, spatial, count = reference.pooled, reference.spatial, reference.count
+    pooled, spatial, count = reference.pooled, reference.spatial, reference.num_images
     features = None
     if reference.images is not None:
         found = features_of_images(reference.images, extractor, team, args.batch_size, "reference")
@@ -106,7 +185,7 @@ def features_of_reference(
         features = team.rows(team.agree(lambda: torch.cat([*reference.saved_features(share.start, share.stop)])))
     assert pooled is not None, "a reference has statistics or images"
     if args.save_reference is not None and features is not None:
-        kept = _all_rows(features) if len(features) <= SAVED_FEATURES else None
+        kept = _rows_on_main(features, team) if len(features) <= SAVED_FEATURES else None
         count_saved = len(features)
 
         def save() -> None:
@@ -117,8 +196,10 @@ def features_of_reference(
     return ReferenceSet(pooled, spatial, features, count)
 
 
-def _all_rows(rows: Any) -> Tensor:
-    return torch.cat([block.rows_BF for block in rows.blocks()])
+def _rows_on_main(rows: ShardedRows, team: Team) -> Tensor | None:
+    """Return all rows on rank 0, None elsewhere. Every rank must call this."""
+    kept = [block.rows_BF for block in rows.blocks() if team.rank == 0]
+    return torch.cat(kept) if kept else None
 
 
 def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
@@ -126,6 +207,8 @@ def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
         raise ConfigError(
             f"--save-reference {args.save_reference}: --reference {args.reference} already holds statistics; omit one."
         )
+    if args.save_reference is not None and not args.save_reference.parent.is_dir():
+        raise CheckpointError(f"--save-reference {args.save_reference}: the directory does not exist.")
 
 
 def _bar(team: Team, total: int, what: str, unit: str) -> Any:

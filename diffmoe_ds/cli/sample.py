@@ -22,7 +22,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "run directory (its newest checkpoint), checkpoint, or exported model"
     add("--checkpoint", type=Path, required=True, metavar="PATH", help=text)
-    _add_image_options(parser)
+    add_image_options(parser, default=40)
     add_sampling_options(parser)
     text = (
         "with several ranks: gathered holds all experts on every rank (default); sharded splits them over the ranks, "
@@ -41,9 +41,15 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("npz", "png", "both"), default="npz", help=text)
 
 
-def _add_image_options(parser: argparse.ArgumentParser) -> None:
+def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add the options that say which images to generate.
+
+    Args:
+        parser: the command's parser.
+        default: images without ``--num-images`` and ``--per-class``; both then stay None.
+    """
     add = parser.add_argument
-    add("--num-images", type=int, metavar="N", help="images to generate (default: 40)")
+    add("--num-images", type=int, metavar="N", help=f"images to generate (default: {default:,})")
     add("--seed", type=int, default=0, metavar="S", help="image k has seed S + k (default: %(default)s)")
     text = "classes to generate, as numbers or names, separated by commas (default: all)"
     add("--classes", metavar="A,B", help=text)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.evaluation.moments import Moments, moments_over_ranks
-from diffmoe_ds.evaluation.sharded import ShardedRows
+from diffmoe_ds.evaluation.sharded import BLOCK_ROWS, ShardedRows
 from diffmoe_ds.rng import evaluation_stream
 
 Rows: TypeAlias = Tensor | ShardedRows
@@ -81,17 +81,19 @@ def factor(sigma_FF: Tensor) -> Tensor:
 
 
 def frechet_from_factor(mu1_F: Tensor, factor1_FR: Tensor, mu2_F: Tensor, sigma2_FF: Tensor) -> float:
-    """Return the Frechet distance; the first covariance is A A^T, with A from `factor`.
+    """Return the Frechet distance, with A from `factor` for the first covariance.
 
-    A^T S2 A has the eigenvalues of S1^1/2 S2 S1^1/2 and of S1 S2 (without zeros), but is symmetric and needs no
-    matrix square root.
+    With S1 = A A^T and S2 = B B^T, the eigenvalues of S1^1/2 S2 S1^1/2 are those of (A^T B)(A^T B)^T and, besides
+    zeros, of (A^T B)^T (A^T B). The smaller of the two is used: square roots would magnify the rounding of zeros.
     """
-    mu1_F, mu2_F, sigma2_FF = mu1_F.double().cpu(), mu2_F.double().cpu(), sigma2_FF.double().cpu()
-    product_RR = factor1_FR.T @ sigma2_FF @ factor1_FR
-    values_R = torch.linalg.eigvalsh((product_RR + product_RR.T) / 2) if len(product_RR) else product_RR.diagonal()
-    cross = values_R.clamp(min=0).sqrt().sum()
-    traces = factor1_FR.square().sum() + sigma2_FF.trace()
-    return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * cross))
+    mu1_F, mu2_F, factor2_FQ = mu1_F.double().cpu(), mu2_F.double().cpu(), factor(sigma2_FF)
+    cross_RQ = factor1_FR.T @ factor2_FQ
+    wide_RQ = cross_RQ if cross_RQ.shape[0] <= cross_RQ.shape[1] else cross_RQ.T
+    values_R = torch.linalg.eigvalsh(wide_RQ @ wide_RQ.T) if wide_RQ.numel() else torch.zeros(1, dtype=torch.float64)
+    rounding = len(values_R) * torch.finfo(torch.float64).eps * values_R[-1]
+    roots = values_R.where(values_R > rounding, 0).sqrt().sum()
+    traces = factor1_FR.square().sum() + sigma2_FF.double().trace()
+    return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * roots))
 
 
 def group_of_rows(count: int, seed: int = 0) -> np.ndarray:
@@ -159,13 +161,14 @@ def frechet_interval(
     total = parts[0]
     for part in parts[1:]:
         total = total.merged(part)
-    distances = []
-    for part in parts[1:]:
-        rest = total.without(part)
-        distances.append(frechet_from_factor(mu_F, factor_FR, rest.mean_F, rest.covariance()))
+    distances = torch.zeros(len(parts) - 1, dtype=torch.float64)
+    for group, part in enumerate(parts[1:]):
+        if group % rows.world == rows.rank:  # the ranks share the subsamples
+            rest = total.without(part)
+            distances[group] = frechet_from_factor(mu_F, factor_FR, rest.mean_F, rest.covariance())
         if progress is not None:
             progress()
-    interval = leave_out_interval(value, distances, len(rows))
+    interval = leave_out_interval(value, _sum_over_ranks(distances, rows.world).tolist(), len(rows))
     return Interval(max(0.0, interval.low), interval.high)
 
 
@@ -269,26 +272,28 @@ def total_moments(rows: Rows) -> Moments:
 
 def _squared_radii(rows: ShardedRows, neighbours: int) -> Tensor:
     """Return the squared distance of every row to its k-th nearest other row, [N] on every rank."""
-    mine_BF = rows.local.double()
-    nearest = torch.full((len(mine_BF), neighbours + 1), math.inf, dtype=torch.float64)
+    kept = neighbours + 1  # the nearest is the row itself
+    nearest = [torch.full((len(part), kept), math.inf, dtype=torch.float64) for part in rows.local.split(BLOCK_ROWS)]
     for block in rows.blocks():
-        distances = _squared_distances(mine_BF, block.rows_BF.double())
-        nearest = torch.cat([nearest, distances], 1).topk(neighbours + 1, dim=1, largest=False).values
-    return rows.gathered(nearest[:, -1])  # the nearest is the row itself
+        for index, part_NF in enumerate(rows.local.split(BLOCK_ROWS)):
+            found = torch.cat([nearest[index], _squared_distances(part_NF, block.rows_BF)], 1)
+            nearest[index] = found.topk(kept, dim=1, largest=False).values
+    return rows.gathered(torch.cat(nearest)[:, -1])
 
 
 def _inside(rows: ShardedRows, of: ShardedRows, radii_N: Tensor) -> float:
     """Return the fraction of rows that are within the radius of any row of the other set."""
-    mine_BF = rows.local.double()
-    inside_B = torch.zeros(len(mine_BF), dtype=torch.bool)
+    inside = [torch.zeros(len(part), dtype=torch.bool) for part in rows.local.split(BLOCK_ROWS)]
     for start, block_BF in of.blocks():
-        within = _squared_distances(mine_BF, block_BF.double()) <= radii_N[start : start + len(block_BF)]
-        inside_B |= within.any(1)
-    return float(_sum_over_ranks(inside_B.sum().double().reshape(1), rows.world)) / len(rows)
+        radii_B = radii_N[start : start + len(block_BF)]
+        for index, part_NF in enumerate(rows.local.split(BLOCK_ROWS)):
+            inside[index] |= (_squared_distances(part_NF, block_BF) <= radii_B).any(1)
+    return float(_sum_over_ranks(torch.cat(inside).sum().double().reshape(1), rows.world)) / len(rows)
 
 
 def _squared_distances(a_NF: Tensor, b_BF: Tensor) -> Tensor:
     """Return squared Euclidean distances [N, B]; exactly 0 for equal rows."""
+    a_NF, b_BF = a_NF.double(), b_BF.double()
     norms_NB = a_NF.square().sum(1)[:, None] + b_BF.square().sum(1)
     distances_NB = torch.addmm(norms_NB, a_NF, b_BF.T, alpha=-2)
     return distances_NB.masked_fill_(distances_NB < ROUNDING * norms_NB, 0)

@@ -49,7 +49,7 @@ class Reference(NamedTuple):
     """Statistics of the features of sFID."""
     images: Images | None = None
     """The images, for KID, precision and recall, and for statistics that are not given."""
-    count: int | None = None
+    num_images: int | None = None
     """Images behind the statistics, if known."""
     features: NpzReader | None = None
     """A file with the features of all images, instead of the images."""
@@ -92,6 +92,11 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
         height, width = _small(reader, "image_size", (2,))
         check_size(path, (height, width), size)
     pooled = read_gaussian(reader, "mu", "sigma")
+    features_F = extractor.features(torch.zeros(1, 3, *size, dtype=torch.uint8))[0]
+    if len(pooled.mean_F) != len(features_F):
+        raise DataError(
+            f"{path}: statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
+        )
     spatial = read_gaussian(reader, "mu_s", "sigma_s") if "mu_s" in reader and extractor.is_inception else None
     count = None
     if "n" in reader:
@@ -133,7 +138,7 @@ def read_gaussian(reader: NpzReader, mean: str, covariance: str) -> Gaussian:
     scale = float(covariance_FF.diagonal().abs().max())
     trace = float(covariance_FF.trace())
     asymmetry = float((covariance_FF - covariance_FF.T).abs().max())
-    missing = trace - float(factor(covariance_FF).square().sum())
+    missing = abs(trace - float(factor(covariance_FF).square().sum()))
     if asymmetry > INDEFINITE * scale or missing > INDEFINITE * trace or covariance_FF.diagonal().min() < 0:
         raise DataError(f"{reader.path}: {covariance} is not a covariance: not symmetric and positive semidefinite.")
     return Gaussian(mean_F, (covariance_FF + covariance_FF.T) / 2)

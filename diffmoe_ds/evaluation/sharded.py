@@ -73,12 +73,12 @@ class ShardedRows:
         rows_BF[torch.from_numpy(mine)] = self.local[torch.from_numpy(indices[mine] - self.start)]
         return all_reduce(rows_BF)  # all other ranks add 0, so this is exact
 
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """Yield all rows of all ranks in order, in blocks; every rank must exhaust it."""
         start = 0
         for source, count in enumerate(self.counts):
-            for first in range(0, count, size):
-                held = min(size, count - first)
+            for first in range(0, count, BLOCK_ROWS):
+                held = min(BLOCK_ROWS, count - first)
                 if self.world == 1 or source == self.rank:
                     rows_BF = self.local[first : first + held].contiguous()
                 else:

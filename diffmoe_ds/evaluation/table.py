@@ -32,7 +32,7 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
             continue
         interval = result.get(f"{name}_interval")
         if name == "kid":
-            spread = f"± {result['kid_std']:.2g} (standard deviation over subsets)"
+            spread = f"standard deviation of subsets {result['kid_std']:.2g}"
         else:
-            spread = "" if interval is None else f"[{interval[0]:.5g}, {interval[1]:.5g}]"
-        yield f"{label:<17} {value:<10.5g} {spread:<44} {space}"
+            spread = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}"
+        yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"

@@ -1,0 +1,45 @@
+"""``diffmoe evaluate`` on two ranks: the numbers of one, and errors reported once."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.data.sources.images import png
+from diffmoe_ds.files import write_tar
+from tests.helpers.features import assert_same
+from tests.helpers.processes import run_ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one_and_report_errors_once(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (54, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=pixels[:25])
+    files = [(f"{k:03}.png", png(image.transpose(2, 0, 1))) for k, image in enumerate(pixels[25:])]
+    write_tar(tmp_path / "reference.tar", files)
+    files[20] = (files[20][0], b"damaged")  # in the share of the second rank
+    write_tar(tmp_path / "damaged.tar", files)
+
+    arguments = ["evaluate", "--samples", str(tmp_path / "samples.npz"), "--reference"]
+    options = ["--extractor", "tests.helpers.features:Averages", "--batch-size", "6", "--json"]
+    assert main([*arguments, str(tmp_path / "reference.tar"), *options]) == 0
+    alone = json.loads(capsys.readouterr().out)
+
+    def evaluate(reference: str, *more: str, code: int = 0) -> str:
+        command = ["-m", "diffmoe_ds.cli", *arguments, str(tmp_path / reference), *options, *more]
+        finished = run_ranks(2, command, timeout=120)
+        assert finished.code == code and "Traceback" not in finished.output, finished.output
+        return finished.output
+
+    output = evaluate("reference.tar", "--save-reference", str(tmp_path / "saved.npz"))
+    (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert_same(found, alone)
+    assert main([*arguments, str(tmp_path / "saved.npz"), *options]) == 0
+    assert_same(json.loads(capsys.readouterr().out), alone)
+
+    output = evaluate("damaged.tar", code=4)
+    assert output.count("diffmoe: error: ") == 1 and "cannot be decoded" in output, output
