@@ -17,7 +17,7 @@ from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sample_set import Generate, open_set
-from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
@@ -28,12 +28,14 @@ from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.samplers import ADAPTIVE
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """The values of ``--dtype``."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHTS_NAMES = {kind: name for name, kind in WEIGHTS.items()}
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,12 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         batch_size=args.batch_size,
     )
     guide = open_guide(settings, config)
-    return plan if guide is None else replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    if guide is not None:
+        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+    for each in (plan, plan.guide):
+        if each is not None:
+            check_sharded_sampler(settings, each.topology.ep_size)
+    return plan
 
 
 def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:
@@ -266,16 +273,19 @@ def batch_generator(plan: SamplingPlan, model: DiT, guide: DiT | None, decode: D
 def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     """Return lines that say which weights generate the images, and how."""
     settings, reader = plan.settings, plan.reader
-    weights = next(name for name, kind in WEIGHTS.items() if kind == plan.kind)
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
-    how = [f"{settings.sampler}, {settings.steps} steps", f"guidance {settings.cfg_scale:g}"]
+    tolerances = settings.tolerances
+    steps = f"{settings.steps} steps"
+    if settings.sampler in ADAPTIVE:
+        steps = f"tolerances {tolerances.rtol:g} and {tolerances.atol:g}"
+    how = [settings.sampler, steps, f"guidance {settings.cfg_scale:g}"]
     if settings.guidance_interval is not None:
         how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
     if plan.guide is not None:
         how.append(f"by {plan.guide.reader.path}")
     if reader.config.num_experts > 1:
         how.append(f"routing {plan.routing}")
-    model = f"{reader.path}, {weights} weights, {trained}"
+    model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
     return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
 
 
@@ -284,8 +294,9 @@ def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, An
     settings, images = plan.settings, plan.images
     found = {
         "checkpoint": _identity(plan.reader),
-        "weights": plan.kind,
-        **asdict(settings),
+        "weights": WEIGHTS_NAMES[plan.kind],
+        **{name: value for name, value in asdict(settings).items() if name != "tolerances"},
+        **asdict(settings.tolerances),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],
         "vae": plan.vae,

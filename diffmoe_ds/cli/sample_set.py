@@ -17,6 +17,7 @@ from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import broadcast
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
+from diffmoe_ds.errors import RankLostError
 from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
@@ -30,6 +31,9 @@ FORMATS = {"npz": (SAMPLES,), "png": (PNG,), "both": (SAMPLES, PNG)}
 """The values of ``--format``, and what each writes besides the grid."""
 WRITE_BAR_AFTER_S = 2.0
 """Seconds after which assembling the results shows a progress bar."""
+
+LOST = ("by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say when the connection to another rank is gone."""
 
 Generate = Callable[[range, Progress], Pixels]
 """(indices of the images of one batch, progress) -> uint8 [B, H, W, C]."""
@@ -172,10 +176,21 @@ class ShardedSet:
         yield from tqdm(shards, unit="shard", desc=what, delay=WRITE_BAR_AFTER_S, disable=hidden)
 
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run an action that may fail on a single rank; all ranks of the process group fail together."""
+        """Run an action that may fail on a single rank; all ranks of the process group fail together.
+
+        Raises:
+            RankLostError: another rank died.
+        """
         if self.launch.world == 1:
             return action()
-        return consensus.raise_on_all_ranks(torch.device("cpu"), action)
+        try:
+            return consensus.raise_on_all_ranks(torch.device("cpu"), action)
+        except RuntimeError as error:
+            if not any(text in str(error) for text in LOST):
+                raise
+            lost = RankLostError("another rank died; finished shards stay, and the same command continues.")
+            lost.same_on_all_ranks = True
+            raise lost from error
 
 
 def open_set(

@@ -25,7 +25,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     text = (
         "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
         "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
-        "batch compete in batch_pool models, so an image changes with --batch-size and with the number of ranks"
+        "batch compete in batch_pool models, so an image changes with --batch-size"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
     add(
@@ -45,10 +45,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "sampler steps (default: %(default)s; the paper uses 250)"
+    text = "sampler steps (default: %(default)s; the paper uses 250); without effect on dopri5"
     add("--steps", type=int, default=50, metavar="K", help=text)
-    text = "flow: euler (default) or heun; ddpm: ddpm (ancestral, default) or ddim"
+    text = (
+        "flow: euler (default), heun, dopri5 (adaptive steps) or sde (Euler-Maruyama); ddpm: ddpm (ancestral, "
+        "default), ddim or dpm (DPM-Solver++)"
+    )
     add("--sampler", metavar="NAME", help=text)
+    text = "relative error that a step of dopri5 may make (default: %(default)s)"
+    add("--rtol", type=float, default=1e-3, metavar="R", help=text)
+    text = "absolute error that a step of dopri5 may make (default: %(default)s)"
+    add("--atol", type=float, default=1e-6, metavar="A", help=text)
 
 
 def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +98,7 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
         ConfigError: an option does not fit the model.
     """
     from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
+    from diffmoe_ds.sampling.dopri5 import Tolerances
     from diffmoe_ds.sampling.generate import SamplingSettings
 
     if args.sampler is not None and args.sampler not in SAMPLERS:
@@ -102,9 +110,29 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
         guide_channels=args.guide_channels,
         guidance_interval=None if args.guidance_interval is None else tuple(args.guidance_interval),
         autoguidance=None if args.autoguidance is None else str(args.autoguidance),
+        tolerances=Tolerances(args.rtol, args.atol),
     )
     settings.check(config)
     return settings
+
+
+def check_sharded_sampler(settings: SamplingSettings, ep_size: int) -> None:
+    """Check that ranks which share experts run the same number of forward passes.
+
+    Args:
+        settings: the settings.
+        ep_size: ranks that share the experts of a model; 1 if each holds all of them.
+
+    Raises:
+        ConfigError: the sampler chooses the number of its forward passes.
+    """
+    from diffmoe_ds.sampling.samplers import ADAPTIVE
+
+    if ep_size > 1 and settings.sampler in ADAPTIVE:
+        raise ConfigError(
+            f"--sampler {settings.sampler} needs --experts gathered: it runs as many forward passes as a rank's images "
+            "need, but ranks that share experts must run the same number. Or use --sampler heun."
+        )
 
 
 def open_guide(settings: SamplingSettings, config: Config) -> WeightsReader | None:

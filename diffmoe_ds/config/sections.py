@@ -207,7 +207,8 @@ class SampleConfig(Section):
     steps: PositiveInteger = 25
     """Number of sampler steps."""
     sampler: Text | None = None
-    """Name of the sampler; defaults to `euler` for `flow` and `ddpm` for `ddpm`."""
+    """Name of the sampler. `flow`: `euler` (default), `heun`, `dopri5` or `sde`; `ddpm`: `ddpm` (default), `ddim` or
+    `dpm`."""
     cfg_scale: NonNegativeNumber = 1.0
     """Scale of classifier-free guidance; 1 disables guidance."""
 

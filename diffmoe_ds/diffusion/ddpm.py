@@ -28,6 +28,9 @@ from diffmoe_ds.errors import ConfigError
 TRAIN_STEPS = 1000
 """Steps of the process that models are trained on."""
 
+BETAS = (1e-4, 0.02)
+"""First and last variance of the noise that a step adds (DDPM, section 4)."""
+
 Table = npt.NDArray[Any]
 
 
@@ -233,7 +236,7 @@ class GaussianDiffusion:
 
 def dit_diffusion() -> GaussianDiffusion:
     """Return the process DiT is trained on: 1000 steps, betas evenly spaced from 1e-4 to 0.02 (DDPM, section 4)."""
-    return GaussianDiffusion.from_betas(np.linspace(1e-4, 0.02, TRAIN_STEPS), np.arange(TRAIN_STEPS))
+    return GaussianDiffusion.from_betas(np.linspace(*BETAS, TRAIN_STEPS), np.arange(TRAIN_STEPS))
 
 
 def check_steps(num_steps: int, steps: object, name: str = "steps") -> None:

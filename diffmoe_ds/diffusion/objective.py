@@ -16,7 +16,15 @@ from diffmoe_ds.diffusion.ddpm import TRAIN_STEPS, GaussianDiffusion, dit_diffus
 from diffmoe_ds.diffusion.flow import flow_interpolate, flow_loss
 from diffmoe_ds.errors import ConfigError
 
-SAMPLERS: dict[str, str] = {"euler": "flow", "heun": "flow", "ddpm": "ddpm", "ddim": "ddpm"}
+SAMPLERS: dict[str, str] = {
+    "euler": "flow",
+    "heun": "flow",
+    "dopri5": "flow",
+    "sde": "flow",
+    "ddpm": "ddpm",
+    "ddim": "ddpm",
+    "dpm": "ddpm",
+}
 """Sampler -> the objective whose models it samples; the first sampler of an objective is its default."""
 
 

@@ -28,6 +28,22 @@ Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a sampler needs besides the initial noise."""
+
+    field: Field
+    steps: int
+    noise_fn: NoiseFn | None
+    """Only of stochastic samplers."""
+    progress: Progress
+
+    def noise_like(self, x_BCHW: Tensor) -> Tensor:
+        """Return new standard normal noise in the dtype of the images."""
+        assert self.noise_fn is not None, "checked by `samplers.sample`"
+        return self.noise_fn().to(x_BCHW.dtype)
+
+
+@dataclass(frozen=True)
 class IntervalField:
     """A `Field` that calls one model function at noise levels in an interval and another at all others."""
 

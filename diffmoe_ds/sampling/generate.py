@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.rng import image_stream
+from diffmoe_ds.sampling.dopri5 import Tolerances
 from diffmoe_ds.sampling.fields import IntervalField, ModelFn, Progress
 from diffmoe_ds.sampling.guidance import (
     GuideChannels,
@@ -40,7 +41,7 @@ class SamplingSettings:
     sampler: str
     """A sampler of the model's objective."""
     steps: int
-    """Sampler steps."""
+    """Sampler steps; without effect on the images of dopri5."""
     cfg_scale: float = 1.0
     """Guidance scale; 1 disables guidance."""
     guide_channels: GuideChannels | None = None
@@ -49,6 +50,8 @@ class SamplingSettings:
     """Noise levels between which guidance is applied; None is all of them."""
     autoguidance: str | None = None
     """Path of the model that guides instead of the unconditional prediction; `generate` is given the model itself."""
+    tolerances: Tolerances = field(default_factory=Tolerances)
+    """Tolerated error of a step of dopri5."""
 
     def check(self, config: Config) -> None:
         """Check that the settings, which are options of ``diffmoe sample``, are valid for a model.
@@ -57,6 +60,7 @@ class SamplingSettings:
             ConfigError: a setting does not fit the model.
         """
         check_sampling(config.objective.kind, self.sampler, self.steps, prefix="--")
+        self.tolerances.check()
         check_scale_is_used(self.cfg_scale, self.guidance_interval, self.autoguidance)
         check_guidance(self.cfg_scale, self.guide_channels, config, is_autoguided=self.autoguidance is not None)
 
@@ -131,7 +135,10 @@ def _generate(
         return (fresh.pin_memory() if device.type == "cuda" else fresh).to(device, non_blocking=True)
 
     model_fn = _guided_model(models, label_B, settings, must_redo)
-    return sample(model_fn, settings.sampler, noise(), settings.steps, noise, progress), must_redo
+    images_BCHW = sample(
+        model_fn, settings.sampler, noise(), settings.steps, noise, progress, tolerances=settings.tolerances
+    )
+    return images_BCHW, must_redo
 
 
 def _guided_model(

@@ -40,7 +40,7 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
     with open(path, "wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                written = _write_array(member, shape, parts)
+                written = write_array(member, shape, parts)
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
                 npy.write_array(member, labels_N, allow_pickle=False)
         file.flush()
@@ -48,8 +48,14 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
     assert written == shape[0], "the parts hold all images"
 
 
-def _write_array(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[Pixels]) -> int:
-    """Write uint8 parts as one array and return their number of images."""
+def write_array(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[Pixels]) -> int:
+    """Write uint8 parts as one array in the npy format, and return their number of images.
+
+    Unlike `np.save`, which hands files to the C library and ignores its last error, this notices a full disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     written = 0
     for part in parts:

@@ -27,7 +27,7 @@ from diffmoe_ds.files import (
     write_json,
 )
 from diffmoe_ds.sampling.grid import Pixels
-from diffmoe_ds.sampling.output import PNG
+from diffmoe_ds.sampling.output import PNG, write_array
 from diffmoe_ds.sampling.turns import Shard
 
 FOLDER = "unfinished"
@@ -114,7 +114,7 @@ class UnfinishedSet:
         """
         assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
         with atomic_write(self.folder / _file_name(shard)) as file:
-            np.lib.format.write_array(file, pixels, allow_pickle=False)
+            write_array(file, pixels.shape, [pixels])
 
     def read(self, shard: Shard) -> Pixels:
         """Return the images of a shard, uint8 [B, H, W, C].

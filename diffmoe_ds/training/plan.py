@@ -138,6 +138,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
     plan = TrainPlan(launch, config, settings, directory, request.resume, dataset).with_start()
@@ -175,6 +176,27 @@ def _check_sampling(config: Config) -> None:
     check_sampling(config.objective.kind, sampler, config.sample.steps, prefix="sample.")
     if config.run.sample_every_images:
         check_guidance(config.sample.cfg_scale, None, config)
+
+
+def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
+    """Check that the sampler of the sample grids runs the same forward passes on ranks that must stay in step.
+
+    Args:
+        config: the run's configuration.
+        ep_size: ranks that share the experts.
+        world: number of ranks.
+
+    Raises:
+        ConfigError: the sampler chooses the number of its forward passes.
+    """
+    from diffmoe_ds.sampling.samplers import ADAPTIVE
+
+    share_tokens = config.routing.kind == "batch_pool" and config.inference_choices[0] != "per_token" and world > 1
+    if config.run.sample_every_images and config.sample.sampler in ADAPTIVE and (ep_size > 1 or share_tokens):
+        raise ConfigError(
+            f"sample.sampler {config.sample.sampler} runs as many forward passes as a rank's images need, but in this "
+            "run the ranks share experts and must run the same number; use heun."
+        )
 
 
 def resume_choices(resume: str, directory: Path) -> list[Path]:

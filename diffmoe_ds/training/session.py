@@ -54,6 +54,8 @@ class Session:
         if self.plan is not plan and plan.is_main:
             print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
         run = setup_run(self.plan)
+        names = plan.dataset.classes
+        run.class_names = None if names is None else tuple(names)
         # not earlier: a rejected run must not change the file
         raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, plan.config) if plan.is_main else None)
         return run

@@ -120,7 +120,6 @@ def setup_run(plan: TrainPlan) -> Run:
         ema=EMA(fragments, seam.parts(engine), config.ema.decay),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         began_from=plan.began_from,
-        class_names=None if plan.dataset.classes is None else tuple(plan.dataset.classes),
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:

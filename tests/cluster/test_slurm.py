@@ -129,7 +129,7 @@ TASKS = "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=1 --tim
 @REQUEUED
 def test_four_tasks_generate_the_same_images_as_one_process(cluster: Cluster, requeued: Sbatch):
     """`slurm/sample.sbatch`, and mpirun with a rendezvous through mpi4py."""
-    options = "--checkpoint runs/test --num-images 8 --steps 2 --routing per_token --out"
+    options = "--checkpoint runs/test --num-images 8 --batch-size 2 --steps 2 --routing per_token --out"
     job = cluster.submit(f"{TASKS} --output=sample.log slurm/sample.sbatch {options} tasks", requeued.project)
     ended = cluster.until_ended(job, LIMIT, requeued.project / "sample.log")
     assert ended.state == "COMPLETED", (requeued.project / "sample.log").read_text()

@@ -1,54 +1,84 @@
-"""``diffmoe sample`` on several ranks: errors are reported once, and sharded experts give the same images."""
+"""``diffmoe sample`` on several ranks: one error message, images that do not depend on ranks, killed and continued."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.helpers import sampling
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import WORKERS, Finished, run_ranks
+
+TIMEOUT = 120
+
+
+def sample(world: int, model: Path, out: Path, *options: str, code: int = 0) -> str:
+    """Generate seven images with three steps and return the output."""
+    arguments = ["sample", "--checkpoint", str(model), "--num-images", "7", "--steps", "3", "--out", str(out)]
+    finished = run_ranks(world, ["-m", "diffmoe_ds.cli", *arguments, *options], timeout=TIMEOUT)
+    assert finished.code == code, finished.output
+    return finished.output
+
+
+def images_in(out: Path) -> np.ndarray:
+    with np.load(out / "samples.npz", allow_pickle=False) as file:
+        assert file["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6] and file["arr_1"].dtype == np.int64
+        return file["arr_0"].astype(int)
 
 
 @pytest.mark.slow
-def test_errors_are_reported_once_and_sharded_experts_give_the_same_images(train_tiny, tmp_path):
-    trained = train_tiny(1, 1, 0).directory
-    out = tmp_path / "out"
+def test_errors_are_reported_once(tmp_path):
+    model, out = sampling.write_random_model(tmp_path / "model"), tmp_path / "out"
     (tmp_path / "file").touch()
-
-    def sample(*options: str, code: int = 0) -> str:
-        arguments = ["sample", "--checkpoint", str(trained), "--num-images", "5", "--steps", "3", "--out", str(out)]
-        finished = run_ranks(2, ["-m", "diffmoe_ds.cli", *arguments, *options], timeout=120)
-        assert finished.code == code, finished.output
-        return finished.output
-
-    def images(routing: str, *options: str) -> np.ndarray:
-        """Return what one process generates."""
-        return sampling.sample(trained, tmp_path / "one", "--routing", routing, *options)
-
     for options, code, message in (
         (("--checkpoint", "/nowhere"), 5, "--checkpoint /nowhere: not a checkpoint, run directory or exported model"),
         (("--routing", "dynamo"), 2, "did you mean 'dynamic'?"),
         (("--out", str(tmp_path / "file" / "out")), 5, "cannot create the directory"),
         (("--cfg-scale", "1e38", "--experts", "sharded"), 3, "the generated images contain NaN or Inf"),
     ):
-        output = sample(*options, code=code)
+        output = sample(2, model, out, *options, code=code)
         assert output.count(message) == 1 and "Traceback" not in output, output
-    assert not list(out.glob("*.npz"))
+    assert not list(out.glob("*"))
 
-    # three images a rank, the last of which is a further seed: batches of two and of one
-    sharded = ("--experts", "sharded", "--batch-size", "2", "--cfg-scale", "2")
-    assert "2 of 4 on each rank" in sample("--routing", "per_token", *sharded)
-    with np.load(out / "samples.npz") as file:
-        pixels, labels = file["arr_0"], file["arr_1"]
-    assert labels.tolist() == [0, 1, 2, 3, 4] and labels.dtype == np.int64
-    alone = images("per_token", "--num-images", "5", "--cfg-scale", "2")
-    assert np.abs(alone.astype(int) - pixels).max() <= 1
 
-    # the images of a rank's batch compete, not those of both ranks: as if the other rank did not exist
-    sample("--routing", "static", *sharded)
-    with np.load(out / "samples.npz") as file:
-        pixels = file["arr_0"]
-    first = images("static", "--num-images", "3", "--batch-size", "2", "--cfg-scale", "2")
-    second = images("static", "--num-images", "3", "--batch-size", "2", "--cfg-scale", "2", "--seed", "3")
-    alone = np.concatenate([first, second])[:5]
-    assert np.abs(alone.astype(int) - pixels).max() <= 1
+@pytest.mark.slow
+def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
+    """Seven images: ranks that share experts also generate images that are discarded."""
+    model = sampling.write_random_model(tmp_path / "model")
+    guided = ("--cfg-scale", "2")
+
+    def alone(routing: str, *options: str) -> np.ndarray:
+        """Return what one process generates."""
+        options = ("--num-images", "7", "--routing", routing, *guided, *options)
+        return sampling.sample(model, tmp_path / "alone", *options).astype(int)
+
+    guide = sampling.write_random_model(tmp_path / "guide", seed=1)
+    autoguided = ("--autoguidance", str(guide), "--guidance-interval", "0.2", "0.9", "--sampler", "sde")
+    for world, batch_size, how in ((2, 3, ()), (4, 2, autoguided)):
+        out, sharded = tmp_path / f"sharded-{world}", ("--experts", "sharded", "--batch-size", str(batch_size))
+        output = sample(world, model, out, *guided, *sharded, *how)
+        assert f"{4 // world} of 4 on each rank, EP size {world}" in output
+        assert np.abs(images_in(out) - alone("per_token", *how)).max() <= 1
+
+    # the images of a batch compete, whoever generates it
+    sample(2, model, tmp_path / "static", "--routing", "static", *guided, "--experts", "sharded", "--batch-size", "3")
+    static = images_in(tmp_path / "static")
+    assert np.abs(static - alone("static", "--batch-size", "3")).max() <= 1
+    assert np.abs(static - alone("static", "--batch-size", "7")).max() > 1
+
+    # one of four ranks is killed; two continue, and write the bytes of a process that was never interrupted
+    out, options = tmp_path / "killed", ("--routing", "dynamic", *guided, "--batch-size", "1")
+    killed = kill_rank(4, 2, model, out, *options)
+    assert killed.code == 85 and {path.name for path in out.iterdir()} == {"unfinished"}, killed.output
+    assert killed.output.count("another rank died") == 1 and "Traceback" not in killed.output, killed.output
+    assert "4 of 7 shards are finished" in sample(2, model, out, *options)
+    alone("dynamic", "--batch-size", "1")
+    assert (out / "samples.npz").read_bytes() == (tmp_path / "alone" / "samples.npz").read_bytes()
+
+
+def kill_rank(world: int, rank: int, model: Path, out: Path, *options: str) -> Finished:
+    """Generate images on ranks of which one is killed after its first shard."""
+    arguments = ["sample", "--checkpoint", str(model), "--num-images", "7", "--steps", "3", "--out", str(out)]
+    worker = [str(WORKERS / "killed_sampling.py"), str(rank), "1"]
+    return run_ranks(world, [*worker, *arguments, *options], timeout=TIMEOUT)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from diffmoe_ds.checkpoint.export import write_model
+from diffmoe_ds.checkpoint.stream import Entry
 from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.model.dit import DiT
 
 
 def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
@@ -18,3 +24,20 @@ def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
     assert images.dtype == np.uint8 and images.shape[1:] == (32, 32, 1) and labels.dtype == np.int64
     assert (out / "grid.png").is_file() and {p.name for p in out.iterdir()} == {"samples.npz", "grid.png"}
     return images
+
+
+@torch.no_grad()
+def write_random_model(folder: Path, class_names: Sequence[str] | None = None, seed: int = 0) -> Path:
+    """Export a tiny model of Fashion-MNIST with random weights, whose images depend on their class; return its folder.
+
+    A model that was trained for a few steps still predicts nearly 0, whatever the class.
+    """
+    torch.manual_seed(seed)
+    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
+    for parameter in model.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape))
+    for layer in model.moe_layers().values():
+        layer.expert_threshold.fill_(0.5)
+    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
+    write_model(folder, entries, model.config, "ema", images=16, class_names=class_names)
+    return folder

@@ -39,7 +39,11 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
         (["--set", "model.nme=x"], 2, "did you mean 'name'?"),
         (["--deepspeed_config", "nowhere.json"], 2, "nowhere.json: cannot be read"),
         (["--set", "expert_parallel.autoep_size=2"], 2, "autoep_size is 2 in the recipe or --set, but 1 in"),
-        (["--set", "sample.sampler=ddpm"], 2, "sample.sampler must be euler or heun for a flow model, got 'ddpm'"),
+        (
+            ["--set", "sample.sampler=ddpm"],
+            2,
+            "sample.sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddpm'",
+        ),
         (["--set", "sample.steps=0"], 2, "fashion.yaml with --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (["--set", "routing.capacity=0.0001"], 2, "gives each of 8 experts less than one"),
@@ -149,11 +153,12 @@ def test_tensorboard_shows_losses_experts_thresholds_and_samples(trained):
 
 
 def test_image_depends_on_its_seed_alone(trained, tmp_path):
-    """The batch, the ranks and the first seed do not matter with per_token routing."""
+    """And on its class: the batch, the ranks and the first seed do not matter with per_token routing."""
     whole = sample(trained, tmp_path / "a", "--num-images", "10", "--routing", "per_token", "--cfg-scale", "1.5")
     batched = ["--num-images", "10", "--routing", "per_token", "--cfg-scale", "1.5", "--batch-size", "3"]
     assert np.abs(sample(trained, tmp_path / "b", *batched).astype(int) - whole).max() <= 1
-    later = sample(trained, tmp_path / "c", "--num-images", "4", "--seed", "6", "--cfg-scale", "1.5")
+    shown = ("--classes", "6,7,8,9", "--num-images", "4")
+    later = sample(trained, tmp_path / "c", *shown, "--seed", "6", "--cfg-scale", "1.5")
     assert np.abs(later.astype(int) - whole[6:]).max() <= 1
     arguments = ["-m", "diffmoe_ds.cli", "sample", "--checkpoint", str(trained), "--steps", "3", *batched]
     finished = run_ranks(2, [*arguments, "--out", str(tmp_path / "d")])
@@ -168,9 +173,14 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
         for sampler in ("euler", "heun"):
             options = ("--num-images", "2", "--routing", routing, "--sampler", sampler)
             sample(trained, tmp_path / f"{routing}-{sampler}", *options)
+    for sampler in ("dopri5", "sde"):
+        sample(trained, tmp_path / sampler, "--num-images", "2", "--sampler", sampler, "--rtol", "1e-2")
     raw = sample(trained, tmp_path / "raw", "--num-images", "2", "--weights", "raw")
     averaged = sample(trained, tmp_path / "ema", "--num-images", "2")
     assert not np.array_equal(raw, averaged)
+    itself = ("--cfg-scale", "3", "--autoguidance", str(trained), "--guidance-interval", "0.1", "1")
+    unchanged = sample(trained, tmp_path / "auto", "--num-images", "2", *itself)
+    assert np.abs(unchanged.astype(int) - averaged).max() <= 1, "a model that guides itself changes nothing"
     rough = sample(trained, tmp_path / "bf16", "--num-images", "2", "--dtype", "bf16").astype(int)
     assert 0 < np.abs(rough - averaged).mean() < 2
 
@@ -178,9 +188,13 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     (
-        (["--sampler", "ddim"], 2, "--sampler must be euler or heun for a flow model, got 'ddim'"),
+        (["--sampler", "ddim"], 2, "--sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddim'"),
         (["--sampler", "oiler"], 2, "did you mean 'euler'?"),
         (["--routing", "dynamo"], 2, "did you mean 'dynamic'?"),
+        (["--guide-channels", "2"], 2, "--guide-channels must be all or a number from 1 to 1, got 2"),
+        (["--guidance-interval", "0", "1"], 2, "--guidance-interval needs guidance: set --cfg-scale"),
+        (["--autoguidance", "/nowhere", "--cfg-scale", "2"], 5, "--autoguidance /nowhere: not a checkpoint"),
+        (["--sampler", "dopri5", "--rtol", "0"], 2, "--rtol must be a positive number, got 0.0"),
         (["--num-images", "0"], 2, "--num-images must be positive, got 0"),
         (["--steps", "0"], 2, "--steps must be positive, got 0"),
         (["--seed", "-1"], 2, "got -1"),

@@ -63,6 +63,8 @@ def test_latents_match_the_vae(made):
             np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)  # stored in fp16
     index = json.loads((made / "one" / "index.json").read_text())
     assert index["classes"] == ["class-0", "class-1", "class-2"] and index["latents"]["scaling_factor"] == 0.5
+    assert dataset.classes == index["classes"]
+    assert ShardDataset(expand(made / "one"), unlabelled=True).classes is None
 
 
 def test_webdataset_reads_them_too(made):

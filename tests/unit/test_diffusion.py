@@ -183,8 +183,8 @@ def test_respacing_all_steps_changes_nothing():
 
 def test_objectives():
     flow, ddpm = make_objective("flow"), make_objective("ddpm")
-    assert (flow.kind, flow.samplers, flow.out_channels(4)) == ("flow", ("euler", "heun"), 4)
-    assert (ddpm.kind, ddpm.samplers, ddpm.out_channels(4)) == ("ddpm", ("ddpm", "ddim"), 8)
+    assert (flow.kind, flow.samplers, flow.out_channels(4)) == ("flow", ("euler", "heun", "dopri5", "sde"), 4)
+    assert (ddpm.kind, ddpm.samplers, ddpm.out_channels(4)) == ("ddpm", ("ddpm", "ddim", "dpm"), 8)
     time = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-24])
     assert torch.equal(flow.model_time(time), time)
     assert ddpm.model_time(time).tolist() == [0, 250, 500, 999]

@@ -11,17 +11,20 @@ import pytest
 import torch
 
 from diffmoe_ds.cli.sample_run import default_dtype, place_experts
+from diffmoe_ds.cli.sampling_options import check_sharded_sampler
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
 from diffmoe_ds.distributed.launch import Launch
-from diffmoe_ds.errors import TopologyError
+from diffmoe_ds.errors import ConfigError, TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.moe import expert_ffn, top_k
 from diffmoe_ds.moe.plan import LocalDispatcher
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.samplers import ADAPTIVE, STOCHASTIC
 from diffmoe_ds.training import preview
+from diffmoe_ds.training.plan import check_adaptive_previews
 from tests.helpers.syncs import SyncCounter
 
 
@@ -48,10 +51,12 @@ def model_of(config: Config, dtype: torch.dtype = torch.float32) -> DiT:
     return model.eval()
 
 
-def images_of(model: DiT, sampler: str = "euler", steps: int = 2, cfg_scale: float = 2.0) -> torch.Tensor:
+def images_of(
+    model: DiT, sampler: str = "euler", steps: int = 2, cfg_scale: float = 2.0, **settings: object
+) -> torch.Tensor:
     seeds = range(3)
     labels = cycle_labels(seeds, range(model.config.model.num_classes))
-    return generate(model, labels, seeds, SamplingSettings(sampler, steps, cfg_scale))
+    return generate(model, labels, seeds, SamplingSettings(sampler, steps, cfg_scale, **settings))
 
 
 RULES = [
@@ -98,17 +103,18 @@ def test_bf16_keeps_positions_thresholds_and_the_samplers_state_in_fp32():
     assert default_dtype(torch.device("cpu")) == torch.float32
 
 
-@pytest.mark.parametrize("sampler", ("euler", "heun", "ddpm", "ddim"))
-def test_no_step_waits_for_the_device(sampler):
-    """More steps bring no further synchronizations; an ancestral step brings its noise from the host."""
-    model = model_of(config_of("dense", "flow" if sampler in ("euler", "heun") else "ddpm"))
+@pytest.mark.parametrize("interval", (None, (0.3, 0.7)))
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ADAPTIVE])
+def test_no_step_waits_for_the_device(sampler, interval):
+    """More steps bring no further synchronizations; a stochastic step brings its noise from the host."""
+    model = model_of(config_of("dense", SAMPLERS[sampler]))
     counts = {}
     for steps in (2, 5):
         with SyncCounter() as counter:
-            images_of(model, sampler, steps)
+            images_of(model, sampler, steps, guidance_interval=interval)
         counts[steps] = counter.counts
     more = counts[5] - counts[2]
-    assert more == ({"tensor from the host": 3} if sampler == "ddpm" else {})
+    assert more == ({"tensor from the host": 3} if sampler in STOCHASTIC else {})
 
 
 @pytest.mark.parametrize(("kind", "rule", "compete"), RULES[1:])
@@ -161,6 +167,23 @@ def test_experts_are_split_over_as_many_ranks_as_possible():
     assert place("sharded", 1, 8) == (1, 0) and place("sharded", 4, 1) == (1, 0)
     with pytest.raises(TopologyError, match="common divisor with the 8 experts, got 3; use 8 ranks"):
         place("sharded", 3, 8)
+
+
+def test_a_sampler_of_adaptive_steps_is_refused_where_ranks_must_stay_in_step():
+    settings, shown = SamplingSettings("dopri5", 1), {"sampler": "dopri5"}
+    check_sharded_sampler(settings, ep_size=1)
+    check_sharded_sampler(SamplingSettings("heun", 1), ep_size=2)
+    with pytest.raises(ConfigError, match="--sampler dopri5 needs --experts gathered"):
+        check_sharded_sampler(settings, ep_size=2)
+
+    def config(**routing: object) -> Config:
+        return config_from_dict({"routing": {"kind": "batch_pool", **routing}, "sample": shown}, "a test")
+
+    check_adaptive_previews(config(), ep_size=1, world=2)
+    check_adaptive_previews(config(capacity_predictor=False), ep_size=1, world=1)
+    for routing, ep_size in (({}, 2), ({"capacity_predictor": False}, 1)):
+        with pytest.raises(ConfigError, match=r"sample\.sampler dopri5 .* use heun"):
+            check_adaptive_previews(config(**routing), ep_size, world=2)
 
 
 def test_nothing_of_a_preview_stays_alive(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from diffmoe_ds.diffusion.ddpm import GaussianDiffusion, dit_diffusion
 from diffmoe_ds.diffusion.objective import SAMPLERS
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.sampling.dpm import log_snr_steps
 from diffmoe_ds.sampling.guidance import guided
 from diffmoe_ds.sampling.samplers import check_sampling, sample
 
@@ -127,9 +128,17 @@ def test_model_times_progress_and_precision(kind):
     z = torch.randn(2, 1, 2, 2).bfloat16()
     out = sample(model_fn, kind, z, 4, lambda: torch.zeros_like(z), lambda *step: done.append(step))
     assert out.dtype == torch.float32 and out.shape == z.shape
+    if kind == "dopri5":
+        assert done == sorted(done) and done[-1] == (4, 4) and calls[0] == 0
+        return
     assert done == [(i, 4) for i in (1, 2, 3, 4)]
-    expected = {"euler": [0, 0.25, 0.5, 0.75], "heun": [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1]}
-    assert calls == expected.get(kind, [999, 666, 333, 0])
+    expected = {
+        "euler": [0, 0.25, 0.5, 0.75],
+        "heun": [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1],
+        "sde": [0, 0.32, 0.64, 0.96],
+        "dpm": log_snr_steps(4).tolist(),
+    }
+    assert calls == pytest.approx(expected.get(kind, [999, 666, 333, 0]))
 
 
 def test_sampling_refuses_invalid_settings():
@@ -149,7 +158,7 @@ def test_sampling_refuses_invalid_settings():
     check_sampling("flow", "euler", 5000)
     check_sampling("ddpm", "ddim", 1000)
     z = torch.zeros(1, 1, 2, 2)
-    for kind in ("dpm++", "ddpm"):
+    for kind in ("dpm++", "ddpm", "sde"):
         with pytest.raises(ConfigError):
             sample(lambda x, t_B: x, kind, z, 10)
 
@@ -183,7 +192,7 @@ def test_flow_guidance():
     assert torch.equal(joined, guided(forward, y, null, 1.5, "flow", 4)(x, t)) and sizes == [4, 2, 2]
 
 
-@pytest.mark.parametrize(("guide_channels", "G"), [(3, 3), ("all", 4), (1, 1), (9, 4)])
+@pytest.mark.parametrize(("guide_channels", "G"), [(None, 3), (3, 3), ("all", 4), (1, 1), (9, 4)])
 def test_ddpm_guidance(guide_channels, G):
     x, t, y, null = torch.randn(2, 4, 4, 4), torch.tensor([1, 7]), torch.tensor([3, 5]), torch.tensor([10, 10])
     sizes = []

@@ -1,0 +1,26 @@
+"""``diffmoe sample`` in which one rank is killed after it has written some shards.
+
+python killed_sampling.py RANK SHARDS sample ...
+"""
+
+import os
+import signal
+import sys
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.sampling.unfinished import UnfinishedSet
+
+write, shards = UnfinishedSet.write, int(sys.argv[2])
+
+
+def write_and_die(files, shard, pixels):
+    global shards
+    write(files, shard, pixels)
+    shards -= 1
+    if shards == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if os.environ["RANK"] == sys.argv[1]:
+    UnfinishedSet.write = write_and_die
+sys.exit(main(sys.argv[3:], handle_signals=True))

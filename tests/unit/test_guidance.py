@@ -1,0 +1,165 @@
+"""Guidance in an interval of noise levels and by a second model, with every sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmoe_ds.diffusion.objective import SAMPLERS
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.moe import expert_ffn, top_k
+from diffmoe_ds.sampling.fields import IntervalField
+from diffmoe_ds.sampling.generate import SamplingSettings, generate
+from diffmoe_ds.sampling.guidance import check_guide, guide_by_model
+from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.samplers import sample
+from tests.unit.test_generate import config_of, model_of
+
+
+def per_token_model(objective: str = "flow") -> DiT:
+    model = model_of(config_of("batch_pool", objective))
+    model.set_inference("per_token")
+    return model
+
+
+def weaker_model(objective: str = "flow", **model: object) -> DiT:
+    """Return a second model with other weights and no row for "no label"."""
+    weak = model_of(config_of("token_choice", objective, label_dropout=0, **model))
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.7)
+    return weak
+
+
+def generated(model: DiT, guide: DiT | None = None, seeds: range = range(3), **settings: object) -> torch.Tensor:
+    settings = {"sampler": "euler", "steps": 4, "cfg_scale": 2.0, **settings}
+    path = None if guide is None else "a second model"
+    return generate(
+        model,
+        cycle_labels(seeds, range(model.config.model.num_classes)),
+        seeds,
+        SamplingSettings(**settings, autoguidance=path),
+        guide=guide,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ interval
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_runs_only_inside_the_interval(sampler):
+    """Noise levels fall from 1 to 0; outside the interval, one conditional pass runs."""
+    is_flow, levels = SAMPLERS[sampler] == "flow", {"guided": [], "plain": []}
+
+    def model_fn(name: str):
+        def predict(x, t_B):
+            levels[name].append(1 - t_B[0].item() if is_flow else t_B[0].item() / 1000)
+            return x if is_flow else torch.cat([x, x], 1)
+
+        return predict
+
+    field = IntervalField(model_fn("guided"), model_fn("plain"), 0.3, 0.6)
+    z = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    sample(field, sampler, z, 20, lambda: torch.zeros_like(z))
+    assert levels["guided"] and levels["plain"]
+    assert all(0.3 - 1e-6 <= level <= 0.6 + 1e-6 for level in levels["guided"])
+    assert any(level > 0.6 for level in levels["plain"]) and any(level < 0.3 for level in levels["plain"])
+    if sampler != "dopri5":
+        assert not any(0.3 + 1e-6 < level < 0.6 - 1e-6 for level in levels["plain"])
+
+
+def test_interval_of_every_image_where_their_times_differ():
+    """Only of dopri5: both predictions are computed, and each image takes its own."""
+    import numpy as np
+
+    field = IntervalField(lambda x, t_B: x + 1, lambda x, t_B: x - 1, 0.3, 0.6)
+    images = field(torch.zeros(3, 1, 1, 1), torch.zeros(3), np.array([0.1, 0.3, 0.7]))
+    assert images.flatten().tolist() == [-1, 1, -1]
+
+
+def test_whole_interval_is_plain_guidance_and_passes_are_saved_elsewhere():
+    model, sizes = per_token_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole = generated(model, guidance_interval=(0.0, 1.0))
+    assert sizes == [6, 6, 6, 6] and torch.equal(whole, generated(model))
+    sizes.clear()
+    some = generated(model, guidance_interval=(0.4, 0.8))
+    assert sizes == [3, 6, 6, 3] and not torch.equal(some, whole)
+
+
+# -------------------------------------------------------------------------------------------------- autoguidance
+
+
+@pytest.mark.parametrize(("kind", "guide_channels", "G"), [("flow", None, 4), ("flow", 3, 3), ("ddpm", None, 3)])
+def test_autoguidance_extrapolates_from_the_weaker_model_with_the_same_label(kind, guide_channels, G):
+    x, t, y = torch.randn(2, 4, 2, 2), torch.rand(2), torch.tensor([3, 5])
+    outputs = 4 if kind == "flow" else 8
+    strong, weak = torch.randn(2, outputs, 2, 2), torch.randn(2, outputs, 2, 2)
+
+    def forward(prediction):
+        def predict(x_BCHW, t_B, y_B):
+            assert y_B is y and x_BCHW is x and t_B is t
+            return prediction
+
+        return predict
+
+    forwards = (forward(strong), forward(weak))
+    out = guide_by_model(forwards, y, 2.5, kind, 4, guide_channels)(x, t)
+    torch.testing.assert_close(out[:, :G], (weak + 2.5 * (strong - weak))[:, :G])
+    assert torch.equal(out[:, G:], strong[:, G:])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_autoguided_images_do_not_depend_on_their_batch_mates(sampler):
+    model, weak = per_token_model(SAMPLERS[sampler]), weaker_model(SAMPLERS[sampler])
+    options = {"sampler": sampler, "guidance_interval": (0.1, 0.9)}
+    together = generated(model, weak, **options)
+    alone = torch.cat([generated(model, weak, seeds=range(i, i + 1), **options) for i in range(3)])
+    scale = together.abs().max()
+    torch.testing.assert_close(together / scale, alone / scale, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(together / scale, generated(model, **options) / scale, rtol=1e-3, atol=1e-3)
+
+
+def test_lost_rows_of_either_model_are_computed_again(monkeypatch):
+    model, weak = per_token_model(), per_token_model()
+    with torch.no_grad():
+        weak.final_layer.linear.weight.mul_(0.5)
+    expected = generated(model, weak)
+    monkeypatch.setattr(expert_ffn, "GROUPED", {("cpu", torch.float32)})
+    monkeypatch.setattr(top_k, "_local_kth_key", top_k.sorted_kth_key)
+    weak.assumed_capacities = 0.1
+    torch.testing.assert_close(generated(model, weak), expected, rtol=1e-4, atol=1e-4)
+    assert weak.assumed_capacities == 0.2
+
+
+def test_guidance_mistakes():
+    config = config_of("batch_pool")
+
+    def settings(**changes: object) -> SamplingSettings:
+        return SamplingSettings(**{"sampler": "euler", "steps": 4, "cfg_scale": 2.0, **changes})
+
+    for changes, message in (
+        ({"guidance_interval": (0.2, 0.8), "cfg_scale": 1.0}, "--guidance-interval needs guidance: set --cfg-scale"),
+        ({"autoguidance": "path", "cfg_scale": 1.0}, "--autoguidance needs guidance: set --cfg-scale"),
+        ({"guidance_interval": (0.8, 0.2)}, "0 <= LOW < HIGH <= 1, got 0.8 0.2"),
+        ({"guidance_interval": (float("nan"), 1.0)}, "0 <= LOW < HIGH <= 1, got nan 1.0"),
+        ({"guide_channels": 9}, "--guide-channels must be all or a number from 1 to"),
+        ({"sampler": "ddim"}, "--sampler must be euler, heun, dopri5 or sde for a flow model"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            settings(**changes).check(config)
+    without_null = config_of("batch_pool", label_dropout=0)
+    with pytest.raises(ConfigError, match="must be 1 for a model trained with"):
+        settings().check(without_null)
+    settings(autoguidance="path").check(without_null)
+    for other, message in (
+        (
+            config_of("dense", "ddpm"),
+            "--autoguidance W: objective.kind must be 'flow' as in the guided model, got 'ddpm'",
+        ),
+        (config_of("dense", num_classes=7), "model.num_classes must be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_guide(other, config, "--autoguidance W")
+    check_guide(config_of("dense", label_dropout=0), config, "--autoguidance W")

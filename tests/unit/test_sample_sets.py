@@ -1,0 +1,211 @@
+"""Sets of generated images: labels, how shards are dealt to ranks, the files of an unfinished set, and the results."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from itertools import pairwise, zip_longest
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffmoe_ds.cli.sample_images import ImageSet
+from diffmoe_ds.cli.sample_set import open_set
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
+from diffmoe_ds.rng import image_stream, label_stream
+from diffmoe_ds.sampling.labels import cycle_labels, random_labels
+from diffmoe_ds.sampling.output import check_png_folder, write_labels, write_npz, write_pngs
+from diffmoe_ds.sampling.turns import MAX_SHARDS, deal, images_per_shard, rounds, split
+from diffmoe_ds.sampling.unfinished import UnfinishedSet
+
+SETTINGS = {"steps": 50, "classes": (1, 2), "guidance_interval": None}
+
+
+def pixels_of(count: int, channels: int = 1, size: int = 4) -> np.ndarray:
+    shape = (count, size, size, channels)
+    return np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_labels_cycle_over_the_chosen_classes_or_are_uniform():
+    assert cycle_labels(range(2, 7), (5, 0, 3)).tolist() == [3, 5, 0, 3, 5]
+    labels = random_labels(range(4000), (5, 0, 3)).tolist()
+    assert labels[1000:1003] == random_labels(range(1000, 1003), (5, 0, 3)).tolist(), "a function of the seed alone"
+    counts = Counter(labels)
+    assert counts.keys() == {0, 3, 5} and all(abs(n - 4000 / 3) < 5 * 30 for n in counts.values())
+    pairs = Counter(pairwise(labels))
+    assert all(abs(n - 4000 / 9) < 5 * 20 for n in pairs.values()), "neighbors are independent"
+    assert label_stream(7).random() != image_stream(7).random()
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), ((40, 50), (50_000, 50), (50_000, 7), (1, 1), (100_001, 100)))
+def test_shards_are_whole_batches_and_few(num_images, batch_size):
+    per_shard = images_per_shard(num_images, batch_size)
+    shards = split(num_images, per_shard)
+    assert per_shard % batch_size == 0 and len(shards) <= MAX_SHARDS
+    assert [image for shard in shards for image in shard.images] == list(range(num_images))
+    assert per_shard == batch_size or len(shards) > MAX_SHARDS / 2, "no larger than needed"
+
+
+@given(
+    num_images=st.integers(1, 40),
+    batch_size=st.integers(1, 7),
+    per_shard=st.integers(1, 9),
+    world=st.integers(1, 5),
+    in_step=st.booleans(),
+    data=st.data(),
+)
+def test_every_missing_image_is_dealt_once_in_batches_that_do_not_depend_on_the_ranks(
+    num_images, batch_size, per_shard, world, in_step, data
+):
+    shards = split(num_images, per_shard)
+    finished = data.draw(st.lists(st.booleans(), min_size=len(shards), max_size=len(shards)))
+    groups = rounds(shards, finished, world, in_step)
+    turns = [list(deal(groups, batch_size, rank, in_step, num_images)) for rank in range(world)]
+    kept = [turn.images for own in turns for turn in own if turn.shard is not None]
+    alone = deal(rounds(shards, finished, 1, False), batch_size, 0, False, num_images)
+    missing = {turn.images for turn in alone}
+    assert missing <= set(kept) and len(set(kept)) == len(kept), "batches are those of one process"
+    assert in_step or missing == set(kept)
+    for row in zip_longest(*turns):
+        assert None not in row, "all ranks have equally many turns"
+        sizes = {len(turn.images) for turn in row}
+        assert not in_step or len(sizes) == 1, "ranks that share experts generate batches of the same size"
+        everywhere = sum(len(turn.images) for turn in row if turn.shard is not None)
+        assert {turn.images_everywhere for turn in row} == {everywhere} and everywhere > 0
+        assert all(turn.images.start >= num_images for turn in row if turn.images and turn.shard is None)
+    for own in turns:
+        done = [turn.shard.number for turn in own if turn.completes_shard]
+        assert len(done) == len(set(done)) == len({turn.shard for turn in own if turn.shard is not None})
+
+
+def test_ranks_in_step_repeat_the_rounds_of_an_uninterrupted_run():
+    """What ranks compute together affects rounding, so a round is repeated as it was."""
+    shards = split(10, 2)
+    finished = [True, True, True, False, False]
+    numbers = [[shard.number for shard in group] for group in rounds(shards, finished, 2, in_step=True)]
+    assert numbers == [[2, 3], [4]]
+    assert [[s.number for s in group] for group in rounds(shards, finished, 2, in_step=False)] == [[3, 4]]
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+def test_the_streamed_npz_has_the_bytes_of_savez(tmp_path, channels):
+    images, labels = pixels_of(10, channels), np.arange(10, dtype=np.int64)
+    np.savez(tmp_path / "expected.npz", arr_0=images, arr_1=labels)
+    parts = iter((images[:4], images[4:9], images[9:]))
+    write_npz(tmp_path / "streamed.npz", images.shape, parts, labels)
+    assert (tmp_path / "streamed.npz").read_bytes() == (tmp_path / "expected.npz").read_bytes()
+
+
+def test_the_npz_is_written_in_the_memory_of_one_part(tmp_path):
+    part = np.zeros((10, 128, 128, 3), np.uint8)
+    labels = np.zeros(400, np.int64)
+    tracemalloc.start()
+    write_npz(tmp_path / "samples.npz", (400, 128, 128, 3), (part for _ in range(40)), labels)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < part.nbytes < (tmp_path / "samples.npz").stat().st_size / 39
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (400, 128, 128, 3)
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+def test_png_files_sort_by_index_and_hold_the_pixels(tmp_path, channels):
+    images = pixels_of(3, channels)
+    write_pngs(tmp_path, range(9, 12), images, num_images=12)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["000009.png", "000010.png", "000011.png"]
+    for file, image in zip(files, images, strict=True):
+        with Image.open(file) as picture:
+            assert np.array_equal(np.asarray(picture).reshape(image.shape), image)
+    write_labels(tmp_path, [4, 2])
+    assert (tmp_path / "labels.csv").read_text() == "file,label\n000000.png,4\n000001.png,2\n"
+
+
+def test_a_folder_of_the_user_is_not_replaced(tmp_path):
+    check_png_folder(tmp_path / "png")
+    (tmp_path / "png").mkdir()
+    check_png_folder(tmp_path / "png")
+    (tmp_path / "png" / "holiday.png").touch()
+    with pytest.raises(ConfigError, match="png exists but was not written by diffmoe"):
+        check_png_folder(tmp_path / "png")
+    write_labels(tmp_path / "png", [0])
+    check_png_folder(tmp_path / "png")
+
+
+def started(out, settings=SETTINGS, shard_images: int = 2) -> UnfinishedSet:
+    files = UnfinishedSet(out)
+    files.open(settings, shard_images)
+    return files
+
+
+def test_an_unfinished_set_continues_with_the_same_settings_only(tmp_path):
+    shards = split(5, 2)
+    first = started(tmp_path)
+    pixels = pixels_of(2)
+    first.write(shards[1], pixels)
+    again = started(tmp_path, shard_images=3)
+    assert again.shard_images() == 2 and again.identity() == first.identity()
+    assert again.finished(shards) == [False, True, False] and np.array_equal(again.read(shards[1]), pixels)
+    for name, value in (("steps", 250), ("classes", (1,)), ("guidance_interval", (0.1, 0.5))):
+        with pytest.raises(ConfigError) as caught:
+            started(tmp_path, {**SETTINGS, name: value})
+        message = str(caught.value)
+        assert f"--{name.replace('_', '-')} " in message and "another --out, or remove" in message, message
+    with pytest.raises(ConfigError, match="started with --steps 50, got None"):
+        started(tmp_path, {key: value for key, value in SETTINGS.items() if key != "steps"})
+    identity = first.identity()
+    again.remove()
+    assert not list(tmp_path.iterdir())
+    assert started(tmp_path).identity() != identity, "another set, which other hosts can tell apart"
+
+
+def test_a_set_without_finished_shards_guards_nothing(tmp_path):
+    started(tmp_path)
+    other = started(tmp_path, {"steps": 1})
+    other.discard_if_empty()
+    assert not list(tmp_path.iterdir()) and other.identity() == "not found"
+
+
+@pytest.mark.parametrize("damage", (b"", b"\x93NUMPY", pixels_of(3).tobytes()))
+def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
+    files, (shard,) = started(tmp_path), split(2, 2)
+    with pytest.raises(CheckpointError, match="is missing; --out must be on a file system that all ranks share"):
+        files.read(shard)
+    files.write(shard, pixels_of(2))
+    (path,) = files.folder.glob("*.npy")
+    path.write_bytes(damage)
+    with pytest.raises(CheckpointError, match="is damaged; remove it and run the same command again"):
+        files.read(shard)
+    (files.folder / "manifest.json").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read; remove"):
+        started(tmp_path)
+
+
+def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
+    class SecondHost:
+        """The rendezvous of rank 1, while rank 0 writes to a directory of the same name on another host."""
+
+        launch = Launch(1, 2, 0, 1, "a test")
+
+        def on_main(self, name: str, action: object) -> None:
+            pass
+
+        def check_same(self, name: str, text: str, message: str) -> None:
+            if text != identity:
+                raise LaunchError(f"rank 1 on second {message}")
+
+        def raise_on_all_ranks(self, name: str, action):
+            return action()
+
+    images = ImageSet(7, 0, (0,), "cycle", tmp_path / "out", "npz")
+    identity = started(tmp_path / "elsewhere").identity()
+    for prepare in (lambda: None, lambda: started(images.out)):  # no directory, or one of an earlier run
+        prepare()
+        with pytest.raises(LaunchError, match=r"rank 1 on second cannot see what rank 0 writes to --out "):
+            open_set(images, dict, 3, False, SecondHost())
+    identity = started(images.out).identity()
+    assert len(open_set(images, dict, 3, False, SecondHost()).shards) == 4, "of the two images that rank 0 chose"
