@@ -27,7 +27,7 @@ from diffmoe_ds.data.vae import downsampling, vae_settings
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.evaluation.evaluate import (
     FeatureSet,
     ReferenceSet,
@@ -38,7 +38,7 @@ from diffmoe_ds.evaluation.evaluate import (
     steps_of,
 )
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
-from diffmoe_ds.evaluation.images import Images, check_count, open_images
+from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
 from diffmoe_ds.evaluation.sharded import ShardedRows
 from diffmoe_ds.evaluation.table import metric_lines
@@ -97,6 +97,9 @@ class GeneratedImages:
 
         Args:
             plan: the model, its sampler and the images.
+
+        Raises:
+            ConfigError: there are fewer than 2 images.
         """
         self._plan = plan
         self._generate: Generate | None = None
@@ -104,7 +107,8 @@ class GeneratedImages:
         if plan.vae is not None:
             side *= downsampling(vae_settings(plan.vae))
         self.size = side, side
-        check_count(len(self), f"--num-images {len(self)}")
+        if len(self) < 2:
+            raise ConfigError(f"{len(self)} image(s) to generate; metrics need at least 2.")
 
     def __len__(self) -> int:
         return self._plan.images.num_images
@@ -137,7 +141,7 @@ class GeneratedImages:
 
 
 def features_of_images(images: Images, extractor: Extractor, team: Team, batch_size: int, what: str) -> FeatureSet:
-    """Extract the features of a set of images, with a progress bar over the images of all ranks.
+    """Extract the features of a set of images, with a progress bar over the share of rank 0.
 
     Args:
         images: the set.
@@ -167,7 +171,7 @@ def features_of_reference(
     Raises:
         DiffMoEError: on all ranks, if any rank cannot read an image, or rank 0 cannot write the file.
     """
-    pooled, spatial, count = reference.pooled, reference.spatial, reference.count
+    pooled, spatial, count = reference.pooled, reference.spatial, reference.num_images
     features = None
     if reference.images is not None:
         found = features_of_images(reference.images, extractor, team, args.batch_size, "reference")
@@ -203,6 +207,8 @@ def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
         raise ConfigError(
             f"--save-reference {args.save_reference}: --reference {args.reference} already holds statistics; omit one."
         )
+    if args.save_reference is not None and not args.save_reference.parent.is_dir():
+        raise CheckpointError(f"--save-reference {args.save_reference}: the directory does not exist.")
 
 
 def _bar(team: Team, total: int, what: str, unit: str) -> Any:

@@ -67,8 +67,8 @@ class Block(nn.Module):
         if self.expands:
             h_BCHW = functional.relu6(self._bn0(self._expand_conv(h_BCHW)))
         h_BCHW = functional.relu6(self._bn1(self._depthwise_conv(h_BCHW)))
-        h_BCHW = self._bn2(self._project_conv(h_BCHW))
-        return h_BCHW + x_BCHW if self.adds_input else h_BCHW
+        out_BCHW: Tensor = self._bn2(self._project_conv(h_BCHW))
+        return out_BCHW + x_BCHW if self.adds_input else out_BCHW
 
 
 class EfficientNetLite0(nn.Module):

@@ -71,7 +71,7 @@ class ReferenceSet(NamedTuple):
     spatial: Gaussian | None
     features: ShardedRows | None
     """Without features, there is no KID, precision and recall."""
-    count: int | None
+    num_images: int | None
     """N, if known."""
 
 
@@ -143,7 +143,11 @@ def compute_metrics(
     Returns:
         Plain numbers, lists of two for intervals, and None for what cannot be computed.
     """
-    result: dict[str, Any] = {"extractor": extractor.name, "n": len(samples.pooled), "n_reference": reference.count}
+    result: dict[str, Any] = {
+        "extractor": extractor.name,
+        "n": len(samples.pooled),
+        "n_reference": reference.num_images,
+    }
     value, interval = _frechet(samples.pooled, reference.pooled, progress)
     result |= {"frechet": value, "frechet_interval": interval}
     if extractor.is_inception:

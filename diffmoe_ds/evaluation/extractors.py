@@ -5,32 +5,20 @@ All take uint8 images. Legend: B images, C channels, H, W height and width, F fe
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.evaluation.outputs import Outputs, describe, one_line, resize, state_digest, to_rgb
 
 DEFAULT = "efficientnet-lite0"
 KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
-
-
-class Outputs(NamedTuple):
-    """What an extractor computes from a batch; fp32 on its device."""
-
-    features_BF: Tensor
-    """The features of the Frechet distance, KID, precision and recall."""
-    spatial_BS: Tensor | None = None
-    """The features of sFID."""
-    logits_BK: Tensor | None = None
-    """The logits of the Inception Score."""
 
 
 class Extractor(Protocol):
@@ -123,10 +111,10 @@ class DinoExtractor:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             if kind != "dinov2":
                 raise ValueError(f"config.json describes a model of type {kind}, expected dinov2")
-            self._network: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
+            network: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except Exception as error:  # transformers and safetensors raise many types
             raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
-        self._network.to(device, torch.float32).eval().requires_grad_(False)
+        self._network = network.to(device, torch.float32).eval().requires_grad_(False)
         self._device = device
         self.name = f"dinov2:{state_digest(self._network)}"
         self._mean, self._std = (
@@ -195,35 +183,3 @@ class UserExtractor:
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""
         return self.extract(images_BCHW).features_BF
-
-
-def to_rgb(images_BCHW: Tensor) -> Tensor:
-    """Return uint8 images with 3 channels; a single channel is repeated."""
-    assert images_BCHW.dtype == torch.uint8 and images_BCHW.shape[1] in (1, 3), describe(images_BCHW)
-    return images_BCHW.expand(-1, 3, -1, -1)
-
-
-def resize(images_BCHW: Tensor, size: int) -> Tensor:
-    """Resize uint8 images bicubically with antialiasing to [B, C, size, size], ignoring the aspect ratio."""
-    if images_BCHW.shape[-2:] == (size, size):
-        return images_BCHW
-    resized = functional.interpolate(images_BCHW.float(), (size, size), mode="bicubic", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-def state_digest(network: nn.Module) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def describe(tensor: Tensor) -> str:
-    """Return dtype and shape, for messages."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line of at most 300 characters, or its type if it has none."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.evaluation.extractors import Outputs, one_line, state_digest, to_rgb
+from diffmoe_ds.evaluation.outputs import Outputs, one_line, state_digest, to_rgb
 
 SPATIAL_CHANNELS = 7
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

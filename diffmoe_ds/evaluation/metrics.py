@@ -81,17 +81,19 @@ def factor(sigma_FF: Tensor) -> Tensor:
 
 
 def frechet_from_factor(mu1_F: Tensor, factor1_FR: Tensor, mu2_F: Tensor, sigma2_FF: Tensor) -> float:
-    """Return the Frechet distance; the first covariance is A A^T, with A from `factor`.
+    """Return the Frechet distance, with A from `factor` for the first covariance.
 
-    A^T S2 A has the eigenvalues of S1^1/2 S2 S1^1/2 and of S1 S2 (without zeros), but is symmetric and needs no
-    matrix square root.
+    With S1 = A A^T and S2 = B B^T, the eigenvalues of S1^1/2 S2 S1^1/2 are those of (A^T B)(A^T B)^T and, besides
+    zeros, of (A^T B)^T (A^T B). The smaller of the two is used: square roots would magnify the rounding of zeros.
     """
-    mu1_F, mu2_F, sigma2_FF = mu1_F.double().cpu(), mu2_F.double().cpu(), sigma2_FF.double().cpu()
-    product_RR = factor1_FR.T @ sigma2_FF @ factor1_FR
-    values_R = torch.linalg.eigvalsh((product_RR + product_RR.T) / 2) if len(product_RR) else product_RR.diagonal()
-    cross = values_R.clamp(min=0).sqrt().sum()
-    traces = factor1_FR.square().sum() + sigma2_FF.trace()
-    return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * cross))
+    mu1_F, mu2_F, factor2_FQ = mu1_F.double().cpu(), mu2_F.double().cpu(), factor(sigma2_FF)
+    cross_RQ = factor1_FR.T @ factor2_FQ
+    wide_RQ = cross_RQ if cross_RQ.shape[0] <= cross_RQ.shape[1] else cross_RQ.T
+    values_R = torch.linalg.eigvalsh(wide_RQ @ wide_RQ.T) if wide_RQ.numel() else torch.zeros(1, dtype=torch.float64)
+    rounding = len(values_R) * torch.finfo(torch.float64).eps * values_R[-1]
+    roots = values_R.where(values_R > rounding, 0).sqrt().sum()
+    traces = factor1_FR.square().sum() + sigma2_FF.double().trace()
+    return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * roots))
 
 
 def group_of_rows(count: int, seed: int = 0) -> np.ndarray:

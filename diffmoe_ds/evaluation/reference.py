@@ -49,7 +49,7 @@ class Reference(NamedTuple):
     """Statistics of the features of sFID."""
     images: Images | None = None
     """The images, for KID, precision and recall, and for statistics that are not given."""
-    count: int | None = None
+    num_images: int | None = None
     """Images behind the statistics, if known."""
     features: NpzReader | None = None
     """A file with the features of all images, instead of the images."""
@@ -138,7 +138,7 @@ def read_gaussian(reader: NpzReader, mean: str, covariance: str) -> Gaussian:
     scale = float(covariance_FF.diagonal().abs().max())
     trace = float(covariance_FF.trace())
     asymmetry = float((covariance_FF - covariance_FF.T).abs().max())
-    missing = trace - float(factor(covariance_FF).square().sum())
+    missing = abs(trace - float(factor(covariance_FF).square().sum()))
     if asymmetry > INDEFINITE * scale or missing > INDEFINITE * trace or covariance_FF.diagonal().min() < 0:
         raise DataError(f"{reader.path}: {covariance} is not a covariance: not symmetric and positive semidefinite.")
     return Gaussian(mean_F, (covariance_FF + covariance_FF.T) / 2)

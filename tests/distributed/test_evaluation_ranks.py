@@ -10,6 +10,7 @@ import pytest
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
+from tests.helpers.features import assert_same
 from tests.helpers.processes import run_ranks
 
 
@@ -36,9 +37,9 @@ def test_two_ranks_give_the_numbers_of_one_and_report_errors_once(tmp_path, caps
 
     output = evaluate("reference.tar", "--save-reference", str(tmp_path / "saved.npz"))
     (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert found == pytest.approx(alone, rel=1e-9)
+    assert_same(found, alone)
     assert main([*arguments, str(tmp_path / "saved.npz"), *options]) == 0
-    assert json.loads(capsys.readouterr().out) == pytest.approx(alone, rel=1e-9)
+    assert_same(json.loads(capsys.readouterr().out), alone)
 
     output = evaluate("damaged.tar", code=4)
     assert output.count("diffmoe: error: ") == 1 and "cannot be decoded" in output, output

@@ -1,9 +1,20 @@
-"""Extractors that need no network, named ``tests.helpers.features:CLASS`` on command lines."""
+"""For tests of ``diffmoe evaluate``: extractors without a network, named ``tests.helpers.features:CLASS``."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], rel: float = 1e-9) -> None:
+    """Compare two results of ``diffmoe evaluate --json``, up to rounding."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact = value is None or isinstance(value, str)
+        assert found[name] == (value if exact else pytest.approx(value, rel=rel, abs=1e-12)), name
 
 
 class Averages(nn.Module):

@@ -13,6 +13,8 @@ from PIL import Image
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
+from tests.helpers.checkpoints import export_untrained
+from tests.helpers.features import assert_same
 
 AVERAGES = "tests.helpers.features:Averages"
 
@@ -36,7 +38,9 @@ def evaluate(capsys):
         assert main(["evaluate", *arguments, *options]) == code
         captured = capsys.readouterr()
         if code == 0:
-            return json.loads(captured.out)
+            found = json.loads(captured.out)
+            assert found["extractor"] in arguments + list(options)
+            return found
         (line,) = [line for line in captured.err.splitlines() if line.startswith("diffmoe: error: ")]
         assert not captured.out and "Traceback" not in captured.err
         return line
@@ -59,16 +63,16 @@ def test_every_kind_of_reference_gives_the_same_numbers(samples, tmp_path, evalu
         "extractor", "n", "n_reference", "frechet", "frechet_interval", "kid", "kid_std", "inception_score",
         "inception_score_interval", "precision", "precision_interval", "recall", "recall_interval",
     }  # fmt: skip
-    assert (found["extractor"], found["n"], found["n_reference"]) == (AVERAGES, 20, 30)
+    assert (found["n"], found["n_reference"]) == (20, 30)
     assert found["frechet_interval"][0] < found["frechet"] < found["frechet_interval"][1]
     assert found["inception_score"] is None, "this extractor has no logits"
     write_folder(tmp_path / "folder", reference)
     write_tar(tmp_path / "s.tar", [(f"{k:03}.png", png(image.transpose(2, 0, 1))) for k, image in enumerate(reference)])
     for other in ("folder", "s.tar", "saved.npz"):
-        assert evaluate(samples, tmp_path / other) == pytest.approx(found, rel=1e-9), other
-    assert evaluate(samples, tmp_path / "r.npz", "--batch-size", "7") == pytest.approx(found, rel=1e-9)
+        assert_same(evaluate(samples, tmp_path / other), found)
+    assert_same(evaluate(samples, tmp_path / "r.npz", "--batch-size", "7"), found)
     samples_folder = write_folder(tmp_path / "generated", pictures(20))
-    assert evaluate(samples_folder, tmp_path / "r.npz") == pytest.approx(found, rel=1e-9)
+    assert_same(evaluate(samples_folder, tmp_path / "r.npz"), found)
 
     with np.load(tmp_path / "saved.npz") as file:
         np.savez(tmp_path / "statistics.npz", mu=file["mu"], sigma=file["sigma"], extractor=file["extractor"])
@@ -90,13 +94,13 @@ def test_reference_images_are_brought_to_the_size_of_the_samples_as_in_training(
     halves = pictures(3, 24, 1).reshape(3, 12, 2, 12, 2, 3).mean((2, 4)).round().astype(np.uint8)
     found = evaluate(samples, folder)
     Image.fromarray(halves[0]).save(folder / "000.png")
-    assert evaluate(samples, folder) == pytest.approx(found, rel=1e-3)
+    assert_same(evaluate(samples, folder), found, rel=1e-2)
 
     small = pictures(4, 8, 3)
     write_tar(tmp_path / "s.tar", [(f"{k}.png", png(image.transpose(2, 0, 1))) for k, image in enumerate(small)])
     np.savez(tmp_path / "padded.npz", arr_0=np.pad(small, ((0, 0), (2, 2), (2, 2), (0, 0))))
     found = evaluate(samples, tmp_path / "s.tar")
-    assert found == pytest.approx(evaluate(samples, tmp_path / "padded.npz"), rel=1e-9)
+    assert_same(found, evaluate(samples, tmp_path / "padded.npz"))
 
 
 def test_gray_images_are_repeated(tmp_path, evaluate):
@@ -105,7 +109,7 @@ def test_gray_images_are_repeated(tmp_path, evaluate):
     np.savez(tmp_path / "color.npz", arr_0=gray.repeat(3, axis=3))
     np.savez(tmp_path / "r.npz", arr_0=pictures(9, seed=1))
     gray_found, color_found = (evaluate(tmp_path / f"{name}.npz", tmp_path / "r.npz") for name in ("gray", "color"))
-    assert gray_found == pytest.approx(color_found, rel=1e-9)
+    assert_same(gray_found, color_found)
 
 
 def test_text_names_extractor_number_and_interval(samples, capsys):
@@ -127,12 +131,33 @@ def test_extractors_of_users(samples, evaluate):
     ):
         assert message in evaluate(samples, samples, "--extractor", name, code=2)
     assert "contain NaN or Inf" in evaluate(samples, samples, "--extractor", "tests.helpers.features:NotFinite", code=3)
-    for name in ("inception", "dinov2"):
-        assert f"--extractor {name}:" in evaluate(samples, samples, "--extractor", f"{name}:/nowhere", code=4) or name
+    assert "not a folder with config.json" in evaluate(samples, samples, "--extractor", "dinov2:/nowhere", code=4)
+
+
+def test_a_checkpoint_is_evaluated_as_its_samples_are(tmp_path, capsys):
+    """The images are those of ``diffmoe sample``; nothing else is printed with --json, and nothing is written."""
+    model = export_untrained(tmp_path / "model")
+    np.savez(tmp_path / "r.npz", arr_0=pictures(9, 32))
+    images = ["--checkpoint", str(model), "--num-images", "6", "--steps", "2", "--seed", "3", "--labels", "random"]
+    rest = ["--reference", str(tmp_path / "r.npz"), "--extractor", AVERAGES, "--json"]
+    assert main(["sample", *images, "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    found = []
+    for source in (images, ["--samples", str(tmp_path / "out" / "samples.npz")]):
+        assert main(["evaluate", *source, *rest]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert_same(*found)
+    assert found[0]["n"] == 6
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["evaluate", *images, "--num-images", "1", *rest]) == 2
+    assert "1 image(s) to generate; metrics need at least 2" in capsys.readouterr().err
 
 
 def test_options_of_generation_need_a_checkpoint(samples, evaluate):
     assert "--steps needs --checkpoint" in evaluate(samples, samples, "--steps", "7", code=2)
+    missing = str(samples.parent / "missing" / "r.npz")
+    assert "the directory does not exist" in evaluate(samples, samples, "--save-reference", missing, code=5)
     assert "--save-reference must end in .npz" in evaluate(samples, samples, "--save-reference", "x", code=2)
 
 
@@ -210,7 +235,7 @@ def test_invalid_statistics_are_refused(samples, tmp_path, evaluate):
         ({"mu": np.zeros((48, 1))}, "expected floats [F] and [F, F]"),
         ({"mu": np.zeros(48, np.int64)}, "expected floats [F] and [F, F]"),
         ({"mu": np.full(48, np.nan)}, "contains NaN or Inf"),
-        ({"sigma": np.eye(48) * np.inf}, "contains NaN or Inf"),
+        ({"sigma": np.full((48, 48), np.inf)}, "contains NaN or Inf"),
         ({"sigma": -np.eye(48)}, "is not a covariance"),
         ({"sigma": indefinite}, "is not a covariance"),
         ({"sigma": np.triu(np.ones((48, 48)))}, "is not a covariance"),

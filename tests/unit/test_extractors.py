@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.efficientnet import SameConv2d
-from diffmoe_ds.evaluation.extractors import DEFAULT, Extractor, load_extractor, resize, to_rgb
+from diffmoe_ds.evaluation.extractors import DEFAULT, Extractor, load_extractor
+from diffmoe_ds.evaluation.outputs import resize, to_rgb
 from tests.helpers.sources import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "efficientnet_lite0.json"

@@ -10,24 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffmoe_ds.checkpoint.export import ModelFileReader, write_model
-from diffmoe_ds.checkpoint.stream import Entry
+from diffmoe_ds.checkpoint.export import ModelFileReader
 from diffmoe_ds.cli import main
-from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.model.init import init_weights
+from tests.helpers.checkpoints import export_untrained
 
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
     """A small untrained model."""
-    torch.manual_seed(0)
-    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
-    init_weights(model, 0, 0)
-    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(tmp_path / "model", entries, model.config, "ema", images=16)
-    return tmp_path / "model"
+    return export_untrained(tmp_path / "model")
 
 
 def refused(folder: Path, capsys, *messages: str) -> None:
