@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.cli.sample_run import (
-    SamplingPlan,
-    batch_generator,
-    describe,
-    dtype_of,
-    load_decoder,
-    load_guide,
-    load_model,
-    plan_sampling,
-)
-from diffmoe_ds.cli.sample_set import Generate
-from diffmoe_ds.data.vae import downsampling, vae_settings
+from diffmoe_ds.checkpoint.export import open_weights
+from diffmoe_ds.cli.generated_images import GeneratedImages
+from diffmoe_ds.cli.sample_run import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks
@@ -38,6 +27,7 @@ from diffmoe_ds.evaluation.evaluate import (
     steps_of,
 )
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
+from diffmoe_ds.evaluation.held_out import HeldOut, read_held_out
 from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
 from diffmoe_ds.evaluation.sharded import ShardedRows
@@ -63,17 +53,20 @@ def run_evaluation(args: argparse.Namespace) -> None:
     reference = rendezvous.raise_on_all_ranks(
         "reference", lambda: open_reference(args.reference, extractor, samples.size)
     )
+    held_out = rendezvous.raise_on_all_ranks("validation", lambda: open_validation(args))
     rendezvous.raise_on_all_ranks("save", lambda: _check_saving(args, reference))
     rendezvous.check_same("extractor name", extractor.name, "loads another --extractor than rank 0.")
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo")
     if isinstance(samples, GeneratedImages):
-        rendezvous.raise_on_all_ranks("model", lambda: samples.load(device))
+        samples.load(device, rendezvous)
     sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
     reference_set = features_of_reference(args, reference, extractor, team, samples.size)
     with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
         result = compute_metrics(sample_set, reference_set, extractor, bar.update)
+    if isinstance(samples, GeneratedImages):
+        result |= metrics_of_model(samples, held_out, team)
     if team.rank == 0:
         print(json.dumps(result) if args.json else "\n".join(metric_lines(result, extractor.is_inception)))
 
@@ -89,55 +82,33 @@ def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
     return GeneratedImages(plan_sampling(args, launch))
 
 
-class GeneratedImages:
-    """Images that a model generates when they are read; implements `Images`."""
+def open_validation(args: argparse.Namespace) -> HeldOut | None:
+    """Return the images of ``--validation``, if it is given: pixels or prepared latents, as the model takes them.
 
-    def __init__(self, plan: SamplingPlan) -> None:
-        """Plan the images; `load` must be called before they are read.
+    Raises:
+        DiffMoEError: they cannot be read or do not fit the model.
+    """
+    if args.validation is None:
+        return None
+    reader = open_weights(args.checkpoint)
+    assert reader is not None, "the samples are planned already"
+    data = reader.config.data.model_copy(update={"vae": None})
+    return read_held_out(reader.config.model_copy(update={"data": data}), args.validation, "--validation")
 
-        Args:
-            plan: the model, its sampler and the images.
 
-        Raises:
-            ConfigError: there are fewer than 2 images.
-        """
-        self._plan = plan
-        self._generate: Generate | None = None
-        side = plan.reader.config.model.input_size
-        if plan.vae is not None:
-            side *= downsampling(vae_settings(plan.vae))
-        self.size = side, side
-        if len(self) < 2:
-            raise ConfigError(f"{len(self)} image(s) to generate; metrics need at least 2.")
+def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:
+    """Return what is known of generated images only: the experts per token, and the loss on held-out images.
 
-    def __len__(self) -> int:
-        return self._plan.images.num_images
+    Every rank must call this.
 
-    def load(self, device: torch.device) -> None:
-        """Load the model. Every rank must call this.
-
-        Raises:
-            DiffMoEError: weights cannot be read.
-        """
-        plan = self._plan
-        if plan.topology.rank == 0:
-            print(describe(plan, dtype_of(plan, device)), file=sys.stderr, flush=True)
-        self._generate = batch_generator(
-            plan, load_model(plan, device), load_guide(plan, device), load_decoder(plan, device)
-        )
-
-    def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 [B, C, H, W].
-
-        Raises:
-            NonFiniteError: an image contains NaN or Inf.
-        """
-        assert self._generate is not None, "load() comes first"
-        for first in range(start, stop, batch_size):
-            set_tf32(True)  # as `diffmoe sample` does
-            pixels = self._generate(range(first, min(first + batch_size, stop)), lambda done, total: None)
-            set_tf32(False)  # features are in full fp32
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    Raises:
+        DiffMoEError: on all ranks, if any cannot read a held-out image.
+    """
+    found: dict[str, Any] = {"capacity": samples.capacity(team)}
+    if held_out is not None:
+        loss = samples.validation_loss(held_out, team)
+        found |= {"validation_loss": loss.mean, "validation_loss_by_noise_level": list(loss.by_noise_level)}
+    return found
 
 
 def features_of_images(images: Images, extractor: Extractor, team: Team, batch_size: int, what: str) -> FeatureSet:
@@ -150,7 +121,7 @@ def features_of_images(images: Images, extractor: Extractor, team: Team, batch_s
         batch_size: images per batch.
         what: names the bar.
     """
-    share = team.share(len(images))
+    share = team.share(len(images), images.together if isinstance(images, GeneratedImages) else 1)
     batches = images.batches(share.start, share.stop, batch_size)
     with _bar(team, len(share), what, "image") as bar:
         return extract_features(extractor, batches, team, bar.update, classify=what == "samples")

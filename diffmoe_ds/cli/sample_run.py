@@ -22,7 +22,7 @@ from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, r
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
-from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, TopologyError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.precision import set_tf32
@@ -101,15 +101,9 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         missing = work.missing()
         if missing:
-            model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
-            guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
-            decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
-            if plan.capacity is not None:
-                key = partial(model_settings, plan, dtype)
-                dial = Dial(plan.capacity, plan.reader, key, plan.settings, plan.batch_size)
-                set_capacity(model, guide, dial, rendezvous)
+            model, generate = load_generator(plan, device, rendezvous)
             with observing(model, CapacityMeter(model)) as meter:
-                work.generate(missing, plan.batch_size, batch_generator(plan, model, guide, decode))
+                work.generate(missing, plan.batch_size, generate)
             print_capacity(meter, plan.capacity, launch)
         work.assemble()
     except DiffMoEError:
@@ -215,6 +209,25 @@ def create_groups(topology: Topology, device: torch.device) -> None:
     from diffmoe_ds.distributed import deepspeed_seam  # imported lazily: only sharded experts need DeepSpeed
 
     deepspeed_seam.init_process_group()  # adopts the group
+
+
+def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezvous) -> tuple[DiT, Generate]:
+    """Load all that generates the plan's images, and calibrate the capacity. Every rank must call this.
+
+    Returns:
+        The model, and the function that generates one batch of the images with it.
+
+    Raises:
+        DiffMoEError: on all ranks, if any cannot load its part.
+    """
+    model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
+    guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
+    decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
+    if plan.capacity is not None:
+        key = partial(model_settings, plan, dtype_of(plan, device))
+        dial = Dial(plan.capacity, plan.reader, key, plan.settings, plan.batch_size)
+        set_capacity(model, guide, dial, rendezvous)
+    return model, batch_generator(plan, model, guide, decode)
 
 
 def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
