@@ -46,7 +46,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     text = "write the statistics of the reference, and up to 50,000 features, to reuse as --reference"
     add("--save-reference", type=Path, metavar="FILE.npz", help=text)
     text = (
-        "with --checkpoint: held-out images or prepared latents, on which the loss of training is computed as well, with "
+        "with --checkpoint: held-out images or prepared latents on which the training loss is computed as well, with "
         "fixed noise and times"
     )
     add("--validation", metavar="DIR|SHARDS", help=text)

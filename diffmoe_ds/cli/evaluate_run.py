@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import open_weights
 from diffmoe_ds.cli.generated_images import GeneratedImages
-from diffmoe_ds.cli.sample_run import plan_sampling
+from diffmoe_ds.cli.sampling_plan import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import join_ranks

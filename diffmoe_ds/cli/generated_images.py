@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.cli.capacity import used_capacity
-from diffmoe_ds.cli.sample_run import SamplingPlan, describe, dtype_of, load_generator
+from diffmoe_ds.cli.sample_model import load_generator
 from diffmoe_ds.cli.sample_set import Generate
+from diffmoe_ds.cli.sampling_plan import SamplingPlan, describe, dtype_of
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.vae import downsampling, vae_settings
 from diffmoe_ds.diffusion.objective import make_objective

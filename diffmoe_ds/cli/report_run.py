@@ -18,8 +18,8 @@ from tqdm import tqdm
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
 from diffmoe_ds.cli.sample_images import parse_classes
-from diffmoe_ds.cli.sample_run import DTYPES, default_dtype
 from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_plan import DTYPES, default_dtype
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
