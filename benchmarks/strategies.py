@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
     models = list(dict.fromkeys((STRATEGIES[name].model, seed) for name, seed in missing))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(args, *job), models))
+        if missing and not _reference(args).is_file():
+            save_reference(args, *models[0])
         list(pool.map(lambda job: evaluate(args, *job), missing))
 
 
@@ -133,14 +135,23 @@ def train(args: argparse.Namespace, model: str, seed: int) -> None:
         _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
 
 
+def save_reference(args: argparse.Namespace, model: str, seed: int) -> None:
+    """Compute the features of the test images once; the command needs a model, which generates two images."""
+    progress("features of the test images")
+    command = [
+        "evaluate", "--checkpoint", str(args.runs / model / f"seed{seed}"), "--num-images", "2", "--steps", "1",
+        "--reference", str(args.data / "test.tar"), "--save-reference", str(_reference(args)), "--json",
+    ]  # fmt: skip
+    _diffmoe(command, 1, stdout=subprocess.PIPE)
+
+
 def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
     """Evaluate a strategy and write its result."""
     progress(f"evaluate {name}, seed {seed}")
     strategy = STRATEGIES[name]
-    test = str(args.data / "test.tar")
     command = [
-        "evaluate", "--checkpoint", str(args.runs / strategy.model / f"seed{seed}"), "--reference", test,
-        "--validation", test, "--num-images", str(args.num_images), "--steps", str(args.steps),
+        "evaluate", "--checkpoint", str(args.runs / strategy.model / f"seed{seed}"), "--reference",
+        str(_reference(args)), "--validation", str(args.data / "test.tar"), "--num-images", str(args.num_images), "--steps", str(args.steps),
         "--batch-size", str(BATCH), "--routing", strategy.routing, *strategy.options, "--json",
     ]  # fmt: skip
     printed = _diffmoe(command, args.jobs, stdout=subprocess.PIPE)
@@ -156,6 +167,11 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
     path = _result(args, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
+
+
+def _reference(args: argparse.Namespace) -> Path:
+    path: Path = args.runs / "reference.npz"
+    return path
 
 
 def _result(args: argparse.Namespace, name: str, seed: int) -> Path:

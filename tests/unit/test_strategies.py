@@ -85,7 +85,8 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     (results).mkdir()
     (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7)))
     assert strategies.main(chosen) == 0
-    assert sorted(command[0] for command in commands) == ["evaluate"] * 3 + ["train"] * 2
+    assert sorted(command[0] for command in commands) == ["evaluate"] * 4 + ["train"] * 2
+    assert [command[0] for command in commands if "--save-reference" in command] == ["evaluate"]
     written = json.loads((results / "EC-static-seed7.json").read_text())
     assert written["frechet"] == 1.5 and written["seed"] == 7 and written["machine"]["command"].endswith("EC-dynamic")
     commands.clear()
