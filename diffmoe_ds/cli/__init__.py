@@ -1,10 +1,11 @@
-"""The command line: ``diffmoe train``, ``sample``, ``evaluate``, ``prepare``, ``checkpoint``, ``plan``, ``config`` and
-``doctor``."""
+"""The command line: ``diffmoe train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``, ``plan``,
+``config`` and ``doctor``."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,6 +25,7 @@ COMMANDS = {
     "prepare": "convert images to shards",
     "plan": "plan parameters, memory, traffic and time of a run",
     "config": "document the keys of a recipe",
+    "report": "describe a run on one HTML page with figures",
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
     """
     configure_torch()
     args = _parser().parse_args(argv)
+    args.command_line = shlex.join(["diffmoe", *(sys.argv[1:] if argv is None else argv)])
     if handle_signals is None:
         handle_signals = argv is None
     listens = handle_signals and args.command == "train"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.load import WeightsReader
@@ -67,6 +68,21 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
     apply(model, found)
 
 
+def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
+    """Return the experts per token of the images of all ranks, fp64 [L]; None without experts or images.
+
+    Every rank must call this.
+
+    Args:
+        meter: has observed this rank's images.
+        world: number of ranks.
+    """
+    counts = meter.counts.cpu()
+    if world > 1:
+        all_reduce(counts)
+    return capacities(counts) if counts.any() else None
+
+
 def print_capacity(meter: CapacityMeter, asked: float | None, launch: Launch) -> None:
     """Print the measured capacity over all ranks on rank 0, unless the model is dense. Every rank must call this.
 
@@ -75,12 +91,9 @@ def print_capacity(meter: CapacityMeter, asked: float | None, launch: Launch) ->
         asked: the requested capacity, if any.
         launch: the ranks.
     """
-    counts = meter.counts.cpu()
-    if launch.world > 1:
-        all_reduce(counts)
-    if launch.rank != 0 or not counts.any():
+    mean_L = used_capacity(meter, launch.world)
+    if launch.rank != 0 or mean_L is None:
         return
-    mean_L = capacities(counts)
     details = [] if asked is None else [f"requested {asked:g}"]
     if len(mean_L) > 1:
         details.append(f"per layer {float(mean_L.min()):.4g} to {float(mean_L.max()):.4g}")

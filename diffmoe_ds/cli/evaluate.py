@@ -45,6 +45,11 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extractor", default="efficientnet-lite0", metavar="NAME", help=text)
     text = "save the statistics of the reference, and the features of up to 50,000 images, for use as --reference"
     add("--save-reference", type=Path, metavar="FILE.npz", help=text)
+    text = (
+        "with --checkpoint: held-out images or prepared latents on which the training loss is computed as well, with "
+        "fixed noise and times"
+    )
+    add("--validation", metavar="DIR|SHARDS", help=text)
     add("--json", action="store_true", help="print one JSON object")
     _add_generation_options(parser)
 
@@ -59,6 +64,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
     require_positive(args, "num_images", "per_class", "batch_size")
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
         raise ConfigError(f"--save-reference must end in .npz, got {args.save_reference}.")
+    if args.checkpoint is None and args.validation is not None:
+        raise ConfigError("--validation needs --checkpoint: a loss needs a model.")
     if args.checkpoint is None:
         _refuse_generation_options(args)
     else:

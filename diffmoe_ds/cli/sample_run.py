@@ -6,68 +6,22 @@ The ranks synchronize errors after each phase, so that no rank waits for a faile
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
-from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
-from diffmoe_ds.cli.capacity import Dial, print_capacity, set_capacity
-from diffmoe_ds.cli.sample_images import ImageSet, choose_images
-from diffmoe_ds.cli.sample_set import Generate, open_set
-from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
+from diffmoe_ds.cli.capacity import print_capacity
+from diffmoe_ds.cli.sample_model import load_generator
+from diffmoe_ds.cli.sample_set import open_set
+from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
-from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
-from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, TopologyError
-from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.precision import set_tf32
-from diffmoe_ds.sampling.capacity import check_capacity
-from diffmoe_ds.sampling.fields import Progress
-from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
-from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
-from diffmoe_ds.sampling.samplers import ADAPTIVE
-from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""The values of ``--dtype``."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS_NAMES = {kind: name for name, kind in WEIGHTS.items()}
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """The resolved arguments."""
-
-    reader: WeightsReader
-    """The model's weights and configuration."""
-    kind: str
-    """Which weights to read: a kind of the reader."""
-    routing: str
-    """The experts' inference rule."""
-    images_compete: bool
-    """Whether an image depends on the rest of its batch."""
-    settings: SamplingSettings
-    dtype: str | None
-    """``fp32``, ``bf16``, or None for the default of the device."""
-    topology: Topology
-    """The ranks and the expert placement."""
-    vae: str | None
-    """The decoder of a latent model."""
-    images: ImageSet
-    """The images to generate."""
-    batch_size: int
-    """Images per batch."""
-    capacity: float | None
-    """Average number of experts per token; None keeps the trained capacity."""
-    guide: SamplingPlan | None = None
-    """How to load the guiding model of autoguidance."""
 
 
 def run_sampling(args: argparse.Namespace) -> None:
@@ -101,105 +55,14 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         missing = work.missing()
         if missing:
-            model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
-            guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
-            decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
-            if plan.capacity is not None:
-                key = partial(model_settings, plan, dtype)
-                dial = Dial(plan.capacity, plan.reader, key, plan.settings, plan.batch_size)
-                set_capacity(model, guide, dial, rendezvous)
+            model, generate = load_generator(plan, device, rendezvous)
             with observing(model, CapacityMeter(model)) as meter:
-                work.generate(missing, plan.batch_size, batch_generator(plan, model, guide, decode))
+                work.generate(missing, plan.batch_size, generate)
             print_capacity(meter, plan.capacity, launch)
         work.assemble()
     except DiffMoEError:
         work.discard_if_empty()
         raise
-
-
-def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
-    """Resolve the arguments against the checkpoint, without loading weights.
-
-    Raises:
-        CheckpointError: the checkpoint does not exist or is damaged.
-        ConfigError: an argument does not fit the model.
-        TopologyError: the experts cannot be sharded over the ranks.
-    """
-    reader = open_weights(args.checkpoint)
-    if reader is None:
-        raise CheckpointError(f"--checkpoint {args.checkpoint}: not a checkpoint, run directory or exported model.")
-    config = reader.config
-    channels = config.model.in_channels
-    if args.vae is not None and channels in PIXEL_CHANNELS:
-        raise ConfigError(f"{reader.path}: the model generates pixels ({channels} channels); omit --vae.")
-    if args.vae is None and channels not in PIXEL_CHANNELS:
-        raise ConfigError(
-            f"{reader.path}: the model generates latents ({channels} channels); pass --vae to decode them to pixels."
-        )
-    settings = resolve_settings(args, config)
-    routing = args.routing or config.inference_choices[0]
-    if args.capacity is not None:
-        check_capacity(args.capacity, routing, config)
-    outline = empty_model(config)
-    outline.set_inference(routing)
-    plan = SamplingPlan(
-        reader=reader,
-        kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
-        routing=routing,
-        images_compete=outline.images_compete,
-        settings=settings,
-        dtype=args.dtype,
-        topology=place_experts(args.experts, launch, config.num_experts),
-        vae=args.vae,
-        images=choose_images(args, reader),
-        batch_size=args.batch_size,
-        capacity=args.capacity,
-    )
-    guide = open_guide(settings, config)
-    if guide is not None:
-        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
-    for each in (plan, plan.guide):
-        if each is not None:
-            check_sharded_sampler(settings, each.topology.ep_size)
-    return plan
-
-
-def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:
-    """Return the plan that loads the guiding model, with its own weights, routing and expert placement.
-
-    Args:
-        plan: the plan of the guided model.
-        reader: the weights of the guiding model.
-        experts: see `place_experts`.
-        launch: the ranks.
-
-    Raises:
-        TopologyError: the guiding model's experts cannot be sharded over the ranks.
-    """
-    config = reader.config
-    topology = place_experts(experts, launch, config.num_experts)
-    routing = config.inference_choices[0]
-    return replace(plan, reader=reader, kind=best_kind(reader), routing=routing, topology=topology)
-
-
-def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
-    """Return the ranks and the expert placement.
-
-    Args:
-        choice: ``gathered``: every rank holds all experts; ``sharded``: EP groups, as large as possible, share them.
-        launch: the ranks.
-        num_experts: E; 1 for a dense model.
-
-    Raises:
-        TopologyError: no EP size above 1 divides both the ranks and the experts.
-    """
-    ep_size = math.gcd(launch.world, num_experts) if choice == "sharded" else 1
-    if choice == "sharded" and ep_size == 1 and launch.world > 1 and num_experts > 1:
-        raise TopologyError(
-            f"--experts sharded needs a number of ranks that has a common divisor with the {num_experts} experts, "
-            f"got {launch.world}; use {num_experts} ranks, or --experts gathered."
-        )
-    return Topology(launch.rank, launch.world, ep_size, num_experts)
 
 
 def create_groups(topology: Topology, device: torch.device) -> None:
@@ -215,125 +78,3 @@ def create_groups(topology: Topology, device: torch.device) -> None:
     from diffmoe_ds.distributed import deepspeed_seam  # imported lazily: only sharded experts need DeepSpeed
 
     deepspeed_seam.init_process_group()  # adopts the group
-
-
-def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
-    """Return the model with this rank's experts, in eval mode on the device. Every rank must call this.
-
-    Raises:
-        CheckpointError: the weights cannot be read.
-        ConfigError: the model does not support the routing.
-    """
-    config, topology = plan.reader.config, plan.topology
-    dtype = dtype_of(plan, device)
-    if topology.ep_size == 1:
-        model = allocate(empty_model(config), device, dtype)
-    else:
-        from diffmoe_ds.training.setup import build_model  # imports DeepSpeed
-
-        # Images compete only within their rank's batch, as when every rank holds all experts.
-        routing = config.routing.model_copy(update={"pool": "rank"})
-        model = build_model(config.model_copy(update={"routing": routing}), topology, device, dtype)
-    model.set_inference(plan.routing)
-    restore_weights(model, plan.reader, topology, plan.kind)
-    return model.eval()
-
-
-def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
-    """Return the guiding model of autoguidance, if any; see `load_model`."""
-    return None if plan.guide is None else load_model(plan.guide, device)
-
-
-def dtype_of(plan: SamplingPlan, device: torch.device) -> torch.dtype:
-    """Return the type of weights and activations."""
-    return DTYPES[plan.dtype] if plan.dtype else default_dtype(device)
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return bf16 on GPUs that support it, as ``"auto"`` does in training, and fp32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
-
-
-def load_decoder(plan: SamplingPlan, device: torch.device) -> Decode:
-    """Return the function that decodes the model's output to pixels in about [-1, 1].
-
-    Raises:
-        ConfigError: the VAE cannot be loaded, or its latents have a different number of channels.
-    """
-    if plan.vae is None:
-        return lambda pixels: pixels
-    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
-
-    vae, channels = VAE(plan.vae, device), plan.reader.config.model.in_channels
-    if vae.settings["latent_channels"] != channels:
-        raise ConfigError(
-            f"--vae {plan.vae} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
-            f"{channels}."
-        )
-    return vae.decode
-
-
-def batch_generator(plan: SamplingPlan, model: DiT, guide: DiT | None, decode: Decode) -> Generate:
-    """Return the function that generates one batch of the plan's images."""
-
-    def generate(images: range, progress: Progress) -> Pixels:
-        seeds, labels = plan.images.seeds_of(images), plan.images.labels_of(images)
-        ((_, pixels),) = generate_batches(model, labels, seeds, plan.settings, decode, len(images), progress, guide)
-        return pixels
-
-    return generate
-
-
-def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
-    """Return lines that describe the weights and the sampler settings."""
-    settings, reader = plan.settings, plan.reader
-    trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
-    tolerances = settings.tolerances
-    steps = f"{settings.steps} steps"
-    if settings.sampler in ADAPTIVE:
-        steps = f"tolerances {tolerances.rtol:g} and {tolerances.atol:g}"
-    how = [settings.sampler, steps, f"guidance {settings.cfg_scale:g}"]
-    if settings.guidance_interval is not None:
-        how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
-    if plan.guide is not None:
-        how.append(f"by {plan.guide.reader.path}")
-    if reader.config.num_experts > 1:
-        how.append(f"routing {plan.routing}")
-    model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
-    return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
-
-
-def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything but the capacity that determines the model's output for a seed and a class."""
-    found = {
-        "checkpoint": _identity(plan.reader),
-        "weights": WEIGHTS_NAMES[plan.kind],
-        **{name: value for name, value in asdict(plan.settings).items() if name != "tolerances"},
-        **asdict(plan.settings.tolerances),
-        "routing": plan.routing,
-        "dtype": DTYPE_NAMES[dtype],
-    }
-    if plan.guide is not None:
-        found["autoguidance"] = _identity(plan.guide.reader)
-    return found
-
-
-def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that determines the bytes of the images, keyed by option name."""
-    images = plan.images
-    found = {
-        **model_settings(plan, dtype),
-        "capacity": plan.capacity,
-        "vae": plan.vae,
-        "num_images": images.num_images,
-        "seed": images.seed,
-        "classes": images.classes,
-        "labels": images.labels,
-    }
-    if plan.images_compete:
-        found["batch_size"] = plan.batch_size
-    return found
-
-
-def _identity(reader: WeightsReader) -> str:
-    return f"{reader.path.name} (SHA-256 {digest_of(reader)[:16]})"

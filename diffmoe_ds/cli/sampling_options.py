@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from diffmoe_ds.sampling.generate import SamplingSettings
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the sampler, guidance, precision and routing."""
+def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | None = 1.0) -> None:
+    """Add the options of the sampler, of guidance and of the model's precision and routing.
+
+    Args:
+        parser: of the command.
+        cfg_scale: default of ``--cfg-scale``; None for ``sample.cfg_scale`` of the run.
+    """
     _add_sampler_options(parser)
-    _add_guidance_options(parser)
+    _add_guidance_options(parser, cfg_scale)
     add = parser.add_argument
     text = (
         "how experts choose tokens (default: the model's own default). per_token decides independently for each token, "
@@ -63,10 +68,11 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add("--atol", type=float, default=1e-6, metavar="A", help=text)
 
 
-def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
+def _add_guidance_options(parser: argparse.ArgumentParser, cfg_scale: float | None) -> None:
     add = parser.add_argument
-    text = "guidance scale; 1 disables guidance (default: %(default)s)"
-    add("--cfg-scale", type=float, default=1.0, metavar="G", help=text)
+    default = "the run's sample.cfg_scale" if cfg_scale is None else "%(default)s"
+    text = f"guidance scale; 1 disables guidance (default: {default})"
+    add("--cfg-scale", type=float, default=cfg_scale, metavar="G", help=text)
     text = "guided channels (default: all for flow, the first 3 for ddpm, as in DiT and in the reference code)"
     add("--guide-channels", type=_channels, metavar="all|C", help=text)
     text = (
@@ -88,7 +94,7 @@ def check_sampling_numbers(args: argparse.Namespace) -> None:
         ConfigError: a number is out of range.
     """
     require_positive(args, "batch_size", "steps")
-    if not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
+    if args.cfg_scale is not None and not (math.isfinite(args.cfg_scale) and args.cfg_scale >= 0):
         raise ConfigError(f"--cfg-scale must be a finite number of at least 0, got {args.cfg_scale}.")
 
 
@@ -111,7 +117,7 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
     settings = SamplingSettings(
         sampler=args.sampler or make_objective(config.objective.kind).samplers[0],
         steps=args.steps,
-        cfg_scale=args.cfg_scale,
+        cfg_scale=config.sample.cfg_scale if args.cfg_scale is None else args.cfg_scale,
         guide_channels=args.guide_channels,
         guidance_interval=None if args.guidance_interval is None else tuple(args.guidance_interval),
         autoguidance=None if args.autoguidance is None else str(args.autoguidance),

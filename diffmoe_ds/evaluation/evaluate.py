@@ -35,9 +35,16 @@ class Team:
     world: int = 1
     """Number of ranks; with more than one, a process group on CPUs is required."""
 
-    def share(self, count: int) -> range:
-        """Return this rank's contiguous share of the images, in rank order."""
-        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+    def share(self, count: int, together: int = 1) -> range:
+        """Return the images of this rank: contiguous, in the order of ranks.
+
+        Args:
+            count: images of all ranks.
+            together: consecutive images that must not be split over ranks.
+        """
+        units = -(-count // together)
+        first, end = (rank * units // self.world * together for rank in (self.rank, self.rank + 1))
+        return range(min(first, count), min(end, count))
 
     def agree(self, action: Callable[[], T]) -> T:
         """Run an action that may fail on one rank; if it fails on any, all raise. Every rank must call this."""

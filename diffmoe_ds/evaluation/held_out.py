@@ -107,18 +107,35 @@ def open_held_out(config: Config) -> HeldOut | None:
             f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set; set it to the "
             "held-out images."
         )
-    path = data.validation_path
+    held_out = read_held_out(config, data.validation_path, "data.validation_path", evaluation.num_images)
+    if evaluation.metrics:
+        check_metrics(config)
+    return held_out
+
+
+def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> HeldOut:
+    """Open held-out images and read the first one, unless it is behind a URL.
+
+    Args:
+        config: of the model.
+        path: the images, in the forms of `data.path`.
+        name: the key or option of the path, for messages.
+        num_images: see `HeldOut`.
+
+    Raises:
+        ConfigError: the images and `data.vae` do not fit together.
+        DataError: the images cannot be read or do not fit the model.
+    """
     try:
-        dataset = open_dataset(config.model_copy(update={"data": data.model_copy(update={"path": path})}))
+        data = config.data.model_copy(update={"path": path})
+        dataset = open_dataset(config.model_copy(update={"data": data}))
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
-        held_out = HeldOut(dataset, config, evaluation.num_images)
+        held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))
     except DataError as error:
-        raise DataError(f"data.validation_path {path}: {error}") from None
-    if evaluation.metrics:
-        check_metrics(config)
+        raise DataError(f"{name} {path}: {error}") from None
     return held_out
 
 

@@ -14,6 +14,8 @@ LABELS = {
     "recall": "recall",
 }
 """Names of the metrics for any features; only a distance between Inception features is called FID."""
+MODEL_LABELS = {"capacity": "experts per token", "validation_loss": "validation loss"}
+"""Names of what is known of images that a model has generated only."""
 INCEPTION_LABELS = {**LABELS, "frechet": "FID", "inception_score": "Inception Score"}
 
 
@@ -36,3 +38,6 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
         else:
             spread = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}"
         yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"
+    for name, label in MODEL_LABELS.items():
+        if result.get(name) is not None:
+            yield f"{label:<17} {result[name]:<9.5g}"

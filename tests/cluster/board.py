@@ -60,8 +60,8 @@ class Board:
 
 
 @contextmanager
-def open_tensorboard(logdir: Path) -> Iterator[Board]:
-    """Run ``tensorboard --logdir LOGDIR`` and a browser; both stop when the context exits."""
+def open_browser() -> Iterator[object]:
+    """Start the system's Chromium; it stops when the context exits."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         skip_or_fail("needs chromium")
@@ -69,24 +69,31 @@ def open_tensorboard(logdir: Path) -> Iterator[Board]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         skip_or_fail("needs playwright: pip install -e '.[cluster]'")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=LIMIT_MS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def open_tensorboard(logdir: Path) -> Iterator[Board]:
+    """Run ``tensorboard --logdir LOGDIR`` and a browser; both stop when the context exits."""
     port = free_port()
     command = [str(Path(sys.executable).parent / "tensorboard"), "--logdir", str(logdir), "--port", str(port)]
-    with (logdir.parent / "tensorboard.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1"], env=clean_environment(), stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _until_loaded(url, logdir.parent / "tensorboard.log")
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=LIMIT_MS)
-            try:
-                yield Board(url, browser.new_page(viewport={"width": 1400, "height": 1200}))
-            finally:
-                browser.close()
-    finally:
-        server.terminate()
-        server.wait(timeout=20)
+    with open_browser() as browser:
+        with (logdir.parent / "tensorboard.log").open("w") as log:
+            server = subprocess.Popen(
+                [*command, "--host", "127.0.0.1"], env=clean_environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _until_loaded(url, logdir.parent / "tensorboard.log")
+            yield Board(url, browser.new_page(viewport={"width": 1400, "height": 1200}))
+        finally:
+            server.terminate()
+            server.wait(timeout=20)
 
 
 def _until_loaded(url: str, log: Path) -> None:

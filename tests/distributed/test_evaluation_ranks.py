@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
+from tests.helpers import sampling
+from tests.helpers.data import numbered_shard
 from tests.helpers.features import assert_same
 from tests.helpers.processes import run_ranks
 
@@ -30,16 +33,39 @@ def test_two_ranks_give_the_numbers_of_one_and_report_errors_once(tmp_path, caps
     alone = json.loads(capsys.readouterr().out)
 
     def evaluate(reference: str, *more: str, code: int = 0) -> str:
-        command = ["-m", "diffmoe_ds.cli", *arguments, str(tmp_path / reference), *options, *more]
-        finished = run_ranks(2, command, timeout=120)
-        assert finished.code == code and "Traceback" not in finished.output, finished.output
-        return finished.output
+        return on_two_ranks(*arguments, str(tmp_path / reference), *options, *more, code=code)
 
     output = evaluate("reference.tar", "--save-reference", str(tmp_path / "saved.npz"))
-    (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert_same(found, alone)
+    assert_same(result_in(output), alone)
     assert main([*arguments, str(tmp_path / "saved.npz"), *options]) == 0
     assert_same(json.loads(capsys.readouterr().out), alone)
 
     output = evaluate("damaged.tar", code=4)
     assert output.count("diffmoe: error: ") == 1 and "cannot be decoded" in output, output
+
+
+@pytest.mark.slow
+def test_two_ranks_generate_the_images_of_one(tmp_path, capsys):
+    """Images that compete stay in one batch, and both ranks calibrate and compute the validation loss."""
+    model = sampling.write_random_model(tmp_path / "model")
+    held_out = numbered_shard(tmp_path / "held_out.tar", 21)
+    arguments = ["evaluate", "--checkpoint", str(model), "--reference", str(held_out)]
+    arguments += ["--extractor", "tests.helpers.features:Averages", "--num-images", "7", "--steps", "2", "--json"]
+    for chosen in (["--routing", "static"], ["--capacity", "1.5", "--validation", str(held_out)]):
+        assert main([*arguments, *chosen, "--batch-size", "3"]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        for file in tmp_path.rglob("capacity-*.json"):
+            file.unlink()
+        assert_same(result_in(on_two_ranks(*arguments, *chosen, "--batch-size", "3")), alone, rel=1e-4)
+
+
+def on_two_ranks(*arguments: str, code: int = 0) -> str:
+    """Return the output of a command on two ranks."""
+    finished = run_ranks(2, ["-m", "diffmoe_ds.cli", *arguments], timeout=120)
+    assert finished.code == code and "Traceback" not in finished.output, finished.output
+    return finished.output
+
+
+def result_in(output: str) -> dict[str, Any]:
+    (found,) = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return found

@@ -13,7 +13,9 @@ from PIL import Image
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
+from tests.helpers import sampling
 from tests.helpers.checkpoints import export_untrained
+from tests.helpers.data import numbered_shard
 from tests.helpers.features import assert_same
 
 AVERAGES = "tests.helpers.features:Averages"
@@ -147,6 +149,7 @@ def test_a_checkpoint_is_evaluated_as_its_samples_are(tmp_path, capsys):
     for source in (images, ["--samples", str(tmp_path / "out" / "samples.npz")]):
         assert main(["evaluate", *source, *rest]) == 0
         found.append(json.loads(capsys.readouterr().out))
+    assert 0 < found[0].pop("capacity") <= 4
     assert_same(*found)
     assert found[0]["n"] == 6
     assert sorted(tmp_path.rglob("*")) == before
@@ -154,7 +157,26 @@ def test_a_checkpoint_is_evaluated_as_its_samples_are(tmp_path, capsys):
     assert "1 image(s) to generate; metrics need at least 2" in capsys.readouterr().err
 
 
+def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, capsys):
+    model = sampling.write_random_model(tmp_path / "model")
+    np.savez(tmp_path / "r.npz", arr_0=pictures(9, 32))
+    numbered_shard(tmp_path / "held_out.tar", 20)
+    arguments = ["evaluate", "--checkpoint", str(model), "--num-images", "6", "--steps", "2", "--capacity", "2"]
+    arguments += ["--reference", str(tmp_path / "r.npz"), "--extractor", AVERAGES]
+    assert main([*arguments, "--validation", str(tmp_path / "held_out.tar"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["capacity"] == pytest.approx(2, rel=0.05)
+    levels = found["validation_loss_by_noise_level"]
+    assert len(levels) == 10 and found["validation_loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
+    assert main([*arguments, "--validation", str(tmp_path / "held_out.tar")]) == 0
+    assert f"validation loss   {found['validation_loss']:.5g}" in capsys.readouterr().out
+    for path, code in (("/nowhere.tar", 4), (str(tmp_path / "r.npz"), 4)):
+        assert main([*arguments, "--validation", path]) == code
+        assert f"--validation {path}: " in capsys.readouterr().err
+
+
 def test_options_of_generation_need_a_checkpoint(samples, evaluate):
+    assert "--validation needs --checkpoint" in evaluate(samples, samples, "--validation", "x", code=2)
     assert "--steps needs --checkpoint" in evaluate(samples, samples, "--steps", "7", code=2)
     missing = str(samples.parent / "missing" / "r.npz")
     assert "the directory does not exist" in evaluate(samples, samples, "--save-reference", missing, code=5)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffmoe_ds.cli.sample_run import default_dtype, place_experts
 from diffmoe_ds.cli.sampling_options import check_sharded_sampler
+from diffmoe_ds.cli.sampling_plan import default_dtype, place_experts
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective

@@ -45,7 +45,7 @@ RULES = {
         " checkpoint evaluation"
     ),
     "doctor": "config distributed",
-    "evaluation": "config diffusion model distributed data sampling checkpoint",
+    "evaluation": "config diffusion model distributed data sampling planning checkpoint",
     "cli": (
         "config diffusion model model.conditioning moe distributed data data.prepare sampling planning checkpoint"
         " training doctor evaluation"

@@ -1,0 +1,52 @@
+"""``diffmoe report``: one HTML page about a run, and its figures as PNG files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
+from diffmoe_ds.errors import ConfigError
+
+EXAMPLES = """examples:
+  diffmoe report runs/demo --out report
+  diffmoe report runs/demo --images 1000 --steps 50 --cfg-scale 2 --out report
+  diffmoe report runs/L-E16 --checkpoint runs/L-E16/checkpoints/images_000001000000 --vae sd-vae --out report
+  diffmoe report exported --classes 207,360,387 --out report
+"""
+IMAGES, CLASSES = 200, 10
+"""Defaults: about a minute on two CPU cores for the model of the embedded recipe."""
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``diffmoe report``."""
+    add = parser.add_argument
+    text = "run directory; or a checkpoint or an exported model, for a report without curves"
+    add("run_path", type=Path, metavar="RUN", help=text)
+    add("--out", type=Path, required=True, metavar="DIR", help="output directory for report.html and figures/*.png")
+    text = "checkpoint or exported model to generate from (default: the newest checkpoint of RUN)"
+    add("--checkpoint", type=Path, metavar="PATH", help=text)
+    text = "images behind the figures of routing; those for other guidance scales are extra (default: %(default)s)"
+    add("--images", type=int, default=IMAGES, metavar="N", help=text)
+    add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
+    text = "classes to generate, as numbers or names, separated by commas (default: --num-classes, evenly spaced)"
+    add("--classes", metavar="A,B", help=text)
+    add("--num-classes", type=int, default=CLASSES, metavar="M", help="number of classes (default: %(default)s)")
+    add_sampling_options(parser, cfg_scale=None)
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe report``.
+
+    Raises:
+        DiffMoEError: an option is invalid, or the run cannot be read.
+    """
+    require_positive(args, "images", "num_classes")
+    check_sampling_numbers(args)
+    last_seed = 2**64 - 1 - args.images
+    if not 0 <= args.seed <= last_seed:
+        raise ConfigError(f"--seed must be from 0 to {last_seed} with --images {args.images}, got {args.seed}.")
+    from diffmoe_ds.cli.report_run import run_report  # imports torch
+
+    run_report(args)

@@ -1,0 +1,306 @@
+"""Implementation of ``diffmoe report``: read the logs, generate images, draw the figures, write the page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
+from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
+from diffmoe_ds.cli.sample_images import parse_classes
+from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_plan import DTYPES, default_dtype
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed.launch import local_device, resolve_launch
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.evaluation.report.build import Contents, build_page
+from diffmoe_ds.evaluation.report.facts import ModelUse, Sampled
+from diffmoe_ds.evaluation.report.history import History, read_history
+from diffmoe_ds.evaluation.report.page import Page, render
+from diffmoe_ds.evaluation.report.probe import Images, probe
+from diffmoe_ds.evaluation.report.style import styled
+from diffmoe_ds.files import write_text, write_together
+from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.precision import set_tf32
+from diffmoe_ds.sampling.capacity import apply, calibrate, check_capacity
+from diffmoe_ds.sampling.fields import Progress
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
+from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.stream import Decode, generate_batches
+from diffmoe_ds.topology import Topology
+
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+"""Scales in the figure of guidance, besides that of the other images."""
+GUIDED_CLASSES = 8
+"""Largest number of images for each guidance scale."""
+HEAT_MAPS = 16
+"""Largest number of images whose compute per token is kept."""
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """The resolved arguments."""
+
+    run: Path | None
+    """The run directory; None for a checkpoint or an exported model."""
+    reader: WeightsReader | None
+    """The model's weights; None for a run without a checkpoint."""
+    config: Config
+    """Of the run."""
+    classes: tuple[int, ...]
+    """The classes to generate."""
+    settings: SamplingSettings
+    """Sampler and guidance."""
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Write a report.
+
+    Args:
+        args: of `cli.report.add_report_arguments`, with valid numbers.
+
+    Raises:
+        CheckpointError: the run cannot be read, or the report cannot be written.
+        ConfigError: an option does not fit the model.
+    """
+    if resolve_launch().world > 1:
+        raise ConfigError("diffmoe report runs in one process; start it without a launcher.")
+    plan = plan_report(args)
+    _make_folder(args.out)
+    history = History() if plan.run is None else read_history(plan.run)
+    sampled = None if plan.reader is None else sample_images(args, plan, plan.reader)
+    with styled():
+        page = build_page(Contents(str(args.run_path), plan.config, history, sampled, args.command_line))
+        write_report(page, args.out)
+
+
+def plan_report(args: argparse.Namespace) -> ReportPlan:
+    """Resolve the arguments against the run, without loading weights.
+
+    Raises:
+        CheckpointError: there is no run, or its checkpoints are damaged.
+        ConfigError: an option does not fit the model or the run.
+    """
+    path: Path = args.run_path
+    is_run = any((path / name).is_file() for name in ("resolved.yaml", "metrics.jsonl"))
+    if args.checkpoint is not None and not is_run:
+        raise ConfigError(f"--checkpoint {args.checkpoint} belongs to a run, but {path} is not a run directory.")
+    chosen = args.checkpoint or path
+    reader = open_weights(chosen)
+    if reader is None and args.checkpoint is not None:
+        raise CheckpointError(f"--checkpoint {chosen}: not a checkpoint, run directory or exported model.")
+    if reader is not None:
+        config = reader.config
+    elif (path / "resolved.yaml").is_file():
+        config = load_config(str(path / "resolved.yaml"))
+    else:
+        raise CheckpointError(f"{path}: not a run directory, checkpoint or exported model.")
+    if args.vae is not None and config.model.in_channels in PIXEL_CHANNELS:
+        raise ConfigError(f"{path}: the model generates pixels ({config.model.in_channels} channels); omit --vae.")
+    return ReportPlan(
+        run=path if is_run else None,
+        reader=reader,
+        config=config,
+        classes=choose_classes(args, config, (reader.class_names if reader else None) or ()),
+        settings=resolve_settings(args, config),
+    )
+
+
+def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the classes to generate: those of ``--classes``, otherwise evenly spaced ones.
+
+    Args:
+        args: of `cli.report.add_report_arguments`.
+        config: of the run.
+        names: of the classes; empty if they are unknown.
+
+    Raises:
+        ConfigError: a class is not one of the model.
+    """
+    if args.classes is not None:
+        return parse_classes(args.classes, config.model.num_classes, names)
+    count = min(args.num_classes, config.model.num_classes)
+    return tuple(number * config.model.num_classes // count for number in range(count))
+
+
+def sample_images(args: argparse.Namespace, plan: ReportPlan, reader: WeightsReader) -> Sampled:
+    """Generate the images of a report.
+
+    Raises:
+        DiffMoEError: the weights or the VAE cannot be read, or the images contain NaN or Inf.
+    """
+    used = choose_model(args, plan.config, reader)
+    model, guide, decode = load_model(used), load_guide(used, plan.settings), load_decoder(used)
+    thresholds = {
+        block: layer.expert_threshold.tolist()
+        for block, layer in model.moe_layers().items()
+        if layer.capacity_predictor is not None
+    }
+    if args.capacity is not None:
+        apply(model, calibrate(model, plan.settings, args.capacity, guide, args.batch_size))
+    labels = cycle_labels(range(args.images), plan.classes)
+    seeds = [args.seed + image // len(plan.classes) for image in range(args.images)]
+    images = Images(labels, seeds, min(HEAT_MAPS, len(plan.classes), args.images))
+    scales, guided = choose_guidance(plan)
+    batches = math.ceil(args.images / args.batch_size) + len(scales) * math.ceil(len(guided) / args.batch_size)
+    start = time.perf_counter()
+    with tqdm(total=batches * plan.settings.steps, unit="step", desc="report") as bar:
+        progress = progress_of(bar, plan.settings.steps)
+        found = probe(model, images, plan.settings, decode, args.batch_size, progress, guide)
+        pictures_G = {}
+        for scale in scales:
+            settings = replace(plan.settings, cfg_scale=scale)
+            same_seed = torch.tensor(guided), [args.seed] * len(guided)
+            stream = generate_batches(model, *same_seed, settings, decode, args.batch_size, progress, guide)
+            pictures_G[scale] = np.concatenate([pictures for _, pictures in stream])
+    return Sampled(
+        used=used,
+        settings=plan.settings,
+        seed=args.seed,
+        classes=plan.classes,
+        probe=found,
+        guided=guided,
+        pictures_G=pictures_G,
+        thresholds=thresholds,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def choose_model(args: argparse.Namespace, config: Config, reader: WeightsReader) -> ModelUse:
+    """Return how the model is used.
+
+    Raises:
+        ConfigError: the weights are not there, or the model cannot have the capacity.
+    """
+    routing = args.routing or config.inference_choices[0]
+    if args.capacity is not None:
+        check_capacity(args.capacity, routing, config)
+    kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
+    if kind not in reader.kinds():
+        raise ConfigError(f"--weights {args.weights}: {reader.path} holds only the other weights.")
+    device = local_device(resolve_launch())
+    return ModelUse(
+        reader=reader,
+        kind=kind,
+        routing=routing,
+        dtype=DTYPES[args.dtype] if args.dtype else default_dtype(device),
+        device=device,
+        vae=args.vae,
+        capacity=args.capacity,
+    )
+
+
+def choose_guidance(plan: ReportPlan) -> tuple[list[float], list[int]]:
+    """Return the guidance scales to compare and the classes of the images; nothing for a model without guidance."""
+    if plan.config.model.label_dropout == 0 and plan.settings.autoguidance is None:
+        return [], []
+    count = min(GUIDED_CLASSES, len(plan.classes))
+    guided = [plan.classes[number * len(plan.classes) // count] for number in range(count)]
+    return sorted({*GUIDANCE_SCALES, plan.settings.cfg_scale}), guided
+
+
+def load_model(used: ModelUse) -> DiT:
+    """Return the model in eval mode.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        ConfigError: the model does not support the routing.
+    """
+    config = used.reader.config
+    set_tf32(True)
+    model = allocate(empty_model(config), used.device, used.dtype)
+    model.set_inference(used.routing)
+    restore_weights(model, used.reader, Topology(0, 1, 1, config.num_experts), used.kind)
+    return model.eval()
+
+
+def load_guide(used: ModelUse, settings: SamplingSettings) -> DiT | None:
+    """Return the second model of autoguidance, if there is one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it cannot guide the model.
+    """
+    reader = open_guide(settings, used.reader.config)
+    if reader is None:
+        return None
+    return load_model(replace(used, reader=reader, kind=best_kind(reader), routing=reader.config.inference_choices[0]))
+
+
+def load_decoder(used: ModelUse) -> Decode:
+    """Return the function that turns what the model generates into pixels in about [-1, 1].
+
+    Without a VAE, latents become gray or false colors, as in the sample grids of training.
+
+    Raises:
+        ConfigError: the VAE cannot be loaded or decodes another number of channels.
+    """
+    channels = used.reader.config.model.in_channels
+    if channels in PIXEL_CHANNELS:
+        return lambda pixels: pixels
+    if used.vae is None:
+        shown = 3 if channels > 3 else 1
+        return lambda latents: latents[:, :shown] / 4
+    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
+
+    vae = VAE(used.vae, used.device)
+    if vae.settings["latent_channels"] != channels:
+        raise ConfigError(
+            f"--vae {used.vae} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
+            f"{channels}."
+        )
+    return vae.decode
+
+
+def progress_of(bar: tqdm[Any], steps: int) -> Progress:
+    """Return a callback for the steps of several batches in a row.
+
+    Args:
+        bar: counts the steps of all batches.
+        steps: of a batch.
+    """
+    before, last, total_steps = 0, 0.0, bar.total or 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal before, last
+        if done / total < last or last == 1:  # the next batch
+            before += steps
+        last = done / total
+        bar.update(min(before + round(last * steps), total_steps) - bar.n)
+
+    return progress
+
+
+def write_report(page: Page, out: Path) -> None:
+    """Write the figures, then the page; each file appears only once complete.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    files = {drawing.name: drawing.png() for section in page.sections for drawing in section.drawings}
+    writers = {f"{name}.png": partial(_write_bytes, data) for name, data in files.items()}
+    write_together(out / "figures", writers)
+    write_text(out / "report.html", render(page, files))
+    print(f"report in {out / 'report.html'}, {len(files)} figures in {out / 'figures'}")
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--out {path}: cannot create the directory: {error.strerror}.") from None

@@ -1,0 +1,161 @@
+"""Put a report together: which sections, figures and tables a run gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.evaluation.report.curves import threshold_drawings, training_drawings, validation_drawings
+from diffmoe_ds.evaluation.report.facts import (
+    ROUTERS,
+    ModelUse,
+    Sampled,
+    key_numbers,
+    model_table,
+    sampling_table,
+    software_table,
+    training_table,
+)
+from diffmoe_ds.evaluation.report.history import History
+from diffmoe_ds.evaluation.report.page import Page, Section
+from diffmoe_ds.evaluation.report.routing import Routed, compute_drawings, findings, load
+from diffmoe_ds.evaluation.report.samples import class_drawing, guidance_drawing
+from diffmoe_ds.evaluation.report.style import shorten
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+
+EMBEDDED_NAMES = (
+    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+"""Classes of the embedded dataset, Fashion-MNIST."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a report is made from."""
+
+    source: str
+    """The run, as the user named it."""
+    config: Config
+    """Of the run."""
+    history: History
+    """Its logs."""
+    sampled: Sampled | None
+    """Generated images; None for a run without a checkpoint."""
+    command: str
+    """The command line."""
+
+
+def build_page(contents: Contents) -> Page:
+    """Return the page of a report; figures are drawn in the current style."""
+    config, history, sampled = contents.config, contents.history, contents.sampled
+    sections = [_training(history)]
+    if sampled is not None:
+        known = class_names(config, sampled)
+        names = {label: known.get(label, f"class {label}") for label in sampled.classes}
+        sections += [_samples(sampled, names), *_routing(contents, sampled, names)]
+    size = config.model.input_size
+    kind = "pixels" if config.model.in_channels in PIXEL_CHANNELS else "latents"
+    tables = {
+        "Model": model_table(config),
+        "Training": {
+            "run": contents.source,
+            **training_table(config, history, None if sampled is None else sampled.used.reader),
+        },
+    }
+    if sampled is not None:
+        tables["Generated images"] = sampling_table(sampled, class_names(config, sampled))
+    return Page(
+        title=Path(contents.source).resolve().name,
+        subtitle=(
+            f"{config.model.name}, {ROUTERS[config.routing.kind]}, "
+            f"{'rectified flow' if config.objective.kind == 'flow' else 'DDPM'} on {size} by {size} {kind}, "
+            f"trained on {shorten(config.data.path or 'the embedded Fashion-MNIST', 80)}"
+        ),
+        numbers=key_numbers(config, history, sampled),
+        sections=sections,
+        tables={**tables, "Software": software_table()},
+        command=contents.command,
+        notes=notes(config, history, sampled),
+    )
+
+
+def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
+    """Return the names of the classes of the generated images by label; nothing if they are unknown."""
+    known: Sequence[str] = sampled.used.reader.class_names or ()
+    if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_NAMES):
+        known = EMBEDDED_NAMES
+    return {label: known[label] for label in sampled.classes if label < len(known)}
+
+
+def notes(config: Config, history: History, sampled: Sampled | None) -> list[str]:
+    """Return remarks on what a reader would miss or misread."""
+    found = []
+    if sampled is None:
+        found.append("The run has no checkpoint yet, so the report has no images.")
+    elif config.model.in_channels not in PIXEL_CHANNELS and sampled.used.vae is None:
+        found.append(
+            "The model generates latents. Without --vae, pictures show their first three channels, roughly scaled."
+        )
+    if sampled is not None and 0 < sampled.used.reader.images < config.run.total_images and history.rows:
+        share = sampled.used.reader.images / config.run.total_images
+        found.append(
+            f"The checkpoint is from {share:.0%} of the planned training ({sampled.used.reader.images:,} of "
+            f"{config.run.total_images:,} images)."
+        )
+    return found
+
+
+def _training(history: History) -> Section:
+    drawings = [*training_drawings(history), *validation_drawings(history.validation)]
+    text = "Losses and speed over the images that the model was trained on."
+    if not history.rows:
+        text = "Without metrics.jsonl of the run, there are no curves."
+    elif history.validation is None:
+        text += " The run has no validation loss."
+    return Section("Training", text, drawings)
+
+
+def _samples(sampled: Sampled, names: Mapping[int, str]) -> Section:
+    settings = sampled.settings
+    how = f"Sampler {settings.sampler}, {sampled.steps}"
+    guided = f"{how}, guidance scale {settings.cfg_scale:g}"
+    drawings = [class_drawing(sampled.probe, names, sampled.seed, guided)]
+    text = "Images from the first seeds, in the order of the classes."
+    if sampled.pictures_G:
+        shown = guidance_drawing(sampled.pictures_G, sampled.guided, names, f"{how}, seed {sampled.seed}")
+        drawings.append(shown)
+    else:
+        text += " The model was trained without label dropout, so it has no classifier-free guidance."
+    return Section("Samples", text, drawings)
+
+
+def _routing(contents: Contents, sampled: Sampled, names: Mapping[int, str]) -> list[Section]:
+    """Return the sections on experts."""
+    config = contents.config
+    if not sampled.probe.layers:
+        return [Section("Experts", "The model is dense: every token passes the same layers, so nothing is routed.")]
+    routed = Routed(sampled.probe, config.routing.capacity, names, sampled.evidence)
+    compute = compute_drawings(routed)
+    text = f"{_rule(config, sampled.used)} {findings(routed)}"
+    if sampled.settings.cfg_scale != 1:
+        text += " Of the two passes of guidance, the conditional one is shown."
+    experts = [load(routed), *threshold_drawings(contents.history, sampled.thresholds)]
+    return [
+        Section("Compute", text, compute),
+        Section("Experts", "How evenly the experts are used, and what decides which tokens they take.", experts),
+    ]
+
+
+def _rule(config: Config, used: ModelUse) -> str:
+    """Return what decides how many experts a token takes, in a sentence."""
+    capacity, routing = used.capacity or config.routing.capacity, used.routing
+    if config.routing.kind == "token_choice":
+        return f"Every token takes {capacity:g} expert{'s' * (capacity != 1)}: compute is the same everywhere."
+    if routing == "per_token":
+        return "A token takes an expert if the capacity predictor's probability exceeds the expert's threshold."
+    if routing == "dynamic":
+        return "The capacity predictor decides how many tokens an expert takes: those with the best scores."
+    among = "each image" if config.routing.kind == "expert_choice" else "a batch of images at the same noise level"
+    return f"Every expert takes a fixed number of tokens of {among}: those with the best scores."

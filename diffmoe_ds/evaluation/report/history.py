@@ -1,0 +1,165 @@
+"""The history of a run, read from its log files: ``metrics.jsonl``, ``validation.jsonl`` and TensorBoard events.
+
+Every file is optional, and a last line that a killed run left incomplete is ignored.
+
+Legend: P points of a curve, N noise-level bins, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.float64]
+
+CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "grad_norm", "lr", "images_per_s")
+"""The keys of ``metrics.jsonl`` that become curves."""
+MAX_POINTS = 600
+"""Largest number of points of a curve; longer ones are averaged over equal numbers of rows."""
+THRESHOLD_TAG = "threshold/"
+"""Start of the TensorBoard tags of thresholds: ``threshold/block_01/expert_00``."""
+
+
+class Curve(NamedTuple):
+    """A value over the course of training."""
+
+    images_P: Numbers
+    """Images trained on."""
+    value_P: Numbers
+    """The value; its mean over the rows since the last point."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The rows of ``validation.jsonl``."""
+
+    loss: Curve
+    """Loss on held-out images."""
+    by_noise_level: tuple[Curve, ...] = ()
+    """The same by noise level, N curves from clean images to noise."""
+    metrics: Mapping[str, Curve] = field(default_factory=dict)
+    """Metrics of generated images by name, such as ``frechet``."""
+    extractor: str = ""
+    """Name of the features of these metrics; empty if unknown."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the log files of a run say."""
+
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """Training curves by key; some of `CURVES`."""
+    rows: int = 0
+    """Optimizer steps in ``metrics.jsonl``."""
+    seconds: float = 0.0
+    """Time that these steps took."""
+    last: Mapping[str, Any] = field(default_factory=dict)
+    """The last row of ``metrics.jsonl``."""
+    validation: Validation | None = None
+    """None without ``validation.jsonl``."""
+    thresholds: Mapping[str, tuple[Curve, ...]] = field(default_factory=dict)
+    """Thresholds of the experts by layer (``block_01``); empty without TensorBoard files."""
+
+
+def read_history(run: Path) -> History:
+    """Read the log files of a run directory.
+
+    Args:
+        run: the run directory; files that do not exist are left out.
+    """
+    columns: dict[str, list[float]] = defaultdict(list)
+    last: dict[str, Any] = {}
+    seconds, before = 0.0, 0.0
+    for row in _rows(run / "metrics.jsonl"):
+        for key in ("images", *CURVES):
+            columns[key].append(_number(row.get(key)))
+        speed = _number(row.get("images_per_s"))
+        if speed > 0:
+            seconds += max(_number(row["images"]) - before, 0) / speed
+        before, last = _number(row["images"]), row
+    curves = {key: _curve(columns["images"], columns[key]) for key in CURVES if key in columns}
+    return History(
+        curves={key: curve for key, curve in curves.items() if len(curve.images_P)},
+        rows=len(columns["images"]),
+        seconds=seconds,
+        last=last,
+        validation=_validation(list(_rows(run / "validation.jsonl"))),
+        thresholds=_thresholds(run / "tensorboard"),
+    )
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file that count images; nothing if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(row, dict) and math.isfinite(_number(row.get("images"))):
+                    yield row
+    except OSError:
+        return
+
+
+def _number(value: Any) -> float:
+    """Return a value of a log row as a float; NaN if it is not a number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _curve(images: list[float], values: list[float]) -> Curve:
+    """Return the finite points of a curve, averaged so that at most `MAX_POINTS` remain."""
+    images_P, value_P = np.array(images, np.float64), np.array(values, np.float64)
+    kept = np.isfinite(value_P)
+    images_P, value_P = images_P[kept], value_P[kept]
+    if len(value_P) > MAX_POINTS:
+        starts = np.linspace(0, len(value_P), MAX_POINTS, endpoint=False).astype(int)
+        sizes = np.diff(np.append(starts, len(value_P)))
+        images_P = images_P[starts + sizes - 1]
+        value_P = np.add.reduceat(value_P, starts) / sizes
+    return Curve(images_P, value_P)
+
+
+def _validation(rows: list[dict[str, Any]]) -> Validation | None:
+    if not rows:
+        return None
+    images = [float(row["images"]) for row in rows]
+    levels = [row.get("validation_loss_by_noise_level") for row in rows]
+    count = max((len(found) for found in levels if isinstance(found, list)), default=0)
+    by_level = []
+    for level in range(count):
+        values = [_number(row[level]) if isinstance(row, list) and level < len(row) else math.nan for row in levels]
+        by_level.append(_curve(images, values))
+    measured = [row["metrics"] if isinstance(row.get("metrics"), dict) else {} for row in rows]
+    metrics = {}
+    for name in dict.fromkeys(name for found in measured for name in found):
+        curve = _curve(images, [_number(found.get(name)) for found in measured])
+        if len(curve.images_P):
+            metrics[name] = curve
+    loss = _curve(images, [_number(row.get("validation_loss")) for row in rows])
+    return Validation(loss, tuple(by_level), metrics, str(measured[-1].get("extractor", "")))
+
+
+def _thresholds(directory: Path) -> dict[str, tuple[Curve, ...]]:
+    """Read the thresholds from TensorBoard event files."""
+    if not directory.is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes half a second
+
+    # a resumed run has several event files; 0 keeps all events
+    events = EventAccumulator(str(directory), {"scalars": 0, "histograms": 1, "images": 1, "tensors": 1})
+    events.Reload()
+    experts: dict[str, list[Curve]] = defaultdict(list)
+    for tag in sorted(tag for tag in events.Tags()["scalars"] if tag.startswith(THRESHOLD_TAG)):
+        found = events.Scalars(tag)
+        experts[tag.split("/")[1]].append(_curve([event.step for event in found], [event.value for event in found]))
+    return {layer: tuple(curves) for layer, curves in experts.items()}

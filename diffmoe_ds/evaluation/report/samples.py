@@ -1,0 +1,65 @@
+"""Figures of generated images: by class, and by guidance scale.
+
+Legend: N images, G guidance scales, H, W height and width, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from diffmoe_ds.evaluation.report.probe import Probe
+from diffmoe_ds.evaluation.report.style import Drawing, PictureRow, picture_sheet, shorten
+from diffmoe_ds.sampling.grid import Pixels
+
+SHOWN_CLASSES = 10
+"""Largest number of classes in a figure."""
+SHOWN_SEEDS = 8
+"""Largest number of images of a class in a figure."""
+
+
+def class_drawing(probe: Probe, names: Mapping[int, str], first_seed: int, settings: str) -> Drawing:
+    """Draw images by class, with the same seeds for all classes.
+
+    Args:
+        probe: images whose classes cycle: all classes of the first seed, then all of the second one, and so on.
+        names: names of the classes by label.
+        first_seed: seed of the first image of each class.
+        settings: sampler and guidance, for the caption.
+    """
+    labels = list(dict.fromkeys(probe.label_N.tolist()))
+    shown = [labels[i] for i in np.unique(np.linspace(0, len(labels) - 1, SHOWN_CLASSES).astype(int))]
+    rows = []
+    for label in shown:
+        found = np.flatnonzero(probe.label_N == label)[:SHOWN_SEEDS]
+        rows.append(PictureRow(shorten(names[label], 16), [probe.picture_NHWC[i] for i in found]))
+    columns = max(len(row.pictures) for row in rows)
+    heads = [f"seed {first_seed + column}" for column in range(columns)]
+    which = "" if len(shown) == len(labels) else f"{len(shown)} of {len(labels)} classes. "
+    caption = (
+        f"{which}One row per class; the images of a column start from the same noise, so they differ by the class "
+        f"alone. {settings}; not selected."
+    )
+    return picture_sheet("samples_by_class", "Generated images by class", caption, rows, heads)
+
+
+def guidance_drawing(
+    pictures_G: Mapping[float, Pixels], labels: Sequence[int], names: Mapping[int, str], settings: str
+) -> Drawing:
+    """Draw the same images at several guidance scales.
+
+    Args:
+        pictures_G: uint8 [N, H, W, C] of each scale.
+        labels: classes of the N images.
+        names: names of the classes by label.
+        settings: sampler and seed, for the caption.
+    """
+    rows = [PictureRow(f"{scale:g}", list(pictures)) for scale, pictures in pictures_G.items()]
+    caption = (
+        "Rows: the scale of classifier-free guidance, where 1 is none; columns: one class each, the same noise in "
+        f"every row. {settings}. Larger scales give more typical and less diverse images, and artifacts in the end."
+    )
+    return picture_sheet(
+        "samples_by_guidance", "Generated images by guidance scale", caption, rows, [names[label] for label in labels]
+    )
