@@ -69,7 +69,7 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
 
 
 def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
-    """Return the experts per token of the images of all ranks, fp64 [L]; None without experts or images.
+    """Return the experts per token over the images of all ranks, fp64 [L]; None without experts or images.
 
     Every rank must call this.
 

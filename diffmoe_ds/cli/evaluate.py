@@ -46,8 +46,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     text = "save the statistics of the reference, and the features of up to 50,000 images, for use as --reference"
     add("--save-reference", type=Path, metavar="FILE.npz", help=text)
     text = (
-        "with --checkpoint: held-out images or prepared latents on which the training loss is computed as well, with "
-        "fixed noise and times"
+        "with --checkpoint: also compute the training loss on these held-out images or prepared latents, with fixed "
+        "noise and times"
     )
     add("--validation", metavar="DIR|SHARDS", help=text)
     add("--json", action="store_true", help="print one JSON object")
@@ -65,7 +65,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     if args.save_reference is not None and args.save_reference.suffix != ".npz":
         raise ConfigError(f"--save-reference must end in .npz, got {args.save_reference}.")
     if args.checkpoint is None and args.validation is not None:
-        raise ConfigError("--validation needs --checkpoint: a loss needs a model.")
+        raise ConfigError("--validation needs --checkpoint: computing the loss needs the model.")
     if args.checkpoint is None:
         _refuse_generation_options(args)
     else:

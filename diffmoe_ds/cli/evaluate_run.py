@@ -83,7 +83,7 @@ def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
 
 
 def open_validation(args: argparse.Namespace) -> HeldOut | None:
-    """Return the images of ``--validation``, if it is given: pixels or prepared latents, as the model takes them.
+    """Return the images of ``--validation``, if set: pixels or prepared latents, as the model expects.
 
     Raises:
         DiffMoEError: they cannot be read or do not fit the model.
@@ -97,12 +97,12 @@ def open_validation(args: argparse.Namespace) -> HeldOut | None:
 
 
 def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:
-    """Return what is known of generated images only: the experts per token, and the loss on held-out images.
+    """Return results that need the model: the experts per token, and the loss on held-out images.
 
     Every rank must call this.
 
     Raises:
-        DiffMoEError: on all ranks, if any cannot read a held-out image.
+        DiffMoEError: on all ranks, if any rank cannot read a held-out image.
     """
     found: dict[str, Any] = {"capacity": samples.capacity(team)}
     if held_out is not None:

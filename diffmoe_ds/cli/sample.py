@@ -52,7 +52,7 @@ def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
     add = parser.add_argument
     add("--num-images", type=int, metavar="N", help=f"images to generate (default: {default:,})")
     add("--seed", type=int, default=0, metavar="S", help="image k has seed S + k (default: %(default)s)")
-    text = "classes to generate, as numbers or names, separated by commas (default: all)"
+    text = "classes to generate, as labels or names, separated by commas (default: all)"
     add("--classes", metavar="A,B", help=text)
     add("--per-class", type=int, metavar="N", help="images per class, instead of --num-images")
     text = (

@@ -19,13 +19,13 @@ from diffmoe_ds.sampling.stream import Decode, generate_batches
 
 
 def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezvous) -> tuple[DiT, Generate]:
-    """Load all that generates the plan's images, and calibrate the capacity. Every rank must call this.
+    """Load the models that generate the plan's images, and calibrate the capacity. Every rank must call this.
 
     Returns:
         The model, and the function that generates one batch of the images with it.
 
     Raises:
-        DiffMoEError: on all ranks, if any cannot load its part.
+        DiffMoEError: on all ranks, if any rank cannot load its part.
     """
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
     guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))

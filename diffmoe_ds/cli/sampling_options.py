@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | None = 1.0) -> None:
-    """Add the options of the sampler, of guidance and of the model's precision and routing.
+    """Add the options for the sampler, guidance, precision and routing.
 
     Args:
-        parser: of the command.
-        cfg_scale: default of ``--cfg-scale``; None for ``sample.cfg_scale`` of the run.
+        parser: the command's parser.
+        cfg_scale: default of ``--cfg-scale``; None uses the run's ``sample.cfg_scale``.
     """
     _add_sampler_options(parser)
     _add_guidance_options(parser, cfg_scale)

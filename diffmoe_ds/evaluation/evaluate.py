@@ -36,11 +36,11 @@ class Team:
     """Number of ranks; with more than one, a process group on CPUs is required."""
 
     def share(self, count: int, together: int = 1) -> range:
-        """Return the images of this rank: contiguous, in the order of ranks.
+        """Return this rank's contiguous share of the images, in rank order.
 
         Args:
-            count: images of all ranks.
-            together: consecutive images that must not be split over ranks.
+            count: number of images over all ranks.
+            together: number of consecutive images that must not be split over ranks.
         """
         units = -(-count // together)
         first, end = (rank * units // self.world * together for rank in (self.rank, self.rank + 1))

@@ -117,9 +117,9 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
     """Open held-out images and read the first one, unless it is behind a URL.
 
     Args:
-        config: of the model.
-        path: the images, in the forms of `data.path`.
-        name: the key or option of the path, for messages.
+        config: the model's configuration.
+        path: the images, in any form that `data.path` accepts.
+        name: name of the key or option, for messages.
         num_images: see `HeldOut`.
 
     Raises:

@@ -15,7 +15,7 @@ LABELS = {
 }
 """Names of the metrics for any features; only a distance between Inception features is called FID."""
 MODEL_LABELS = {"capacity": "experts per token", "validation_loss": "validation loss"}
-"""Names of what is known of images that a model has generated only."""
+"""Names of the results that need the model."""
 INCEPTION_LABELS = {**LABELS, "frechet": "FID", "inception_score": "Inception Score"}
 
 
