@@ -34,8 +34,8 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 	@echo; echo "Images: $(abspath $(DEMO))/drawn/grid.png"
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
-# torch-fidelity, which one test compares with, needs torchvision. Its build from PyPI does not import beside the CPU build
-# of torch, and diffusers and transformers import it wherever they find it; so it is kept apart from them.
+# One test compares with torch-fidelity, which needs torchvision. The PyPI build of torchvision cannot be imported next
+# to the CPU build of torch, and diffusers and transformers import it if they find it, so it is installed separately.
 $(VENV)/inception: $(VENV)/installed-dev
 	rm -rf $@ && $(PIP) install --quiet --no-deps -c $(CONSTRAINTS) --target $@ torch-fidelity torchvision
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.strategies --data fashion --runs runs/strategies
 
-trains each model and evaluates it with each inference rule, three seeds each, and writes one JSON file for each result
-to ``--results``. What exists is skipped, and an interrupted training resumes, so the same command continues the work.
-``python -m benchmarks.strategies_report`` draws the figures and prints the tables. `benchmarks/README.md` says how to
-build the data.
+trains each model and evaluates it with each inference rule, with three seeds each, and writes one JSON file per result
+to ``--results``. Existing results are skipped and interrupted training resumes, so the same command continues the work.
+``python -m benchmarks.strategies_report`` draws the figures and prints the tables. See `benchmarks/README.md` for how
+to build the data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diffmoe_ds.planning.parameters import count_parameters
 RECIPE = Path(__file__).with_suffix(".yaml")
 RESULTS = Path(__file__).parent / "results" / "strategies"
 BATCH = 50
-"""Images that are generated at once, and that compete under `static` and `dynamic`."""
+"""Images per batch, which compete under `static` and `dynamic`."""
 
 DENSE = ("model.name=Dense-tiny", "routing.kind=dense")
 MODELS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "dense-3x": (*DENSE, "model.depth=6", "model.hidden_size=140"),
     **{f"pool-{images}": (f"routing.pool_images={images}",) for images in (1, 2, 4, 8)},
 }
-"""Values for ``--set`` by model. A dense model of 1.5 (3) times the activated parameters is deeper (and wider)."""
+"""``--set`` values of each model. Dense models with 1.5x (3x) the activated parameters are deeper (and wider)."""
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="directory with train.tar and test.tar")
-    add("--runs", type=Path, required=True, metavar="DIR", help="directory for the run directories, about 60 MB each")
+    add("--runs", type=Path, required=True, metavar="DIR", help="parent directory of the runs, about 60 MB each")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory for the results (default: %(default)s)")
     add("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="seeds of training (default: 0 1 2)")
     add("--num-images", type=int, default=5000, metavar="N", help="images to generate (default: %(default)s)")
     add("--steps", type=int, default=25, metavar="K", help="Euler steps (default: %(default)s)")
-    add("--jobs", type=int, default=2, metavar="J", help="processes at the same time (default: %(default)s)")
+    add("--jobs", type=int, default=2, metavar="J", help="number of parallel processes (default: %(default)s)")
     add("--set", nargs="+", default=[], metavar="a.b=c", help="further overrides of the recipe, such as a shorter run")
     parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
     return run_command(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train and evaluate what is missing.
+    """Train and evaluate the missing models and strategies.
 
     Raises:
         ConfigError: an option is invalid.
         DataError: the data is missing.
-        DiffMoEError: a command has failed; it has printed why.
+        DiffMoEError: a command failed; its output says why.
     """
     require_positive(args, "num_images", "steps", "jobs")
     require_positive_list("--seeds", [seed + 1 for seed in args.seeds])
@@ -180,10 +180,10 @@ def _result(args: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 def _diffmoe(command: Sequence[str], jobs: int, **streams: Any) -> str:
-    """Run ``diffmoe`` with its share of the cores, and return what it prints to a pipe.
+    """Run ``diffmoe`` with its share of the cores, and return its captured output, if any.
 
     Raises:
-        DiffMoEError: it failed.
+        DiffMoEError: the command failed.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

@@ -1,9 +1,9 @@
-"""Tables and figures of `benchmarks/strategies.py`, from the results that are there.
+"""Tables and figures of `benchmarks/strategies.py`, from the available results.
 
     python -m benchmarks.strategies_report --figures docs
 
-prints the tables in Markdown, with the mean over the seeds of training, their standard deviation and the 95% prediction
-interval: where the value of one further seed is expected.
+prints the tables in Markdown, with the mean and standard deviation over the training seeds and the 95% prediction
+interval, in which the value of one more seed is expected.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """The results of every seed, by strategy."""
 
-METRICS = {"frechet": "Fréchet distance", "validation_loss": "validation loss"}
-"""What the figures show, and its name."""
+METRICS = {"frechet": "Frechet distance", "validation_loss": "validation loss"}
+"""Metrics in the figures -> their names."""
 POOLS: dict[float, str] = {**{n: f"pool-{n}-per_token" for n in (1, 2, 4, 8)}, 32: "DiffMoE-per_token"}
-"""Images of a pool -> strategy."""
+"""Images per pool -> strategy."""
 DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 500: "DiffMoE-dynamic-500"}
-"""Images of a batch -> strategy."""
+"""Images per batch -> strategy."""
 COLOUR, GREY = "#1f5a99", "#8a8a8a"
 
 
 class Summary(NamedTuple):
-    """A metric over the seeds of training."""
+    """Statistics of a metric over the training seeds."""
 
     mean: float
     deviation: float
     """Standard deviation; NaN for one seed."""
     low: float
-    """Lower end of the 95% prediction interval for a further seed."""
+    """Lower end of the 95% prediction interval for one more seed."""
     high: float
 
 
@@ -91,7 +91,7 @@ def read_results(directory: Path) -> Results:
             result = json.loads(path.read_text(encoding="utf-8"))
             results[result["strategy"]].append(result)
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure again") from None
+            raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again") from None
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
     return {name: sorted(rows, key=lambda row: int(row["seed"])) for name, rows in results.items()}
@@ -115,7 +115,7 @@ def summarize(values: Sequence[float]) -> Summary:
 def table(results: Results, names: Iterable[str]) -> list[str]:
     """Return the lines of a Markdown table with a row for each strategy."""
     lines = [
-        "| strategy | activated / total parameters | experts per token | Fréchet distance | 95% prediction interval | "
+        "| strategy | activated / total parameters | experts per token | Frechet distance | 95% prediction interval | "
         "validation loss | 95% prediction interval | precision / recall | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -155,8 +155,8 @@ def _cells(rows: Sequence[Mapping[str, Any]], metric: str, digits: int) -> tuple
 
 
 def draw_pools(results: Results) -> Figure:
-    """Draw both metrics against the number of images in a training pool."""
-    figure, panels = _panels("images in a pool during training")
+    """Draw both metrics against the number of images per training pool."""
+    figure, panels = _panels("images per pool in training")
     for axes, metric in zip(panels, METRICS, strict=True):
         _curve(axes, results, POOLS, metric)
     return figure
@@ -164,7 +164,7 @@ def draw_pools(results: Results) -> Figure:
 
 def draw_rules(results: Results) -> Figure:
     """Draw both metrics of `dynamic` against the batch size, with `per_token`, which does not depend on it."""
-    figure, panels = _panels("images that are generated at once")
+    figure, panels = _panels("images per batch")
     for axes, metric in zip(panels, METRICS, strict=True):
         _curve(axes, results, DYNAMIC, metric, label="dynamic")
         rows = results.get("DiffMoE-per_token", [])
@@ -201,7 +201,7 @@ def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _curve(axes: Axes, results: Results, strategies: Mapping[float, str], metric: str, label: str = "mean") -> None:
-    """Draw the mean as a line, every seed as a dot, on a logarithmic axis of the strategies' numbers."""
+    """Draw the mean as a line and every seed as a dot, over a logarithmic axis of the strategies' numbers."""
     from matplotlib.ticker import NullFormatter
 
     found = {x: [row[metric] for row in results[name]] for x, name in strategies.items() if name in results}

@@ -77,14 +77,14 @@ def training_draws(
 
 
 def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, posterior: bool = False) -> TrainingDraws:
-    """Draw the random numbers of one held-out image, the same for every model and seed; it is never mirrored.
+    """Draw the random numbers for one held-out image, the same for every model and seed; it is never mirrored.
 
-    Of any block of `strata` consecutive positions, each image gets the time of another stratum, which is one of
-    `strata` equal parts of [0, 1). A random permutation for each block decides which, so that an order of the images,
-    such as classes that repeat, does not tie a class to a noise level.
+    [0, 1) is divided into `strata` equal parts. In every block of `strata` consecutive positions, each image gets a
+    time from a different part, assigned by a random permutation per block, so that a periodic order of the classes
+    does not tie a class to a noise level.
 
     Args:
-        position: position of the image among those that are evaluated.
+        position: position of the image among the evaluated images.
         shape: (C, H, W) of the noise.
         strata: number of parts.
         posterior: also draw noise for a VAE's posterior.
@@ -92,7 +92,7 @@ def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, post
     block, row = divmod(position, strata)
     stratum = np.random.Generator(philox(1, Purpose.HELD_OUT, block)).permutation(strata)[row]
     rng = np.random.Generator(philox(0, Purpose.HELD_OUT, position))
-    # One of 2^16 mid-points: far enough from the ends of the stratum to stay inside when rounded to float32.
+    # One of 2^16 midpoints: far enough from the ends of the part to stay inside after rounding to float32.
     offset = (rng.integers(2**16) + 0.5) / 2**16
     noise = rng.standard_normal(shape, dtype=np.float32)
     latent = posterior_noise(rng.bit_generator, shape) if posterior else None
@@ -123,7 +123,7 @@ def image_stream(image_seed: int) -> np.random.Generator:
 
 
 def evaluation_stream(seed: int, index: int) -> np.random.Generator:
-    """Return the generator of one random choice of an evaluation: the subsets of KID, the groups of the intervals."""
+    """Return the generator for one random choice of an evaluation, such as a KID subset or an interval's groups."""
     return np.random.Generator(philox(seed, Purpose.EVALUATION, index))
 
 

@@ -1,4 +1,4 @@
-"""Build a WebDataset shard of Fashion-MNIST: by default the embedded one, of the first training images of each class.
+"""Build a WebDataset shard of Fashion-MNIST: by default the embedded one, with the first training images per class.
 
     python -m tools.make_fashion_shard usr/share/datasets/fashion-mnist fashion-mnist-00000.tar.gz
     python -m tools.make_fashion_shard --split train --per-class 0 usr/share/datasets/fashion-mnist train.tar
@@ -63,8 +63,8 @@ def write_shard(source: Path, output: Path, per_class: int = 1000, split: str = 
 
     Args:
         source: directory with the idx files.
-        output: the shard, compressed if its name ends in ``.gz``.
-        per_class: images of each class; 0 for all.
+        output: the shard; compressed if its name ends in ``.gz``.
+        per_class: images per class; 0 for all.
         split: ``train`` or ``test``.
 
     Returns:
@@ -90,7 +90,7 @@ def write_shard(source: Path, output: Path, per_class: int = 1000, split: str = 
 
 @contextmanager
 def open_output(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """Open a file for writing, compressed without a time or name if it ends in ``.gz``."""
+    """Open a file for writing, gzip-compressed without a time or name if it ends in ``.gz``."""
     with open(path, "wb") as file:
         if path.suffix != ".gz":
             yield file
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="directory with {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]")
     parser.add_argument("output", type=Path, help="the .tar.gz or .tar to write")
-    text = "images of each class; 0 for all (default: %(default)s)"
+    text = "images per class; 0 for all (default: %(default)s)"
     parser.add_argument("--per-class", type=int, default=1000, metavar="N", help=text)
     parser.add_argument("--split", choices=FILES, default="train", help="images to use (default: %(default)s)")
     options = parser.parse_args(arguments)

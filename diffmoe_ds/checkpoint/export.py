@@ -209,7 +209,7 @@ def write_model(
         config: configuration of the run that trained the model.
         weights: ``ema`` or ``raw``.
         images: images that the model was trained on.
-        class_names: name of each label, if the labels have names.
+        class_names: name of each label, if labels have names.
 
     Returns:
         The file with the weights.

@@ -45,9 +45,9 @@ class WeightsReader(Protocol):
     config: Config
     """Configuration of the run that trained the model."""
     images: int
-    """Images that the model was trained on; 0 if unknown."""
+    """Number of images that the model was trained on; 0 if unknown."""
     class_names: tuple[str, ...] | None
-    """Name of each label, if the labels have names."""
+    """Name of each label, if labels have names."""
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""

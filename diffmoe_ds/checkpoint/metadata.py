@@ -88,7 +88,7 @@ class CheckpointMetadata:
     deepspeed: dict[str, Any] | None = None
     """Resolved DeepSpeed settings besides the layout; None in checkpoints of versions that did not save them."""
     class_names: tuple[str, ...] | None = None
-    """Name of each label; None if the labels of the training data have no names."""
+    """Name of each label; None if labels have no names."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of ``meta.json``."""
@@ -172,7 +172,7 @@ def stored_config(tree: Any, source: str) -> Config:
 
 
 def stored_names(names: Any, source: str) -> tuple[str, ...] | None:
-    """Return the class names that a checkpoint or an exported model holds, if any.
+    """Return the class names in a checkpoint or an exported model, if any.
 
     Raises:
         CheckpointError: they are not a list of strings.

@@ -8,7 +8,7 @@ from diffmoe_ds.errors import ConfigError
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Check numeric options; those that a subcommand does not have, or that are not given, are skipped.
+    """Check numeric options, skipping those that a subcommand does not have or that are not set.
 
     Args:
         args: the parsed options.

@@ -1,4 +1,4 @@
-"""The option ``--capacity``: calibrate on all ranks or use the kept thresholds, and report the capacity really used.
+"""The option ``--capacity``: calibrate on all ranks or reuse saved thresholds, and report the measured capacity.
 
 Legend: L MoE layers, E experts.
 """
@@ -27,14 +27,14 @@ from diffmoe_ds.sampling.observer import CapacityMeter, capacities
 
 @dataclass(frozen=True)
 class Dial:
-    """What a calibration needs to know besides the models."""
+    """Inputs of a calibration other than the models."""
 
     capacity: float
     """c, valid for the model."""
     reader: WeightsReader
-    """The model's weights, beside which thresholds are kept."""
+    """The model's weights; thresholds are saved next to them."""
     depends_on: Callable[[], Mapping[str, Any]]
-    """Called on rank 0; returns what determines the thresholds besides c, by name, as plain data."""
+    """Called on rank 0; returns everything but c that determines the thresholds, by name, as plain data."""
     settings: SamplingSettings
     """Sampler and guidance."""
     batch_size: int
@@ -42,12 +42,12 @@ class Dial:
 
 
 def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvous) -> None:
-    """Give a model its capacity: by thresholds kept beside the checkpoint, or by a calibration on all ranks.
+    """Set a model's capacity, with thresholds saved next to the checkpoint or a calibration on all ranks.
 
     Args:
         model: in eval mode, with its inference rule set; its thresholds in memory change.
-        guide: the second model of autoguidance.
-        dial: the capacity and all else.
+        guide: the guiding model of autoguidance.
+        dial: the capacity and the other inputs.
         rendezvous: the ranks, which must all call this; the process group exists if there are several.
 
     Raises:
@@ -69,7 +69,7 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
 
 
 def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
-    """Return the experts per token of the images of all ranks, fp64 [L]; None without experts or images.
+    """Return the experts per token over the images of all ranks, fp64 [L]; None without experts or images.
 
     Every rank must call this.
 
@@ -84,17 +84,17 @@ def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
 
 
 def print_capacity(meter: CapacityMeter, asked: float | None, launch: Launch) -> None:
-    """Print on rank 0 the capacity that was used on all ranks, unless the model is dense. Every rank must call this.
+    """Print the measured capacity over all ranks on rank 0, unless the model is dense. Every rank must call this.
 
     Args:
         meter: has observed this rank's images.
-        asked: the capacity that was asked for, if any.
+        asked: the requested capacity, if any.
         launch: the ranks.
     """
     mean_L = used_capacity(meter, launch.world)
     if launch.rank != 0 or mean_L is None:
         return
-    details = [] if asked is None else [f"asked for {asked:g}"]
+    details = [] if asked is None else [f"requested {asked:g}"]
     if len(mean_L) > 1:
         details.append(f"per layer {float(mean_L.min()):.4g} to {float(mean_L.max()):.4g}")
     in_brackets = f" ({'; '.join(details)})" if details else ""
@@ -123,18 +123,18 @@ def _keep(file: CapacityFile, calibration: Calibration) -> str:
     """Write the file if possible, and return a line about the calibration."""
     result = f"reached {calibration.measured:.4g} in {calibration.rounds} rounds"
     if calibration.rounds == 0:
-        return "not needed: all experts take all tokens"
+        return "not needed: every expert takes every token"
     try:
         file.write(calibration)
     except CheckpointError as error:
-        return f"{result}, but the thresholds cannot be kept for the next time: {error}"
-    return f"{result}, thresholds kept in {file.path}"
+        return f"{result}, but the thresholds cannot be saved: {error}"
+    return f"{result}, thresholds saved to {file.path}"
 
 
 def _from_main(
     found: Calibration | None, shape: tuple[int, int], capacity: float, launch: Launch
 ) -> Calibration | None:
-    """Return what rank 0 found, with the same bits on every rank."""
+    """Broadcast what rank 0 found, so that it is bit-identical on every rank."""
     if launch.world == 1:
         return found
     numbers = torch.zeros(3 + shape[0] * shape[1], dtype=torch.float64)

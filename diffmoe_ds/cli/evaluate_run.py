@@ -55,7 +55,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     )
     held_out = rendezvous.raise_on_all_ranks("validation", lambda: open_validation(args))
     rendezvous.raise_on_all_ranks("save", lambda: _check_saving(args, reference))
-    rendezvous.check_same("extractor name", extractor.name, "loads another --extractor than rank 0.")
+    rendezvous.check_same("extractor name", extractor.name, "loads a different --extractor than rank 0.")
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo")
@@ -83,7 +83,7 @@ def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
 
 
 def open_validation(args: argparse.Namespace) -> HeldOut | None:
-    """Return the images of ``--validation``, if it is given: pixels or prepared latents, as the model takes them.
+    """Return the images of ``--validation``, if set: pixels or prepared latents, as the model expects.
 
     Raises:
         DiffMoEError: they cannot be read or do not fit the model.
@@ -97,12 +97,12 @@ def open_validation(args: argparse.Namespace) -> HeldOut | None:
 
 
 def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:
-    """Return what is known of generated images only: the experts per token, and the loss on held-out images.
+    """Return results that need the model: the experts per token, and the loss on held-out images.
 
     Every rank must call this.
 
     Raises:
-        DiffMoEError: on all ranks, if any cannot read a held-out image.
+        DiffMoEError: on all ranks, if any rank cannot read a held-out image.
     """
     found: dict[str, Any] = {"capacity": samples.capacity(team)}
     if held_out is not None:
@@ -119,7 +119,7 @@ def features_of_images(images: Images, extractor: Extractor, team: Team, batch_s
         extractor: the network.
         team: the ranks.
         batch_size: images per batch.
-        what: names the bar.
+        what: label of the bar.
     """
     share = team.share(len(images), images.together if isinstance(images, GeneratedImages) else 1)
     batches = images.batches(share.start, share.stop, batch_size)
@@ -130,7 +130,7 @@ def features_of_images(images: Images, extractor: Extractor, team: Team, batch_s
 def features_of_reference(
     args: argparse.Namespace, reference: Reference, extractor: Extractor, team: Team, size: tuple[int, int]
 ) -> ReferenceSet:
-    """Return statistics and features of the reference, from the file where it has them; save them if asked to.
+    """Return the statistics and features of the reference, reusing those in the file; save them if requested.
 
     Args:
         args: of the command.

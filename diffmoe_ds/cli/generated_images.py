@@ -1,4 +1,4 @@
-"""Images for ``diffmoe evaluate`` that a model generates when they are read, without files."""
+"""Images that a model generates on demand for ``diffmoe evaluate``, without writing files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GeneratedImages:
     """The images of a sampling plan; implements `Images`."""
 
     def __init__(self, plan: SamplingPlan) -> None:
-        """Plan the images; `load` must be called before they are read.
+        """Plan the images; `load` must be called before `batches`.
 
         Args:
             plan: the model, its sampler and the images.
@@ -58,17 +58,17 @@ class GeneratedImages:
 
     @property
     def together(self) -> int:
-        """Images that must be in one batch, because they compete for experts; a rank's share is a multiple of it."""
+        """Number of images that must share a batch because they compete; a rank's share is a multiple of it."""
         return self._plan.batch_size if self._plan.images_compete else 1
 
     def load(self, device: torch.device, rendezvous: Rendezvous) -> None:
         """Load the model. Every rank must call this.
 
         Raises:
-            DiffMoEError: on all ranks, if any cannot load its part.
+            DiffMoEError: on all ranks, if any rank cannot load its part.
         """
         set_tf32(True)
-        with redirect_stdout(sys.stderr):  # stdout is for the result
+        with redirect_stdout(sys.stderr):  # stdout holds only the result
             if self._plan.topology.rank == 0:
                 print(describe(self._plan, dtype_of(self._plan, device)), flush=True)
             self._model, self._generate = load_generator(self._plan, device, rendezvous)
@@ -90,7 +90,7 @@ class GeneratedImages:
             yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def capacity(self, team: Team) -> float | None:
-        """Return the experts per token of all images that were generated; None for a dense model.
+        """Return the experts per token over all generated images; None for a dense model.
 
         Every rank must call this.
         """
@@ -106,7 +106,7 @@ class GeneratedImages:
             team: the ranks.
 
         Raises:
-            DataError: on all ranks, if any cannot read an image.
+            DataError: on all ranks, if any rank cannot read an image.
         """
         assert self._model is not None, "load() comes first"
         batches = held_out.batches(self._plan.batch_size, team.rank, team.world)

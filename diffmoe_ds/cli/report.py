@@ -1,4 +1,4 @@
-"""``diffmoe report``: one HTML page about a run, and its figures as PNG files."""
+"""``diffmoe report``: an HTML page about a run, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="output directory for report.html and figures/*.png")
     text = "checkpoint or exported model to generate from (default: the newest checkpoint of RUN)"
     add("--checkpoint", type=Path, metavar="PATH", help=text)
-    text = "images behind the figures of routing; those for other guidance scales are extra (default: %(default)s)"
+    text = "images for the routing figures; those for other guidance scales are extra (default: %(default)s)"
     add("--images", type=int, default=IMAGES, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
-    text = "classes to generate, as numbers or names, separated by commas (default: --num-classes, evenly spaced)"
+    text = "classes to generate, as labels or names, separated by commas (default: --num-classes, evenly spaced)"
     add("--classes", metavar="A,B", help=text)
     add("--num-classes", type=int, default=CLASSES, metavar="M", help="number of classes (default: %(default)s)")
     add_sampling_options(parser, cfg_scale=None)

@@ -41,11 +41,11 @@ from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
-"""Scales in the figure of guidance, besides that of the other images."""
+"""Scales in the guidance figure, in addition to that of the other images."""
 GUIDED_CLASSES = 8
-"""Largest number of images for each guidance scale."""
+"""Maximum number of images per guidance scale."""
 HEAT_MAPS = 16
-"""Largest number of images whose compute per token is kept."""
+"""Maximum number of images whose compute per token is recorded."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ReportPlan:
     reader: WeightsReader | None
     """The model's weights; None for a run without a checkpoint."""
     config: Config
-    """Of the run."""
+    """The run's configuration."""
     classes: tuple[int, ...]
     """The classes to generate."""
     settings: SamplingSettings
@@ -95,7 +95,7 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
     path: Path = args.run_path
     is_run = any((path / name).is_file() for name in ("resolved.yaml", "metrics.jsonl"))
     if args.checkpoint is not None and not is_run:
-        raise ConfigError(f"--checkpoint {args.checkpoint} belongs to a run, but {path} is not a run directory.")
+        raise ConfigError(f"--checkpoint {args.checkpoint} needs a run, but {path} is not a run directory.")
     chosen = args.checkpoint or path
     reader = open_weights(chosen)
     if reader is None and args.checkpoint is not None:
@@ -123,10 +123,10 @@ def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str
     Args:
         args: of `cli.report.add_report_arguments`.
         config: of the run.
-        names: of the classes; empty if they are unknown.
+        names: names of the classes; empty if unknown.
 
     Raises:
-        ConfigError: a class is not one of the model.
+        ConfigError: the model does not have one of the classes.
     """
     if args.classes is not None:
         return parse_classes(args.classes, config.model.num_classes, names)
@@ -178,17 +178,17 @@ def sample_images(args: argparse.Namespace, plan: ReportPlan, reader: WeightsRea
 
 
 def choose_model(args: argparse.Namespace, config: Config, reader: WeightsReader) -> ModelUse:
-    """Return how the model is used.
+    """Resolve which weights to use, and how to run the model.
 
     Raises:
-        ConfigError: the weights are not there, or the model cannot have the capacity.
+        ConfigError: the weights are missing, or the capacity is invalid for the model.
     """
     routing = args.routing or config.inference_choices[0]
     if args.capacity is not None:
         check_capacity(args.capacity, routing, config)
     kind = best_kind(reader) if args.weights is None else WEIGHTS[args.weights]
     if kind not in reader.kinds():
-        raise ConfigError(f"--weights {args.weights}: {reader.path} holds only the other weights.")
+        raise ConfigError(f"--weights {args.weights}: {reader.path} does not hold these weights.")
     device = local_device(resolve_launch())
     return ModelUse(
         reader=reader,
@@ -202,7 +202,7 @@ def choose_model(args: argparse.Namespace, config: Config, reader: WeightsReader
 
 
 def choose_guidance(plan: ReportPlan) -> tuple[list[float], list[int]]:
-    """Return the guidance scales to compare and the classes of the images; nothing for a model without guidance."""
+    """Return the guidance scales to compare and the classes to use; empty lists for a model without guidance."""
     if plan.config.model.label_dropout == 0 and plan.settings.autoguidance is None:
         return [], []
     count = min(GUIDED_CLASSES, len(plan.classes))
@@ -226,7 +226,7 @@ def load_model(used: ModelUse) -> DiT:
 
 
 def load_guide(used: ModelUse, settings: SamplingSettings) -> DiT | None:
-    """Return the second model of autoguidance, if there is one.
+    """Return the guiding model of autoguidance, if any.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -239,12 +239,12 @@ def load_guide(used: ModelUse, settings: SamplingSettings) -> DiT | None:
 
 
 def load_decoder(used: ModelUse) -> Decode:
-    """Return the function that turns what the model generates into pixels in about [-1, 1].
+    """Return the function that decodes the model's output to pixels in about [-1, 1].
 
-    Without a VAE, latents become gray or false colors, as in the sample grids of training.
+    Without a VAE, latents are shown in gray or false colors, as in the sample grids of training.
 
     Raises:
-        ConfigError: the VAE cannot be loaded or decodes another number of channels.
+        ConfigError: the VAE cannot be loaded, or its latents have a different number of channels.
     """
     channels = used.reader.config.model.in_channels
     if channels in PIXEL_CHANNELS:
@@ -264,11 +264,11 @@ def load_decoder(used: ModelUse) -> Decode:
 
 
 def progress_of(bar: tqdm[Any], steps: int) -> Progress:
-    """Return a callback for the steps of several batches in a row.
+    """Return a progress callback for several consecutive batches.
 
     Args:
         bar: counts the steps of all batches.
-        steps: of a batch.
+        steps: steps per batch.
     """
     before, last, total_steps = 0, 0.0, bar.total or 0
 

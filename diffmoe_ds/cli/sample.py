@@ -31,32 +31,32 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--experts", choices=("gathered", "sharded"), default="gathered", help=text)
     text = (
-        "output directory, on a file system that all ranks share, for the images and grid.png; the same command "
-        "continues an interrupted run"
+        "output directory for the images and grid.png, on a file system that all ranks share; the same command "
+        "resumes an interrupted run"
     )
     add("--out", type=Path, required=True, metavar="DIR", help=text)
     text = (
-        "npz: samples.npz with arr_0, uint8 images [N, H, W, C], and arr_1, labels (default); png: a folder png with "
+        "npz: samples.npz with arr_0, uint8 images [N, H, W, C], and arr_1, labels (default); png: a png folder with "
         "one file per image and labels.csv"
     )
     add("--format", choices=("npz", "png", "both"), default="npz", help=text)
 
 
 def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
-    """Add the options that say which images to generate.
+    """Add the options that select the images to generate.
 
     Args:
         parser: the command's parser.
-        default: images without ``--num-images`` and ``--per-class``; both then stay None.
+        default: number of images without ``--num-images`` and ``--per-class``, for the help text; both stay None.
     """
     add = parser.add_argument
     add("--num-images", type=int, metavar="N", help=f"images to generate (default: {default:,})")
     add("--seed", type=int, default=0, metavar="S", help="image k has seed S + k (default: %(default)s)")
-    text = "classes to generate, as numbers or names, separated by commas (default: all)"
+    text = "classes to generate, as labels or names, separated by commas (default: all)"
     add("--classes", metavar="A,B", help=text)
-    add("--per-class", type=int, metavar="N", help="images of each class, instead of --num-images")
+    add("--per-class", type=int, metavar="N", help="images per class, instead of --num-images")
     text = (
-        "cycle: image k has class k mod the number of classes (default); random: classes are drawn uniformly, as for "
+        "cycle: image k has class k mod the number of classes (default); random: classes are drawn uniformly, as in "
         "ADM's sample files"
     )
     add("--labels", choices=("cycle", "random"), default="cycle", help=text)
@@ -71,7 +71,7 @@ def sample_command(args: argparse.Namespace) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Check what can be checked without the model.
+    """Check the values that can be checked without the model.
 
     Raises:
         ConfigError: a number is out of range.

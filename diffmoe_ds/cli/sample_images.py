@@ -45,7 +45,7 @@ class ImageSet:
 
 
 def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
-    """Resolve the options that say which images to generate.
+    """Resolve the options that select the images to generate.
 
     Args:
         args: of `cli.sample.add_sample_arguments`.
@@ -70,7 +70,7 @@ def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
         if args.labels == "random":
             raise ConfigError(f"--per-class {args.per_class} and --labels random contradict each other; omit one.")
         num_images = args.per_class * len(classes)
-    last_seed = 2**64 - 2 * num_images  # ranks in step may generate further images, which are discarded
+    last_seed = 2**64 - 2 * num_images  # ranks that share experts may generate extra images, which are discarded
     if not 0 <= args.seed <= last_seed:
         raise ConfigError(f"--seed must be from 0 to {last_seed} with {num_images} images, got {args.seed}.")
     return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format)
@@ -80,12 +80,12 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
     """Return the classes of ``--classes``.
 
     Args:
-        text: numbers or names, separated by commas; a number is always a label, even if it is also a name.
+        text: labels or names, separated by commas; a number is always a label, even if it is also a name.
         num_classes: classes of the model.
         names: name of each label; empty if they are unknown.
 
     Raises:
-        ConfigError: one is unknown, out of range or given twice.
+        ConfigError: a class is unknown, out of range or repeated.
     """
     labels = {name.casefold(): label for label, name in enumerate(names)}
     found: list[int] = []
@@ -97,9 +97,9 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
         elif word.casefold() in labels:
             label = labels[word.casefold()]
         else:
-            hint = did_you_mean(word, names) or ("" if names else "the checkpoint records no names of its classes; ")
+            hint = did_you_mean(word, names) or ("" if names else "the checkpoint does not record class names; ")
             raise ConfigError(f"--classes: {word!r} is not known; {hint}valid: 0 to {num_classes - 1}.")
         if label in found:
-            raise ConfigError(f"--classes {text}: class {label} is given twice.")
+            raise ConfigError(f"--classes {text}: class {label} is repeated.")
         found.append(label)
     return tuple(found)

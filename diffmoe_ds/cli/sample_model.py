@@ -19,13 +19,13 @@ from diffmoe_ds.sampling.stream import Decode, generate_batches
 
 
 def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezvous) -> tuple[DiT, Generate]:
-    """Load all that generates the plan's images, and calibrate the capacity. Every rank must call this.
+    """Load the models that generate the plan's images, and calibrate the capacity. Every rank must call this.
 
     Returns:
         The model, and the function that generates one batch of the images with it.
 
     Raises:
-        DiffMoEError: on all ranks, if any cannot load its part.
+        DiffMoEError: on all ranks, if any rank cannot load its part.
     """
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
     guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
@@ -51,7 +51,7 @@ def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
     else:
         from diffmoe_ds.training.setup import build_model  # imports DeepSpeed
 
-        # Images compete with those of the same rank's batch only, as they do where every rank holds all experts.
+        # Images compete only within their rank's batch, as when every rank holds all experts.
         routing = config.routing.model_copy(update={"pool": "rank"})
         model = build_model(config.model_copy(update={"routing": routing}), topology, device, dtype)
     model.set_inference(plan.routing)
@@ -60,7 +60,7 @@ def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
 
 
 def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
-    """Return the second model of autoguidance, if there is one; see `load_model`."""
+    """Return the guiding model of autoguidance, if any; see `load_model`."""
     return None if plan.guide is None else load_model(plan.guide, device)
 
 
@@ -68,7 +68,7 @@ def load_decoder(plan: SamplingPlan, device: torch.device) -> Decode:
     """Return the function that decodes the model's output to pixels in about [-1, 1].
 
     Raises:
-        ConfigError: the VAE cannot be loaded or decodes another number of channels.
+        ConfigError: the VAE cannot be loaded, or its latents have a different number of channels.
     """
     if plan.vae is None:
         return lambda pixels: pixels

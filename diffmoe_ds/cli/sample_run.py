@@ -1,6 +1,6 @@
 """Implementation of ``diffmoe sample``: plan, join the ranks, load the model, generate shards, assemble the results.
 
-The ranks agree on errors after each phase, so that no rank waits for a failed one and the user reads one message.
+The ranks synchronize errors after each phase, so that no rank waits for a failed one and the user sees one message.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_sampling(args: argparse.Namespace) -> None:
 
 
 def create_groups(topology: Topology, device: torch.device) -> None:
-    """Create the process groups: gloo for errors and pixels, and the device's own for rows of sharded experts."""
+    """Create the process groups: gloo for errors and pixels, and the device's backend for rows of sharded experts."""
     if topology.ep_size == 1:
         init_process_group("gloo")
         return

@@ -1,4 +1,4 @@
-"""Options that say how images are generated, for every command that generates them."""
+"""Options that control how images are generated, shared by all commands that generate them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | None = 1.0) -> None:
-    """Add the options of the sampler, of guidance and of the model's precision and routing.
+    """Add the options for the sampler, guidance, precision and routing.
 
     Args:
-        parser: of the command.
-        cfg_scale: default of ``--cfg-scale``; None for ``sample.cfg_scale`` of the run.
+        parser: the command's parser.
+        cfg_scale: default of ``--cfg-scale``; None uses the run's ``sample.cfg_scale``.
     """
     _add_sampler_options(parser)
     _add_guidance_options(parser, cfg_scale)
     add = parser.add_argument
     text = (
-        "how experts choose tokens (default: the first that the model supports). per_token decides for each token "
-        "alone, so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images of a "
-        "batch compete in batch_pool models, so an image changes with --batch-size"
+        "how experts choose tokens (default: the model's own default). per_token decides independently for each token, "
+        "so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images in a batch "
+        "compete in batch_pool models, so an image changes with --batch-size"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
     text = (
-        "average number of experts per token, more than 0 and at most all of them (default: as in training). A "
-        "calibration on the first use finds the thresholds of the experts, which are kept beside the checkpoint"
+        "average number of experts per token, positive and at most the number of experts (default: as in training); "
+        "the first use calibrates the experts' thresholds and saves them next to the checkpoint"
     )
     add("--capacity", type=float, metavar="C", help=text)
     add(
@@ -43,8 +43,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | Non
         metavar="PATH|HUB_ID",
         help="directory or hub ID of the AutoencoderKL that decodes the latents of a latent model",
     )
-    add("--weights", choices=("ema", "raw"), help="EMA or last weights (default: ema if present)")
-    text = "images that a rank generates at once (default: %(default)s)"
+    add("--weights", choices=("ema", "raw"), help="EMA weights or those of the last step (default: ema if present)")
+    text = "images per batch on each rank (default: %(default)s)"
     add("--batch-size", type=int, default=50, metavar="B", help=text)
     text = (
         "precision of the weights and activations (default: bf16 on GPUs that support it, fp32 elsewhere); the sampler "
@@ -55,16 +55,16 @@ def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | Non
 
 def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "sampler steps (default: %(default)s; the paper uses 250); without effect on dopri5"
+    text = "sampler steps (default: %(default)s; the paper uses 250); no effect with dopri5"
     add("--steps", type=int, default=50, metavar="K", help=text)
     text = (
         "flow: euler (default), heun, dopri5 (adaptive steps) or sde (Euler-Maruyama); ddpm: ddpm (ancestral, "
         "default), ddim or dpm (DPM-Solver++)"
     )
     add("--sampler", metavar="NAME", help=text)
-    text = "relative error that a step of dopri5 may make (default: %(default)s)"
+    text = "relative tolerance of dopri5 (default: %(default)s)"
     add("--rtol", type=float, default=1e-3, metavar="R", help=text)
-    text = "absolute error that a step of dopri5 may make (default: %(default)s)"
+    text = "absolute tolerance of dopri5 (default: %(default)s)"
     add("--atol", type=float, default=1e-6, metavar="A", help=text)
 
 
@@ -76,19 +76,19 @@ def _add_guidance_options(parser: argparse.ArgumentParser, cfg_scale: float | No
     text = "guided channels (default: all for flow, the first 3 for ddpm, as in DiT and in the reference code)"
     add("--guide-channels", type=_channels, metavar="all|C", help=text)
     text = (
-        "noise levels, from 0 (clean) to 1 (noise), between which guidance is applied; elsewhere, only the conditional "
-        "pass runs (default: 0 1)"
+        "range of noise levels, from 0 (clean) to 1 (noise), in which guidance is applied; outside it, only the "
+        "conditional pass runs (default: 0 1)"
     )
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     text = (
-        "autoguidance: a smaller or less trained model of the same data, which replaces the unconditional prediction; "
-        "its EMA weights are used if present"
+        "autoguidance: a smaller or less trained model of the same data, whose prediction replaces the unconditional "
+        "one; its EMA weights are used if present"
     )
     add("--autoguidance", type=Path, metavar="PATH", help=text)
 
 
 def check_sampling_numbers(args: argparse.Namespace) -> None:
-    """Check what can be checked without the model.
+    """Check the values that can be checked without the model.
 
     Raises:
         ConfigError: a number is out of range.
@@ -99,7 +99,7 @@ def check_sampling_numbers(args: argparse.Namespace) -> None:
 
 
 def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettings:
-    """Return the settings of the options for a model, with their defaults filled in.
+    """Return the sampling settings for a model, with defaults filled in.
 
     Args:
         args: of `add_sampling_options`, with valid numbers.
@@ -128,26 +128,26 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
 
 
 def check_sharded_sampler(settings: SamplingSettings, ep_size: int) -> None:
-    """Check that ranks which share experts run the same number of forward passes.
+    """Check that ranks that share experts run the same number of forward passes.
 
     Args:
         settings: the settings.
-        ep_size: ranks that share the experts of a model; 1 if each holds all of them.
+        ep_size: number of ranks that share a model's experts; 1 if each rank holds all of them.
 
     Raises:
-        ConfigError: the sampler chooses the number of its forward passes.
+        ConfigError: the sampler's number of forward passes depends on the images.
     """
     from diffmoe_ds.sampling.samplers import ADAPTIVE
 
     if ep_size > 1 and settings.sampler in ADAPTIVE:
         raise ConfigError(
-            f"--sampler {settings.sampler} needs --experts gathered: it runs as many forward passes as a rank's images "
-            "need, but ranks that share experts must run the same number. Or use --sampler heun."
+            f"--sampler {settings.sampler} needs --experts gathered: its number of forward passes depends on a rank's "
+            "images, but ranks that share experts must run the same number; --sampler heun does."
         )
 
 
 def open_guide(settings: SamplingSettings, config: Config) -> WeightsReader | None:
-    """Open the second model of autoguidance.
+    """Open the guiding model of autoguidance.
 
     Args:
         settings: with the model's path.

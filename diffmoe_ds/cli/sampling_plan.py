@@ -36,7 +36,7 @@ class SamplingPlan:
     kind: str
     """Which weights to read: a kind of the reader."""
     routing: str
-    """The inference rule of the experts."""
+    """The experts' inference rule."""
     images_compete: bool
     """Whether an image depends on the rest of its batch."""
     settings: SamplingSettings
@@ -51,9 +51,9 @@ class SamplingPlan:
     batch_size: int
     """Images per batch."""
     capacity: float | None
-    """Average number of experts per token; None leaves the model as it was trained."""
+    """Average number of experts per token; None keeps the trained capacity."""
     guide: SamplingPlan | None = None
-    """How to load the second model of autoguidance."""
+    """How to load the guiding model of autoguidance."""
 
 
 def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
@@ -104,16 +104,16 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
 
 
 def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: Launch) -> SamplingPlan:
-    """Return the plan that loads the second model of autoguidance, with its own weights, routing and placement.
+    """Return the plan that loads the guiding model, with its own weights, routing and expert placement.
 
     Args:
         plan: the plan of the guided model.
-        reader: the weights of the second model.
+        reader: the weights of the guiding model.
         experts: see `place_experts`.
         launch: the ranks.
 
     Raises:
-        TopologyError: the second model's experts cannot be sharded over the ranks.
+        TopologyError: the guiding model's experts cannot be sharded over the ranks.
     """
     config = reader.config
     topology = place_experts(experts, launch, config.num_experts)
@@ -125,7 +125,7 @@ def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
     """Return the ranks and the expert placement.
 
     Args:
-        choice: ``gathered``: every rank holds all experts; ``sharded``: EP groups as large as possible share them.
+        choice: ``gathered``: every rank holds all experts; ``sharded``: EP groups, as large as possible, share them.
         launch: the ranks.
         num_experts: E; 1 for a dense model.
 
@@ -135,8 +135,8 @@ def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
     ep_size = math.gcd(launch.world, num_experts) if choice == "sharded" else 1
     if choice == "sharded" and ep_size == 1 and launch.world > 1 and num_experts > 1:
         raise TopologyError(
-            f"--experts sharded needs a number of ranks that has a common divisor with the {num_experts} experts, got "
-            f"{launch.world}; use {num_experts} ranks, or --experts gathered."
+            f"--experts sharded needs a number of ranks that has a common divisor with the {num_experts} experts, "
+            f"got {launch.world}; use {num_experts} ranks, or --experts gathered."
         )
     return Topology(launch.rank, launch.world, ep_size, num_experts)
 
@@ -147,12 +147,12 @@ def dtype_of(plan: SamplingPlan, device: torch.device) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return bf16 on GPUs that compute in it, as ``"auto"`` does in training, and fp32 elsewhere."""
+    """Return bf16 on GPUs that support it, as ``"auto"`` does in training, and fp32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
-    """Return lines that say which weights generate the images, and how."""
+    """Return lines that describe the weights and the sampler settings."""
     settings, reader = plan.settings, plan.reader
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
     tolerances = settings.tolerances
@@ -171,7 +171,7 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
 
 
 def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that the generated latents or pixels of a seed and class depend on, but for the capacity."""
+    """Return everything but the capacity that determines the model's output for a seed and a class."""
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": WEIGHTS_NAMES[plan.kind],
@@ -186,7 +186,7 @@ def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything that the bytes of the images depend on, by the name of its option."""
+    """Return everything that determines the bytes of the images, keyed by option name."""
     images = plan.images
     found = {
         **model_settings(plan, dtype),

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 
 def did_you_mean(name: object, valid: Collection[str]) -> str:
-    """Return the nearest valid value as the middle of a sentence; empty if none is near."""
+    """Return a "did you mean" fragment with the nearest valid value; empty if none is close."""
     folded = {str(value).casefold(): value for value in valid}  # adamw is AdamW, not Adam
     nearest = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.5)
     return f"did you mean {folded[nearest[0]]!r}? " if nearest else ""

@@ -100,7 +100,7 @@ def _key(name: str, field: dict[str, Any]) -> Key:
             kind, bounds = f"list of {len(items)} {TYPES[items[0]['type']]}s", f"each {range_in_words(items[0])}"
         else:
             *names, last = value["items"]["enum"]
-            kind, bounds = "list of names", f"each {', '.join(names)} or {last}"
+            kind, bounds = "list of names", f"each one of {', '.join(names)} or {last}"
     return Key(name, kind, field.get("default"), choices, bounds, _one_line(field.get("description", "")))
 
 

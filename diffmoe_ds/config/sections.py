@@ -73,9 +73,9 @@ class RoutingConfig(Section):
     """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""
     pool_images: PositiveInteger | None = None
-    """Divide the pool of `batch_pool` in training into pools of this many consecutive images; by default it is not
-    divided. With 1, experts choose from each image as in `expert_choice`. Must divide the micro-batch of a rank, or be
-    a multiple of it that divides the pool. Thresholds still track the whole pool."""
+    """Split the `batch_pool` pool into pools of this many consecutive images in training; by default it is not split.
+    With 1, experts choose tokens within each image, as in `expert_choice`. Must divide the micro-batch size, or be a
+    multiple of it that divides the number of images in the pool. Thresholds still track the whole pool."""
     num_experts: PositiveInteger | None = None
     """Number of experts E per MoE layer; defaults to that of the named model."""
     capacity: PositiveNumber = 1.0
@@ -119,7 +119,7 @@ class DataConfig(Section):
     folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST. A dataset without
     labels needs `model.num_classes: 1`."""
     validation_path: Text | None = None
-    """Held-out images for `eval.every_images`, in the same forms as `path`. They are neither mirrored nor shuffled."""
+    """Held-out images for `eval.every_images`, in any form that `path` accepts; neither mirrored nor shuffled."""
     horizontal_flip: Flag = True
     """Mirror each image with probability 0.5; prepared latents include the latent of the mirrored image for this."""
     num_workers: NonNegativeInteger = 0
@@ -221,17 +221,17 @@ class SampleConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation of the averaged weights on held-out images (`data.validation_path`) during a run."""
+    """Evaluation of the EMA weights on held-out images (`data.validation_path`) during training."""
 
     every_images: NonNegativeInteger = 0
-    """Interval in training images between evaluations, plus one at the end; 0 disables them."""
+    """Interval in training images between evaluations, plus one at the end; 0 disables evaluation."""
     num_images: NonNegativeInteger = 0
-    """Number of held-out images for the validation loss, evenly spaced in the dataset; 0 uses all of them."""
+    """Number of held-out images for the validation loss, evenly spaced in the dataset; 0 uses all images."""
     metrics: Metrics = ()
-    """Metrics of generated images against all held-out images, as computed by `diffmoe evaluate`, such as
-    `[frechet, kid, precision, recall]`. Images are generated as for the sample grids, with the `sample` section."""
+    """Metrics that compare generated images with all held-out images, as in `diffmoe evaluate`, for example
+    `[frechet, kid, precision, recall]`. The `sample` section sets how images are generated, as for sample grids."""
     metric_images: PositiveInteger = 1_000
-    """Number of images to generate for the metrics; values with different numbers are not comparable."""
+    """Number of images to generate for the metrics; values for different numbers of images are not comparable."""
     extractor: Text = "efficientnet-lite0"
     """Feature extractor of the metrics, as in `diffmoe evaluate --extractor`."""
     vae: Text | None = None

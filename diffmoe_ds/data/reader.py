@@ -27,7 +27,7 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> list[str] | None:
-        """Name of each label, if they have names."""
+        """Name of each label, if labels have names."""
 
     @property
     def shard_sizes(self) -> Sequence[int]:

@@ -29,7 +29,7 @@ TRAIN_STEPS = 1000
 """Steps of the process that models are trained on."""
 
 BETAS = (1e-4, 0.02)
-"""First and last variance of the noise that a step adds (DDPM, section 4)."""
+"""Variances of the noise added by the first and last steps (DDPM, section 4)."""
 
 Table = npt.NDArray[Any]
 

@@ -29,7 +29,7 @@ SAMPLERS: dict[str, str] = {
 
 
 NOISE_BINS = 10
-"""Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
+"""Number of bins of the noise level, from 0 (clean) to 1 (pure noise)."""
 
 
 class Objective(Protocol):

@@ -28,7 +28,7 @@ STEM_CHANNELS = 32
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's "SAME" padding: with stride 2, the odd pixel is added at the bottom and right."""
+    """A convolution with TensorFlow's "SAME" padding: an odd pixel of padding is added at the bottom and right."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
@@ -47,7 +47,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """An inverted residual block: expand, convolve each channel, project."""
+    """An inverted residual block: expansion, depthwise convolution, projection."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, kernel: int, expansion: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network up to its logits."""
+    """The full network, which returns pooled features and logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ CONV_OF_NORM = {
     "_bn1": ("_depthwise_conv", "_conv_head"),
     "_bn2": ("_project_conv",),
 }
-"""The convolution before each normalization; a module has at most one of the names."""
+"""Candidate names of the convolution before each normalization; a module has at most one of them."""
 
 
 def load_efficientnet(device: torch.device) -> EfficientNetLite0:
     """Return the network with its ImageNet weights, fp32, in eval mode, channels last.
 
-    Normalizations are folded into the convolutions before them, which takes a quarter off the time on CPUs.
+    Batch norms are folded into the preceding convolutions, which reduces the time on CPUs by a quarter.
 
     Raises:
         ModuleNotFoundError: the package with the weights is not installed.

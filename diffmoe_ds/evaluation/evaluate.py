@@ -1,7 +1,7 @@
-"""Compare images with a reference: features in one pass over the images of each set, then every metric.
+"""Compare images with a reference: extract features in one pass over each set of images, then compute every metric.
 
-Each rank computes the features of a contiguous share of the images and keeps them. Every rank must call these
-functions, and gets the same numbers. Legend: N images, B images of a batch, F features.
+Each rank computes and keeps the features of a contiguous share of the images. Every rank must call these functions,
+and gets the same results. Legend: N images, B images of a batch, F features.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Team:
     rank: int = 0
     """This process's rank."""
     world: int = 1
-    """Number of ranks; above 1, they need a process group on CPUs."""
+    """Number of ranks; with more than one, a process group on CPUs is required."""
 
     def share(self, count: int, together: int = 1) -> range:
-        """Return the images of this rank: contiguous, in the order of ranks.
+        """Return this rank's contiguous share of the images, in rank order.
 
         Args:
-            count: images of all ranks.
-            together: consecutive images that must not be split over ranks.
+            count: number of images over all ranks.
+            together: number of consecutive images that must not be split over ranks.
         """
         units = -(-count // together)
         first, end = (rank * units // self.world * together for rank in (self.rank, self.rank + 1))
@@ -64,7 +64,7 @@ class Team:
 
 
 class FeatureSet(NamedTuple):
-    """What an extractor computed from a set of images."""
+    """Outputs of an extractor for a set of images."""
 
     pooled: ShardedRows
     spatial: ShardedRows | None = None
@@ -77,7 +77,7 @@ class ReferenceSet(NamedTuple):
     pooled: Gaussian
     spatial: Gaussian | None
     features: ShardedRows | None
-    """Without features, there is no KID, precision and recall."""
+    """Required for KID, precision and recall."""
     num_images: int | None
     """N, if known."""
 
@@ -94,10 +94,10 @@ def extract_features(
 
     Args:
         extractor: the network.
-        batches: this rank's images, uint8 [B, C, H, W]; may be none.
+        batches: this rank's images, uint8 [B, C, H, W]; may be empty.
         team: the ranks.
-        progress: called with the images of each batch.
-        classify: keep the logits, too.
+        progress: called with the number of images in each batch.
+        classify: also keep the logits.
 
     Raises:
         DiffMoEError: on all ranks, if any rank cannot read an image or a feature is not finite.
@@ -121,7 +121,7 @@ def extract_features(
     team.repeat(step)
     widths = torch.tensor([part[0].shape[1] if part else 0 for part in parts])
     if team.world > 1:
-        all_reduce(widths, "max")  # a rank without images does not know them
+        all_reduce(widths, "max")  # a rank without images has no widths
     pooled, spatial, logits = (
         team.rows(torch.cat(part) if part else torch.empty(0, width)) if width else None
         for part, width in zip(parts, widths.tolist(), strict=True)
@@ -131,7 +131,7 @@ def extract_features(
 
 
 def gaussian_of(rows: ShardedRows) -> Gaussian:
-    """Return mean and covariance of the rows of all ranks."""
+    """Return the mean and covariance of the rows of all ranks."""
     moments = metrics.total_moments(rows)
     return Gaussian(moments.mean_F, moments.covariance())
 
@@ -144,11 +144,11 @@ def compute_metrics(
     Args:
         samples: features of the evaluated images.
         reference: statistics and features of the reference.
-        extractor: what computed the features.
-        progress: called after each of the `steps_of` parts of the work.
+        extractor: the network that computed the features.
+        progress: called after each step; `steps_of` returns the number of steps.
 
     Returns:
-        Plain numbers, lists of two for intervals, and None for what cannot be computed.
+        Numbers, lists of two numbers for intervals, and None for metrics that cannot be computed.
     """
     result: dict[str, Any] = {
         "extractor": extractor.name,
@@ -179,7 +179,7 @@ def compute_metrics(
 
 
 def steps_of(samples: FeatureSet, reference: ReferenceSet) -> int:
-    """Return how often `compute_metrics` calls its ``progress``."""
+    """Return the number of times that `compute_metrics` calls ``progress``."""
     distances = 1 + (samples.spatial is not None and reference.spatial is not None)
     return distances * min(metrics.GROUPS, len(samples.pooled)) + 2 * (reference.features is not None)
 

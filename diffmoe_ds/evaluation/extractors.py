@@ -25,9 +25,9 @@ class Extractor(Protocol):
     """A network that turns images into features."""
 
     name: str
-    """What identifies it: the same name means the same features. Weights in files are named by their checksum."""
+    """Identifies the features: equal names mean equal features. Weights from files are named by their checksum."""
     is_inception: bool
-    """Whether it is the Inception network of FID; a Frechet distance of other features is not called FID."""
+    """Whether it is FID's Inception network; a Frechet distance of other features is not called FID."""
 
     def extract(self, images_BCHW: Tensor) -> Outputs:
         """Return all outputs for uint8 images [B, 1 or 3, H, W]."""
@@ -40,11 +40,11 @@ def load_extractor(name: str, device: torch.device) -> Extractor:
     """Load an extractor.
 
     Args:
-        name: ``efficientnet-lite0``, ``inception:WEIGHTS_FILE``, ``dinov2:FOLDER``, or ``module:Class`` of the user.
+        name: ``efficientnet-lite0``, ``inception:WEIGHTS_FILE``, ``dinov2:FOLDER``, or a custom ``module:Class``.
         device: where to run it.
 
     Raises:
-        ConfigError: the name is unknown, or its library is not installed or fails.
+        ConfigError: the name is unknown, or its library is not installed or cannot be used.
         DataError: the weights cannot be read.
     """
     kind, _, rest = name.partition(":")
@@ -93,7 +93,7 @@ class EfficientNetExtractor:
 
 
 class DinoExtractor:
-    """DINOv2 from a folder in Hugging Face's format: the CLS token after the final norm."""
+    """DINOv2 from a folder in Hugging Face format: the CLS token after the final norm."""
 
     is_inception = False
 
@@ -110,7 +110,7 @@ class DinoExtractor:
         try:
             kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
             if kind != "dinov2":
-                raise ValueError(f"config.json describes a model of type {kind}, expected dinov2")
+                raise ValueError(f"the model type in config.json must be dinov2, got {kind}")
             network: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except Exception as error:  # transformers and safetensors raise many types
             raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
@@ -134,16 +134,16 @@ class DinoExtractor:
 
 
 class UserExtractor:
-    """A class of the user, ``module:Class``: built without arguments, called with uint8 images, returns [B, F]."""
+    """A custom class, ``module:Class``: constructed without arguments, called with uint8 images, returns [B, F]."""
 
     is_inception = False
 
     def __init__(self, name: str, device: torch.device) -> None:
-        """Import and build the class.
+        """Import and instantiate the class.
 
         Args:
-            name: ``module:Class``; the module is found on ``PYTHONPATH`` or in the current directory.
-            device: where to run it, if it is a module.
+            name: ``module:Class``; the module must be on ``PYTHONPATH`` or in the current directory.
+            device: where to run it, if it is an `nn.Module`.
         """
         module_name, _, class_name = name.partition(":")
         if os.getcwd() not in sys.path:
@@ -151,7 +151,7 @@ class UserExtractor:
         try:
             self._network: Any = getattr(importlib.import_module(module_name), class_name)()
         except Exception as error:  # the user's code may raise anything
-            raise ConfigError(f"--extractor {name}: cannot be built: {one_line(error)}.") from error
+            raise ConfigError(f"--extractor {name}: cannot be instantiated: {one_line(error)}.") from error
         if isinstance(self._network, nn.Module):
             self._network.to(device).eval()
         self.name = name
@@ -162,7 +162,7 @@ class UserExtractor:
 
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
-        """Return its features, at the images' size or at its ``input_img_size``."""
+        """Return the class's features, at the images' size or its ``input_img_size``."""
         images_BCHW = to_rgb(images_BCHW).to(self._device)
         if self._size is not None:
             images_BCHW = resize(images_BCHW, self._size)

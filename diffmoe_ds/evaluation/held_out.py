@@ -24,13 +24,13 @@ from diffmoe_ds.rng import held_out_draws
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 
 MIN_IMAGES = 2
-"""Fewest images of a set; the covariance of their features needs two."""
+"""Minimum number of images in a set; the covariance of their features needs two."""
 
 
 class HeldOut:
-    """N images of a dataset, evenly spaced in its order, which may be sorted by class.
+    """N evenly spaced images of a dataset, which may be sorted by class.
 
-    Their random numbers are functions of their position from 0 to N - 1 alone. Labels are never dropped, images never
+    Their random numbers depend only on their position, from 0 to N - 1. Labels are never dropped, images never
     mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`).
     """
 
@@ -39,8 +39,8 @@ class HeldOut:
 
         Args:
             dataset: the images.
-            config: of the model; with ``data.vae``, batches hold pixels and noise for the posterior.
-            num_images: N; 0 and larger numbers than the dataset has use all images.
+            config: the run's configuration; with ``data.vae``, batches hold pixels and noise for the posterior.
+            num_images: N; 0, or more than the dataset has, uses all images.
 
         Raises:
             DataError: the labels or latents do not fit the model. `batches` raises it for an image that cannot be read
@@ -62,9 +62,9 @@ class HeldOut:
         return self._order.positions
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[MicroBatch]:
-        """Read a rank's share of the images, in the order of the dataset.
+        """Read a rank's share of the images, in dataset order.
 
-        All ranks get the same number of batches of the same sizes. Shares are filled with rows whose `position` is N or
+        All ranks get the same number of batches of the same sizes. Shares are padded with rows whose `position` is N or
         more, which `validation_loss` ignores.
 
         Args:
@@ -91,7 +91,7 @@ def open_held_out(config: Config) -> HeldOut | None:
     """Open the held-out images of a run and read the first one, unless it is behind a URL.
 
     Returns:
-        None if the run does not evaluate.
+        The images; None if the run does not evaluate.
 
     Raises:
         ConfigError: `eval` and `data.validation_path` do not fit together.
@@ -100,11 +100,11 @@ def open_held_out(config: Config) -> HeldOut | None:
     data, evaluation = config.data, config.eval
     if not evaluation.every_images:
         if evaluation.metrics:
-            raise ConfigError("eval.metrics is set, but eval.every_images is 0: set it to the interval in images.")
+            raise ConfigError("eval.metrics is set, but eval.every_images is 0; set it to the interval in images.")
         return None
     if data.validation_path is None:
         raise ConfigError(
-            f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set: set it to the "
+            f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set; set it to the "
             "held-out images."
         )
     held_out = read_held_out(config, data.validation_path, "data.validation_path", evaluation.num_images)
@@ -117,9 +117,9 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
     """Open held-out images and read the first one, unless it is behind a URL.
 
     Args:
-        config: of the model.
-        path: the images, in the forms of `data.path`.
-        name: the key or option of the path, for messages.
+        config: the model's configuration.
+        path: the images, in any form that `data.path` accepts.
+        name: name of the key or option, for messages.
         num_images: see `HeldOut`.
 
     Raises:
@@ -140,10 +140,10 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
 
 
 def decoder_path(config: Config) -> str | None:
-    """Return the VAE that decodes what a model generates for ``eval.metrics``; None for a model of pixels.
+    """Return the VAE that decodes generated latents for ``eval.metrics``; None if the model generates pixels.
 
     Raises:
-        ConfigError: ``eval.vae`` is missing, or superfluous.
+        ConfigError: ``eval.vae`` is missing or not needed.
     """
     channels, vae = config.model.in_channels, config.eval.vae
     if channels in PIXEL_CHANNELS:
@@ -152,7 +152,7 @@ def decoder_path(config: Config) -> str | None:
         return None
     if vae is None and config.data.vae is None:
         raise ConfigError(
-            f"eval.metrics needs eval.vae, because the model generates latents ({channels} channels): set it to the "
+            f"eval.metrics needs eval.vae, because the model generates latents ({channels} channels); set it to the "
             "AutoencoderKL that decodes them."
         )
     return vae or config.data.vae
@@ -162,8 +162,8 @@ def check_metrics(config: Config) -> None:
     """Check that ``eval.metrics`` can be computed: load the extractor and read the configuration of the VAE.
 
     Raises:
-        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model, or a single image
-            would be generated.
+        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model, or
+            ``eval.metric_images`` is less than 2.
         DataError: the extractor's weights cannot be read.
     """
     if config.eval.metric_images < MIN_IMAGES:
@@ -196,5 +196,5 @@ class _EvenlySpaced:
         return min(position, self.positions - 1) * self.images // self.positions
 
     def next_shards(self, position: int) -> tuple[int, ...]:
-        """Prefetch nothing: a shard behind a URL is downloaded when it is read."""
+        """Return nothing to prefetch: a shard behind a URL is downloaded when it is read."""
         return ()

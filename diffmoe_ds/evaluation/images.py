@@ -27,14 +27,14 @@ DECODING_THREADS = 4
 
 
 class Images(Protocol):
-    """Images of one size."""
+    """Images of the same size."""
 
     size: tuple[int, int]
     """Height and width."""
 
     def __len__(self) -> int: ...
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 [B, C, H, W] with the images from `start` up to `stop`, at most `batch_size` at a time."""
+        """Yield images `start` to `stop` - 1 as uint8 [B, C, H, W], at most `batch_size` at a time."""
 
 
 class NpzImages:
@@ -81,8 +81,8 @@ class FileImages:
 
         Args:
             path: a folder, in which images are found at any depth, or shards.
-            size: what each image is brought to, as training would: images of shards that are smaller are padded with
-                zeros, all others are resized and cropped. None: all must have the size of the first.
+            size: size to which images are converted as in training: smaller images in shards are zero-padded, others
+                are resized and cropped. If None, all images must have the size of the first.
 
         Raises:
             DataError: there are fewer than 2 images, they are latents, or the first cannot be decoded.
@@ -95,16 +95,18 @@ class FileImages:
         self._asked = size
         self.size = size or tuple(self._decode(0).shape[1:])
         if size is not None and size[0] != size[1] and tuple(self._decode(0).shape[1:]) != size:
-            raise DataError(f"{path}: images of another size than {size[0]}x{size[1]} can be cropped to squares only.")
+            raise DataError(
+                f"{path}: images must be {size[0]}x{size[1]} pixels; others can only be cropped to squares."
+            )
 
     def __len__(self) -> int:
         return len(self._source)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 [B, 3, H, W]; the next batch is decoded meanwhile.
+        """Yield uint8 [B, 3, H, W], decoding the next batch in the background.
 
         Raises:
-            DataError: an image cannot be decoded, or has another size than the first.
+            DataError: an image cannot be decoded, or differs in size from the first.
         """
         together = min(batch_size, max(1, MAX_BATCH_BYTES // (3 * self.size[0] * self.size[1])))
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
@@ -116,12 +118,12 @@ class FileImages:
                 yield torch.from_numpy(np.stack([future.result() for future in now]))
 
     def _read(self, index: int) -> np.ndarray:
-        """Return an image of the common size, uint8 [3, H, W]."""
+        """Return an image, checked to have the common size, uint8 [3, H, W]."""
         image = self._decode(index)
         if image.shape[1:] != self.size:
             raise DataError(
-                f"{self._source.describe(index)} has {image.shape[1]}x{image.shape[2]} pixels, the first image has "
-                f"{self.size[0]}x{self.size[1]}; the evaluated images must all have the same size."
+                f"{self._source.describe(index)} has {image.shape[1]}x{image.shape[2]} pixels, but the first image "
+                f"has {self.size[0]}x{self.size[1]}; the evaluated images must all have the same size."
             )
         return image
 
@@ -144,7 +146,7 @@ def open_images(path: str, size: tuple[int, int] | None = None) -> Images:
 
     Args:
         path: an .npz file, a folder, or shards.
-        size: for a folder or shards, what the images are brought to; see `FileImages`. An .npz must have this size.
+        size: size to which images of a folder or shards are converted, see `FileImages`; an .npz must have it.
 
     Raises:
         DataError: the images cannot be read or used.
@@ -157,15 +159,15 @@ def open_images(path: str, size: tuple[int, int] | None = None) -> Images:
 
 
 def check_size(path: str, found: tuple[int, int], expected: tuple[int, int] | None) -> None:
-    """Check that reference images have the size of the evaluated ones.
+    """Check that reference images have the same size as the evaluated ones.
 
     Raises:
         DataError: they do not.
     """
     if expected is not None and found != expected:
         raise DataError(
-            f"{path}: the images have {found[0]}x{found[1]} pixels, the evaluated ones {expected[0]}x{expected[1]}; "
-            "resizing would change every metric, so compare images of one size."
+            f"{path}: the images have {found[0]}x{found[1]} pixels, but the evaluated ones {expected[0]}x{expected[1]};"
+            " resizing would change every metric, so compare images of the same size."
         )
 
 

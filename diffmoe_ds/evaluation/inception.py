@@ -1,4 +1,4 @@
-"""The Inception network of FID: TensorFlow's graph of 2015-12-05 as torch-fidelity implements it, an extra.
+"""The Inception network of FID: the TensorFlow graph of 2015-12-05 as implemented by torch-fidelity, an extra.
 
 The outputs are those of ADM's evaluator (arXiv 2105.05233): pool_3, the first 7 channels of mixed_6/conv, and the
 logits without bias. Legend: B images, C channels, H, W height and width.
@@ -23,7 +23,7 @@ WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class InceptionExtractor:
-    """Inception with the user's weights: 2,048 features, 2,023 spatial features, 1,008 logits."""
+    """Inception with weights from a file: 2,048 features, 2,023 spatial features, 1,008 logits."""
 
     is_inception = True
 
@@ -31,12 +31,12 @@ class InceptionExtractor:
         """Load the weights.
 
         Args:
-            path: torch-fidelity's file of weights, of which only tensors are read.
+            path: torch-fidelity's weights file; only tensors are read from it.
             device: where to run it.
 
         Raises:
             ConfigError: torch-fidelity cannot be imported.
-            DataError: the file cannot be read or holds other weights.
+            DataError: the file cannot be read or does not hold these weights.
         """
         network_class = _network_class()
         self._network: nn.Module = _load(network_class, path)
@@ -49,7 +49,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
-        """Return pool_3, spatial features and logits; the network resizes images to 299x299 as TensorFlow did."""
+        """Return pool_3, spatial features and logits; the network resizes images to 299x299 as in TensorFlow."""
         features_BF, logits_BK = self._network(to_rgb(images_BCHW).to(self._device))
         return Outputs(features_BF, self._spatial, logits_BK)
 
@@ -58,16 +58,16 @@ class InceptionExtractor:
         return self.extract(images_BCHW).features_BF
 
     def _keep_spatial(self, _module: nn.Module, _inputs: Any, output_BCHW: Tensor) -> None:
-        # Flattened with the channel last, the order of the means and covariances in ADM's files.
+        # Flattened channels-last, the order of the means and covariances in ADM's files.
         self._spatial = output_BCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
 
 def _network_class() -> Any:
     """Import torch-fidelity's network.
 
-    torch-fidelity imports torchvision, though the network does not need it. torchvision's build from PyPI lacks its own
-    operators next to a CPU build of torch, and its import fails where it declares their shapes; declaring the two
-    operators first lets it pass.
+    torch-fidelity imports torchvision, although the network does not need it. With a CPU build of torch, the PyPI build
+    of torchvision lacks its operators, and its import fails when it registers fake implementations of them; defining
+    the two operators first avoids that.
     """
     try:
         return _import_network()
@@ -82,7 +82,7 @@ def _network_class() -> Any:
                 f"--extractor inception: torchvision does not work with torch {torch.__version__}: {one_line(error)}."
             ) from None
     for name in [name for name in sys.modules if name.partition(".")[0] in ("torchvision", "torch_fidelity")]:
-        del sys.modules[name]  # half imported
+        del sys.modules[name]  # partially imported
     torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return _import_network()
@@ -99,7 +99,7 @@ def _load(network_class: Any, path: Path) -> nn.Module:
     problem = f"--extractor inception:{path}"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        # torch-fidelity would unpickle whatever the file holds, so it gets a copy that was written here.
+        # torch-fidelity would unpickle arbitrary objects, so pass it a copy that holds only tensors.
         copy = io.BytesIO()
         torch.save(state, copy)
         copy.seek(0)
@@ -110,7 +110,7 @@ def _load(network_class: Any, path: Path) -> nn.Module:
         raise DataError(f"{problem}: cannot be read: {error.strerror or one_line(error)}.") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{problem}: does not hold the weights of the Inception graph of 2015 as torch-fidelity publishes them in "
+            f"{problem}: does not hold the weights of the 2015 Inception graph, published by torch-fidelity as "
             f"{WEIGHTS_NAME}: {one_line(error)}."
         ) from None
     return network.eval()

@@ -1,7 +1,7 @@
-"""The metrics, as functions of features in fp64: Frechet distance, KID, Inception Score, precision and recall.
+"""Metrics as functions of features, computed in fp64: Frechet distance, KID, Inception Score, precision and recall.
 
-Features may be plain tensors or `ShardedRows`, whose rows are spread over the ranks; then every rank must call the
-function, and every rank gets the same numbers. Legend: N, M rows, B rows of a block, F features, K classes.
+Features are plain tensors or `ShardedRows`, which are sharded over the ranks; every rank must then call the function,
+and gets the same result. Legend: N, M rows, B rows of a block, F features, K classes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ IS_SPLIT = 5000
 NEIGHBOURS = 3
 """k of precision and recall (Kynkäänniemi et al., arXiv 1904.06991)."""
 GROUPS = 20
-"""Subsamples behind an interval; each leaves out another group of images."""
+"""Number of subsamples for an interval; each leaves out a different group of images."""
 ROUNDING = 1e-12
-"""Squared distances below this, relative to the squared norms, are rounding errors of equal rows."""
+"""Squared distances below this, relative to the squared norms, are treated as rounding errors between equal rows."""
 
-# Index of each use of random numbers; KID uses those from KID_STREAM on.
+# Index of the random stream of each use; KID uses those from KID_STREAM on.
 GROUP_STREAM, KID_STREAM = 0, 1
 
 
@@ -42,7 +42,7 @@ class KID(NamedTuple):
 
     mean: float
     std: float
-    """Standard deviation over the subsets, not of the mean."""
+    """Standard deviation over the subsets, not that of the mean."""
 
 
 class Interval(NamedTuple):
@@ -68,8 +68,8 @@ def frechet_distance(mu1_F: Tensor, sigma1_FF: Tensor, mu2_F: Tensor, sigma2_FF:
 
 
 def factor(sigma_FF: Tensor) -> Tensor:
-    """Return A [F, R] in fp64 with A A^T = sigma, of the rank R of sigma: a Cholesky factor with pivoting."""
-    from scipy.linalg.lapack import dpstrf  # imported lazily, as torch has no Cholesky factor of a singular matrix
+    """Return A [F, R] in fp64 with A A^T = sigma, where R is the rank of sigma, by a pivoted Cholesky factorization."""
+    from scipy.linalg.lapack import dpstrf  # imported lazily; torch has no pivoted Cholesky factorization
 
     sigma_FF = sigma_FF.double().cpu()
     largest = float(sigma_FF.diagonal().max().clamp(min=0))
@@ -81,7 +81,7 @@ def factor(sigma_FF: Tensor) -> Tensor:
 
 
 def frechet_from_factor(mu1_F: Tensor, factor1_FR: Tensor, mu2_F: Tensor, sigma2_FF: Tensor) -> float:
-    """Return the Frechet distance, with A from `factor` for the first covariance.
+    """Return the Frechet distance, given `factor` of the first covariance.
 
     With S1 = A A^T and S2 = B B^T, the eigenvalues of S1^1/2 S2 S1^1/2 are those of (A^T B)(A^T B)^T and, besides
     zeros, of (A^T B)^T (A^T B). The smaller of the two is used: square roots would magnify the rounding of zeros.
@@ -104,7 +104,7 @@ def group_of_rows(count: int, seed: int = 0) -> np.ndarray:
         seed: of the random assignment.
 
     Returns:
-        int64 [N]: a number below min(20, N); -1 for the rest of less than a group, which is never left out.
+        int64 [N]: the group, from 0 to min(20, N) - 1; -1 for the remainder, which is never left out.
     """
     groups = min(GROUPS, count)
     size = count // groups
@@ -117,13 +117,13 @@ def group_of_rows(count: int, seed: int = 0) -> np.ndarray:
 def leave_out_interval(value: float, left_out: list[float], count: int) -> Interval:
     """Return the 95% interval for a metric from subsamples without replacement that omit disjoint groups of rows.
 
-    A statistic of n rows has about the variance s^2/n. If g rows are left out, the values spread by the share of those
-    rows alone: their variance over G disjoint groups is s^2 g/(n - g)^2. The spread is therefore scaled by
+    A statistic of n rows has a variance of about s^2/n. If g rows are left out, only those rows contribute to the
+    spread of the values: their variance over G disjoint groups is s^2 g/(n - g)^2. The spread is therefore scaled by
     (n - g)^2/(n g), the finite-population correction of the delete-a-group jackknife; with n = G g it is (G - 1)^2/G.
     Student's t with G - 1 degrees of freedom gives the width.
 
     Args:
-        value: the metric of all n rows, the center: the subsamples' values are biased by their smaller size.
+        value: the metric of all n rows, used as the center because the subsamples' smaller size biases their values.
         left_out: the metric without each of G groups of `group_of_rows`, G at least 2.
         count: n.
     """
@@ -139,7 +139,7 @@ def leave_out_interval(value: float, left_out: list[float], count: int) -> Inter
 def frechet_interval(
     rows: Rows, mu_F: Tensor, factor_FR: Tensor, value: float, seed: int = 0, progress: Progress | None = None
 ) -> Interval | None:
-    """Return the 95% interval of a Frechet distance over new sets of as many images, for a fixed reference.
+    """Return the 95% interval of a Frechet distance over new sets of the same size, for a fixed reference.
 
     Args:
         rows: features of the evaluated images.
@@ -204,12 +204,12 @@ def inception_score(logits: Rows, split: int = IS_SPLIT, seed: int = 0) -> tuple
     """Return the Inception Score (Salimans et al., arXiv 1606.03498): mean over splits of exp(mean KL(p(y|x), p(y))).
 
     Args:
-        logits: [N, K], in the order of the images.
+        logits: [N, K], in image order.
         split: images per split; the last may be shorter.
         seed: of the random groups.
 
     Returns:
-        The score and its 95% interval by leaving out groups; None for fewer than 3 images.
+        The score and its 95% interval; no interval for fewer than 3 images.
     """
     logits = _sharded(logits)
     group_N = group_of_rows(len(logits), seed)
@@ -235,13 +235,13 @@ def inception_score(logits: Rows, split: int = IS_SPLIT, seed: int = 0) -> tuple
 def precision_recall(samples: Rows, reference: Rows, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Return precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
 
-    Precision is the fraction of samples within the k-th nearest neighbor's distance of any reference image; recall is
-    the fraction of reference images within that of any sample.
+    Precision is the fraction of samples within the k-th-nearest-neighbor distance of any reference image; recall is the
+    fraction of reference images within that of any sample.
 
     Args:
         samples: features [N, F].
         reference: features [M, F].
-        neighbours: k; at most the number of other images in each set is used.
+        neighbours: k, limited to the number of other images in each set.
     """
     samples, reference = _sharded(samples), _sharded(reference)
     inside = [
@@ -256,7 +256,7 @@ def proportion_interval(fraction: float, count: int) -> Interval:
 
     Args:
         fraction: in [0, 1].
-        count: images.
+        count: number of images.
     """
     z2 = 1.959964**2
     center = (fraction + z2 / (2 * count)) / (1 + z2 / count)

@@ -14,8 +14,8 @@ from diffmoe_ds.distributed.collectives import all_gather, all_reduce, get_world
 class Moments:
     """Count, mean and centered sum of outer products of feature rows; fp64 on the CPU.
 
-    Sets are merged by the update of Chan, Golub and LeVeque (1979): subtracting means before squaring keeps the digits
-    that plain sums of squares lose.
+    Sets are merged with the update of Chan, Golub and LeVeque (1979): subtracting means before squaring avoids the
+    cancellation in plain sums of squares.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -25,7 +25,7 @@ class Moments:
             num_features: F.
         """
         self.count = 0
-        """Rows so far."""
+        """Number of rows so far."""
         self.mean_F = torch.zeros(num_features, dtype=torch.float64)
         """Mean of the rows."""
         self.scatter_FF = torch.zeros(num_features, num_features, dtype=torch.float64)
@@ -41,17 +41,17 @@ class Moments:
         return self
 
     def merged(self, other: Moments) -> Moments:
-        """Return the moments of the rows of both, leaving both unchanged."""
+        """Return the moments of the combined rows; both operands are unchanged."""
         result = Moments(len(self.mean_F))
         for part in (self, other):
             result._merge(part.count, part.mean_F, part.scatter_FF)
         return result
 
     def without(self, part: Moments) -> Moments:
-        """Return the moments of the rows that are not in a part of them.
+        """Return the moments without some of the rows.
 
         Args:
-            part: moments of some of the rows, fewer than all.
+            part: the moments of those rows, which must be fewer than all.
         """
         rest = Moments(len(self.mean_F))
         rest.count = self.count - part.count
@@ -93,7 +93,7 @@ def moments_over_ranks(features_BF: Tensor, world: int | None = None) -> Moments
     """Return the moments of the rows of all ranks. Every rank must call this.
 
     Args:
-        features_BF: this rank's rows; may be none.
+        features_BF: this rank's rows; may be empty.
         world: number of ranks; with 1, no process group is needed. Default: that of the process group.
     """
     mine = Moments(features_BF.shape[1]).add(features_BF)

@@ -1,6 +1,6 @@
-"""Read arrays of untrusted .npz files: headers first, nothing unpickled, a few rows at a time.
+"""Read arrays from untrusted .npz files: headers first, a few rows at a time, without unpickling.
 
-`numpy.load` allocates what a header claims. Here shapes and sizes are checked before anything is allocated.
+`numpy.load` allocates whatever a header claims. Here shapes and sizes are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from diffmoe_ds.errors import DataError
 
 MAX_RATIO = 200
-"""Largest factor by which a large array may be compressed; zeros reach 1,000, images rarely 5."""
+"""Maximum compression ratio of a large array; zeros reach 1,000, images rarely 5."""
 MAX_UNCHECKED_BYTES = 64 << 20
-"""Arrays up to this size may be compressed by any factor."""
+"""Arrays up to this size may have any compression ratio."""
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError)
-"""What zipfile, zlib and numpy raise on damaged or encrypted files."""
+"""Exceptions of zipfile, zlib and numpy for damaged or encrypted files."""
 
 
 class Header(NamedTuple):
@@ -37,13 +37,13 @@ class Header(NamedTuple):
 
 
 class NpzReader:
-    """The arrays of a file."""
+    """The arrays of an .npz file."""
 
     def __init__(self, path: Path) -> None:
         """Read the list of arrays.
 
         Args:
-            path: a file that ``numpy.savez`` or ``savez_compressed`` has written.
+            path: a file written by ``numpy.savez`` or ``savez_compressed``.
 
         Raises:
             DataError: it cannot be read.
@@ -65,7 +65,7 @@ class NpzReader:
         """Return the shape and type of an array, after checking that the file can hold it.
 
         Raises:
-            DataError: the array is damaged, pickled or too strongly compressed.
+            DataError: the array is damaged or pickled, or its compression ratio is too high.
         """
         with self._open(name) as (header, _):
             return header
@@ -77,7 +77,7 @@ class NpzReader:
             name: the array.
             start: first row.
             stop: one past the last row.
-            together: rows of each part; the last may have fewer.
+            together: rows per part; the last part may have fewer.
 
         Raises:
             DataError: the array is damaged.
@@ -93,7 +93,7 @@ class NpzReader:
                 yield np.frombuffer(data, header.dtype).reshape(count, *header.shape[1:])
 
     def array(self, name: str, max_bytes: int) -> np.ndarray:
-        """Return a whole array.
+        """Return an entire array.
 
         Raises:
             DataError: it is damaged or larger than `max_bytes`.
@@ -111,7 +111,7 @@ class NpzReader:
     def _open(self, name: str) -> Iterator[tuple[Header, IO[bytes]]]:
         """Provide the header of an array and a file at its first byte."""
         if name not in self._members:
-            raise DataError(f"{self.path}: has no array {name!r}, only {', '.join(self.names[:8]) or 'nothing'}.")
+            raise DataError(f"{self.path}: has no array {name!r}; it holds {', '.join(self.names[:8]) or 'none'}.")
         info = self._members[name]
         stored = info.compress_type == zipfile.ZIP_STORED
         claims_more = info.compress_size > self._size or (stored and info.file_size != info.compress_size)
@@ -145,7 +145,7 @@ class NpzReader:
         if dtype.hasobject:
             raise DataError(f"{self.path}: array {name!r} holds pickled objects, which are never loaded.")
         if by_columns and len(shape) > 1:
-            raise DataError(f"{self.path}: array {name!r} is stored by columns; save it with numpy.ascontiguousarray.")
+            raise DataError(f"{self.path}: array {name!r} is in Fortran order; save it with numpy.ascontiguousarray.")
         return Header(tuple(shape), dtype), file.tell()
 
     @contextlib.contextmanager

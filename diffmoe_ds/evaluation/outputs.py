@@ -1,4 +1,4 @@
-"""What extractors have in common: their outputs, and how images become their input.
+"""Common code of extractors: their outputs, and how images are converted to their input.
 
 Legend: B images, C channels, H, W height and width, F features, S spatial features, K classes.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class Outputs(NamedTuple):
-    """What an extractor computes from a batch; fp32 on its device."""
+    """Outputs of an extractor for a batch, fp32 on its device."""
 
     features_BF: Tensor
     """The features of the Frechet distance, KID, precision and recall."""

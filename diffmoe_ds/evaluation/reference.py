@@ -1,7 +1,7 @@
 """References: images, or statistics in ADM's .npz layout (``mu, sigma``, for sFID ``mu_s, sigma_s``).
 
-Files written by `save_reference` also hold the extractor's name, the number and size of the images and, up to 50,000
-images, their features. ADM's own files name no extractor: their statistics are Inception's.
+Files written by `save_reference` also hold the extractor's name, the number and size of the images and, for up to
+50,000 images, their features. ADM's own files do not name an extractor: their statistics are Inception's.
 Legend: N images, F features.
 """
 
@@ -23,11 +23,11 @@ from diffmoe_ds.evaluation.npz import NpzReader
 from diffmoe_ds.files import atomic_write
 
 MAX_FEATURES = 16_384
-"""F of statistics: their covariance then takes 2 GB."""
+"""Largest F of statistics; the covariance then takes 2 GB."""
 SAVED_FEATURES = 50_000
-"""Images up to which their features are saved."""
+"""Largest number of images whose features are saved."""
 INDEFINITE = 1e-3
-"""Part of a covariance's trace that may be missing from its factor; fp32 rounding reaches 1e-6."""
+"""Part of a covariance's trace that its factorization may miss; fp32 rounding causes about 1e-6."""
 
 
 class Gaussian(NamedTuple):
@@ -40,22 +40,22 @@ class Gaussian(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the evaluated images are compared with."""
+    """The reference for the evaluated images."""
 
     path: str
     pooled: Gaussian | None = None
-    """Statistics of the features; None: to be computed from the images."""
+    """Statistics of the features; None if they must be computed from the images."""
     spatial: Gaussian | None = None
     """Statistics of the features of sFID."""
     images: Images | None = None
-    """The images, for KID, precision and recall, and for statistics that are not given."""
+    """The images, for KID, precision and recall, and for missing statistics."""
     num_images: int | None = None
-    """Images behind the statistics, if known."""
+    """Number of images behind the statistics, if known."""
     features: NpzReader | None = None
-    """A file with the features of all images, instead of the images."""
+    """A file with the features of all images, in place of the images."""
 
     def saved_features(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the saved features of images from `start` up to `stop`, fp32 [B, F].
+        """Yield the saved features of images `start` to `stop` - 1, fp32 [B, F].
 
         Raises:
             DataError: the file is damaged.
@@ -74,7 +74,7 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
         size: height and width of the evaluated images.
 
     Raises:
-        DataError: it cannot be read, or its statistics are of another extractor or of images of another size.
+        DataError: it cannot be read, or its statistics are from a different extractor or image size.
     """
     if not path.endswith(".npz"):
         return Reference(path, images=open_images(path, size))
@@ -95,7 +95,7 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
     features_F = extractor.features(torch.zeros(1, 3, *size, dtype=torch.uint8))[0]
     if len(pooled.mean_F) != len(features_F):
         raise DataError(
-            f"{path}: statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
+            f"{path}: has statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
         )
     spatial = read_gaussian(reader, "mu_s", "sigma_s") if "mu_s" in reader and extractor.is_inception else None
     count = None
@@ -119,7 +119,7 @@ def read_gaussian(reader: NpzReader, mean: str, covariance: str) -> Gaussian:
         covariance: name of the covariance, [F, F].
 
     Raises:
-        DataError: they are missing, no floats of these shapes, not finite, or not a covariance.
+        DataError: they are missing, not floats of these shapes, non-finite, or not a covariance.
     """
     headers = reader.header(mean), reader.header(covariance)
     mu, sigma = headers
@@ -162,7 +162,7 @@ def save_reference(
         pooled: statistics of the features.
         spatial: statistics of the features of sFID, if the extractor has them.
         count: N.
-        features_NF: fp32 features of all images, if they should be saved as well.
+        features_NF: fp32 features of all images, to be saved as well; None omits them.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -183,7 +183,7 @@ def save_reference(
 
 
 def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
-    """Check that statistics are of the extractor; those without a name are Inception's."""
+    """Check that statistics come from the extractor; those that name no extractor are Inception's."""
     if "extractor" not in reader:
         if not extractor.is_inception:
             raise DataError(
@@ -195,13 +195,13 @@ def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
     found = str(reader.array("extractor", 4096).item()) if header.dtype.kind == "U" and not header.shape else "unknown"
     if found != extractor.name:
         raise DataError(
-            f"{reader.path}: its statistics are of {found}, but --extractor is {extractor.name}; use the same "
+            f"{reader.path}: its statistics are from {found}, but --extractor is {extractor.name}; use the same "
             "extractor, or a reference with images."
         )
 
 
 def _small(reader: NpzReader, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a few whole numbers."""
+    """Return a small int64 array as a tuple."""
     header = reader.header(name)
     if header.dtype != np.int64 or header.shape != shape:
         raise DataError(f"{reader.path}: {name} is {header.describe()}; expected int64 {list(shape)}.")

@@ -1,4 +1,4 @@
-"""Chosen metrics without their intervals, for repeated evaluation during training.
+"""Selected metrics without intervals, for repeated evaluation during training.
 
 Legend: N, M images, F features, K classes.
 """
@@ -14,7 +14,7 @@ from diffmoe_ds.evaluation import metrics
 
 
 class ImageFeatures(NamedTuple):
-    """What an extractor computed from a set of images, on the CPU."""
+    """Outputs of an extractor for a set of images, on the CPU."""
 
     features_NF: Tensor
     """fp32 [N, F]."""
@@ -25,10 +25,10 @@ class ImageFeatures(NamedTuple):
 def selected_metrics(
     names: Collection[str], samples: ImageFeatures, reference: ImageFeatures, progress: Callable[[], object]
 ) -> dict[str, float]:
-    """Return metrics under the names of ``diffmoe evaluate --json``.
+    """Return metrics, named as in ``diffmoe evaluate --json``.
 
     Args:
-        names: of ``eval.metrics``; an Inception Score is left out if there are no logits.
+        names: values of ``eval.metrics``; the Inception Score is omitted if there are no logits.
         samples: features of the generated images.
         reference: features of the real images.
         progress: called after each metric.

@@ -1,4 +1,4 @@
-"""Rows of features that are spread over the ranks: any rows on request, or all of them block by block.
+"""Rows of features sharded over the ranks, read by index or block by block.
 
 Legend: N rows over all ranks, B rows of a block, F features.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from diffmoe_ds.distributed.collectives import all_gather, all_reduce, broadcast, get_rank, get_world_size
 
 BLOCK_ROWS = 2048
-"""Rows that are compared at once: with as many rows of the other set, 32 MB of distances."""
+"""Rows per block; the distances between two blocks take 32 MB."""
 
 
 class Block(NamedTuple):
@@ -28,16 +28,16 @@ class Block(NamedTuple):
 
 
 class ShardedRows:
-    """Rows [N, F], contiguous shares of which are held by the ranks in order; with one rank, plain rows.
+    """Rows [N, F] in contiguous shards, in rank order; with one rank, plain rows.
 
     Every rank must call the same methods in the same order.
     """
 
     def __init__(self, local_NF: Tensor, world: int | None = None) -> None:
-        """Wrap this rank's share.
+        """Wrap this rank's shard.
 
         Args:
-            local_NF: this rank's rows on the CPU; may be none.
+            local_NF: this rank's rows on the CPU; may be empty.
             world: number of ranks; with 1, no process group is needed. Default: that of the process group.
         """
         self.local = local_NF
@@ -61,7 +61,7 @@ class ShardedRows:
         return self.local.shape[1]
 
     def take(self, indices: np.ndarray) -> Tensor:
-        """Return chosen rows, the same on every rank.
+        """Return the rows at some indices, the same on every rank.
 
         Args:
             indices: int64 [B], the same on every rank.
@@ -74,7 +74,7 @@ class ShardedRows:
         return all_reduce(rows_BF)  # all other ranks add 0, so this is exact
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all rows of all ranks in order, in blocks; every rank must exhaust it."""
+        """Yield all rows of all ranks in order, in blocks; every rank must exhaust the iterator."""
         start = 0
         for source, count in enumerate(self.counts):
             for first in range(0, count, BLOCK_ROWS):
@@ -89,7 +89,7 @@ class ShardedRows:
             start += count
 
     def gathered(self, values_N: Tensor) -> Tensor:
-        """Return one value of every row [N] on every rank, from the values of this rank's rows."""
+        """Gather one value per row, [N] on every rank, from the values of each rank's rows."""
         if self.world == 1:
             return values_N
         every_N = values_N.new_zeros(len(self))

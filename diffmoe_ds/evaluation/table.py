@@ -1,4 +1,4 @@
-"""The metrics as lines of text, each with its extractor, number of images and spread."""
+"""Format metrics as lines of text, each with its spread, extractor and number of images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LABELS = {
     "precision": "precision",
     "recall": "recall",
 }
-"""Names of the metrics in any space; a distance in another space than Inception's is not called FID."""
+"""Names of the metrics for any features; only a distance between Inception features is called FID."""
 MODEL_LABELS = {"capacity": "experts per token", "validation_loss": "validation loss"}
-"""Names of what is known of images that a model has generated only."""
+"""Names of the results that need the model."""
 INCEPTION_LABELS = {**LABELS, "frechet": "FID", "inception_score": "Inception Score"}
 
 

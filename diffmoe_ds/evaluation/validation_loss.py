@@ -36,7 +36,7 @@ def validation_loss(
     num_images: int,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> ValidationLoss:
-    """Compute the loss that training minimizes, without the losses of routers and capacity predictors.
+    """Compute the training loss without the balance and capacity losses.
 
     Unless images compete for experts (`DiT.images_compete`), the result does not depend on the batches, the ranks or
     the expert placement, except for rounding.
@@ -46,7 +46,7 @@ def validation_loss(
         objective: the model's.
         batches: held-out images or latents of this process, such as `HeldOut.batches`; rows whose position is
             `num_images` or more are ignored.
-        num_images: images over all ranks.
+        num_images: number of images over all ranks.
         reduce: sums a float64 tensor over the ranks, such as `collectives.all_reduce`; the default is for one process.
     """
     device = model.pos_embed.device

@@ -46,22 +46,22 @@ class DiTOutput(NamedTuple):
 
 
 class Observer(Protocol):
-    """Sees the forward passes that generate images; a batch's passes are repeated if any of them was invalid."""
+    """Observes the forward passes that generate images; all passes of a batch are repeated if any was invalid."""
 
     def start(self) -> None:
-        """Start a batch, or start it again: forget what was observed since the last `keep`."""
+        """Start or restart a batch, discarding observations since the last `keep`."""
 
     def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
-        """Observe one forward pass, without waiting for the device.
+        """Observe one forward pass, without synchronizing with the device.
 
         Args:
-            t_B: the times, as the model gets them.
+            t_B: the times, as passed to the model.
             y_B: int64 labels; in unconditional passes, the null label.
-            output: with the routing of each MoE layer.
+            output: the model's output, with the routing of each MoE layer.
         """
 
     def keep(self) -> None:
-        """End a batch: what was observed since `start` is valid."""
+        """End a batch, keeping the observations since `start`."""
 
 
 class DiTBlock(nn.Module):
@@ -139,7 +139,7 @@ class DiT(nn.Module):
         """Assumed upper bound on a layer's rows in `bounded_dispatch`, as a multiple of the training capacity. The
         capacity predictor routes a different number of tokens in each sampler step; on average, it is that capacity."""
         self.observer: Observer | None = None
-        """Sees the forward passes of `sampling.generate`."""
+        """Observes the forward passes of `sampling.generate`."""
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
         """Predict velocity or noise from noisy images.

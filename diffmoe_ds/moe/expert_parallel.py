@@ -32,7 +32,7 @@ class ExpertParallelMoE(MoELayer, AutoEPMoELayer):  # type: ignore[misc]  # Deep
             width: token width D.
             topology: the ranks and the expert placement.
             ep_group: the process group of this rank's EP group.
-            part_of_pool: the ranks with the images of one pool of `routing.pool_images`, if these are several.
+            part_of_pool: the ranks that share one pool of `routing.pool_images`, if more than one.
         """
         MoELayer.__init__(self, config, width, topology.num_local_experts)
         self.pool = make_pool(config.routing.pool, topology, ep_group)
@@ -69,13 +69,13 @@ def make_pool(scope: str, topology: Topology, ep_group: dist.ProcessGroup) -> Po
 def make_part_of_pool(
     images: int | None, micro_batch: int | None, topology: Topology, ep_group: dist.ProcessGroup
 ) -> Pool | None:
-    """Return this rank's pool among those of a number of images, if these are spread over several ranks.
+    """Return this rank's pool for `routing.pool_images`, if such a pool spans several ranks.
 
     All ranks must call this.
 
     Args:
-        images: images of a pool, `routing.pool_images`; None for one pool.
-        micro_batch: images per rank; None for inference, where all images of a batch compete.
+        images: images per pool, `routing.pool_images`; None for a single pool.
+        micro_batch: images per rank; None for inference, where all images in a batch compete.
         topology: the ranks.
         ep_group: the process group of this rank's EP group.
     """

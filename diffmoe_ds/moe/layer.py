@@ -87,7 +87,7 @@ class MoELayer(nn.Module):
         self.pool: Pool = LocalPool()
         self.pool_images = routing.pool_images
         self.part_of_pool: Pool | None = None
-        """The ranks with the images of one pool of `pool_images`, if these are several; set for training."""
+        """The ranks that share one pool of `pool_images`, if more than one; set for training."""
         self.dispatcher: Dispatcher[Any] = LocalDispatcher()
         self.padded_dispatcher: Dispatcher[Any] | None = None
         """Replaces `dispatcher` in training where the rule does not fix the numbers of rows."""
@@ -177,7 +177,7 @@ class MoELayer(nn.Module):
         return Selection(expert_choice(scores_TE, k_BE))
 
     def _select_in_parts(self, scores_TE: Tensor, parts: int) -> Selection:
-        """Select by the training rule from each of ``parts`` equal parts of this rank's tokens."""
+        """Apply the training rule to each of ``parts`` equal parts of this rank's tokens."""
         k = expert_choice_static(len(scores_TE) // parts, self.num_experts, self.capacity)
         k_PE = torch.full((parts, self.num_experts), k, device=scores_TE.device)
         return Selection(expert_choice(scores_TE, k_PE), rows_per_expert=k * parts)

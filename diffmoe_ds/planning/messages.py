@@ -35,7 +35,7 @@ class Message:
     """``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``all_to_all``."""
     scope: str
     """The ranks that take part: ``world``, ``ep`` (the ranks that share a set of experts), ``edp`` (the replicas of
-    an expert) or ``pool`` (those with the images of one pool of `routing.pool_images`)."""
+    an expert) or ``pool`` (the ranks of one pool of `routing.pool_images`)."""
     ranks: int
     """Their number."""
     calls: int
@@ -120,7 +120,7 @@ def _rows(layout: Layout) -> list[Message]:
     found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
     competing, kind = layout.selection_ranks, config.routing.kind
     is_unknown = kind == "token_choice" or (kind == "batch_pool" and competing > 1 and competing % ranks > 0)
-    if is_unknown and _padding(layout) is None:  # otherwise the selection knows the counts of the whole EP group
+    if is_unknown and _padding(layout) is None:  # otherwise the counts of the whole EP group follow from the selection
         found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
     return found
 

@@ -9,12 +9,12 @@ from diffmoe_ds.moe.capacity import tokens_per_expert
 
 
 def pool_ranks(config: Config, settings: DeepSpeedSettings, world: int) -> int:
-    """Return the number of ranks of the pool that `routing.pool` names."""
+    """Return the number of ranks in the pool selected by `routing.pool`."""
     return {"rank": 1, "ep": settings.ep_size, "world": world}[config.routing.pool]
 
 
 def selection_ranks(config: Config, settings: DeepSpeedSettings, world: int) -> int:
-    """Return the number of ranks whose tokens compete: those of the pool, or of a part of `routing.pool_images`."""
+    """Return the number of ranks whose tokens compete: those of the pool, or of a pool of `routing.pool_images`."""
     images = config.routing.pool_images
     return pool_ranks(config, settings, world) if images is None else max(1, images // settings.micro_batch)
 
@@ -39,14 +39,14 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
 
 
 def _images_that_compete(config: Config, micro_batch: int, ranks: int) -> int:
-    """Return the number of images in a pool, after checking that pools of `routing.pool_images` are of equal size."""
+    """Return the number of images in a pool; check that `routing.pool_images` gives pools of equal size."""
     images, whole = config.routing.pool_images, micro_batch * ranks
     if images is None:
         return whole
     if whole % images or (images % micro_batch and micro_batch % images):
         valid = [n for n in range(1, whole + 1) if not whole % n and (not n % micro_batch or not micro_batch % n)]
         raise ConfigError(
-            f"routing.pool_images is {images}, but must be one of {', '.join(map(str, valid))}, because the pool has "
-            f"{ranks} rank(s) with {micro_batch} images each."
+            f"routing.pool_images must be one of {', '.join(map(str, valid))}, because the pool has {ranks} rank(s) "
+            f"with {micro_batch} images each, got {images}."
         )
     return images

@@ -1,8 +1,8 @@
-"""The compute dial: choose after training how many experts a token takes on average.
+"""The compute dial: set the average number of experts per token after training.
 
 The capacity predictor's thresholds decide which experts take a token. `calibrate` finds the thresholds at which every
-expert takes its share c / E of all tokens, over all sampler steps. Other thresholds give other images, and so other
-probabilities: the calibration images are generated again until their capacity is c.
+expert takes its share c / E of all tokens, over all sampler steps. Other thresholds change the images and therefore the
+probabilities: the calibration images are generated repeatedly until their capacity is c.
 
 Legend: T tokens of a forward pass, L MoE layers, E experts, S tokens of an image, N bins.
 Source: DiffMoE (arXiv 2503.14487) varies one threshold for all experts; here each layer and expert has its own.
@@ -25,27 +25,27 @@ from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities, observing
 
 IMAGES = 128
-"""Calibration images; a power of two."""
+"""Number of calibration images; a power of two."""
 FIRST_SEED = 2**64 - IMAGES
-"""Their seeds are the last ones there are."""
+"""First seed of the calibration images, which use the highest seeds."""
 BATCH = 16
-"""Largest batch of calibration images; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
+"""Maximum batch size for calibration; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
 ROUNDS = 8
-"""The most times that the calibration images are generated."""
+"""Maximum number of times that the calibration images are generated."""
 TOLERANCE = 0.01
-"""The search ends once the capacity of the calibration images differs from c by at most this fraction of c."""
+"""The search ends when the capacity of the calibration images is within this fraction of c."""
 LOGIT_RANGE = 32
-"""Logits are counted between minus and plus this; already from 17 on, the probability is 1 in fp32."""
+"""Logits are binned from minus to plus this; from 17 on, the probability is 1 in fp32."""
 BINS_PER_UNIT = 256
-"""The probability changes by at most 0.4% within a bin of logits, in which thresholds are interpolated."""
+"""Bins per unit of the logits; within a bin, the probability changes by less than 0.4% and is interpolated."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, and the capacity that they give."""
+    """Thresholds and the resulting capacity."""
 
     capacity: float
-    """c, the average number of experts per token that was asked for."""
+    """c, the requested average number of experts per token."""
     threshold_LE: Tensor | None
     """fp32 on the CPU; None if the routing rule does not use thresholds."""
     measured: float
@@ -72,7 +72,7 @@ RoundProgress = Callable[[int, int, int], object]
 
 
 def check_capacity(capacity: float, routing: str, config: Config, option: str = "--capacity") -> None:
-    """Check that a model can have a capacity.
+    """Check that a capacity is valid for a model.
 
     Args:
         capacity: c, the average number of experts per token.
@@ -81,7 +81,7 @@ def check_capacity(capacity: float, routing: str, config: Config, option: str = 
         option: name of the setting, for messages.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it is not.
     """
     E, S, kind = config.num_experts, config.tokens_per_image, config.routing.kind
     if E == 1:
@@ -90,13 +90,13 @@ def check_capacity(capacity: float, routing: str, config: Config, option: str = 
         raise ConfigError(f"{option} must be positive and at most the number of experts, {E}, got {capacity:g}.")
     if kind == "token_choice" and capacity != int(capacity):
         raise ConfigError(
-            f"{option} must be an integer for a token_choice model, in which all tokens take the same number of "
+            f"{option} must be an integer for a token_choice model, where every token takes the same number of "
             f"experts, got {capacity:g}."
         )
     if kind != "token_choice" and routing == "static" and capacity * S < E:
         raise ConfigError(
-            f"{option} must be at least {E / S:g} with static routing, so that each of the {E} experts takes one of "
-            f"the {S} tokens of an image, got {capacity:g}."
+            f"{option} must be at least {E / S:g} with static routing, so that each of the {E} experts takes at "
+            f"least one of the {S} tokens of an image, got {capacity:g}."
         )
 
 
@@ -115,12 +115,12 @@ def calibrate(
     size. Every rank must call this.
 
     Args:
-        model: in eval mode, with its inference rule set; left unchanged.
-        settings: sampler and guidance; the thresholds belong to them.
+        model: in eval mode, with its inference rule set; unchanged on return.
+        settings: sampler and guidance, for which the thresholds are valid.
         capacity: c, valid for the model; see `check_capacity`.
         guide: the model of ``settings.autoguidance``.
-        batch_size: images that a rank may generate at once.
-        ranks: share the calibration images.
+        batch_size: maximum number of images per batch on a rank.
+        ranks: the ranks that share the calibration images.
         progress: called after every sampler step.
 
     Returns:
@@ -146,7 +146,7 @@ def calibrate(
                 best = Calibration(capacity, threshold_LE, measured, number)
             if abs(measured - capacity) <= TOLERANCE * capacity:
                 break
-            # full steps may alternate between two sets of thresholds
+            # damped, because full steps may oscillate between two sets of thresholds
             logit_LE = (logit_LE + quantile_logits(histogram_LEN, capacity / E)) / 2
     assert best is not None, "there are at least two rounds"
     return best
@@ -161,7 +161,7 @@ def uses_thresholds(model: DiT) -> bool:
 
 @torch.no_grad()
 def apply(model: DiT, calibration: Calibration) -> None:
-    """Set the capacity of a model in memory; its checkpoint stays as it is.
+    """Set the capacity of a model in memory; its checkpoint is unchanged.
 
     Args:
         model: the model of the calibration.
@@ -175,7 +175,7 @@ def apply(model: DiT, calibration: Calibration) -> None:
 
 @contextmanager
 def _unchanged(model: DiT) -> Iterator[None]:
-    """Restore the capacity and the thresholds at the end of the context."""
+    """Restore the capacity and the thresholds on exit."""
     layers = list(model.moe_layers().values())
     before = [(layer.capacity, layer.expert_threshold.clone()) for layer in layers]
     try:
@@ -203,7 +203,7 @@ class _Round:
         count = IMAGES // size
         turns = range(self.ranks.rank, self.ranks.rank + count, self.ranks.size)
         for turn, index in enumerate(turns):
-            # a rank without a batch of its own repeats one: ranks that share experts have to stay in step
+            # a rank without a batch of its own repeats one: ranks that share experts must run in lockstep
             observer = census if index < count else Census(self.model)
             images = range(index % count, IMAGES, count)
 
@@ -224,7 +224,7 @@ class _Round:
 
 
 class Census(CapacityMeter):
-    """Also counts the capacity predictor's logits, in bins."""
+    """A `CapacityMeter` that also counts the capacity predictor's logits, in bins."""
 
     def __init__(self, model: DiT) -> None:
         """Start at zero; see `CapacityMeter`."""
@@ -232,7 +232,7 @@ class Census(CapacityMeter):
         layers, experts = len(model.moe_layers()), model.config.num_experts
         shape = layers, experts, 2 * LOGIT_RANGE * BINS_PER_UNIT
         self.histogram_LEN = torch.zeros(shape, dtype=torch.int64, device=self.counts.device)
-        """int64: the first and the last bin also hold the logits beyond."""
+        """int64; the first and last bins include the logits beyond the range."""
         self._pending_LEN = torch.zeros_like(self.histogram_LEN)
 
     def start(self) -> None:
@@ -258,7 +258,7 @@ class Census(CapacityMeter):
 
 
 def quantile_logits(histogram_LEN: Tensor, fraction: float) -> Tensor:
-    """Return the logits that a fraction of the tokens exceeds, fp64 [L, E], interpolated linearly within a bin.
+    """Return the logits exceeded by a fraction of the tokens, fp64 [L, E], interpolated linearly within a bin.
 
     Args:
         histogram_LEN: of a `Census`.

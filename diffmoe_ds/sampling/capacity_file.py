@@ -1,4 +1,4 @@
-"""Keep a calibration in a file beside its checkpoint, named after everything that it depends on.
+"""Save a calibration in a file next to its checkpoint, named after everything that it depends on.
 
 Legend: L MoE layers, E experts.
 """
@@ -17,20 +17,20 @@ from diffmoe_ds.files import write_json
 from diffmoe_ds.sampling.capacity import IMAGES, Calibration
 
 FORMAT = 1
-"""Increased when the same settings would give other thresholds."""
+"""Increment this when the same settings would give different thresholds."""
 MAX_BYTES = 16 << 20
 
 
 class CapacityFile:
-    """The file of a calibration, which need not exist."""
+    """The file of a calibration, which may not exist."""
 
     def __init__(self, folder: Path, capacity: float, settings: Mapping[str, Any]) -> None:
-        """Name the file without touching it.
+        """Choose the file's name without accessing it.
 
         Args:
-            folder: of the checkpoint.
+            folder: directory of the checkpoint.
             capacity: c.
-            settings: plain data: all else that determines the thresholds, with the checkpoint's identity.
+            settings: plain data: everything else that determines the thresholds, including the checkpoint's identity.
         """
         key = {"format": FORMAT, "images": IMAGES, "capacity": capacity, **settings}
         self._key = json.loads(json.dumps(key))  # tuples become lists, as in the file
@@ -38,7 +38,7 @@ class CapacityFile:
         self.path = folder / f"capacity-{capacity:g}-{_digest(self._key)[:12]}.json"
 
     def read(self, layers: int, experts: int) -> Calibration | None:
-        """Return the calibration, or None if there is none or if the file is damaged or belongs to other settings.
+        """Return the calibration, or None if the file is missing, damaged or belongs to other settings.
 
         Args:
             layers: L.

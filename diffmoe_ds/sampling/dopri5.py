@@ -1,9 +1,9 @@
-"""The adaptive Runge-Kutta method of Dormand and Prince, with a step size of its own for every image.
+"""The adaptive Runge-Kutta method of Dormand and Prince, with a separate step size for every image.
 
-`torchdiffeq.odeint` chooses one step size for the whole batch, so an image would depend on its batch. Here all images
-advance together, in one batch of forward passes, but each has its own time, its own step size and its own accepted and
-rejected steps: exactly those of `torchdiffeq.odeint(..., method="dopri5")` called for that image alone, whose
-coefficients are used. Images that are done wait for the others.
+`torchdiffeq.odeint` chooses one step size for the whole batch, so an image would depend on its batch. Here the
+forward passes run on the whole batch, but each image has its own time, step size, and accepted and rejected steps:
+exactly those of `torchdiffeq.odeint(..., method="dopri5")` for that image alone, with the same coefficients. Finished
+images stay in the batch until all are done.
 
 Legend: B images, C channels, H, W height and width, k stages of a step.
 """
@@ -24,10 +24,10 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.fields import Run
 
 Numbers = npt.NDArray[np.float64]
-"""One number per image, [B]. Times and step sizes are kept on the host, in float64 as in torchdiffeq."""
+"""One number per image, [B]. Times and step sizes are on the host, in float64 as in torchdiffeq."""
 
 SAFETY, LARGEST_FACTOR, SMALLEST_FACTOR = 0.9, 10.0, 0.2
-"""How the size of the next step follows from the error of this one: torchdiffeq's defaults."""
+"""Parameters of the step size control: torchdiffeq's defaults."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Tolerances:
 def integrate(run: Run, x_BCHW: Tensor, tolerances: Tolerances) -> Tensor:
     """Integrate the velocity from time 0 to time 1.
 
-    As in torchdiffeq, the last step may go beyond time 1, and the result is interpolated: the model may see times
-    slightly above 1. The host waits for the device once per step, to decide which images accept it.
+    As in torchdiffeq, the last step may go beyond time 1, and the result is interpolated: the model may be called with
+    times slightly above 1. The host synchronizes with the device once per step, to decide which images accept it.
 
     Args:
-        run: the velocity; ``run.progress`` is called after every step with the part of the time that all images have
-            passed, in units of ``run.steps``.
+        run: the velocity; ``run.progress`` is called after every step with the smallest time of all images, scaled to
+            ``run.steps``.
         x_BCHW: initial noise, float32 or float64.
-        tolerances: of the step size control.
+        tolerances: tolerances of the step size control.
 
     Returns:
         [B, C, H, W]; NaN for images whose velocity is not finite.
@@ -71,7 +71,7 @@ def integrate(run: Run, x_BCHW: Tensor, tolerances: Tolerances) -> Tensor:
 
 
 class _Solver:
-    """The state of all images of a batch: x at its time, and the velocity there."""
+    """The state of all images in a batch: x at each image's time, and the velocity there."""
 
     def __init__(self, run: Run, x: Tensor, tolerances: Tolerances) -> None:
         from torchdiffeq._impl.dopri5 import Dopri5Solver  # imported lazily: few runs need it
@@ -89,7 +89,7 @@ class _Solver:
         self._step_B = self._first_step()
 
     def step(self) -> None:
-        """Try one step of every image; those with too large an error keep their place and their step shrinks."""
+        """Attempt one step for every image; if the error is too large, reject it and reduce the step size."""
         step_B = np.where(self.is_active_B, self._step_B, 0.0)
         end_B = self.time_B + step_B
         size = self._per_image(step_B)
@@ -124,7 +124,7 @@ class _Solver:
     def _velocity(self, x: Tensor, time_B: Numbers) -> Tensor:
         level_B = np.clip(1 - time_B, 0.0, 1.0)
         if not self.is_active_B.all():
-            level_B = np.where(self.is_active_B, level_B, level_B[self.is_active_B][0])  # their results are not used
+            level_B = np.where(self.is_active_B, level_B, level_B[self.is_active_B][0])  # the others are not used
         return self._run.field(x, torch.from_numpy(time_B).to(x), level_B).to(x.dtype)
 
     def _first_step(self) -> Numbers:
@@ -143,7 +143,7 @@ class _Solver:
         return _to_host(torch.minimum(100 * trial_B, size_B))
 
     def _error_ratio(self, error: Tensor, x_end: Tensor) -> Numbers:
-        """Return the error of a step over the tolerated one."""
+        """Return the ratio of a step's error to the tolerated error."""
         largest = torch.maximum(self._x.abs(), x_end.abs())
         return _to_host(_norm(error / (self._tolerances.atol + self._tolerances.rtol * largest)))
 
@@ -172,14 +172,14 @@ class _Solver:
 def _combine(weights_k: Tensor, stages: Tensor, size: Tensor) -> Tensor:
     """Return the weighted sum of stages [B, C, H, W, k] times the step size.
 
-    The terms are added in torchdiffeq's order: the error of a short step is little more than rounding, and decides the
-    size of the next one.
+    The terms are added in torchdiffeq's order: the error of a short step is dominated by rounding, and determines the
+    size of the next step.
     """
     return (stages * (weights_k * size.unsqueeze(-1))).sum(-1)
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Return the root mean square of every image, [B]: one reduction each, so that no batch changes its rounding."""
+    """Return the root mean square of every image, [B], reduced one by one: the batch does not affect rounding."""
     return torch.stack([image.square().mean().sqrt() for image in x])
 
 

@@ -34,8 +34,8 @@ def scheduler_class() -> Any:
 def dpm(run: Run, x: Tensor) -> Tensor:
     """Integrate the probability-flow ODE with the second-order multistep solver for the predicted clean image.
 
-    It converges to the solution that DDIM converges to, with fewer steps: the learned variance is dropped, and the last
-    step, in which the noise vanishes, returns the predicted clean image as DDIM does.
+    It converges to the same solution as DDIM, in fewer steps: the learned variance is ignored, and the last step, to
+    zero noise, returns the predicted clean image as in DDIM.
     """
     first, last = BETAS
     scheduler = scheduler_class()(
@@ -51,7 +51,7 @@ def dpm(run: Run, x: Tensor) -> Tensor:
     )
     timesteps_N = log_snr_steps(run.steps)
     scheduler.set_timesteps(timesteps=timesteps_N.tolist(), device="cpu")
-    scheduler.set_begin_index(0)  # otherwise the first step looks for its timestep
+    scheduler.set_begin_index(0)  # otherwise the first step searches for its timestep
     on_device_N = torch.from_numpy(timesteps_N).to(x.device)
     for i, timestep in enumerate(timesteps_N.tolist()):
         prediction = run.field(x, on_device_N[i].expand(len(x)), timestep / TRAIN_STEPS)
@@ -62,17 +62,17 @@ def dpm(run: Run, x: Tensor) -> Tensor:
 
 
 def log_snr_steps(steps: int) -> Table:
-    """Return the timesteps of DPM-Solver++: nearly equidistant in the logarithm of the signal-to-noise ratio.
+    """Return the timesteps of DPM-Solver++: nearly uniform in the logarithm of the signal-to-noise ratio.
 
     The solver extrapolates the clean image linearly in that variable (DPM-Solver, arXiv 2206.00927, section 3). Steps
-    equidistant in time grow so much towards the clean image that the extrapolation overshoots: on Gaussian data of
-    standard deviation 0.5, 20 steps missed the solution by 24%, and 1.5% with these.
+    uniform in time grow so much toward the clean image that the extrapolation overshoots: with 20 steps on Gaussian
+    data of standard deviation 0.5, the error was 24%, and 1.5% with these timesteps.
 
     Args:
         steps: N.
 
     Returns:
-        int64, N different timesteps in descending order, from 999 to 0 if N > 1.
+        int64, N distinct timesteps in descending order, from 999 to 0 if N > 1.
     """
     if steps == 1:
         return np.array([TRAIN_STEPS - 1])
@@ -80,7 +80,7 @@ def log_snr_steps(steps: int) -> Table:
     log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))  # descends with the timestep
     wanted_N = np.linspace(log_snr[0], log_snr[-1], steps)
     timesteps = np.rint(np.interp(-wanted_N, -log_snr, np.arange(TRAIN_STEPS))).astype(np.int64)
-    # Timesteps near the clean image are further apart than wanted: take the next free one.
+    # Near the clean image, the wanted timesteps are less than 1 apart: take the next unused one.
     index_N = np.arange(steps)
     timesteps = np.maximum.accumulate(timesteps - index_N) + index_N
     ascending_N: Table = np.minimum(timesteps, TRAIN_STEPS - steps + index_N)

@@ -1,4 +1,4 @@
-"""What a sampler sees of a model: a function of noisy images and times, which may depend on the noise level.
+"""The model as a sampler calls it: a function of noisy images and times, which may depend on the noise level.
 
 Legend: B images, C channels, H, W height and width.
 """
@@ -18,9 +18,9 @@ from diffmoe_ds.diffusion.flow import per_image
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x_BCHW, t_B) -> prediction."""
 NoiseLevel = float | npt.NDArray[np.float64]
-"""0 (clean) to 1 (noise), on the host: of all images, or float64 [B] where each image has its own."""
+"""0 (clean) to 1 (noise), on the host: one for all images, or float64 [B] with one per image."""
 Field = Callable[[Tensor, Tensor, NoiseLevel], Tensor]
-"""(x_BCHW, t_B, noise level) -> prediction. Times on the device say the same as the level, but reading them waits."""
+"""(x_BCHW, t_B, noise level) -> prediction. The level follows from the times, but reading them would synchronize."""
 NoiseFn = Callable[[], Tensor]
 """() -> standard normal noise with the shape of the images, different at each call."""
 Progress = Callable[[int, int], object]
@@ -29,12 +29,12 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Run:
-    """What a sampler needs besides the initial noise."""
+    """Inputs of a sampler other than the initial noise."""
 
     field: Field
     steps: int
     noise_fn: NoiseFn | None
-    """Only of stochastic samplers."""
+    """For stochastic samplers only."""
     progress: Progress
 
     def noise_like(self, x_BCHW: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class IntervalField:
-    """A `Field` that calls one model function at noise levels in an interval and another at all others."""
+    """A `Field` that calls one model function at noise levels inside an interval and another outside it."""
 
     inside: ModelFn
     outside: ModelFn
@@ -55,7 +55,7 @@ class IntervalField:
     """Upper end of the interval, included."""
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, level: NoiseLevel) -> Tensor:
-        """Return the prediction; both functions are called only if the levels of the images are on both sides."""
+        """Return the prediction; both functions are called only if some images are inside and some outside."""
         is_inside = (self.low <= np.asarray(level)) & (np.asarray(level) <= self.high)
         if is_inside.all():
             return self.inside(x_BCHW, t_B)

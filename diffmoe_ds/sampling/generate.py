@@ -41,17 +41,17 @@ class SamplingSettings:
     sampler: str
     """A sampler of the model's objective."""
     steps: int
-    """Sampler steps; without effect on the images of dopri5."""
+    """Sampler steps; no effect on images generated with dopri5."""
     cfg_scale: float = 1.0
     """Guidance scale; 1 disables guidance."""
     guide_channels: GuideChannels | None = None
     """Guided channels; None is the objective's default: all for flow, the first 3 for DDPM."""
     guidance_interval: Interval | None = None
-    """Noise levels between which guidance is applied; None is all of them."""
+    """Range of noise levels in which guidance is applied; None applies it at all of them."""
     autoguidance: str | None = None
-    """Path of the model that guides instead of the unconditional prediction; `generate` is given the model itself."""
+    """Path of the guiding model, if any; the model itself is passed to `generate`."""
     tolerances: Tolerances = field(default_factory=Tolerances)
-    """Tolerated error of a step of dopri5."""
+    """Error tolerances of dopri5."""
 
     def check(self, config: Config) -> None:
         """Check that the settings, which are options of ``diffmoe sample``, are valid for a model.

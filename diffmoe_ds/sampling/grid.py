@@ -28,8 +28,8 @@ def grid_columns(num_images: int, num_classes: int | None) -> int:
     """Return the number of columns: one per class if labels cycle over at most 16, otherwise nearly square.
 
     Args:
-        num_images: images of the grid.
-        num_classes: classes over which labels cycle; None if they do not.
+        num_images: number of images in the grid.
+        num_classes: number of classes over which labels cycle; None if they do not cycle.
     """
     if num_classes is not None and num_classes <= 16:
         return num_classes

@@ -1,4 +1,4 @@
-"""Guidance for both objectives: away from the unconditional prediction, or from that of a weaker model.
+"""Guidance for both objectives, away from the unconditional prediction or that of a weaker model.
 
 Sources: classifier-free guidance (Ho and Salimans, arXiv 2207.12598), guidance in an interval of noise levels
 (Kynkäänniemi et al., 2404.07724), autoguidance (Karras et al., 2406.02507).
@@ -39,7 +39,7 @@ def check_guidance(
         cfg_scale: guidance scale; 1 disables guidance.
         guide_channels: guided channels; None is the objective's default.
         config: the model's configuration.
-        is_autoguided: a second model guides.
+        is_autoguided: whether a guiding model replaces the unconditional prediction.
 
     Raises:
         ConfigError: the model was trained without label dropout, or has fewer channels.
@@ -55,21 +55,21 @@ def check_guidance(
 
 
 def check_scale_is_used(cfg_scale: float, interval: Interval | None, autoguidance: str | None) -> None:
-    """Check that options which change guidance are not given without guidance, and the interval's bounds.
+    """Check the interval's bounds, and that guidance options are not set while guidance is disabled.
 
     Raises:
         ConfigError: the guidance scale is 1, or the interval is empty or exceeds [0, 1].
     """
     for option, value in (("--guidance-interval", interval), ("--autoguidance", autoguidance)):
         if value is not None and cfg_scale == 1:
-            raise ConfigError(f"{option} needs guidance: set --cfg-scale to another value than 1.")
+            raise ConfigError(f"{option} needs guidance; set --cfg-scale to a value other than 1.")
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:  # also false for NaN
         low, high = interval
         raise ConfigError(f"--guidance-interval must be two numbers with 0 <= LOW < HIGH <= 1, got {low} {high}.")
 
 
 def check_guide(guide: Config, config: Config, where: str) -> None:
-    """Check that one model can guide another: both predict the same for the same inputs.
+    """Check that one model can guide another: both must have the same inputs and prediction target.
 
     Args:
         guide: configuration of the guiding model.
@@ -77,7 +77,7 @@ def check_guide(guide: Config, config: Config, where: str) -> None:
         where: the guiding model's name in messages.
 
     Raises:
-        ConfigError: names the first key that differs, and both values.
+        ConfigError: a key differs; the message names the first one and both values.
     """
     for section, key in (
         ("objective", "kind"),
@@ -128,7 +128,7 @@ def guided(
         kind: the objective, ``flow`` or ``ddpm``.
         channels: C.
         guide_channels: see `guided_channels`.
-        one_batch: under ``flow``, use one pass over [cond; null], which gives the same where images do not compete.
+        one_batch: under ``flow``, use one pass over [cond; null], which gives the same result if images do not compete.
     """
     assert kind in ("flow", "ddpm"), f"unknown objective {kind!r}"
     if scale == 1:
@@ -145,10 +145,10 @@ def guide_by_model(
     channels: int,
     guide_channels: GuideChannels | None = None,
 ) -> ModelFn:
-    """Return a ``model_fn`` for the samplers that includes autoguidance: both models see the condition.
+    """Return a ``model_fn`` for the samplers that includes autoguidance: both models get the condition.
 
     Args:
-        forwards: the guided model and the guiding one.
+        forwards: the guided and the guiding model.
         cond: the condition.
         scale: guidance scale.
         kind: the objective, ``flow`` or ``ddpm``.
@@ -183,7 +183,7 @@ def _extrapolate(pair: Pair, scale: float, G: int) -> ModelFn:
 
 
 def in_interval(guided_fn: ModelFn, plain_fn: ModelFn, interval: Interval | None) -> ModelFn | IntervalField:
-    """Return a model that is guided only at noise levels in an interval; None is all of them."""
+    """Return a model function that is guided only at noise levels in an interval; None guides at all of them."""
     return guided_fn if interval is None else IntervalField(guided_fn, plain_fn, *interval)
 
 

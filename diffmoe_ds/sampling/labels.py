@@ -1,6 +1,6 @@
 """The classes of generated images: they cycle, or are drawn uniformly at random.
 
-The class of an image is a pure function of its index or its seed, so it is the same in any batch and on any rank.
+The class of an image depends only on its index or its seed, so it is the same in any batch and on any rank.
 
 Legend: N images.
 """
@@ -16,7 +16,7 @@ from diffmoe_ds.rng import label_stream
 
 
 def cycle_labels(images: Sequence[int], classes: Sequence[int]) -> Tensor:
-    """Return int64 [N] labels: image k has the class ``classes[k % len(classes)]``.
+    """Return int64 [N] labels: image k has class ``classes[k % len(classes)]``.
 
     Args:
         images: indices of the images.
@@ -26,10 +26,10 @@ def cycle_labels(images: Sequence[int], classes: Sequence[int]) -> Tensor:
 
 
 def random_labels(seeds: Sequence[int], classes: Sequence[int]) -> Tensor:
-    """Return int64 [N] labels, drawn uniformly and independently, as ADM's sample files have them.
+    """Return int64 [N] labels, drawn uniformly and independently, as in ADM's sample files.
 
     Args:
-        seeds: seeds of the images; an image's label has a stream of its own, disjoint from the image's noise.
+        seeds: seeds of the images; each label has its own stream, disjoint from the image's noise.
         classes: the classes to choose from.
     """
     drawn = [classes[int(label_stream(seed).integers(len(classes)))] for seed in seeds]

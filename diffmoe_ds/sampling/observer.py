@@ -1,4 +1,4 @@
-"""Count what the experts of generated images do, on the device: nothing here waits for it.
+"""Count the tokens that experts take while images are generated, without synchronizing with the device.
 
 Legend: B images and T tokens of a forward pass, L MoE layers, E experts.
 """
@@ -19,7 +19,7 @@ AnyObserver = TypeVar("AnyObserver", bound=Observer)
 
 @contextmanager
 def observing(model: DiT, observer: AnyObserver) -> Iterator[AnyObserver]:
-    """Let an observer see the forward passes of `generate` within the context."""
+    """Attach an observer to a model for the forward passes of `generate` within the context."""
     before, model.observer = model.observer, observer
     try:
         yield observer
@@ -39,7 +39,7 @@ class CapacityMeter:
         layers = model.moe_layers().values()
         shape = len(layers), model.config.num_experts + 1
         self.counts = torch.zeros(shape, dtype=torch.int64, device=model.pos_embed.device)
-        """int64 [L, E + 1]: the tokens that each expert took, and all tokens of the layer; may be summed over ranks."""
+        """int64 [L, E + 1]: tokens taken by each expert, then all tokens of the layer; can be summed over ranks."""
         self._pending = torch.zeros_like(self.counts)
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""Write complete sets of images: ADM's ``samples.npz``, a folder of PNG files, and a grid.
+"""Write the results of a complete set of images: ADM's ``samples.npz``, a folder of PNG files, and a grid.
 
 Legend: N images, B images of a shard, H, W height and width, C channels.
 """
@@ -26,12 +26,12 @@ LABELS = "labels.csv"
 
 
 def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], labels_N: Pixels) -> None:
-    """Write the bytes that ``np.savez(path, arr_0=images, arr_1=labels)`` would, holding one part at a time.
+    """Write the same bytes as ``np.savez(path, arr_0=images, arr_1=labels)``, holding one part in memory at a time.
 
     Args:
         path: the file.
         shape: (N, H, W, C) of all images.
-        parts: uint8 [B, H, W, C], which together have that shape.
+        parts: uint8 [B, H, W, C] parts of the images, in order.
         labels_N: int64.
 
     Raises:
@@ -49,9 +49,9 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
 
 
 def write_array(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[Pixels]) -> int:
-    """Write uint8 parts as one array in the npy format, and return their number of images.
+    """Write uint8 parts as one array in the npy format, and return the number of images.
 
-    Unlike `np.save`, which hands files to the C library and ignores its last error, this notices a full disk.
+    Unlike `np.save`, which writes files through the C library and ignores its last error, this detects a full disk.
 
     Raises:
         OSError: the file cannot be written.
@@ -100,10 +100,10 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
 
 
 def check_png_folder(folder: Path) -> None:
-    """Check that a folder of PNG files may be replaced: that it does not exist, or was written by us.
+    """Check that a folder of PNG files may be replaced: it must be missing, empty or written by diffmoe.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it holds other files.
     """
     if folder.exists() and not (folder / LABELS).is_file() and any(folder.iterdir()):
         raise ConfigError(f"{folder} exists but was not written by diffmoe; pass another --out or move it away.")

@@ -1,6 +1,6 @@
-"""Samplers turn noise into images: ODE and SDE solvers for rectified flow; ancestral, DDIM and DPM-Solver++ for DDPM.
+"""Samplers: ODE and SDE solvers for rectified flow; ancestral, DDIM and DPM-Solver++ for DDPM.
 
-A sampler sees a ``model_fn(x_BCHW, t_B) -> prediction`` that already includes guidance (`sampling/guidance.py` makes
+A sampler calls a ``model_fn(x_BCHW, t_B) -> prediction`` that already includes guidance (`sampling/guidance.py` makes
 one) and draws no random numbers: initial and per-step noise come from the caller, one stream per image, so that an
 image does not depend on its batch or on the number of ranks.
 
@@ -24,9 +24,9 @@ from diffmoe_ds.sampling.dpm import dpm, scheduler_class
 from diffmoe_ds.sampling.fields import Field, IntervalField, ModelFn, NoiseFn, Progress, Run, as_field
 
 ADAPTIVE = ("dopri5",)
-"""Samplers that choose the number of forward passes while they run."""
+"""Samplers whose number of forward passes is not fixed in advance."""
 STOCHASTIC = ("sde", "ddpm")
-"""Samplers that add noise in every step but the last."""
+"""Samplers that add noise in every step except the last."""
 SDE_LAST_STEP = 0.04
 """Length of the last, deterministic step of ``sde``: SiT's default."""
 
@@ -38,11 +38,11 @@ def check_sampling(objective: str, sampler: str, steps: int, prefix: str = "") -
         objective: ``flow`` or ``ddpm``.
         sampler: one of `SAMPLERS`.
         steps: sampler steps.
-        prefix: of the names in messages, ``--`` for options and ``sample.`` for a recipe's keys.
+        prefix: prefix of the names in messages: ``--`` for options, ``sample.`` for a recipe's keys.
 
     Raises:
         ConfigError: the sampler is unknown or belongs to the other objective, the number of steps is invalid, or
-            diffusers is missing.
+            diffusers is not installed.
     """
     valid = make_objective(objective).samplers
     if sampler not in valid:
@@ -76,10 +76,10 @@ def sample(
             it), the int64 timestep for DDPM.
         sampler: one of `SAMPLERS`.
         noise_BCHW: standard normal initial noise.
-        steps: sampler steps, at most 1000 for DDPM models; dopri5 only divides its progress into them.
+        steps: sampler steps, at most 1000 for DDPM models; for dopri5, only the resolution of ``progress``.
         noise_fn: called between steps, ``steps - 1`` times, by ``sde`` and ``ddpm`` only.
         progress: called after every step.
-        tolerances: of dopri5; None is the default.
+        tolerances: tolerances of dopri5; None uses the defaults.
 
     Returns:
         [B, C, H, W], float32 or wider.
@@ -91,7 +91,7 @@ def sample(
         raise ConfigError(f"sampler must be {_either(SAMPLERS)}, got {sampler!r}.")
     _check_steps(sampler, steps)
     if sampler in STOCHASTIC and noise_fn is None:
-        raise ConfigError(f"the sampler {sampler} needs noise_fn, because every step but the last adds noise.")
+        raise ConfigError(f"the sampler {sampler} needs noise_fn, because every step except the last adds noise.")
     run = Run(as_field(model_fn), steps, noise_fn, progress or (lambda done, total: None))
     x = at_least_float32(noise_BCHW)
     if sampler in ADAPTIVE:
@@ -109,7 +109,7 @@ def euler(run: Run, x: Tensor) -> Tensor:
 
 
 def heun(run: Run, x: Tensor) -> Tensor:
-    """Integrate the velocity with Heun's method: two evaluations in every step, the last one included."""
+    """Integrate the velocity with Heun's method: two evaluations per step, including the last."""
     velocity = _velocity_at(run.field, [i / run.steps for i in range(run.steps + 1)], x)
     for i in range(run.steps):
         v = velocity(x, i)
@@ -124,8 +124,8 @@ def sde(run: Run, x: Tensor) -> Tensor:
 
     ``dx = (v + w score) dt + sqrt(2 w) dW`` has the same marginals as the ODE ``dx = v dt`` for any w(t) >= 0. The
     linear path's score follows from the velocity: ``(t v - x) / (1 - t)``. With ``w = 1 - t``, SiT's default (there
-    "sigma"), nothing is singular: ``dx = ((1 + t) v - x) dt + sqrt(2 (1 - t)) dW``. As in SiT, all steps but the last
-    are equally long, and the last one, from 0.96 to 1, adds no noise.
+    "sigma"), nothing is singular: ``dx = ((1 + t) v - x) dt + sqrt(2 (1 - t)) dW``. As in SiT, all steps except
+    the last have equal length, and the last one, from 0.96 to 1, adds no noise.
     """
     last = SDE_LAST_STEP if run.steps > 1 else 1.0
     times = [i * (1 - last) / max(run.steps - 1, 1) for i in range(run.steps)]
@@ -164,7 +164,7 @@ FIXED_STEPS: dict[str, Callable[[Run, Tensor], Tensor]] = {
 
 
 def _reverse(run: Run, x: Tensor, step: Callable[[GaussianDiffusion, Tensor, Tensor, Tensor, bool], Tensor]) -> Tensor:
-    """Go through a shortened DDPM process; ``step(process, prediction, x, t_B, is_last)`` returns the next images."""
+    """Run a shortened DDPM process; ``step(process, prediction, x, t_B, is_last)`` returns the next images."""
     process = dit_diffusion().respaced(run.steps)
     steps_N = torch.arange(run.steps, device=x.device)
     for i in reversed(range(run.steps)):
@@ -176,7 +176,7 @@ def _reverse(run: Run, x: Tensor, step: Callable[[GaussianDiffusion, Tensor, Ten
 
 
 def _velocity_at(field: Field, times: Sequence[float], x: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Return the velocity as a function of images and the index of a time."""
+    """Return the velocity as a function of images and a time index."""
     # one copy to the device; the steps take views of it
     on_device = torch.tensor(times, dtype=torch.float32, device=x.device)
     return lambda x, i: field(x, on_device[i].expand(len(x)), 1 - times[i]).to(x.dtype)

@@ -17,10 +17,10 @@ from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.grid import Pixels, to_uint8
 
 DECODED_TOGETHER = 4
-"""Images that are decoded at once. Decoding one image of 256x256 pixels in fp32 takes about 1 GB of activations."""
+"""Number of images to decode at once. Decoding one 256x256 image in fp32 takes about 1 GB of activations."""
 
 Decode = Callable[[Tensor], Tensor]
-"""fp32 [B, C, H, W] that a model generated -> pixels in about [-1, 1]."""
+"""A model's output, fp32 [B, C, H, W] -> pixels in about [-1, 1]."""
 
 
 def generate_batches(
@@ -36,8 +36,8 @@ def generate_batches(
     """Generate one rank's images, in batches of consecutive ones.
 
     This function communicates only through the model. If ranks share experts, all must generate the same number of
-    batches of the same sizes; `turns.deal` arranges that. Because an error may occur on a single rank, ranks should
-    agree after every batch (`consensus.raise_on_all_ranks`).
+    batches of the same sizes; `turns.deal` arranges that. Because an error may occur on a single rank, callers
+    should use `consensus.raise_on_all_ranks` for every batch.
 
     Args:
         model: in eval mode, in any dtype.

@@ -1,7 +1,7 @@
-"""A set of images that is being generated: finished shards, and a manifest of everything that determines them.
+"""An unfinished set of images: finished shards and a manifest of everything that determines them.
 
-They are in the directory ``unfinished`` of the output directory until the set is complete. A killed run leaves them
-there, and the same command continues with the missing shards.
+They stay in ``unfinished`` in the output directory until the set is complete. After a run is killed, the same command
+continues with the missing shards.
 
 Legend: B images of a shard, H, W height and width, C channels.
 """
@@ -38,7 +38,7 @@ class UnfinishedSet:
     """The files of a set of images that is not complete yet."""
 
     def __init__(self, out: Path) -> None:
-        """Name the files without touching them.
+        """Choose the paths without accessing them.
 
         Args:
             out: the output directory, on a file system that all ranks share.
@@ -50,16 +50,16 @@ class UnfinishedSet:
         """Create the set, or check that an unfinished one was started with the same settings.
 
         Args:
-            settings: plain data that determines the images, by the name that messages use.
-            shard_images: images per shard of a new set; an existing one keeps its own.
+            settings: everything that determines the images, as plain data, keyed by option name.
+            shard_images: images per shard of a new set; an existing set keeps its own number.
 
         Raises:
             CheckpointError: the directory cannot be created or read.
-            ConfigError: the directory holds an unfinished set with other settings.
+            ConfigError: the directory holds an unfinished set with different settings.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in (FOLDER, PNG):  # half removed when a run was killed
+            for name in (FOLDER, PNG):  # partially removed by a killed run
                 remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
             self.folder.mkdir(exist_ok=True)
             remove_leftovers(self.folder)
@@ -88,14 +88,14 @@ class UnfinishedSet:
         return int(self._manifest()["shard_images"])
 
     def identity(self) -> str:
-        """Return a text that differs between any two sets, or says that this process cannot see the set."""
+        """Return the set's unique ID, or "not found" if this process cannot see the set."""
         try:
             return str(self._manifest()["id"])
         except CheckpointError:
             return "not found"
 
     def finished(self, shards: Sequence[Shard]) -> list[bool]:
-        """Return for each shard whether its file exists, by one look at the directory.
+        """Return for each shard whether its file exists, from one listing of the directory.
 
         Raises:
             CheckpointError: the directory cannot be read.
@@ -133,7 +133,7 @@ class UnfinishedSet:
             pixels = np.empty(0)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
             raise CheckpointError(
-                f"{path}: is damaged; remove it and run the same command again, which generates its images again."
+                f"{path}: is damaged; remove it and run the same command again to regenerate its images."
             )
         return pixels
 
@@ -163,7 +163,7 @@ class UnfinishedSet:
                 raise ValueError
             return dict(tree)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start again.") from None
+            raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start over.") from None
 
 
 def _file_name(shard: Shard) -> str:

@@ -9,8 +9,8 @@ from diffmoe_ds.training.setup import Run, build_model
 def averaged_model(run: Run) -> DiT:
     """Return a new model with the current averaged weights, in eval mode with the default inference rule.
 
-    Every rank must call this. The model has the dtype in which the run trains and the same expert placement. Keeping it
-    would cost a second set of weights during training; building it takes milliseconds, because its values are not
+    Every rank must call this. The model has the dtype and the expert placement of the run. Keeping it would take memory
+    for a second set of weights during training; building it takes milliseconds, because the weights are not
     initialized.
     """
     dtype = next(run.model.parameters()).dtype

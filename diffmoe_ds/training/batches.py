@@ -126,7 +126,7 @@ class BatchSource:
 
 
 def as_data_error(error: Exception) -> DataError:
-    """Return the error that reports any other error which occurred while images were read."""
+    """Wrap any other error that occurred while reading images."""
     return DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -164,7 +164,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
 
 @cache
 def load_vae(path: str, device: torch.device) -> VAE:
-    """Load a VAE, once per process: training and evaluation share it.
+    """Load a VAE once per process, shared by training and evaluation.
 
     Raises:
         ConfigError: it cannot be loaded.

@@ -113,7 +113,7 @@ class LogLine:
 class Validate:
     """Evaluate the averaged weights on held-out images.
 
-    It comes before `Save`: a run that is killed while it evaluates resumes before the evaluation and repeats it.
+    It runs before `Save`, so that a run killed during an evaluation resumes before it and repeats it.
     """
 
     def __init__(self, run: Run, log: RunLog, checkpointer: Checkpointer, watchdog: Watchdog) -> None:
@@ -128,7 +128,7 @@ class Validate:
             row = self._validation.evaluate()
         except DiffMoEError:  # on all ranks
             self._log.settle()
-            self._checkpointer.save_rest()  # training itself did not fail
+            self._checkpointer.save_rest()  # training itself has not failed
             raise
         self._log.evaluation(row)
         self._log.pause()

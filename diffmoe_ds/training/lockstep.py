@@ -1,4 +1,4 @@
-"""Work of equally many parts on all ranks, such as the batches of an evaluation."""
+"""Iterate over the same number of items on all ranks, such as the batches of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def lockstep(items: Iterator[T], total: int, what: str, run: Run, watchdog: Watchdog) -> Iterator[T]:
-    """Yield items; if one cannot be produced on any rank, all ranks raise. Every rank must exhaust it.
+    """Yield items; if any rank cannot produce one, all ranks raise. Every rank must exhaust the iterator.
 
     Args:
-        items: equally many on all ranks. Producing one may call collectives, but not `raise_on_all_ranks` itself:
-            nobody would report the error.
-        total: their number, for the progress bar, which rank 0 shows on a terminal.
-        what: names the bar.
+        items: the same number on all ranks. Producing an item may call collectives, but not `raise_on_all_ranks`:
+            the error would not be reported.
+        total: number of items, for the progress bar, which rank 0 shows on a terminal.
+        what: label of the bar.
         run: the run.
         watchdog: ticked after each item.
     """
@@ -36,17 +36,17 @@ def lockstep(items: Iterator[T], total: int, what: str, run: Run, watchdog: Watc
 
 
 def num_batches(count: int, run: Run) -> int:
-    """Return the number of batches, of a micro-batch each, of a rank's equal share of images.
+    """Return the number of micro-batches in a rank's equal share of images.
 
     Args:
-        count: images over all ranks.
+        count: number of images over all ranks.
         run: the run.
     """
     return math.ceil(math.ceil(count / run.topology.world) / run.settings.micro_batch)
 
 
 def reading(items: Iterator[T]) -> Iterator[T]:
-    """Yield items that are read from files; report any error as one of the data.
+    """Yield items read from files, converting any other error to `DataError`.
 
     Raises:
         DataError: an item cannot be read.

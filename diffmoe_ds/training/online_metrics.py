@@ -1,6 +1,6 @@
-"""Metrics during training: images generated from the averaged weights against all held-out images.
+"""Metrics during training, comparing images generated from the averaged weights with all held-out images.
 
-All ranks generate images and extract features, in equal shares; rank 0 compares the features on its CPU.
+All ranks generate images and extract features, in equal shares; rank 0 computes the metrics on its CPU.
 
 Legend: N images, B images of a batch, C channels, H, W height and width.
 """
@@ -31,7 +31,7 @@ from diffmoe_ds.training.setup import Run
 
 
 class OnlineMetrics:
-    """The metrics of ``eval.metrics``; the features of the held-out images are computed once."""
+    """Computes the metrics of ``eval.metrics``; the features of the held-out images are computed once."""
 
     def __init__(self, run: Run, held_out: HeldOut, watchdog: Watchdog) -> None:
         self._run = run
@@ -45,11 +45,10 @@ class OnlineMetrics:
             model: with the averaged weights, in eval mode.
 
         Returns:
-            ``extractor``, ``n``, ``n_reference`` and, on rank 0, the metrics, under the names of ``diffmoe evaluate
-            --json``.
+            ``extractor``, ``n``, ``n_reference`` and, on rank 0, the metrics, named as in ``diffmoe evaluate --json``.
 
         Raises:
-            DiffMoEError: on all ranks, if any cannot read an image, load the extractor or the VAE, or generated NaN.
+            DiffMoEError: on all ranks, if any rank cannot read an image or load the extractor or VAE, or generates NaN.
         """
         run, names, count = self._run, self._run.config.eval.metrics, self._run.config.eval.metric_images
         decode, reference = self._decode, self._reference
@@ -75,7 +74,7 @@ class OnlineMetrics:
 
     @cached_property
     def _decode(self) -> Decode:
-        """The function from what the model generates to pixels."""
+        """The function that decodes the model's output to pixels."""
         device, path = self._run.device, decoder_path(self._run.config)
         if path is None:
             return lambda pixels: pixels
@@ -93,7 +92,7 @@ class OnlineMetrics:
             yield _channels_first(to_uint8(images_BCHW))
 
     def _generated_images(self, model: DiT, decode: Decode) -> Iterator[Tensor]:
-        """Yield this rank's share of the generated images, uint8 [B, C, H, W]; the same seeds in every evaluation."""
+        """Yield this rank's share of the generated images, uint8 [B, C, H, W], with the same seeds every time."""
         run, sample = self._run, self._run.config.sample
         seeds = share_of_rank(run.config.eval.metric_images, 0, run.topology.rank, run.topology.world)
         labels = cycle_labels(seeds, range(run.config.model.num_classes))
@@ -105,12 +104,12 @@ class OnlineMetrics:
             yield _channels_first(pixels)
 
     def _features(self, images: Iterator[Tensor], count: int, what: str) -> ImageFeatures | None:
-        """Extract features of this rank's share of images, and collect those of all ranks on rank 0.
+        """Extract the features of this rank's share of images, and gather all features on rank 0.
 
         Args:
-            images: equally many on all ranks; what exceeds ``count`` over all ranks is left out.
+            images: the same number on all ranks; images beyond ``count`` over all ranks are dropped.
             count: N.
-            what: names the progress bar.
+            what: label of the progress bar.
         """
         run, extractor = self._run, self._extractor
         outputs = (extractor.extract(batch) for batch in images)
@@ -120,7 +119,7 @@ class OnlineMetrics:
         return None if features_NF is None else ImageFeatures(features_NF, logits_NK)
 
     def _collect(self, parts: list[Tensor], count: int) -> Tensor | None:
-        """Return the rows of all ranks on rank 0; None on the others, and without parts."""
+        """Return the rows of all ranks on rank 0; None on other ranks or if there are no parts."""
         if not parts:
             return None
         every = gather_to_main(torch.cat(parts).to(self._run.device))

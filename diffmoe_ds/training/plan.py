@@ -184,15 +184,15 @@ def _check_sampling(config: Config) -> None:
 
 
 def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
-    """Check that the sampler of the sample grids runs the same forward passes on ranks that must stay in step.
+    """Check that the sampler of the sample grids runs the same number of forward passes on ranks that need it.
 
     Args:
         config: the run's configuration.
-        ep_size: ranks that share the experts.
+        ep_size: number of ranks that share the experts.
         world: number of ranks.
 
     Raises:
-        ConfigError: the sampler chooses the number of its forward passes.
+        ConfigError: the number of forward passes depends on the images.
     """
     from diffmoe_ds.sampling.samplers import ADAPTIVE
 

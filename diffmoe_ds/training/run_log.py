@@ -64,7 +64,7 @@ class RunLog:
         """Write a uint8 image to TensorBoard."""
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Write an evaluation to ``validation.jsonl`` and TensorBoard, and print a line about it.
+        """Write an evaluation to ``validation.jsonl`` and TensorBoard, and print one line.
 
         Args:
             row: see `Validation.evaluate`.
@@ -268,7 +268,7 @@ def peak_memory_mb() -> float:
 
 
 def _evaluation_line(row: dict[str, Any]) -> str:
-    """Return an evaluation in words, for the console."""
+    """Return the console line of an evaluation."""
     loss, metrics = row["validation_loss"], row.get("metrics")
     text = f"loss {'nan' if loss is None else f'{loss:.4f}'} on {row['validation_images']:,} held-out images"
     if metrics is None:

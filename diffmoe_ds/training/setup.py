@@ -60,7 +60,7 @@ class Run:
     began_from: str | None = None
     """The absolute PATH of the ``--resume PATH`` that the run began with; the same command resumes the run itself."""
     class_names: tuple[str, ...] | None = None
-    """Name of each label, if the labels of the training data have names."""
+    """Name of each label, if labels have names."""
     again: str = "the same command"
     """How to resume, for messages."""
 
@@ -155,7 +155,7 @@ def build_model(
         topology: the ranks and the expert placement.
         device: the device of the weights.
         dtype: of the weights.
-        micro_batch: images per rank in training, which `routing.pool_images` needs; None for inference.
+        micro_batch: images per rank, used for `routing.pool_images` in training; None for inference.
     """
     ep_group = seam.expert_parallel_group(topology.ep_size)
     part = make_part_of_pool(config.routing.pool_images, micro_batch, topology, ep_group)

@@ -1,4 +1,4 @@
-"""Evaluation during training: the averaged weights on held-out images, by all ranks together."""
+"""Evaluation of the averaged weights on held-out images during training, by all ranks together."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Validation:
     def evaluate(self) -> dict[str, Any]:
         """Return the row of ``validation.jsonl`` for the current weights. Every rank must call this.
 
-        Numbers that are non-finite or not defined, such as the loss of a noise level without images, are None.
+        Numbers that are non-finite or undefined, such as the loss of an empty noise-level bin, are None.
 
         Raises:
-            DiffMoEError: on all ranks, if any cannot read its held-out images or compute the metrics.
+            DiffMoEError: on all ranks, if any rank cannot read its held-out images or compute the metrics.
         """
         run, held_out = self._run, self._held_out
         model = averaged_model(run)
@@ -65,7 +65,7 @@ class Validation:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value as strict JSON can hold it, with None for non-finite numbers."""
+    """Return a value that is valid in strict JSON, with None for non-finite numbers."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -75,7 +75,7 @@ def validation_losses(run: Trained) -> list[float]:
 
 @pytest.mark.slow
 def test_a_damaged_held_out_image_ends_the_run_after_saving(train_tiny, tmp_path):
-    """Rank 1 cannot read it, both exit, one reports it, and the same command continues from where they stopped."""
+    """Rank 1 cannot read it; both ranks exit, one reports it, and the same command resumes where they stopped."""
     held_out = numbered_shard(tmp_path / "held_out.tar", 20, damaged=14)
     evaluation = (f"data.validation_path={held_out}", "eval.every_images=32")
     stopped = train_tiny(2, 2, 1, *evaluation, code=4)

@@ -1,4 +1,4 @@
-"""``diffmoe evaluate`` on two ranks: the numbers of one, and errors reported once."""
+"""``diffmoe evaluate`` on two ranks: the same numbers as on one, and errors reported once."""
 
 from __future__ import annotations
 

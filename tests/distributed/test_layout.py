@@ -113,7 +113,7 @@ def test_offloaded_optimizer_trains_the_same(train_tiny):
 
 @pytest.mark.slow
 def test_pools_of_some_images_do_not_depend_on_the_ranks(train_tiny):
-    """A pool of 8 images is half of a rank's, all of a rank's, or those of 2 of 4 ranks, with and without EP groups."""
+    """A pool of 8 images is half of one rank's images, all of them, or those of 2 of 4 ranks, with or without EP."""
     reference = train_tiny(1, 1, 0, "routing.pool_images=8")
     for world, ep, zero in ((2, 2, 1), (4, 2, 2), (4, 4, 3)):
         assert_same(train_tiny(world, ep, zero, "routing.pool_images=8"), reference)

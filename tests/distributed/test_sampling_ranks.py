@@ -1,4 +1,4 @@
-"""``diffmoe sample`` on several ranks: one error message, images that do not depend on ranks, killed and continued."""
+"""``diffmoe sample`` on several ranks: one error message, the same images on any number of ranks, and recovery."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
     sample(2, model, tmp_path / "chosen", *guided, *chosen, "--experts", "sharded", "--batch-size", "3")
     assert np.abs(images_in(tmp_path / "chosen") - alone("per_token", *chosen)).max() <= 1
 
-    # the images of a batch compete, whoever generates it
+    # the images in a batch compete, whichever rank generates it
     sample(2, model, tmp_path / "static", "--routing", "static", *guided, "--experts", "sharded", "--batch-size", "3")
     static = images_in(tmp_path / "static")
     assert np.abs(static - alone("static", "--batch-size", "3")).max() <= 1
@@ -84,7 +84,7 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
 
 
 def kill_rank(world: int, rank: int, model: Path, out: Path, *options: str) -> Finished:
-    """Generate images on ranks of which one is killed after its first shard."""
+    """Generate images on several ranks, one of which is killed after its first shard."""
     arguments = ["sample", "--checkpoint", str(model), "--num-images", "7", "--steps", "3", "--out", str(out)]
     worker = [str(WORKERS / "killed_sampling.py"), str(rank), "1"]
     return run_ranks(world, [*worker, *arguments, *options], timeout=TIMEOUT)

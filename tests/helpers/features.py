@@ -28,7 +28,7 @@ class Averages(nn.Module):
 
 
 class Resized(Averages):
-    """The same, but of images of 8x8 pixels."""
+    """The same, for images resized to 8x8 pixels."""
 
     input_img_size = (3, 8, 8)
 

@@ -101,7 +101,7 @@ class Evil:
 
 
 def refused_weights() -> list[str]:
-    """Return the messages about files that are no such weights."""
+    """Return the messages for files that do not hold these weights."""
     torch.save({"fc.weight": Evil()}, FOLDER / "evil.pth")
     torch.save({"fc.weight": torch.zeros(2)}, FOLDER / "other.pth")
     (FOLDER / "text.pth").write_text("no weights")
@@ -116,7 +116,7 @@ def refused_weights() -> list[str]:
 
 
 def evaluate(weights: Path) -> list[dict[str, object]]:
-    """Run the command against images, against what that saved, and against a file as ADM publishes it."""
+    """Run the command against images, against the saved reference, and against a file in ADM's format."""
     pixels = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
     np.savez(FOLDER / "samples.npz", arr_0=pixels[:5])
     np.savez(FOLDER / "reference.npz", arr_0=pixels[5:])

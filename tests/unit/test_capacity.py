@@ -1,4 +1,4 @@
-"""The compute dial: calibrated thresholds, the capacity that is really used, and the file beside the checkpoint."""
+"""The compute dial: calibrated thresholds, the measured capacity, and the file next to the checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_with(kind: str = "batch_pool", rule: str = "per_token") -> DiT:
 
 
 def counts_of(model: DiT, images: int = 96, seed: int = 1000) -> Tensor:
-    """Return what a meter counts while fresh images are generated."""
+    """Return the counts of a meter while new images are generated."""
     labels, seeds = torch.arange(images) % model.config.model.num_classes, range(seed, seed + images)
     with observing(model, CapacityMeter(model)) as meter:
         generate(model, labels, seeds, SETTINGS)
@@ -98,7 +98,7 @@ def test_every_number_of_ranks_finds_the_same_thresholds():
 
 
 def test_the_search_does_not_alternate_between_two_sets_of_thresholds(monkeypatch):
-    """Of a model that overreacts: the more experts tokens take, the lower is the probability of all of them."""
+    """For a model that overreacts: the more experts tokens take, the lower the probabilities of all experts become."""
     model = model_with()
 
     def overreacting(self, progress):
@@ -184,7 +184,7 @@ DAMAGE = {
 
 
 def resealed(text: str, thresholds: object) -> str:
-    """Return the text with other thresholds and the checksum that belongs to them."""
+    """Return the text with other thresholds and a matching checksum."""
     from diffmoe_ds.sampling.capacity_file import _digest
 
     tree = json.loads(text)
@@ -240,7 +240,7 @@ def test_thresholds_are_kept_used_and_found_again_after_damage(tmp_path, monkeyp
     set_capacity(tmp_path, 4.0)
     assert len(list(tmp_path.iterdir())) == 1, "no calibration, nothing to keep"
     path.unlink()
-    path.mkdir()  # a place that cannot be written, even by root
+    path.mkdir()  # cannot be written to, even by root
     capsys.readouterr()
     assert torch.equal(torch.cat(set_capacity(tmp_path)), torch.cat(first))
-    assert "cannot be kept for the next time" in capsys.readouterr().out
+    assert "the thresholds cannot be saved" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
         (
             ["--set", "routing.pool_images=3"],
             2,
-            "is 3, but must be one of 1, 2, 4, 8, 16, 32, because the pool has 1 rank",
+            "must be one of 1, 2, 4, 8, 16, 32, because the pool has 1 rank(s) with 32 images each, got 3.",
         ),
         (
             ["--set", "routing.kind=dense", "routing.pool_images=2"],
@@ -202,7 +202,7 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
         (["--sampler", "oiler"], 2, "did you mean 'euler'?"),
         (["--routing", "dynamo"], 2, "did you mean 'dynamic'?"),
         (["--guide-channels", "2"], 2, "--guide-channels must be all or a number from 1 to 1, got 2"),
-        (["--guidance-interval", "0", "1"], 2, "--guidance-interval needs guidance: set --cfg-scale"),
+        (["--guidance-interval", "0", "1"], 2, "--guidance-interval needs guidance; set --cfg-scale"),
         (["--autoguidance", "/nowhere", "--cfg-scale", "2"], 5, "--autoguidance /nowhere: not a checkpoint"),
         (["--sampler", "dopri5", "--rtol", "0"], 2, "--rtol must be a positive number, got 0.0"),
         (["--num-images", "0"], 2, "--num-images must be positive, got 0"),

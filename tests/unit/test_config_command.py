@@ -30,7 +30,7 @@ WRONG = {
     "at least 0 and less than 1": (-0.1, 1, 1.5),
     "at least 0 and less than 2^64": (-1, 2**64),
     "positive and at most 3e+38": (0, 4e38),
-    "each frechet, kid, inception_score, precision or recall": (["fid"], ["frechet", 1], [["kid"]], "kid"),
+    "each one of frechet, kid, inception_score, precision or recall": (["fid"], ["frechet", 1], [["kid"]], "kid"),
     "each at least 0 and less than 1": ([0.5, 1.0], [-0.1, 0.5], [0.5], [0.5, 0.5, 0.5], ["x", 0.5]),
 }
 

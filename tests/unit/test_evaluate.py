@@ -1,4 +1,4 @@
-"""``diffmoe evaluate``: references of every kind, saved statistics, and what it refuses."""
+"""``diffmoe evaluate``: references of every kind, saved statistics, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_extractors_of_users(samples, evaluate):
     assert evaluate(samples, samples, "--extractor", "tests.helpers.features:Resized")["n"] == 20
     for name, message in (
         ("tests.helpers.features:WrongShape", "returned shape (20, 3, 12, 12), expected a tensor of shape [20, F]"),
-        ("tests.helpers.features:Missing", "cannot be built: module 'tests.helpers.features' has no attribute 'Mis"),
-        ("no_such_module:Class", "cannot be built: No module named 'no_such_module'"),
+        ("tests.helpers.features:Missing", "cannot be instantiated: module 'tests.helpers.features' has no attribute"),
+        ("no_such_module:Class", "cannot be instantiated: No module named 'no_such_module'"),
         ("resnet", "unknown; expected efficientnet-lite0, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"),
     ):
         assert message in evaluate(samples, samples, "--extractor", name, code=2)
@@ -216,8 +216,8 @@ def damaged_files(folder: Path) -> dict[str, str]:
         "flat": "arr_0 is uint8 [4, 192]",
         "rgba": "arr_0 is uint8 [4, 8, 8, 4]",
         "one": "1 image(s); metrics need at least 2",
-        "columns": "is stored by columns",
-        "other": "has no array 'arr_0', only images",
+        "columns": "is in Fortran order",
+        "other": "has no array 'arr_0'; it holds images",
         "pickled": "holds pickled objects, which are never loaded",
         "cut": "is not a complete .npz file",
         "flipped": "claims uint8 [90, 12, 12, 3], 38880 bytes, but holds 17280",
@@ -238,12 +238,12 @@ def test_invalid_folders_are_refused(samples, tmp_path, evaluate):
     folder = write_folder(tmp_path / "mixed", pictures(3))
     Image.fromarray(pictures(1, 20)[0]).save(folder / "large.png")
     message = evaluate(folder, samples, code=4)
-    assert "large.png has 20x20 pixels, the first image has 12x12" in message
+    assert "large.png has 20x20 pixels, but the first image has 12x12" in message
     (folder / "large.png").write_bytes(b"no image")
     assert "cannot be decoded" in evaluate(folder, samples, code=4)
     assert "cannot be decoded" in evaluate(samples, folder, code=4)
     np.savez(tmp_path / "large.npz", arr_0=pictures(4, 16))
-    assert "the images have 16x16 pixels, the evaluated ones 12x12" in evaluate(samples, tmp_path / "large.npz", code=4)
+    assert "have 16x16 pixels, but the evaluated ones 12x12" in evaluate(samples, tmp_path / "large.npz", code=4)
     (tmp_path / "empty").mkdir()
     assert "no" in evaluate(tmp_path / "empty", samples, code=4)
 
@@ -261,10 +261,10 @@ def test_invalid_statistics_are_refused(samples, tmp_path, evaluate):
         ({"sigma": -np.eye(48)}, "is not a covariance"),
         ({"sigma": indefinite}, "is not a covariance"),
         ({"sigma": np.triu(np.ones((48, 48)))}, "is not a covariance"),
-        ({"extractor": np.array("efficientnet-lite0")}, "its statistics are of efficientnet-lite0, but --extractor is"),
+        ({"extractor": np.array("efficientnet-lite0")}, "statistics are from efficientnet-lite0, but --extractor is"),
         ({"n": np.array([1])}, "1 image(s); metrics need at least 2"),
         ({"n": np.array([9]), "features": np.zeros((8, 48), np.float32)}, "expected float32 [9, 48]"),
-        ({"image_size": np.array([64, 64])}, "the images have 64x64 pixels, the evaluated ones 12x12"),
+        ({"image_size": np.array([64, 64])}, "the images have 64x64 pixels, but the evaluated ones 12x12"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 features, but"),
     ):
         np.savez(tmp_path / "r.npz", **{**valid, **changed})

@@ -1,4 +1,4 @@
-"""Networks of the evaluation: weights, preprocessing, golden features, and what is refused."""
+"""Feature extractors: weights, preprocessing, golden features, and rejected names."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_resizing_keeps_uint8_and_its_range():
 @pytest.mark.parametrize("kernel", (1, 3, 5))
 @pytest.mark.parametrize("stride", (1, 2))
 def test_same_padding_is_tensorflows(size, kernel, stride):
-    """The output has ceil(size / stride) pixels; of an odd padding, the larger half comes last."""
+    """The output has ceil(size / stride) pixels; if the padding is odd, the extra pixel comes last."""
     layer = SameConv2d(1, 1, kernel, stride)
     torch.nn.init.ones_(layer.weight)
     out = layer(torch.ones(1, 1, size, size))[0, 0].detach().numpy()
@@ -99,7 +99,7 @@ def test_dinov2_from_a_folder(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
         load_extractor(f"dinov2:{tmp_path}", CPU)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(DataError, match="a model of type vit, expected dinov2"):
+    with pytest.raises(DataError, match=r"the model type in config\.json must be dinov2, got vit"):
         load_extractor(f"dinov2:{tmp_path}", CPU)
     (tmp_path / "config.json").unlink()
     with pytest.raises(DataError, match=r"not a folder with config\.json"):

@@ -1,4 +1,4 @@
-"""Our numbers are those of torch-fidelity, with the Inception network too; see `tests/helpers/fidelity.py`."""
+"""Our results match torch-fidelity's, including its Inception network; see `tests/helpers/fidelity.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.processes import clean_environment
 from tests.helpers.sources import ROOT
 
 LIBRARIES = Path(sys.prefix) / "inception"
-"""Where `make test` installs torch-fidelity and torchvision, apart from all other packages."""
+"""Where `make test` installs torch-fidelity and torchvision, separate from all other packages."""
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_numbers_are_those_of_torch_fidelity(tmp_path):
 
     assert len(found["refused"]) == 4
     for message in found["refused"][:3]:
-        assert "does not hold the weights of the Inception graph of 2015" in message
+        assert "does not hold the weights of the 2015 Inception graph" in message
     assert "missing.pth: cannot be read: No such file or directory" in found["refused"][3]
 
     images, saved, adm = found["evaluate"]

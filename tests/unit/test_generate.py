@@ -106,7 +106,7 @@ def test_bf16_keeps_positions_thresholds_and_the_samplers_state_in_fp32():
 @pytest.mark.parametrize("interval", (None, (0.3, 0.7)))
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ADAPTIVE])
 def test_no_step_waits_for_the_device(sampler, interval):
-    """More steps bring no further synchronizations; a stochastic step brings its noise from the host."""
+    """More steps cause no further synchronizations; a stochastic step copies its noise from the host."""
     model = model_of(config_of("dense", SAMPLERS[sampler]))
     counts = {}
     for steps in (2, 5):

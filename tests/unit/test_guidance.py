@@ -49,7 +49,7 @@ def generated(model: DiT, guide: DiT | None = None, seeds: range = range(3), **s
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_runs_only_inside_the_interval(sampler):
-    """Noise levels fall from 1 to 0; outside the interval, one conditional pass runs."""
+    """Noise levels decrease from 1 to 0; outside the interval, a single conditional pass runs."""
     is_flow, levels = SAMPLERS[sampler] == "flow", {"guided": [], "plain": []}
 
     def model_fn(name: str):
@@ -70,7 +70,7 @@ def test_guidance_runs_only_inside_the_interval(sampler):
 
 
 def test_interval_of_every_image_where_their_times_differ():
-    """Only of dopri5: both predictions are computed, and each image takes its own."""
+    """For dopri5 only: both predictions are computed, and each image uses its own."""
     import numpy as np
 
     field = IntervalField(lambda x, t_B: x + 1, lambda x, t_B: x - 1, 0.3, 0.6)
@@ -140,8 +140,8 @@ def test_guidance_mistakes():
         return SamplingSettings(**{"sampler": "euler", "steps": 4, "cfg_scale": 2.0, **changes})
 
     for changes, message in (
-        ({"guidance_interval": (0.2, 0.8), "cfg_scale": 1.0}, "--guidance-interval needs guidance: set --cfg-scale"),
-        ({"autoguidance": "path", "cfg_scale": 1.0}, "--autoguidance needs guidance: set --cfg-scale"),
+        ({"guidance_interval": (0.2, 0.8), "cfg_scale": 1.0}, "--guidance-interval needs guidance; set --cfg-scale"),
+        ({"autoguidance": "path", "cfg_scale": 1.0}, "--autoguidance needs guidance; set --cfg-scale"),
         ({"guidance_interval": (0.8, 0.2)}, "0 <= LOW < HIGH <= 1, got 0.8 0.2"),
         ({"guidance_interval": (float("nan"), 1.0)}, "0 <= LOW < HIGH <= 1, got nan 1.0"),
         ({"guide_channels": 9}, "--guide-channels must be all or a number from 1 to"),

@@ -70,7 +70,7 @@ def test_a_degenerate_covariance_gives_a_number(rows):
 
 
 def test_intervals_cover_the_mean_over_new_sets():
-    """On simulated sets, about 95% of the intervals hold the mean distance; their width is that of its spread."""
+    """On simulated sets, about 95% of the intervals cover the mean distance; their width matches its spread."""
     rows, features, sets = 300, 6, 120
     reference = torch.zeros(features), metrics.factor(torch.eye(features))
     distances, intervals = [], []
@@ -96,7 +96,7 @@ def test_groups_are_disjoint_and_equal():
 
 
 def test_kid_is_the_unbiased_estimate():
-    """With subsets as large as the sets, every subset is the same: the estimate by its definition, pair by pair."""
+    """With subsets as large as the sets, every subset is the same: compare with the definition, pair by pair."""
     x, y = normal(12, 5, 6), normal(12, 5, 7, shift=0.4)
 
     def kernel(a: Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Evaluation during training: the metrics of `diffmoe evaluate`, what is refused, and what is logged."""
+"""Evaluation during training: the metrics of `diffmoe evaluate`, rejected settings, and the log."""
 
 from __future__ import annotations
 

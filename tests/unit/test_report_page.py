@@ -78,7 +78,7 @@ def test_everything_from_the_run_is_escaped(tmp_path):
         ("dense", None, "The model is dense"),
         ("token_choice", [], "Every token takes 1 expert: compute is the same everywhere."),
         ("expert_choice", [c for c in COMPUTE if c not in ("capacity_by_noise_level", "capacity_by_layer",
-          "capacity_by_class", "hardest_and_easiest_classes")], "a fixed number of tokens of each image"),
+          "capacity_by_class", "hardest_and_easiest_classes")], "a fixed number of tokens from each image"),
     ),
 )  # fmt: skip
 def test_other_routers(tmp_path, kind, compute, sentence):
@@ -96,9 +96,9 @@ def test_latents_ddpm_one_row_and_an_unfinished_run(tmp_path):
     assert {*TRAINING, "samples_by_class", "compute_per_token"} <= set(page.figures())
     assert "samples_by_guidance" not in page.figures()
     for sentence in (
-        "pictures show their first three channels",
+        "images show their first three channels",
         "25% of the planned training (24 of 96 images)",
-        "no classifier-free guidance",
+        "does not support classifier-free guidance",
         "0 <b>boot</b>, 250, 500, 750",
         "9 to 10, the same for every class",
     ):

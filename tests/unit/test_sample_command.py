@@ -1,4 +1,4 @@
-"""``diffmoe sample``: which images, which files, interrupted and continued runs."""
+"""``diffmoe sample``: the choice of images, output files, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def choose(*options: str, num_classes: int = 10, names: tuple[str, ...] | None =
         (["--classes=-1"], "--classes must be from 0 to 9 for this model, got -1."),
         (["--classes", "sneeker"], "--classes: 'sneeker' is not known; did you mean 'sneaker'? valid: 0 to 9."),
         (["--classes", "1,,2"], "--classes: '' is not known; valid: 0 to 9."),
-        (["--classes", "7,sneaker"], "--classes 7,sneaker: class 7 is given twice."),
+        (["--classes", "7,sneaker"], "--classes 7,sneaker: class 7 is repeated."),
         (["--per-class", "2", "--num-images", "4"], "--per-class 2 and --num-images 4 contradict each other"),
         (["--per-class", "2", "--labels", "random"], "--per-class 2 and --labels random contradict each other"),
         (["--seed", "-1"], "--seed must be from 0 to 18446744073709551536 with 40 images, got -1."),
@@ -109,7 +109,7 @@ def test_mistakes_in_the_choice_of_images(options, message):
 
 
 def test_classes_without_names_or_without_classes():
-    with pytest.raises(ConfigError, match="'bag' is not known; the checkpoint records no names of its classes; valid"):
+    with pytest.raises(ConfigError, match="'bag' is not known; the checkpoint does not record class names; valid"):
         choose("--classes", "bag", names=None)
     with pytest.raises(ConfigError, match="--classes 0: model was trained without classes; omit the option"):
         choose("--classes", "0", num_classes=1)
@@ -247,7 +247,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(
 
 @pytest.fixture
 def interrupted(monkeypatch, run_directory, tmp_path) -> Path:
-    """An output directory with two finished shards of three, which compete within their batches."""
+    """An output directory with two of three shards finished, in which images compete within their batch."""
     with monkeypatch.context() as patch:
         kill_while_sampling(patch)
         with pytest.raises(Killed):

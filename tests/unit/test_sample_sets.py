@@ -1,4 +1,4 @@
-"""Sets of generated images: labels, how shards are dealt to ranks, the files of an unfinished set, and the results."""
+"""Sets of generated images: labels, assignment of shards to ranks, the files of an unfinished set, and the results."""
 
 from __future__ import annotations
 

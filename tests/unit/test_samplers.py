@@ -41,7 +41,7 @@ def images_of_different_scale(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
 @pytest.mark.parametrize(("rtol", "atol"), [(1e-3, 1e-6), (1e-5, 1e-5), (1e-2, 1e-3)])
 def test_dopri5_is_torchdiffeq_for_every_image(dtype, error, rtol, atol):
-    """The same image and as many evaluations as its own call of `odeint`; in a batch, as many as the slowest image."""
+    """The same image and evaluations as a separate call of `odeint`; a batch takes as many as its slowest image."""
     z, evaluations = images_of_different_scale(dtype), []
 
     def count(x, t_B):
@@ -150,7 +150,7 @@ def gaussian_noise(std_C: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def test_dpm_converges_to_the_solution_of_ddim():
-    """Both converge to the probability-flow ODE of Gaussian data; DPM-Solver++ is there sooner, at second order."""
+    """Both converge to the probability-flow ODE of Gaussian data; DPM-Solver++ needs fewer steps, at second order."""
     std_C = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     z = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     last = dit_diffusion().alphas_cumprod_N[-1]

@@ -26,7 +26,7 @@ def test_models_are_compared_at_equal_activated_parameters():
 
 
 def test_the_prediction_interval_holds_the_next_seed():
-    """Of many draws of three seeds, about 95% contain a fourth."""
+    """For many draws of three seeds, about 95% of the intervals contain a fourth."""
     rng = np.random.default_rng(0)
     values = rng.normal(10, 2, size=(2000, 4))
     inside = [

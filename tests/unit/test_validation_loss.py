@@ -35,7 +35,7 @@ def dataset(tmp_path_factory) -> ShardDataset:
 
 
 def loss_of(model, held_out: HeldOut, batch_size: int, world: int = 1) -> ValidationLoss:
-    """The validation loss of the shares of `world` ranks, one after the other."""
+    """Compute the validation loss from the shares of `world` ranks, one after the other."""
     batches = [batch for rank in range(world) for batch in held_out.batches(batch_size, rank, world)]
     return validation_loss(model, make_objective(model.config.objective.kind), batches, len(held_out))
 

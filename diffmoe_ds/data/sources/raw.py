@@ -45,7 +45,7 @@ class RawImages:
 
     @property
     def classes(self) -> list[str] | None:
-        """Name of each label, if they have names."""
+        """Name of each label, if labels have names."""
         return self._source.classes
 
     @property

@@ -130,7 +130,7 @@ class ShardDataset:
 
     @property
     def classes(self) -> list[str] | None:
-        """Name of each label, if the index of the shards lists them; labels themselves are numbers."""
+        """Name of each label, if the index of the shards lists names."""
         if self._shards == [str(EMBEDDED)]:
             return list(EMBEDDED_CLASSES)
         return None if self.index.classes is None else list(self.index.classes)

@@ -57,7 +57,7 @@ class Index:
     samples: np.ndarray  # int64 [n, len(Entry._fields)]
     keys: np.ndarray  # uint8, the UTF-8 of all keys
     latents: LatentFormat | None = None
-    classes: tuple[str, ...] | None = None  # name of each label, if the labels have names
+    classes: tuple[str, ...] | None = None  # name of each label, if labels have names
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""

@@ -1,4 +1,4 @@
-"""Put a report together: which sections, figures and tables a run gets."""
+"""Assemble a report: the sections, figures and tables for a run."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ EMBEDDED_NAMES = (
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report is made from."""
+    """Inputs of a report."""
 
     source: str
-    """The run, as the user named it."""
+    """The run, as given by the user."""
     config: Config
-    """Of the run."""
+    """The run's configuration."""
     history: History
     """Its logs."""
     sampled: Sampled | None
@@ -48,7 +48,7 @@ class Contents:
 
 
 def build_page(contents: Contents) -> Page:
-    """Return the page of a report; figures are drawn in the current style."""
+    """Return the page of a report, with figures in the current style."""
     config, history, sampled = contents.config, contents.history, contents.sampled
     sections = [_training(history)]
     if sampled is not None:
@@ -82,7 +82,7 @@ def build_page(contents: Contents) -> Page:
 
 
 def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
-    """Return the names of the classes of the generated images by label; nothing if they are unknown."""
+    """Return the class names of the generated images by label; empty if unknown."""
     known: Sequence[str] = sampled.used.reader.class_names or ()
     if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_NAMES):
         known = EMBEDDED_NAMES
@@ -90,13 +90,13 @@ def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
 
 
 def notes(config: Config, history: History, sampled: Sampled | None) -> list[str]:
-    """Return remarks on what a reader would miss or misread."""
+    """Return notes on what is missing or easily misread."""
     found = []
     if sampled is None:
         found.append("The run has no checkpoint yet, so the report has no images.")
     elif config.model.in_channels not in PIXEL_CHANNELS and sampled.used.vae is None:
         found.append(
-            "The model generates latents. Without --vae, pictures show their first three channels, roughly scaled."
+            "The model generates latents. Without --vae, images show their first three channels, roughly scaled."
         )
     if sampled is not None and 0 < sampled.used.reader.images < config.run.total_images and history.rows:
         share = sampled.used.reader.images / config.run.total_images
@@ -109,9 +109,9 @@ def notes(config: Config, history: History, sampled: Sampled | None) -> list[str
 
 def _training(history: History) -> Section:
     drawings = [*training_drawings(history), *validation_drawings(history.validation)]
-    text = "Losses and speed over the images that the model was trained on."
+    text = "Losses and throughput over the number of images trained on."
     if not history.rows:
-        text = "Without metrics.jsonl of the run, there are no curves."
+        text = "There are no curves, because the run has no metrics.jsonl."
     elif history.validation is None:
         text += " The run has no validation loss."
     return Section("Training", text, drawings)
@@ -122,12 +122,12 @@ def _samples(sampled: Sampled, names: Mapping[int, str]) -> Section:
     how = f"Sampler {settings.sampler}, {sampled.steps}"
     guided = f"{how}, guidance scale {settings.cfg_scale:g}"
     drawings = [class_drawing(sampled.probe, names, sampled.seed, guided)]
-    text = "Images from the first seeds, in the order of the classes."
+    text = "Images from the first seeds, ordered by class."
     if sampled.pictures_G:
         shown = guidance_drawing(sampled.pictures_G, sampled.guided, names, f"{how}, seed {sampled.seed}")
         drawings.append(shown)
     else:
-        text += " The model was trained without label dropout, so it has no classifier-free guidance."
+        text += " The model was trained without label dropout, so it does not support classifier-free guidance."
     return Section("Samples", text, drawings)
 
 
@@ -135,27 +135,27 @@ def _routing(contents: Contents, sampled: Sampled, names: Mapping[int, str]) -> 
     """Return the sections on experts."""
     config = contents.config
     if not sampled.probe.layers:
-        return [Section("Experts", "The model is dense: every token passes the same layers, so nothing is routed.")]
+        return [Section("Experts", "The model is dense: all tokens pass through the same layers, without routing.")]
     routed = Routed(sampled.probe, config.routing.capacity, names, sampled.evidence)
     compute = compute_drawings(routed)
     text = f"{_rule(config, sampled.used)} {findings(routed)}"
     if sampled.settings.cfg_scale != 1:
-        text += " Of the two passes of guidance, the conditional one is shown."
+        text += " With guidance, only the conditional pass is shown."
     experts = [load(routed), *threshold_drawings(contents.history, sampled.thresholds)]
     return [
         Section("Compute", text, compute),
-        Section("Experts", "How evenly the experts are used, and what decides which tokens they take.", experts),
+        Section("Experts", "How evenly the experts are used, and what determines which tokens they take.", experts),
     ]
 
 
 def _rule(config: Config, used: ModelUse) -> str:
-    """Return what decides how many experts a token takes, in a sentence."""
+    """Return a sentence on what determines how many experts a token takes."""
     capacity, routing = used.capacity or config.routing.capacity, used.routing
     if config.routing.kind == "token_choice":
         return f"Every token takes {capacity:g} expert{'s' * (capacity != 1)}: compute is the same everywhere."
     if routing == "per_token":
         return "A token takes an expert if the capacity predictor's probability exceeds the expert's threshold."
     if routing == "dynamic":
-        return "The capacity predictor decides how many tokens an expert takes: those with the best scores."
+        return "The capacity predictor sets how many tokens an expert takes; it takes those with the highest scores."
     among = "each image" if config.routing.kind == "expert_choice" else "a batch of images at the same noise level"
-    return f"Every expert takes a fixed number of tokens of {among}: those with the best scores."
+    return f"Every expert takes a fixed number of tokens from {among}: those with the highest scores."

@@ -30,16 +30,16 @@ LOSSES = {
 """Label and color of each loss."""
 METRICS = {
     "fid": "FID",
-    "frechet": "Fréchet distance",
+    "frechet": "Frechet distance",
     "sfid": "sFID",
     "kid": "KID",
     "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
 }
-"""Metrics of generated images that are drawn, and their labels."""
+"""Metrics of generated images to draw, and their labels."""
 SMOOTHED = 25
-"""Points of a curve over which its smoothed line is averaged."""
+"""Window of the moving average, in points of a curve."""
 SHOWN_EVALUATIONS = 5
 """Largest number of evaluations in the figure of validation loss by noise level."""
 SHOWN_LAYERS = 4
@@ -81,9 +81,9 @@ def _losses(losses: Mapping[str, Curve], steps: str) -> Drawing:
 def _single(key: str, title: str, label: str, color: str, curve: Curve, steps: str) -> Drawing:
     figure, axes = panel()
     captions = {
-        "grad_norm": f"Before clipping; {steps}. Spikes that keep returning point to an unstable run.",
-        "lr": f"As the optimizer used it; {steps}.",
-        "images_per_s": f"All ranks together, of single steps; {steps}. Dips come from checkpoints or a busy host.",
+        "grad_norm": f"Before clipping; {steps}. Recurring spikes indicate an unstable run.",
+        "lr": f"As used by the optimizer; {steps}.",
+        "images_per_s": f"Over all ranks, per step; {steps}. Dips are caused by checkpoints or a busy host.",
     }
     _line(axes, curve, color, smooth=key != "lr")
     cut = _limit(axes, [curve])
@@ -95,7 +95,7 @@ def _single(key: str, title: str, label: str, color: str, curve: Curve, steps: s
 
 
 def _line(axes: Any, curve: Curve, color: Any, label: str | None = None, smooth: bool = True) -> None:
-    """Draw a curve: light as it is, dark smoothed; few points as markers."""
+    """Draw a curve in light and its moving average in dark; few points are drawn with markers."""
     x, y = curve
     if len(x) < 2 * SMOOTHED or not smooth:
         axes.plot(x, y, color=color, label=label, marker="o" if len(x) < 15 else None)
@@ -107,7 +107,7 @@ def _line(axes: Any, curve: Curve, color: Any, label: str | None = None, smooth:
 
 
 def _limit(axes: Any, curves: Sequence[Curve]) -> bool:
-    """Start the y axis at 0 and cut off the largest 2% of the values if they would flatten the rest."""
+    """Start the y axis at 0, and cut off the largest 2% of the values if they would compress the rest."""
     every = np.concatenate([curve.value_P for curve in curves])
     highest, usual = every.max(), max(np.percentile(curve.value_P, 98) for curve in curves)
     is_cut = bool(highest > 1.5 * usual > 0)
@@ -127,8 +127,8 @@ def validation_drawings(validation: Validation | None) -> list[Drawing]:
         images_axis(axes)
         axes.set_ylabel("validation loss")
         caption = (
-            "Averaged weights, on held-out images with fixed noise and times, so that points differ by the weights "
-            "alone. Lower is better; a rise while the training loss falls is overfitting."
+            "EMA weights, on held-out images with fixed noise and times, so that points differ only in the weights. "
+            "Lower is better; a rise while the training loss falls indicates overfitting."
         )
         drawings.append(Drawing("validation_loss", "Validation loss", caption, figure))
     if validation.by_noise_level and any(len(curve.images_P) for curve in validation.by_noise_level):
@@ -139,8 +139,8 @@ def validation_drawings(validation: Validation | None) -> list[Drawing]:
         images_axis(axes)
         axes.set_ylabel(METRICS[name])
         better = "Lower" if name in ("fid", "frechet", "sfid", "kid") else "Higher"
-        features = f", in the features of {validation.extractor}" if validation.extractor else ""
-        caption = f"Of images generated during training with the averaged weights{features}. {better} is better."
+        features = f", with the features of {validation.extractor}" if validation.extractor else ""
+        caption = f"For images generated during training with the EMA weights{features}. {better} is better."
         drawings.append(Drawing(name, METRICS[name], caption, figure))
     return drawings
 
@@ -160,7 +160,7 @@ def _by_noise_level(levels: Sequence[Curve]) -> Drawing:
     axes.legend()
     caption = (
         f"The same loss in {len(levels)} bins of the noise level; one line per evaluation, from light (early) to dark "
-        "(late). It shows at which noise levels training still improves."
+        "(late). Shows at which noise levels the model is still improving."
     )
     return Drawing("validation_by_noise_level", "Validation loss by noise level", caption, figure)
 
@@ -169,7 +169,7 @@ def threshold_drawings(history: History, final: Mapping[int, Sequence[float]]) -
     """Return the figures of the capacity predictor's thresholds.
 
     Args:
-        history: of the run.
+        history: history of the run.
         final: thresholds of the experts of each MoE layer by block, from the checkpoint; empty without a predictor.
     """
     if not final:
@@ -193,7 +193,7 @@ def _expert_thresholds(block: int, curves: Sequence[Curve]) -> Drawing:
     images_axis(axes)
     axes.set_ylabel("threshold")
     axes.legend(title="expert", ncols=max(1, -(-len(curves) // 8)), loc="center left", bbox_to_anchor=(1.0, 0.5))
-    caption = f"One line per expert. {MEANING} It should have settled by the end of training."
+    caption = f"One line per expert. {MEANING} It should have converged by the end of training."
     return Drawing(f"thresholds_block_{block:02d}", f"Thresholds over training, {layer_name(block)}", caption, figure)
 
 

@@ -24,7 +24,7 @@ from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.samplers import ADAPTIVE
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "matplotlib")
-"""Packages whose versions a report states."""
+"""Packages whose versions are listed in a report."""
 SHOWN_CLASSES = 20
 """Largest number of classes in a table."""
 ROUTERS = {
@@ -33,7 +33,7 @@ ROUTERS = {
     "expert_choice": "expert choice (EC-DiT)",
     "batch_pool": "batch pool (DiffMoE)",
 }
-"""What a reader calls the routers."""
+"""Names of the routers in the report."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class ModelUse:
     routing: str
     """The inference rule."""
     dtype: torch.dtype
-    """Of the weights and activations."""
+    """Type of the weights and activations."""
     device: torch.device
     """Where it runs."""
     vae: str | None
     """Decoder of a latent model."""
     capacity: float | None = None
-    """The capacity that was asked for; None for that of training."""
+    """The requested capacity; None for the training capacity."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,23 @@ class Sampled:
     probe: Probe
     """The images and their routing."""
     guided: Sequence[int]
-    """Classes of the images that were generated at several guidance scales."""
+    """Classes of the images generated at several guidance scales."""
     pictures_G: Mapping[float, Pixels]
     """These images, uint8 [N, H, W, C], by guidance scale; empty for a model without guidance."""
     thresholds: Mapping[int, Sequence[float]]
     """The checkpoint's thresholds by block of the MoE layer; empty without a capacity predictor."""
     seconds: float
-    """Time that it took."""
+    """Generation time."""
 
     @property
     def evidence(self) -> str:
-        """Images and steps behind the figures of routing."""
+        """Number of images and steps in the routing figures."""
         images, classes = len(self.probe.label_N), len(self.classes)
         return f"{images:,} images of {classes:,} class{'es' * (classes > 1)}, {self.steps} each"
 
     @property
     def steps(self) -> str:
-        """How many steps the sampler takes."""
+        """The number of sampler steps, in words."""
         return "adaptive steps" if self.settings.sampler in ADAPTIVE else f"{self.settings.steps} steps"
 
 
@@ -120,7 +120,7 @@ def model_table(config: Config) -> dict[str, str]:
 
 
 def training_table(config: Config, history: History, reader: WeightsReader | None) -> dict[str, str]:
-    """Describe a training run, as far as its logs and its checkpoint tell."""
+    """Describe a training run from its logs and its checkpoint."""
     rows = {
         "data": config.data.path or "embedded Fashion-MNIST",
         "optimizer": f"AdamW, lr {config.optimizer.lr:g}, betas {', '.join(f'{b:g}' for b in config.optimizer.betas)}",
@@ -145,7 +145,7 @@ def training_table(config: Config, history: History, reader: WeightsReader | Non
 
 
 def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]:
-    """Describe how the images were generated; ``names`` are those of the classes whose names are known."""
+    """Describe how the images were generated; ``names`` holds the known class names."""
     settings, used = sampled.settings, sampled.used
     listed = [f"{label} {names[label]}" if label in names else str(label) for label in sampled.classes]
     classes = ", ".join(listed[:SHOWN_CLASSES]) + (", …" if len(listed) > SHOWN_CLASSES else "")
@@ -212,7 +212,7 @@ def key_numbers(config: Config, history: History, sampled: Sampled | None) -> di
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a reader calls the device."""
+    """Return the name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

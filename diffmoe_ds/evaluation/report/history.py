@@ -1,6 +1,6 @@
 """The history of a run, read from its log files: ``metrics.jsonl``, ``validation.jsonl`` and TensorBoard events.
 
-Every file is optional, and a last line that a killed run left incomplete is ignored.
+Every file is optional, and an incomplete last line of a killed run is ignored.
 
 Legend: P points of a curve, N noise-level bins, E experts.
 """
@@ -21,11 +21,11 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.float64]
 
 CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "grad_norm", "lr", "images_per_s")
-"""The keys of ``metrics.jsonl`` that become curves."""
+"""Keys of ``metrics.jsonl`` to draw as curves."""
 MAX_POINTS = 600
-"""Largest number of points of a curve; longer ones are averaged over equal numbers of rows."""
+"""Maximum number of points per curve; longer curves are averaged over equal numbers of rows."""
 THRESHOLD_TAG = "threshold/"
-"""Start of the TensorBoard tags of thresholds: ``threshold/block_01/expert_00``."""
+"""Prefix of the TensorBoard tags of thresholds, such as ``threshold/block_01/expert_00``."""
 
 
 class Curve(NamedTuple):
@@ -44,23 +44,23 @@ class Validation:
     loss: Curve
     """Loss on held-out images."""
     by_noise_level: tuple[Curve, ...] = ()
-    """The same by noise level, N curves from clean images to noise."""
+    """Loss by noise level, N curves from clean images to noise."""
     metrics: Mapping[str, Curve] = field(default_factory=dict)
     """Metrics of generated images by name, such as ``frechet``."""
     extractor: str = ""
-    """Name of the features of these metrics; empty if unknown."""
+    """Extractor of these metrics; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the log files of a run say."""
+    """Contents of the log files of a run."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """Training curves by key; some of `CURVES`."""
     rows: int = 0
     """Optimizer steps in ``metrics.jsonl``."""
     seconds: float = 0.0
-    """Time that these steps took."""
+    """Duration of these steps."""
     last: Mapping[str, Any] = field(default_factory=dict)
     """The last row of ``metrics.jsonl``."""
     validation: Validation | None = None
@@ -73,7 +73,7 @@ def read_history(run: Path) -> History:
     """Read the log files of a run directory.
 
     Args:
-        run: the run directory; files that do not exist are left out.
+        run: the run directory; missing files are skipped.
     """
     columns: dict[str, list[float]] = defaultdict(list)
     last: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def read_history(run: Path) -> History:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file that count images; nothing if it cannot be read."""
+    """Yield the rows of a JSONL file that have an image count; nothing if the file cannot be read."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:

@@ -1,4 +1,4 @@
-"""The HTML page: one file that needs no other, for screens, phones and printers."""
+"""The HTML page: a self-contained file for screens, phones and printers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Section:
     title: str
     """Its heading."""
     text: str
-    """What the figures show, in a sentence or two; or why there are none."""
+    """One or two sentences on what the figures show, or why there are none."""
     drawings: Sequence[Drawing] = ()
     """Its figures."""
 
@@ -34,7 +34,7 @@ class Page:
     """The contents of a report, as plain text."""
 
     title: str
-    """What is reported on."""
+    """Name of the run or model."""
     subtitle: str
     """The model and its data in one line."""
     numbers: Mapping[str, str]
@@ -44,9 +44,9 @@ class Page:
     tables: Mapping[str, Mapping[str, str]]
     """Tables of names and values, by heading."""
     command: str
-    """The command line that made the report."""
+    """The command line that generated the report."""
     notes: Sequence[str] = ()
-    """Remarks on what is missing or unusual."""
+    """Notes on what is missing or unusual."""
 
 
 def render(page: Page, files: Mapping[str, bytes]) -> str:

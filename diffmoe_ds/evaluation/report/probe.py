@@ -1,6 +1,6 @@
 """Generate images and record how their tokens are routed, as plain arrays for figures.
 
-With classifier-free guidance only the conditional pass counts: the unconditional one has no class.
+With classifier-free guidance, only the conditional pass is counted: the unconditional one has no class.
 
 Legend: N images, I images with heat maps, B images of a batch, S tokens per image, V noise levels of heat maps, K bins
 of the noise level, L MoE layers, E experts, C channels, H, W height and width, R, Q rows and columns of tokens.
@@ -29,7 +29,7 @@ from diffmoe_ds.sampling.stream import Decode, generate_batches
 NOISE_BINS = 10
 """Bins of the noise level, from 0 (clean) to 1 (pure noise)."""
 LEVELS = (0.95, 0.75, 0.5, 0.25, 0.05)
-"""Noise levels of the heat maps; the nearest step of the sampler is shown."""
+"""Noise levels of the heat maps; the nearest sampler step is shown."""
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +42,7 @@ class Images(NamedTuple):
     seeds: Sequence[int]
     """Seed of each image."""
     heat_maps: int = 0
-    """I: the first images, for which the states of the sampler and the compute per token are kept."""
+    """I: number of first images for which the sampler states and the compute per token are recorded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class HeatMaps:
     """Compute per token of a few images."""
 
     level_IV: Array
-    """The noise levels, float32, from noise to clean; equal for all images if the sampler's steps are."""
+    """The noise levels, float32, from noise to clean; equal for all images if they take the same steps."""
     states_IV: tuple[Pixels, ...]
     """The sampler's state at each level: V entries, each uint8 [I, H, W, C]."""
     experts_IVRQ: Array
@@ -68,7 +68,7 @@ class Probe:
     picture_NHWC: Pixels
     """uint8 images."""
     layers: tuple[int, ...] = ()
-    """Index of the block of each MoE layer; empty for a dense model, and so is all that follows."""
+    """Block index of each MoE layer; for a dense model this is empty and all fields below are None."""
     capacity_NKL: Array | None = None
     """Experts per token of each image by noise level and layer, float64; NaN where the sampler takes no step."""
     tokens_LE: Array | None = None
@@ -76,7 +76,7 @@ class Probe:
     taken_LT: Array | None = None
     """Tokens that took 0, 1, ..., E experts, int64 [L, E + 1]."""
     heat_maps: HeatMaps | None = None
-    """Of the first I images."""
+    """Heat maps of the first I images."""
 
 
 @torch.inference_mode()
@@ -95,7 +95,7 @@ def probe(
         model: in eval mode.
         images: the images.
         settings: sampler and guidance.
-        decode: turns what the model generates into pixels in about [-1, 1].
+        decode: decodes the model's output to pixels in about [-1, 1].
         batch_size: images per batch.
         progress: called after each step of a batch with (steps done, total steps).
         guide: the model of ``settings.autoguidance``; its routing is not recorded.
@@ -158,7 +158,7 @@ class Record(NamedTuple):
 
 
 class Recorder:
-    """Sums up the routing of every forward pass; it stays on the model's device until the end of a batch."""
+    """Accumulates the routing of every forward pass, on the model's device until the end of a batch."""
 
     def __init__(self, model: DiT, heat_maps: int) -> None:
         """Start a batch.
@@ -182,9 +182,9 @@ class Recorder:
 
         Args:
             x_BCHW: the state of the sampler.
-            t_B: the times, as the model gets them.
+            t_B: the times, as passed to the model.
             y_B: labels; unconditional images have the null label, the number of classes.
-            output: of the model.
+            output: the model's output.
         """
         is_cond_B = y_B < self._classes
         if not output.routing or not is_cond_B.any():
@@ -218,7 +218,7 @@ class Recorder:
         self._left -= self._kept
 
     def _keep(self, state_ICHW: Tensor, level_I: Tensor, experts_IS: Tensor) -> None:
-        """Keep a step for the heat maps of all levels to which it is the nearest so far, for each image alone."""
+        """Keep a step for the heat maps of all levels to which it is the nearest so far, separately for each image."""
         self._sum_IS += experts_IS
         found = level_I, state_ICHW, experts_IS
         if not self._nearest:
@@ -231,7 +231,7 @@ class Recorder:
             )
 
     def take(self) -> Record:
-        """Return the record of the batch that was generated, and start another one."""
+        """Return the record of the generated batch, and start another."""
         if self._sum_BKL is None:
             empty = np.empty(0)
             return Record(empty, empty, empty, empty, (), empty, empty)
@@ -266,7 +266,7 @@ def recording(model: DiT, heat_maps: int = 0) -> Iterator[Recorder]:
     def hook(module: torch.nn.Module, inputs: tuple[Tensor, Tensor, Tensor], output: DiTOutput) -> None:
         recorder.observe(*inputs[:3], output)
 
-    # A bound that is never exceeded: otherwise the passes of a batch that `generate` repeats would count twice.
+    # A bound that is never exceeded: otherwise `generate` may repeat a batch, whose passes would count twice.
     assumed = model.assumed_capacities
     capacities = [layer.capacity for layer in model.moe_layers().values()]
     model.assumed_capacities = model.config.num_experts / min(capacities, default=1)

@@ -1,4 +1,4 @@
-"""Figures of routing: compute per token over the image, capacity by noise level, layer and class, load, experts taken.
+"""Routing figures: compute per token over the image, capacity by noise level, layer and class, load, experts taken.
 
 Legend: N images, K bins of the noise level, L MoE layers, E experts, M classes.
 """
@@ -30,7 +30,7 @@ from diffmoe_ds.evaluation.report.style import (
 )
 
 LINES = 4
-"""Largest number of layers that are drawn as lines; more become a heat map."""
+"""Maximum number of layers drawn as lines; more are drawn as a heat map."""
 SHOWN_CLASSES = 20
 """Largest number of classes in the figure of capacity by class."""
 HEAT_MAPS = 4
@@ -39,16 +39,16 @@ HEAT_MAPS = 4
 
 @dataclass(frozen=True)
 class Routed:
-    """What the figures of routing draw."""
+    """Data of the routing figures."""
 
     probe: Probe
-    """Of a model with experts."""
+    """Probe of a model with experts."""
     capacity: float
     """The training capacity C."""
     names: Mapping[int, str]
     """Names of the classes by label."""
     evidence: str
-    """Images and steps behind the figures, such as ``160 images, 25 steps each``."""
+    """Number of images and steps in the figures, such as ``160 images, 25 steps each``."""
 
     @property
     def capacity_NKL(self) -> Array:
@@ -58,17 +58,17 @@ class Routed:
 
     @property
     def capacity_N(self) -> Array:
-        """Experts per token of each image, over all noise levels and layers alike."""
+        """Experts per token of each image, averaged over all noise levels and layers."""
         mean_N: Array = np.nanmean(self.capacity_NKL, axis=(1, 2))
         return mean_N
 
 
 def by_noise_level(routed: Routed) -> Drawing | None:
-    """Draw experts per token over the noise level; None if the rule does not let it vary."""
+    """Draw experts per token over the noise level; None if the routing rule keeps it constant."""
     capacity_NKL = routed.capacity_NKL
     is_seen_K = ~np.isnan(capacity_NKL).all((0, 2))
     level = ((np.arange(NOISE_BINS) + 0.5) / NOISE_BINS)[is_seen_K]
-    image_NK = capacity_NKL[:, is_seen_K].mean(2)  # NaN where adaptive steps pass by
+    image_NK = capacity_NKL[:, is_seen_K].mean(2)  # NaN where adaptive steps skip a bin
     layer_KL = np.nanmean(capacity_NKL[:, is_seen_K], axis=0)
     if np.ptp(layer_KL) < 1e-3 and np.nanmax(image_NK) - np.nanmin(image_NK) < 1e-3:
         return None
@@ -84,8 +84,8 @@ def by_noise_level(routed: Routed) -> Drawing | None:
     axes.set_ylim(0, max(1.12 * high.max(), 1.12 * layer_KL.max(), 1.2 * routed.capacity))
     axes.legend(ncols=2, loc="lower center", columnspacing=1.2)
     caption = (
-        f"{routed.evidence}; sampling goes from right to left. The dashed line is the training capacity. "
-        "The model computes more where the line is higher."
+        f"{routed.evidence}; sampling proceeds from right to left. The dashed line is the training capacity. "
+        "The model uses more compute where the line is higher."
     )
     return Drawing("capacity_by_noise_level", "Experts per token by noise level", caption, figure)
 
@@ -115,13 +115,13 @@ def by_layer(routed: Routed) -> Drawing:
         axes.set_yticks(ticks, [str(layers[number]) for number in ticks])
         axes.set(xlabel="noise level (0: clean, 1: noise)", ylabel="block")
         figure.colorbar(shown, label="experts per token").outline.set_visible(False)
-        caption = f"{routed.evidence}. Yellow cells are layers and noise levels at which tokens take many experts."
+        caption = f"{routed.evidence}. Yellow cells are layers and noise levels where tokens take many experts."
     return Drawing("capacity_by_layer", "Experts per token by layer", caption, figure)
 
 
 def by_class(routed: Routed) -> list[Drawing]:
-    """Draw experts per token by class and pictures of the hardest and easiest ones; nothing if there is one class or
-    the rule gives all images the same capacity."""
+    """Draw experts per token by class and pictures of the hardest and easiest ones; nothing for a single class or
+    if the rule gives all images the same capacity."""
     labels_M, mean_M, error_M = class_capacity(routed.probe.label_N, routed.capacity_N)
     if len(labels_M) < 2 or np.ptp(routed.capacity_N) < 1e-3:
         return []
@@ -143,7 +143,7 @@ def by_class(routed: Routed) -> list[Drawing]:
     axes.set_xlabel("experts per token")
     some = "" if len(shown) == len(labels_M) else f" The {half} hardest and {half} easiest of {len(labels_M)} classes."
     caption = (
-        f"{routed.evidence}; mean over noise levels and layers with its 95% interval over images. The dotted line is "
+        f"{routed.evidence}; mean over noise levels and layers, with a 95% interval over images. The dotted line is "
         f"the mean of all classes. Classes at the top get the most compute.{some}"
     )
     return [Drawing("capacity_by_class", "Experts per token by class", caption, figure), _extremes(routed, labels_M)]
@@ -177,13 +177,13 @@ def _extremes(routed: Routed, labels_M: Array) -> Drawing:
         rows.append(PictureRow(text, [routed.probe.picture_NHWC[i] for i in chosen], starts_group=number == count))
     caption = (
         f"Top {count} rows: the class{'' if count == 1 else 'es'} with the most experts per token (the number is the "
-        f"mean); bottom {count}: with the fewest. In a row, images go from most to fewest. {routed.evidence}."
+        f"mean); bottom {count}: with the fewest. Each row is ordered from most to fewest. {routed.evidence}."
     )
     return picture_sheet("hardest_and_easiest_classes", "Hardest and easiest classes", caption, rows)
 
 
 def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
-    """Draw the compute per token over a few images at several noise levels, beside the images."""
+    """Draw the compute per token over a few images at several noise levels, next to the images."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -212,10 +212,10 @@ def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
     shades = ScalarMappable(Normalize(0, top), COMPUTE)
     sheet.color_bar(shades, "experts per token", SHEET_WIDTH * 0.25, head + len(chosen) * pair - 0.14, SHEET_WIDTH / 2)
     caption = (
-        f"{len(chosen)} of {images} images, from most to least compute. For each, above: the generated image and the "
-        "state of the sampler at five noise levels; below: the number of experts that each token takes, averaged over "
-        f"{len(routed.probe.layers)} MoE layers; under the generated image, also over all steps. Bright tokens get "
-        "more compute; one color scale for all."
+        f"{len(chosen)} of {images} images, from most to least compute. Upper row of each: the generated image and "
+        "the sampler state at five noise levels. Lower row: the number of experts that each token takes, averaged over "
+        f"{len(routed.probe.layers)} MoE layers and, below the generated image, over all steps. Bright tokens get "
+        "more compute; all maps share one color scale."
     )
     return Drawing("compute_per_token", "Compute per token over the image", caption, sheet.figure, is_wide=True)
 
@@ -263,10 +263,10 @@ def experts_taken(routed: Routed) -> Drawing:
     axes.set(xlabel="experts that a token takes in a layer", ylabel="tokens (%)")
     axes.set_xticks(x)
     caption = (
-        f"{routed.evidence}. {mean_T[0]:.0f}% of the tokens take no expert: they pass a MoE layer through its residual "
-        "connection."
+        f"{routed.evidence}. {mean_T[0]:.0f}% of the tokens take no expert: they bypass an MoE layer through its "
+        "residual connection."
     )
-    return Drawing("experts_taken", "How many experts tokens take", caption, figure)
+    return Drawing("experts_taken", "Number of experts per token", caption, figure)
 
 
 def _training_capacity(axes: Any, capacity: float) -> None:
@@ -274,7 +274,7 @@ def _training_capacity(axes: Any, capacity: float) -> None:
 
 
 def compute_drawings(routed: Routed) -> list[Drawing]:
-    """Return the figures of how much compute tokens get, as far as the routing rule lets it vary."""
+    """Return the figures of compute per token, omitting those that the routing rule makes constant."""
     heat = routed.probe.heat_maps
     if heat is None or np.ptp(heat.experts_IVRQ) < 1e-3:
         return []
@@ -285,7 +285,7 @@ def compute_drawings(routed: Routed) -> list[Drawing]:
 
 
 def findings(routed: Routed) -> str:
-    """Return the figures of compute in a few sentences."""
+    """Summarize the compute figures in a few sentences."""
     capacity_NKL = routed.capacity_NKL
     text = [f"On average, a token takes {np.nanmean(capacity_NKL):.2f} experts in a layer."]
     is_seen_K = ~np.isnan(capacity_NKL).all((0, 2))

@@ -38,8 +38,8 @@ def class_drawing(probe: Probe, names: Mapping[int, str], first_seed: int, setti
     heads = [f"seed {first_seed + column}" for column in range(columns)]
     which = "" if len(shown) == len(labels) else f"{len(shown)} of {len(labels)} classes. "
     caption = (
-        f"{which}One row per class; the images of a column start from the same noise, so they differ by the class "
-        f"alone. {settings}; not selected."
+        f"{which}One row per class; the images in a column start from the same noise, so they differ only in the "
+        f"class. {settings}; not cherry-picked."
     )
     return picture_sheet("samples_by_class", "Generated images by class", caption, rows, heads)
 
@@ -57,8 +57,8 @@ def guidance_drawing(
     """
     rows = [PictureRow(f"{scale:g}", list(pictures)) for scale, pictures in pictures_G.items()]
     caption = (
-        "Rows: the scale of classifier-free guidance, where 1 is none; columns: one class each, the same noise in "
-        f"every row. {settings}. Larger scales give more typical and less diverse images, and artifacts in the end."
+        "Rows: guidance scale, where 1 disables guidance; columns: one class each, with the same noise in every row. "
+        f"{settings}. Larger scales give more typical but less diverse images, and eventually artifacts."
     )
     return picture_sheet(
         "samples_by_guidance", "Generated images by guidance scale", caption, rows, [names[label] for label in labels]

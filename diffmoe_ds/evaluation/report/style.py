@@ -1,4 +1,4 @@
-"""The look of a report's figures: one typeface, few colors that color-blind readers can tell apart, no decoration."""
+"""Style of a report's figures: one typeface, a few colors that color-blind readers can distinguish, no decoration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 INK, MUTED, HAIRLINE = "#1b1f24", "#5b6470", "#d5dae0"
-"""Text and axes, secondary text, grid lines; the page uses the same."""
+"""Text and axes, secondary text, grid lines; also used by the page."""
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 """Colors of curves, from the palette of Okabe and Ito."""
 COMPUTE = "viridis"
@@ -23,7 +23,7 @@ PANEL = (4.3, 2.75)
 SHEET_WIDTH = 5.6
 """Width of a sheet of pictures in inches."""
 DPI = 200
-"""Pixels per inch of the files: twice those of a screen."""
+"""Resolution of the files: twice that of a screen."""
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures look the same everywhere
@@ -64,9 +64,9 @@ class Drawing:
     name: str
     """Name of the file, without its suffix."""
     title: str
-    """What is shown, as the first words of the caption."""
+    """What is shown; starts the caption."""
     caption: str
-    """Over how many images, and how to read it; sentences."""
+    """Sentences on the number of images and on how to read the figure."""
     figure: Any
     """The `matplotlib.figure.Figure`."""
     is_wide: bool = False
@@ -82,14 +82,14 @@ class Drawing:
         """Return the figure as a PNG file."""
         buffer = io.BytesIO()
         with styled():
-            # without the version of matplotlib, so that equal figures are equal files
+            # without the version of matplotlib, so that equal figures give equal files
             self.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         return buffer.getvalue()
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Apply the style to all figures that are made within the context."""
+    """Apply the style to all figures created within the context."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -144,7 +144,7 @@ def layer_name(block: int) -> str:
 
 
 class Sheet:
-    """A figure of pictures and labels at given places, in inches from the top left corner."""
+    """A figure of pictures and labels at given positions, in inches from the top left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         """Create an empty sheet.
