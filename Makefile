@@ -36,10 +36,12 @@ demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, gener
 
 # One test compares with torch-fidelity, which needs torchvision. The PyPI build of torchvision cannot be imported next
 # to the CPU build of torch, and diffusers and transformers import it if they find it, so it is installed separately.
-$(VENV)/inception: $(VENV)/installed-dev
-	rm -rf $@ && $(PIP) install --quiet --no-deps -c $(CONSTRAINTS) --target $@ torch-fidelity torchvision
+$(VENV)/installed-inception: $(VENV)/installed-dev
+	rm -rf $(VENV)/inception
+	$(PIP) install --quiet --no-deps -c $(CONSTRAINTS) --target $(VENV)/inception torch-fidelity torchvision
+	touch $@
 
-test: $(VENV)/inception test-fast  ## all tests that run on one host
+test: $(VENV)/installed-inception test-fast  ## all tests that run on one host
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not cluster and not long"
 
 test-fast: $(VENV)/installed-dev  ## only the fast tests

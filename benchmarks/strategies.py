@@ -113,15 +113,30 @@ def run(args: argparse.Namespace) -> None:
     for name in ("train.tar", "test.tar"):
         if not (args.data / name).is_file():
             raise DataError(f"--data {args.data}: has no {name}; see benchmarks/README.md")
-    missing = [
-        (name, seed) for seed in args.seeds for name in args.strategies if not _result(args, name, seed).is_file()
-    ]
+    missing = [(name, seed) for seed in args.seeds for name in args.strategies if not _is_finished(args, name, seed)]
     models = list(dict.fromkeys((STRATEGIES[name].model, seed) for name, seed in missing))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(args, *job), models))
         if missing and not _reference(args).is_file():
             save_reference(args, *models[0])
         list(pool.map(lambda job: evaluate(args, *job), missing))
+
+
+def _is_finished(args: argparse.Namespace, name: str, seed: int) -> bool:
+    """Return whether a result exists.
+
+    Raises:
+        ConfigError: it was measured with other settings.
+    """
+    path = _result(args, name, seed)
+    if not path.is_file():
+        return False
+    result = json.loads(path.read_text(encoding="utf-8"))
+    images = load_config(str(RECIPE), args.set).run.total_images
+    for key, value in {"n": args.num_images, "steps": args.steps, "train_images": images}.items():
+        if result.get(key) != value:
+            raise ConfigError(f"{path}: {key} is {result.get(key)}, but {value} was requested; use another --results.")
+    return True
 
 
 def train(args: argparse.Namespace, model: str, seed: int) -> None:
@@ -151,8 +166,9 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
     strategy = STRATEGIES[name]
     command = [
         "evaluate", "--checkpoint", str(args.runs / strategy.model / f"seed{seed}"), "--reference",
-        str(_reference(args)), "--validation", str(args.data / "test.tar"), "--num-images", str(args.num_images), "--steps", str(args.steps),
-        "--batch-size", str(BATCH), "--routing", strategy.routing, *strategy.options, "--json",
+        str(_reference(args)), "--validation", str(args.data / "test.tar"), "--num-images", str(args.num_images),
+        "--steps", str(args.steps), "--batch-size", str(BATCH), "--routing", strategy.routing, *strategy.options,
+        "--json",
     ]  # fmt: skip
     printed = _diffmoe(command, args.jobs, stdout=subprocess.PIPE)
     metrics: Mapping[str, Any] = json.loads(printed.splitlines()[-1])

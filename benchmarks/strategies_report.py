@@ -36,6 +36,8 @@ POOLS: dict[float, str] = {**{n: f"pool-{n}-per_token" for n in (1, 2, 4, 8)}, 3
 """Images per pool -> strategy."""
 DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 500: "DiffMoE-dynamic-500"}
 """Images per batch -> strategy."""
+REQUIRED = {"strategy", "seed", "params_activated", "params_total", "capacity", "precision", "recall", *METRICS}
+"""Keys of every result."""
 COLOUR, GREY = "#1f5a99", "#8a8a8a"
 
 
@@ -89,8 +91,10 @@ def read_results(directory: Path) -> Results:
     for path in sorted(directory.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
+            if not result.keys() >= REQUIRED or result["strategy"] not in STRATEGIES:
+                raise ValueError
             results[result["strategy"]].append(result)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, AttributeError, TypeError):
             raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again") from None
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def run_evaluation(args: argparse.Namespace) -> None:
     if isinstance(samples, GeneratedImages):
         result |= metrics_of_model(samples, held_out, team)
     if team.rank == 0:
-        print(json.dumps(result) if args.json else "\n".join(metric_lines(result, extractor.is_inception)))
+        lines = [json.dumps(result, allow_nan=False)] if args.json else metric_lines(result, extractor.is_inception)
+        print("\n".join(lines))
 
 
 def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
@@ -107,7 +109,8 @@ def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: T
     found: dict[str, Any] = {"capacity": samples.capacity(team)}
     if held_out is not None:
         loss = samples.validation_loss(held_out, team)
-        found |= {"validation_loss": loss.mean, "validation_loss_by_noise_level": list(loss.by_noise_level)}
+        by_level = [value if math.isfinite(value) else None for value in loss.by_noise_level]
+        found |= {"validation_loss": loss.mean, "validation_loss_by_noise_level": by_level}
     return found
 
 
@@ -153,7 +156,7 @@ def features_of_reference(
     elif reference.features is not None:
         assert count is not None, "saved features come with their number"
         share = team.share(count)
-        features = team.rows(team.agree(lambda: torch.cat([*reference.saved_features(share.start, share.stop)])))
+        features = team.rows(team.agree(lambda: reference.saved_features(share.start, share.stop)))
     assert pooled is not None, "a reference has statistics or images"
     if args.save_reference is not None and features is not None:
         kept = _rows_on_main(features, team) if len(features) <= SAVED_FEATURES else None

@@ -81,17 +81,14 @@ def factor(sigma_FF: Tensor) -> Tensor:
 
 
 def frechet_from_factor(mu1_F: Tensor, factor1_FR: Tensor, mu2_F: Tensor, sigma2_FF: Tensor) -> float:
-    """Return the Frechet distance, given `factor` of the first covariance.
+    """Return the Frechet distance, with A from `factor` for the first covariance.
 
-    With S1 = A A^T and S2 = B B^T, the eigenvalues of S1^1/2 S2 S1^1/2 are those of (A^T B)(A^T B)^T and, besides
-    zeros, of (A^T B)^T (A^T B). The smaller of the two is used: square roots would magnify the rounding of zeros.
+    With S1 = A A^T and S2 = B B^T, the square roots of the eigenvalues of S1^1/2 S2 S1^1/2 are the singular values of
+    A^T B. Computing eigenvalues first and roots afterwards would lose half of the digits.
     """
     mu1_F, mu2_F, factor2_FQ = mu1_F.double().cpu(), mu2_F.double().cpu(), factor(sigma2_FF)
     cross_RQ = factor1_FR.T @ factor2_FQ
-    wide_RQ = cross_RQ if cross_RQ.shape[0] <= cross_RQ.shape[1] else cross_RQ.T
-    values_R = torch.linalg.eigvalsh(wide_RQ @ wide_RQ.T) if wide_RQ.numel() else torch.zeros(1, dtype=torch.float64)
-    rounding = len(values_R) * torch.finfo(torch.float64).eps * values_R[-1]
-    roots = values_R.where(values_R > rounding, 0).sqrt().sum()
+    roots = torch.linalg.svdvals(cross_RQ).sum() if cross_RQ.numel() else torch.zeros((), dtype=torch.float64)
     traces = factor1_FR.square().sum() + sigma2_FF.double().trace()
     return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * roots))
 
@@ -232,7 +229,9 @@ def inception_score(logits: Rows, split: int = IS_SPLIT, seed: int = 0) -> tuple
     return score, Interval(max(1.0, interval.low), interval.high)
 
 
-def precision_recall(samples: Rows, reference: Rows, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(
+    samples: Rows, reference: Rows, neighbours: int = NEIGHBOURS, progress: Progress | None = None
+) -> tuple[float, float]:
     """Return precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
 
     Precision is the fraction of samples within the k-th-nearest-neighbor distance of any reference image; recall is the
@@ -242,10 +241,12 @@ def precision_recall(samples: Rows, reference: Rows, neighbours: int = NEIGHBOUR
         samples: features [N, F].
         reference: features [M, F].
         neighbours: k, limited to the number of other images in each set.
+        progress: called after each of many parts of the work.
     """
     samples, reference = _sharded(samples), _sharded(reference)
+    progress = progress or (lambda: None)
     inside = [
-        _inside(rows, of, _squared_radii(of, min(neighbours, len(of) - 1)))
+        _inside(rows, of, _squared_radii(of, min(neighbours, len(of) - 1), progress), progress)
         for rows, of in ((samples, reference), (reference, samples))
     ]
     return inside[0], inside[1]
@@ -270,7 +271,7 @@ def total_moments(rows: Rows) -> Moments:
     return moments_over_ranks(rows.local, rows.world)
 
 
-def _squared_radii(rows: ShardedRows, neighbours: int) -> Tensor:
+def _squared_radii(rows: ShardedRows, neighbours: int, progress: Progress) -> Tensor:
     """Return the squared distance of every row to its k-th nearest other row, [N] on every rank."""
     kept = neighbours + 1  # the nearest is the row itself
     nearest = [torch.full((len(part), kept), math.inf, dtype=torch.float64) for part in rows.local.split(BLOCK_ROWS)]
@@ -278,16 +279,18 @@ def _squared_radii(rows: ShardedRows, neighbours: int) -> Tensor:
         for index, part_NF in enumerate(rows.local.split(BLOCK_ROWS)):
             found = torch.cat([nearest[index], _squared_distances(part_NF, block.rows_BF)], 1)
             nearest[index] = found.topk(kept, dim=1, largest=False).values
+            progress()
     return rows.gathered(torch.cat(nearest)[:, -1])
 
 
-def _inside(rows: ShardedRows, of: ShardedRows, radii_N: Tensor) -> float:
+def _inside(rows: ShardedRows, of: ShardedRows, radii_N: Tensor, progress: Progress) -> float:
     """Return the fraction of rows that are within the radius of any row of the other set."""
     inside = [torch.zeros(len(part), dtype=torch.bool) for part in rows.local.split(BLOCK_ROWS)]
     for start, block_BF in of.blocks():
         radii_B = radii_N[start : start + len(block_BF)]
         for index, part_NF in enumerate(rows.local.split(BLOCK_ROWS)):
             inside[index] |= (_squared_distances(part_NF, block_BF) <= radii_B).any(1)
+            progress()
     return float(_sum_over_ranks(torch.cat(inside).sum().double().reshape(1), rows.world)) / len(rows)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import zipfile
 import zlib
@@ -19,6 +20,8 @@ from diffmoe_ds.errors import DataError
 
 MAX_RATIO = 200
 """Maximum compression ratio of a large array; zeros reach 1,000, images rarely 5."""
+MAX_HEADER_BYTES = 10_000
+"""numpy's own limit of a header."""
 MAX_UNCHECKED_BYTES = 64 << 20
 """Arrays up to this size may have any compression ratio."""
 DAMAGED = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError)
@@ -113,6 +116,8 @@ class NpzReader:
         if name not in self._members:
             raise DataError(f"{self.path}: has no array {name!r}; it holds {', '.join(self.names[:8]) or 'none'}.")
         info = self._members[name]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others decompress without a bound
+            raise DataError(f"{self.path}: array {name!r} is not compressed as numpy.savez_compressed does.")
         stored = info.compress_type == zipfile.ZIP_STORED
         claims_more = info.compress_size > self._size or (stored and info.file_size != info.compress_size)
         ratio = info.file_size / max(1, info.compress_size)
@@ -133,20 +138,22 @@ class NpzReader:
 
     def _parse(self, name: str, file: IO[bytes]) -> tuple[Header, int]:
         """Return the header and its length in bytes."""
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, by_columns, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f"array {name!r} has version {version} of numpy's format")
-        if any(side < 0 for side in shape):
+        start = file.read(MAX_HEADER_BYTES)
+        prefix = io.BytesIO(start)
+        try:
+            version = np.lib.format.read_magic(prefix)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, by_columns, dtype = read_header[version](prefix)
+        except Exception:  # numpy evaluates the header, which may raise anything
+            raise ValueError(f"array {name!r} has an invalid header") from None
+        if any(type(side) is not int or side < 0 for side in shape):
             raise ValueError(f"array {name!r} has the shape {shape}")
         if dtype.hasobject:
             raise DataError(f"{self.path}: array {name!r} holds pickled objects, which are never loaded.")
         if by_columns and len(shape) > 1:
             raise DataError(f"{self.path}: array {name!r} is in Fortran order; save it with numpy.ascontiguousarray.")
-        return Header(tuple(shape), dtype), file.tell()
+        file.seek(prefix.tell())
+        return Header(tuple(shape), dtype), prefix.tell()
 
     @contextlib.contextmanager
     def _refusing_damage(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ Legend: N images, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,8 @@ from diffmoe_ds.files import atomic_write
 
 MAX_FEATURES = 16_384
 """Largest F of statistics; the covariance then takes 2 GB."""
+MAX_COUNT = 10**12
+"""Images behind statistics."""
 SAVED_FEATURES = 50_000
 """Largest number of images whose features are saved."""
 INDEFINITE = 1e-3
@@ -54,15 +55,20 @@ class Reference(NamedTuple):
     features: NpzReader | None = None
     """A file with the features of all images, in place of the images."""
 
-    def saved_features(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the saved features of images `start` to `stop` - 1, fp32 [B, F].
+    def saved_features(self, start: int, stop: int) -> Tensor:
+        """Return the saved features of images from `start` up to `stop`, fp32 [N, F].
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged, or a feature is non-finite.
         """
         assert self.features is not None
-        for rows in self.features.rows("features", start, stop, 1024):
-            yield torch.from_numpy(rows.copy())
+        width = self.features.header("features").shape[1]
+        parts = [torch.empty(0, width)]  # a rank may have no share of few images
+        parts += [torch.from_numpy(rows.copy()) for rows in self.features.rows("features", start, stop, 1024)]
+        features_NF = torch.cat(parts)
+        if not features_NF.isfinite().all():
+            raise DataError(f"{self.path}: features contains NaN or Inf.")
+        return features_NF
 
 
 def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Reference:
@@ -92,16 +98,18 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
         height, width = _small(reader, "image_size", (2,))
         check_size(path, (height, width), size)
     pooled = read_gaussian(reader, "mu", "sigma")
-    features_F = extractor.features(torch.zeros(1, 3, *size, dtype=torch.uint8))[0]
-    if len(pooled.mean_F) != len(features_F):
-        raise DataError(
-            f"{path}: has statistics of {len(pooled.mean_F)} features, but {extractor.name} has {len(features_F)}."
-        )
-    spatial = read_gaussian(reader, "mu_s", "sigma_s") if "mu_s" in reader and extractor.is_inception else None
+    outputs = extractor.extract(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    _check_width(path, pooled, outputs.features_BF, extractor.name)
+    spatial = None
+    if "mu_s" in reader and outputs.spatial_BS is not None:
+        spatial = read_gaussian(reader, "mu_s", "sigma_s")
+        _check_width(path, spatial, outputs.spatial_BS, f"{extractor.name} (sFID)")
     count = None
     if "n" in reader:
         (count,) = _small(reader, "n", (1,))
         check_count(count, path)
+        if count > MAX_COUNT:
+            raise DataError(f"{path}: n must be at most {MAX_COUNT:,}, got {count}.")
     features = reader if images is None and "features" in reader else None
     if features is not None:
         header = reader.header("features")
@@ -182,6 +190,12 @@ def save_reference(
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def _check_width(path: str, statistics: Gaussian, features_BF: Tensor, name: str) -> None:
+    found, expected = len(statistics.mean_F), features_BF.shape[1]
+    if found != expected:
+        raise DataError(f"{path}: has statistics of {found} features, but {name} has {expected}.")
+
+
 def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
     """Check that statistics come from the extractor; those that name no extractor are Inception's."""
     if "extractor" not in reader:
@@ -192,10 +206,15 @@ def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
             )
         return
     header = reader.header("extractor")
-    found = str(reader.array("extractor", 4096).item()) if header.dtype.kind == "U" and not header.shape else "unknown"
+    try:
+        is_text = header.dtype.kind == "U" and not header.shape
+        found = str(reader.array("extractor", 4096).item()) if is_text else "unknown"
+    except ValueError:  # not Unicode
+        found = "unknown"
     if found != extractor.name:
+        shown = found[:80] if found.isprintable() else "unknown"
         raise DataError(
-            f"{reader.path}: its statistics are from {found}, but --extractor is {extractor.name}; use the same "
+            f"{reader.path}: its statistics are from {shown}, but --extractor is {extractor.name}; use the same "
             "extractor, or a reference with images."
         )
 

@@ -31,7 +31,7 @@ def selected_metrics(
         names: values of ``eval.metrics``; the Inception Score is omitted if there are no logits.
         samples: features of the generated images.
         reference: features of the real images.
-        progress: called after each metric.
+        progress: called after each metric, and often during long ones.
     """
     result: dict[str, float] = {}
     if "frechet" in names:
@@ -45,7 +45,7 @@ def selected_metrics(
         result["inception_score"], _ = metrics.inception_score(samples.logits_NK)
         progress()
     if "precision" in names or "recall" in names:
-        precision, recall = metrics.precision_recall(samples.features_NF, reference.features_NF)
+        precision, recall = metrics.precision_recall(samples.features_NF, reference.features_NF, progress=progress)
         result |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in names}
         progress()
     return result

@@ -197,7 +197,8 @@ def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
     from diffmoe_ds.sampling.samplers import ADAPTIVE
 
     share_tokens = config.routing.kind == "batch_pool" and config.inference_choices[0] != "per_token" and world > 1
-    if config.run.sample_every_images and config.sample.sampler in ADAPTIVE and (ep_size > 1 or share_tokens):
+    generates = config.run.sample_every_images or config.eval.metrics
+    if generates and config.sample.sampler in ADAPTIVE and (ep_size > 1 or share_tokens):
         raise ConfigError(
             f"sample.sampler {config.sample.sampler} runs as many forward passes as a rank's images need, but in this "
             "run the ranks share experts and must run the same number; use heun."

@@ -40,6 +40,14 @@ def test_two_ranks_give_the_numbers_of_one_and_report_errors_once(tmp_path, caps
     assert main([*arguments, str(tmp_path / "saved.npz"), *options]) == 0
     assert_same(json.loads(capsys.readouterr().out), alone)
 
+    np.savez(tmp_path / "small.npz", arr_0=pixels[:2])  # two images on four ranks
+    assert main([*arguments, str(tmp_path / "small.npz"), "--save-reference", str(tmp_path / "two.npz"), *options]) == 0
+    two = json.loads(capsys.readouterr().out)
+    command = ["-m", "diffmoe_ds.cli", *arguments, str(tmp_path / "two.npz"), *options]
+    finished = run_ranks(4, command, timeout=120)
+    assert finished.code == 0, finished.output
+    assert_same(result_in(finished.output), two)
+
     output = evaluate("damaged.tar", code=4)
     assert output.count("diffmoe: error: ") == 1 and "cannot be decoded" in output, output
 

@@ -193,6 +193,14 @@ def bomb(path: Path, claimed: int) -> None:
             file.write(bytes(1 << 20))
 
 
+HEADERS = [
+    *(b"{'descr': (", b"{[]: 1}", b"{1: 2, 'a': 3}", b"{'descr': (), 'fortran_order': False, 'shape': (2,)}"),
+    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 4, 4, 3)}" + b" " * 20_000,
+    b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 4, 4, True)}",
+]
+"""Invalid ones, for which numpy raises errors of many types or allocates what they claim."""
+
+
 def damaged_files(folder: Path) -> dict[str, str]:
     """Write invalid files; return what the message about each says."""
     np.savez(folder / "text.npz", arr_0=np.array(["a", "b"]))
@@ -208,6 +216,12 @@ def damaged_files(folder: Path) -> dict[str, str]:
     (folder / "cut.npz").write_bytes(whole[:-700])
     (folder / "flipped.npz").write_bytes(whole.replace(b"(40, 12, 12, 3)", b"(90, 12, 12, 3)"))
     (folder / "text-file.npz").write_text("no archive")
+    for number, header in enumerate(HEADERS):
+        with zipfile.ZipFile(folder / f"header-{number}.npz", "w") as archive:
+            data = np.lib.format.magic(2, 0) + len(header).to_bytes(4, "little") + header
+            archive.writestr("arr_0.npy", data + bytes(64))
+    with zipfile.ZipFile(folder / "bz2.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("arr_0.npy", whole)
     bomb(folder / "bomb.npz", 6826)
     bomb(folder / "claim.npz", 10**9)
     return {
@@ -222,6 +236,9 @@ def damaged_files(folder: Path) -> dict[str, str]:
         "cut": "is not a complete .npz file",
         "flipped": "claims uint8 [90, 12, 12, 3], 38880 bytes, but holds 17280",
         "text-file": "is not a complete .npz file",
+        **{f"header-{number}": "has an invalid header" for number in range(len(HEADERS) - 1)},
+        f"header-{len(HEADERS) - 1}": "has the shape (2, 4, 4, True)",
+        "bz2": "is not compressed as numpy.savez_compressed does",
         "bomb": "refused as a decompression bomb",
         "claim": "refused as a decompression bomb",
         "missing": "does not exist",
@@ -264,6 +281,9 @@ def test_invalid_statistics_are_refused(samples, tmp_path, evaluate):
         ({"extractor": np.array("efficientnet-lite0")}, "statistics are from efficientnet-lite0, but --extractor is"),
         ({"n": np.array([1])}, "1 image(s); metrics need at least 2"),
         ({"n": np.array([9]), "features": np.zeros((8, 48), np.float32)}, "expected float32 [9, 48]"),
+        ({"n": np.array([2**62])}, "n must be at most 1,000,000,000,000, got 4611686018427387904"),
+        ({"n": np.array([8]), "features": np.full((8, 48), np.nan, np.float32)}, "features contains NaN or Inf"),
+        ({"extractor": np.array("a\n\x1b[31m")}, "statistics are from unknown, but --extractor is"),
         ({"image_size": np.array([64, 64])}, "the images have 64x64 pixels, but the evaluated ones 12x12"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 features, but"),
     ):

@@ -182,6 +182,11 @@ def test_a_sampler_of_adaptive_steps_is_refused_where_ranks_must_stay_in_step():
 
     check_adaptive_previews(config(), ep_size=1, world=2)
     check_adaptive_previews(config(capacity_predictor=False), ep_size=1, world=1)
+    online = config().model_copy(update={"run": config().run.model_copy(update={"sample_every_images": 0})})
+    check_adaptive_previews(online, ep_size=2, world=2)
+    online = online.model_copy(update={"eval": online.eval.model_copy(update={"metrics": ("frechet",)})})
+    with pytest.raises(ConfigError, match=r"sample\.sampler dopri5 .* use heun"):
+        check_adaptive_previews(online, ep_size=2, world=2)
     for routing, ep_size in (({}, 2), ({"capacity_predictor": False}, 1)):
         with pytest.raises(ConfigError, match=r"sample\.sampler dopri5 .* use heun"):
             check_adaptive_previews(config(**routing), ep_size, world=2)

@@ -69,6 +69,14 @@ def test_a_degenerate_covariance_gives_a_number(rows):
     assert metrics.frechet_distance(mu2, sigma2, mu1, nothing) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_set_against_itself_is_0_however_its_variances_decay():
+    scale_F = torch.logspace(0, -9, 64, dtype=torch.float64)
+    rows_NF = torch.randn(500, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale_F
+    moments = metrics.total_moments(rows_NF)
+    same = (moments.mean_F, moments.covariance())
+    assert metrics.frechet_distance(*same, *same) < 1e-12
+
+
 def test_intervals_cover_the_mean_over_new_sets():
     """On simulated sets, about 95% of the intervals cover the mean distance; their width matches its spread."""
     rows, features, sets = 300, 6, 120

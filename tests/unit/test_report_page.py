@@ -111,7 +111,18 @@ def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
     for name in ("model.safetensors", "config.json"):
         shutil.copy(run / name, model)
     page = report(
-        model, tmp_path / "out", "--classes", "coat", "--capacity", "2", "--sampler", "dopri5", "--rtol", "0.1"
+        model,
+        tmp_path / "out",
+        "--classes",
+        "coat",
+        "--capacity",
+        "2",
+        "--sampler",
+        "dopri5",
+        "--rtol",
+        "0.1",
+        "--atol",
+        "0.1",
     )
     assert "7 images of 1 class, adaptive steps each" in page.text
     assert "loss" not in page.figures() and "no curves" in page.text

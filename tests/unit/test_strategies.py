@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import strategies, strategies_report
+from diffmoe_ds import cli
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.planning.parameters import count_parameters
 
@@ -62,7 +63,7 @@ def test_the_report_shows_every_result(tmp_path, capsys):
 def test_damaged_and_missing_results_are_named(tmp_path, capsys):
     assert strategies_report.main(["--results", str(tmp_path)]) == 4
     assert "no results; run python -m benchmarks.strategies first" in capsys.readouterr().err
-    (tmp_path / "dense-seed0.json").write_text("{}")
+    (tmp_path / "dense-seed0.json").write_text('{"strategy": "dense"}')
     assert strategies_report.main(["--results", str(tmp_path)]) == 4
     assert "dense-seed0.json: not a result" in capsys.readouterr().err
 
@@ -76,14 +77,16 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
 
     def run(command, jobs, **streams):
         commands.append(command)
-        return 'a line\n{"frechet": 1.5}\n'
+        cli._parser().parse_args(command)
+        return 'a line\n{"frechet": 1.5, "n": 5000}\n'
 
     monkeypatch.setattr(strategies, "_diffmoe", run)
     results = tmp_path / "results"
     arguments = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(results), "--seeds", "0", "7"]
     chosen = [*arguments, "--strategies", "EC-static", "EC-dynamic"]
     (results).mkdir()
-    (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7)))
+    measured = {"n": 5000, "steps": 25, "train_images": 100_000}
+    (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7, **measured)))
     assert strategies.main(chosen) == 0
     assert sorted(command[0] for command in commands) == ["evaluate"] * 4 + ["train"] * 2
     assert [command[0] for command in commands if "--save-reference" in command] == ["evaluate"]
@@ -94,6 +97,7 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     for options, message in (
         (["--strategies", "EC"], "did you mean"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
+        (["--strategies", "EC-static", "--steps", "9"], "EC-static-seed0.json: steps is 25, but 9 was requested"),
         (["--data", str(tmp_path)], "has no train.tar; see"),
     ):
         assert strategies.main([*arguments, *options]) in (2, 4)
