@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.sources.shards import EMBEDDED_CLASSES
 from diffmoe_ds.evaluation.report.curves import threshold_drawings, training_drawings, validation_drawings
 from diffmoe_ds.evaluation.report.facts import (
     ROUTERS,
@@ -24,11 +25,6 @@ from diffmoe_ds.evaluation.report.routing import Routed, compute_drawings, findi
 from diffmoe_ds.evaluation.report.samples import class_drawing, guidance_drawing
 from diffmoe_ds.evaluation.report.style import shorten
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
-
-EMBEDDED_NAMES = (
-    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
-"""Classes of the embedded dataset, Fashion-MNIST."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,8 @@ def build_page(contents: Contents) -> Page:
 def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
     """Return the class names of the generated images by label; empty if unknown."""
     known: Sequence[str] = sampled.used.reader.class_names or ()
-    if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_NAMES):
-        known = EMBEDDED_NAMES
+    if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_CLASSES):
+        known = EMBEDDED_CLASSES
     return {label: known[label] for label in sampled.classes if label < len(known)}
 
 
