@@ -182,7 +182,44 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
         files.read(shard)
     (files.folder / "manifest.json").write_bytes(damage)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read; remove"):
+        files.shard_images()
+    with pytest.raises(ConfigError, match=r"manifest\.json is missing or damaged; pass another --out or move it away"):
         started(tmp_path)
+    assert path.read_bytes() == damage
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    (
+        ("thesis.tex", "mine"),
+        ("images-00000000-00000002.npy", "mine"),
+        (".writing-notes/thesis.tex", "mine"),
+        ("manifest.json", '{"settings": {}, "shard_images": 2, "id": "mine"}'),
+    ),
+)
+def test_an_unfinished_folder_of_the_user_is_neither_used_nor_removed(tmp_path, name, content):
+    path = tmp_path / "unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    (tmp_path / "unfinished" / "notes").touch()
+    with pytest.raises(ConfigError, match="unfinished exists but is not an unfinished set of diffmoe"):
+        started(tmp_path)
+    assert path.read_text() == content
+
+
+def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / ".writing-manifest.json-0").touch()
+    files = started(tmp_path)
+    assert [path.name for path in files.folder.iterdir()] == ["manifest.json"]
+
+
+def test_the_shards_of_two_sets_do_not_mix(tmp_path):
+    """For example if the manifest was replaced by that of a set in another directory."""
+    first, other, (shard,) = started(tmp_path / "first"), started(tmp_path / "other"), split(2, 2)
+    first.write(shard, pixels_of(2))
+    (other.folder / "manifest.json").replace(first.folder / "manifest.json")
+    assert started(tmp_path / "first").finished([shard]) == [False]
 
 
 def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
