@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from itertools import pairwise, zip_longest
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
 from diffmoe_ds.rng import image_stream, label_stream
 from diffmoe_ds.sampling.labels import cycle_labels, random_labels
-from diffmoe_ds.sampling.output import check_png_folder, write_labels, write_npz, write_pngs
+from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
 from diffmoe_ds.sampling.turns import MAX_SHARDS, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 
@@ -129,11 +130,65 @@ def test_a_folder_of_the_user_is_not_replaced(tmp_path):
     check_png_folder(tmp_path / "png")
     (tmp_path / "png").mkdir()
     check_png_folder(tmp_path / "png")
-    (tmp_path / "png" / "holiday.png").touch()
-    with pytest.raises(ConfigError, match="png exists but was not written by diffmoe"):
-        check_png_folder(tmp_path / "png")
     write_labels(tmp_path / "png", [0])
+    write_pngs(tmp_path / "png", range(1), pixels_of(1), 1)
     check_png_folder(tmp_path / "png")
+    assert is_png_folder(tmp_path / "png")
+    (tmp_path / "png" / "holiday.png").touch()
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "png" / "holiday.png").unlink()
+    (tmp_path / "png" / "labels.csv").write_text("file,label,camera\n")
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "png" / "labels.csv").unlink()
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "file").touch()
+    assert_not_replaced(tmp_path / "file")
+
+
+def assert_not_replaced(path):
+    assert not is_png_folder(path)
+    with pytest.raises(ConfigError, match="exists but was not written by diffmoe; pass another --out or move it away"):
+        check_png_folder(path)
+
+
+@pytest.mark.parametrize("error", (PermissionError, NotADirectoryError))
+def test_a_folder_that_cannot_be_read_is_not_replaced(monkeypatch, tmp_path, error):
+    def fail(path):
+        raise error
+
+    (tmp_path / "png").mkdir()
+    monkeypatch.setattr(Path, "iterdir", fail)
+    assert_not_replaced(tmp_path / "png")
+
+
+@pytest.mark.parametrize("is_file", (False, True))
+def test_other_formats_keep_what_the_user_named_png(tmp_path, is_file):
+    images = ImageSet(1, 0, (0,), "cycle", tmp_path, "npz")
+    if is_file:
+        (tmp_path / "png").touch()
+    else:
+        (tmp_path / "png").mkdir()
+        (tmp_path / "png" / "labels.csv").write_text("photo,label\n")
+    made = open_set(images, dict, 1, False, OneProcess())
+    made.files.write(made.shards[0], pixels_of(1))
+    made.assemble()
+    assert {path.name for path in tmp_path.iterdir()} == {"png", "samples.npz", "grid.png"}
+    assert is_file or (tmp_path / "png" / "labels.csv").read_text() == "photo,label\n"
+
+
+class OneProcess:
+    """The rendezvous of a single process."""
+
+    launch = Launch(0, 1, 0, 1, "a test")
+
+    def on_main(self, name: str, action) -> None:
+        action()
+
+    def check_same(self, name: str, text: str, message: str) -> None:
+        pass
+
+    def raise_on_all_ranks(self, name: str, action):
+        return action()
 
 
 def started(out, settings=SETTINGS, shard_images: int = 2) -> UnfinishedSet:
