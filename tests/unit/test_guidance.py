@@ -69,6 +69,19 @@ def test_guidance_runs_only_inside_the_interval(sampler):
         assert not any(0.3 + 1e-6 < level < 0.6 - 1e-6 for level in levels["plain"])
 
 
+@pytest.mark.parametrize(("low", "high", "guided"), ((0.2, 1.0, range(9)), (0.3, 0.7, range(3, 8))))
+def test_the_interval_includes_its_ends_despite_rounding(low, high, guided):
+    """Step i of 10 is at noise level 1 - i / 10, and 1 - 0.8 is less than 0.2 in floating point."""
+    steps = []
+
+    def inside(x, t_B):
+        steps.append(round(10 * t_B[0].item()))
+        return x
+
+    sample(IntervalField(inside, lambda x, t_B: x, low, high), "euler", torch.zeros(1, 1, 2, 2), 10)
+    assert steps == list(guided)
+
+
 def test_interval_of_every_image_where_their_times_differ():
     """For dopri5 only: both predictions are computed, and each image uses its own."""
     import numpy as np
