@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tracemalloc
 from collections import Counter
 from itertools import pairwise, zip_longest
@@ -13,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffmoe_ds.cli import sample_run
+from diffmoe_ds.cli.sample import add_sample_arguments
 from diffmoe_ds.cli.sample_images import ImageSet
 from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
@@ -22,6 +25,7 @@ from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
 from diffmoe_ds.sampling.turns import MAX_SHARDS, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
+from tests.helpers.sampling import write_random_model
 
 SETTINGS = {"steps": 50, "classes": (1, 2), "guidance_interval": None}
 
@@ -301,3 +305,24 @@ def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
             open_set(images, dict, 3, False, SecondHost())
     identity = started(images.out).identity()
     assert len(open_set(images, dict, 3, False, SecondHost()).shards) == 4, "of the two images that rank 0 chose"
+
+
+def test_an_error_before_the_first_shard_leaves_nothing_behind(monkeypatch, tmp_path):
+    class TwoProcesses(OneProcess):
+        """The rendezvous of rank 0 of 2."""
+
+        launch = Launch(0, 2, 0, 1, "a test")
+
+    def fail(*_: object) -> None:
+        raise LaunchError("no connection")
+
+    parser = argparse.ArgumentParser()
+    add_sample_arguments(parser)
+    model = write_random_model(tmp_path / "model")
+    args = parser.parse_args(["--checkpoint", str(model), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sample_run, "resolve_launch", lambda: TwoProcesses.launch)
+    monkeypatch.setattr(sample_run, "join_ranks", lambda launch: TwoProcesses())
+    monkeypatch.setattr(sample_run, "create_groups", fail)
+    with pytest.raises(LaunchError, match="no connection"):
+        sample_run.run_sampling(args)
+    assert not list((tmp_path / "out").iterdir())
