@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 
 NUM_IMAGES = 40
 """Default of ``--num-images``."""
+LABEL = re.compile("-?[0-9]{1,18}")
+"""A class given by its label."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
     labels = {name.casefold(): label for label, name in enumerate(names)}
     found: list[int] = []
     for word in (part.strip() for part in text.split(",")):
-        if word.lstrip("-").isdecimal():
+        if LABEL.fullmatch(word):
             label = int(word)
             if not 0 <= label < num_classes:
                 raise ConfigError(f"--classes must be from 0 to {num_classes - 1} for this model, got {label}.")

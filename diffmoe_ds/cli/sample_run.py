@@ -13,7 +13,7 @@ import torch
 from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample_model import load_generator
 from diffmoe_ds.cli.sample_set import open_set
-from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling
+from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
@@ -36,8 +36,11 @@ def run_sampling(args: argparse.Namespace) -> None:
     launch = resolve_launch()
     rendezvous = join_ranks(launch)
     plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args, launch))
-    same = f"{plan.reader.path} {plan.settings.sampler}"
-    rendezvous.check_same("model", same, "samples a different checkpoint than rank 0; pass the path of one checkpoint.")
+    rendezvous.check_same(
+        "model",
+        sources(plan),
+        "samples a different checkpoint than rank 0; pass the paths of checkpoints, not of runs.",
+    )
     device = local_device(launch)
     dtype = dtype_of(plan, device)
     set_tf32(True)
@@ -50,9 +53,9 @@ def run_sampling(args: argparse.Namespace) -> None:
     work = open_set(
         plan.images, partial(determining_settings, plan, dtype), plan.batch_size, topology.ep_size > 1, rendezvous
     )
-    if launch.world > 1:
-        create_groups(topology, device)
     try:
+        if launch.world > 1:
+            create_groups(topology, device)
         missing = work.missing()
         if missing:
             model, generate = load_generator(plan, device, rendezvous)

@@ -21,7 +21,16 @@ from diffmoe_ds.errors import RankLostError
 from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
-from diffmoe_ds.sampling.output import GRID, LABELS, PNG, SAMPLES, check_png_folder, write_labels, write_npz, write_pngs
+from diffmoe_ds.sampling.output import (
+    GRID,
+    PNG,
+    SAMPLES,
+    check_png_folder,
+    is_png_folder,
+    write_labels,
+    write_npz,
+    write_pngs,
+)
 from diffmoe_ds.sampling.turns import Shard, Turn, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 
@@ -111,6 +120,7 @@ class ShardedSet:
 
         Raises:
             CheckpointError: on all ranks, if a shard cannot be read or a result cannot be written.
+            ConfigError: on all ranks, if the folder of PNG files now holds other files.
         """
         outputs = FORMATS[self.images.format]
         if PNG in outputs:
@@ -134,6 +144,8 @@ class ShardedSet:
 
     def _publish(self, outputs: Sequence[str]) -> None:
         folder, out = self.files.folder, self.images.out
+        if PNG in outputs:
+            check_png_folder(out / PNG)  # again: hours may have passed
         try:
             self._write_results(outputs)
             for name in (*outputs, GRID):
@@ -142,7 +154,7 @@ class ShardedSet:
                 (folder / name).replace(out / name)
             if SAMPLES not in outputs:
                 remove_tree(out / SAMPLES)  # of an earlier run, which would not match these images
-            if PNG not in outputs and (out / PNG / LABELS).is_file():
+            if PNG not in outputs and is_png_folder(out / PNG):
                 _remove_folder(out / PNG)
             sync_directory(out)
         except OSError as error:

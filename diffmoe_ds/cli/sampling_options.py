@@ -62,10 +62,8 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         "default), ddim or dpm (DPM-Solver++)"
     )
     add("--sampler", metavar="NAME", help=text)
-    text = "relative tolerance of dopri5 (default: %(default)s)"
-    add("--rtol", type=float, default=1e-3, metavar="R", help=text)
-    text = "absolute tolerance of dopri5 (default: %(default)s)"
-    add("--atol", type=float, default=1e-6, metavar="A", help=text)
+    add("--rtol", type=float, metavar="R", help="relative tolerance of dopri5 (default: 0.001)")
+    add("--atol", type=float, metavar="A", help="absolute tolerance of dopri5 (default: 1e-06)")
 
 
 def _add_guidance_options(parser: argparse.ArgumentParser, cfg_scale: float | None) -> None:
@@ -111,9 +109,11 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
     from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
     from diffmoe_ds.sampling.dopri5 import Tolerances
     from diffmoe_ds.sampling.generate import SamplingSettings
+    from diffmoe_ds.sampling.samplers import ADAPTIVE
 
     if args.sampler is not None and args.sampler not in SAMPLERS:
         raise ConfigError(unknown("--sampler", args.sampler, SAMPLERS))
+    tolerances = {name: getattr(args, name) for name in ("rtol", "atol") if getattr(args, name) is not None}
     settings = SamplingSettings(
         sampler=args.sampler or make_objective(config.objective.kind).samplers[0],
         steps=args.steps,
@@ -121,9 +121,12 @@ def resolve_settings(args: argparse.Namespace, config: Config) -> SamplingSettin
         guide_channels=args.guide_channels,
         guidance_interval=None if args.guidance_interval is None else tuple(args.guidance_interval),
         autoguidance=None if args.autoguidance is None else str(args.autoguidance),
-        tolerances=Tolerances(args.rtol, args.atol),
+        tolerances=Tolerances(**tolerances),
     )
     settings.check(config)
+    if settings.sampler not in ADAPTIVE:
+        for name, value in tolerances.items():
+            raise ConfigError(f"--{name} {value:g} has no effect with the sampler {settings.sampler}; omit it.")
     return settings
 
 

@@ -13,11 +13,13 @@ from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, TopologyError
 from diffmoe_ds.model.dit import empty_model
 from diffmoe_ds.sampling.capacity import check_capacity
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
+from diffmoe_ds.sampling.guidance import guided_channels
 from diffmoe_ds.sampling.samplers import ADAPTIVE
 from diffmoe_ds.topology import Topology
 
@@ -38,7 +40,7 @@ class SamplingPlan:
     routing: str
     """The experts' inference rule."""
     images_compete: bool
-    """Whether an image depends on the rest of its batch."""
+    """Whether an image depends on the rest of its batch, in this model or in the guiding one."""
     settings: SamplingSettings
     dtype: str | None
     """``fp32``, ``bf16``, or None for the default of the device."""
@@ -79,13 +81,11 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
     routing = args.routing or config.inference_choices[0]
     if args.capacity is not None:
         check_capacity(args.capacity, routing, config)
-    outline = empty_model(config)
-    outline.set_inference(routing)
     plan = SamplingPlan(
         reader=reader,
         kind=best_kind(reader) if args.weights is None else WEIGHTS[args.weights],
         routing=routing,
-        images_compete=outline.images_compete,
+        images_compete=do_images_compete(config, routing),
         settings=settings,
         dtype=args.dtype,
         topology=place_experts(args.experts, launch, config.num_experts),
@@ -96,7 +96,8 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
     )
     guide = open_guide(settings, config)
     if guide is not None:
-        plan = replace(plan, guide=plan_guide(plan, guide, args.experts, launch))
+        guide_plan = plan_guide(plan, guide, args.experts, launch)
+        plan = replace(plan, guide=guide_plan, images_compete=plan.images_compete or guide_plan.images_compete)
     for each in (plan, plan.guide):
         if each is not None:
             check_sharded_sampler(settings, each.topology.ep_size)
@@ -118,7 +119,25 @@ def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: 
     config = reader.config
     topology = place_experts(experts, launch, config.num_experts)
     routing = config.inference_choices[0]
-    return replace(plan, reader=reader, kind=best_kind(reader), routing=routing, topology=topology)
+    return replace(
+        plan,
+        reader=reader,
+        kind=best_kind(reader),
+        routing=routing,
+        images_compete=do_images_compete(config, routing),
+        topology=topology,
+    )
+
+
+def do_images_compete(config: Config, routing: str) -> bool:
+    """Return whether an image depends on the rest of its batch under an inference rule.
+
+    Raises:
+        ConfigError: the model does not support the rule.
+    """
+    outline = empty_model(config)
+    outline.set_inference(routing)
+    return outline.images_compete
 
 
 def place_experts(choice: str, launch: Launch, num_experts: int) -> Topology:
@@ -170,18 +189,41 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
 
 
+def sources(plan: SamplingPlan) -> str:
+    """Return what all ranks must agree on: the sampler, and the files and kinds of all weights."""
+    models = (plan,) if plan.guide is None else (plan, plan.guide)
+    return " ".join([plan.settings.sampler, *(f"{model.reader.path} {model.kind}" for model in models)])
+
+
 def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
     """Return everything but the capacity that determines the model's output for a seed and a class."""
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": WEIGHTS_NAMES[plan.kind],
-        **{name: value for name, value in asdict(plan.settings).items() if name != "tolerances"},
-        **asdict(plan.settings.tolerances),
+        **effective_settings(plan.settings, plan.reader.config),
         "routing": plan.routing,
         "dtype": DTYPE_NAMES[dtype],
     }
     if plan.guide is not None:
         found["autoguidance"] = _identity(plan.guide.reader)
+    return found
+
+
+def effective_settings(settings: SamplingSettings, config: Config) -> dict[str, Any]:
+    """Return the settings that have an effect, with defaults filled in, keyed by option name."""
+    found = {
+        "sampler": settings.sampler,
+        "cfg_scale": settings.cfg_scale,
+        "guidance_interval": settings.guidance_interval,
+    }
+    if settings.sampler in ADAPTIVE:
+        found.update(asdict(settings.tolerances))
+    else:
+        found["steps"] = settings.steps
+    if settings.cfg_scale != 1:
+        found["guide_channels"] = guided_channels(
+            config.objective.kind, settings.guide_channels, config.model.in_channels
+        )
     return found
 
 

@@ -23,6 +23,8 @@ Field = Callable[[Tensor, Tensor, NoiseLevel], Tensor]
 """(x_BCHW, t_B, noise level) -> prediction. The level follows from the times, but reading them would synchronize."""
 NoiseFn = Callable[[], Tensor]
 """() -> standard normal noise with the shape of the images, different at each call."""
+ROUNDING = 1e-9
+"""Tolerance in comparisons of noise levels: ``1 - 8 / 10`` is less than 0.2 in floating point."""
 Progress = Callable[[int, int], object]
 """(steps done, total steps) -> anything."""
 
@@ -56,7 +58,8 @@ class IntervalField:
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, level: NoiseLevel) -> Tensor:
         """Return the prediction; both functions are called only if some images are inside and some outside."""
-        is_inside = (self.low <= np.asarray(level)) & (np.asarray(level) <= self.high)
+        levels = np.asarray(level)
+        is_inside = (self.low - ROUNDING <= levels) & (levels <= self.high + ROUNDING)
         if is_inside.all():
             return self.inside(x_BCHW, t_B)
         if not is_inside.any():

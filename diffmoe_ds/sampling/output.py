@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ SAMPLES, PNG, GRID = "samples.npz", "png", "grid.png"
 """Names of the results."""
 LABELS = "labels.csv"
 """Labels of the images in a folder of PNG files."""
+HEADER = "file,label"
+"""First line of the labels."""
+PNG_NAME = re.compile(r"[0-9]{6,}\.png")
+"""What `png_name` returns."""
 
 
 def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], labels_N: Pixels) -> None:
@@ -95,7 +100,7 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
     """
     with open(folder / LABELS, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("file", "label"))
+        rows.writerow(HEADER.split(","))
         rows.writerows((png_name(index, len(labels)), label) for index, label in enumerate(labels))
 
 
@@ -103,7 +108,25 @@ def check_png_folder(folder: Path) -> None:
     """Check that a folder of PNG files may be replaced: it must be missing, empty or written by diffmoe.
 
     Raises:
-        ConfigError: it holds other files.
+        ConfigError: it holds other files, is not a folder or cannot be read.
     """
-    if folder.exists() and not (folder / LABELS).is_file() and any(folder.iterdir()):
+    if os.path.lexists(folder) and not is_png_folder(folder) and not _is_empty(folder):
         raise ConfigError(f"{folder} exists but was not written by diffmoe; pass another --out or move it away.")
+
+
+def is_png_folder(folder: Path) -> bool:
+    """Return whether a folder holds what `write_pngs` and `write_labels` write, and nothing else."""
+    try:
+        names = {path.name for path in folder.iterdir()} - {LABELS}
+        with open(folder / LABELS, "rb") as file:
+            header = file.readline(len(HEADER) + 2)
+    except OSError:
+        return False
+    return header == f"{HEADER}\n".encode() and all(PNG_NAME.fullmatch(name) for name in names)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:  # a file, or unreadable
+        return False

@@ -9,6 +9,7 @@ Legend: B images of a shard, H, W height and width, C channels.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import (
     REMOVING_PREFIX,
+    TMP_PREFIX,
     atomic_write,
     remove_leftovers,
     remove_tree,
@@ -45,6 +47,7 @@ class UnfinishedSet:
         """
         self.out = out
         self.folder = out / FOLDER
+        self._id = ""
 
     def open(self, settings: Mapping[str, Any], shard_images: int) -> None:
         """Create the set, or check that an unfinished one was started with the same settings.
@@ -55,18 +58,21 @@ class UnfinishedSet:
 
         Raises:
             CheckpointError: the directory cannot be created or read.
-            ConfigError: the directory holds an unfinished set with different settings.
+            ConfigError: the directory holds an unfinished set with different settings, or files not written by diffmoe.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             for name in (FOLDER, PNG):  # partially removed by a killed run
                 remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
             self.folder.mkdir(exist_ok=True)
+            self._check_owner()
             remove_leftovers(self.folder)
         except OSError as error:
             raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
-        if not ((self.folder / MANIFEST).exists() and any(self.folder.glob("*.npy"))):
-            tree = {"settings": dict(settings), "shard_images": shard_images, "id": uuid.uuid4().hex}
+        self.identity()
+        if not (self._id and any(self.folder.glob(f"*-{self._short_id()}.npy"))):
+            self._id = uuid.uuid4().hex
+            tree = {"settings": dict(settings), "shard_images": shard_images, "id": self._id}
             write_json(self.folder / MANIFEST, tree)
             return
         found = self._manifest()["settings"]
@@ -88,11 +94,15 @@ class UnfinishedSet:
         return int(self._manifest()["shard_images"])
 
     def identity(self) -> str:
-        """Return the set's unique ID, or "not found" if this process cannot see the set."""
+        """Return the set's unique ID, or "not found" if this process cannot see the set.
+
+        It is part of the shards' names, so every process calls this, or `open`, before it accesses shards.
+        """
         try:
-            return str(self._manifest()["id"])
+            self._id = self._manifest()["id"]
         except CheckpointError:
             return "not found"
+        return self._id
 
     def finished(self, shards: Sequence[Shard]) -> list[bool]:
         """Return for each shard whether its file exists, from one listing of the directory.
@@ -104,7 +114,7 @@ class UnfinishedSet:
             names = {path.name for path in self.folder.iterdir()}
         except OSError as error:
             raise CheckpointError(f"{self.folder}: cannot be read: {error.strerror}.") from None
-        return [_file_name(shard) in names for shard in shards]
+        return [self._path(shard).name in names for shard in shards]
 
     def write(self, shard: Shard, pixels: Pixels) -> None:
         """Write the images of a shard, uint8 [B, H, W, C], atomically.
@@ -113,7 +123,7 @@ class UnfinishedSet:
             CheckpointError: the file cannot be written.
         """
         assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
-        with atomic_write(self.folder / _file_name(shard)) as file:
+        with atomic_write(self._path(shard)) as file:
             write_array(file, pixels.shape, [pixels])
 
     def read(self, shard: Shard) -> Pixels:
@@ -122,7 +132,7 @@ class UnfinishedSet:
         Raises:
             CheckpointError: the file is missing or damaged.
         """
-        path = self.folder / _file_name(shard)
+        path = self._path(shard)
         try:
             pixels: Pixels = np.load(path, allow_pickle=False)
         except FileNotFoundError:
@@ -153,21 +163,41 @@ class UnfinishedSet:
         except OSError as error:
             raise write_error(self.folder, error) from None
 
+    def _check_owner(self) -> None:
+        """Check that the folder, which is removed in the end, belongs to a set or holds nothing but leftovers.
+
+        Raises:
+            ConfigError: it holds other files.
+            OSError: it cannot be read.
+        """
+        try:
+            self._manifest()
+        except CheckpointError:
+            if not all(path.name.startswith((TMP_PREFIX, REMOVING_PREFIX)) for path in self.folder.iterdir()):
+                raise ConfigError(
+                    f"{self.folder} exists but is not an unfinished set of diffmoe: {MANIFEST} is missing or damaged; "
+                    "pass another --out or move it away."
+                ) from None
+
+    def _path(self, shard: Shard) -> Path:
+        """Return the file of a shard; the ID in its name keeps the shards of two sets apart."""
+        assert self._id, "open() or identity() comes first"
+        return self.folder / f"images-{shard.images.start:08d}-{shard.images.stop:08d}-{self._short_id()}.npy"
+
+    def _short_id(self) -> str:
+        return self._id[:8]
+
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
-            if not (isinstance(tree["settings"], dict) and type(tree["shard_images"]) is int and tree["id"]):
+            if not (isinstance(tree["settings"], dict) and type(tree["shard_images"]) is int):
                 raise ValueError
-            if tree["shard_images"] < 1:
+            if tree["shard_images"] < 1 or not re.fullmatch("[0-9a-f]{32}", tree["id"]):
                 raise ValueError
             return dict(tree)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start over.") from None
-
-
-def _file_name(shard: Shard) -> str:
-    return f"images-{shard.images.start:08d}-{shard.images.stop:08d}.npy"
 
 
 def _shown(value: Any) -> str:

@@ -94,3 +94,17 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, stat
     assert calls[0].endswith(f"train.py {resume}{again}"), "a restart resumes from the checkpoint"
     assert all("36_1" in call for call in calls[1:]) and any("squeue" in call for call in calls)
     assert (calls[-1] == "scontrol requeue 36_1") == requeued
+
+
+@pytest.mark.parametrize("code", (0, 1))
+def test_sampling_continues_to_the_time_limit_if_the_requeue_fails(tmp_path, code):
+    stubs = {"srun": "kill -USR1 $PPID; sleep 0.5; echo generated; exit 7", "scontrol": f'echo "$@"; exit {code}'}
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = clean_environment(PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="36", SLURM_SUBMIT_DIR=str(tmp_path))
+    command = ["bash", str(REPOSITORY / "slurm/sample.sbatch")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    failed = ["sample.sbatch: requeue failed; submit again to resume"] if code else []
+    assert finished.stdout.splitlines() == ["sample.sbatch: requeued", "requeue 36", *failed, "generated"]
+    assert finished.returncode == 7 and finished.stderr == ""

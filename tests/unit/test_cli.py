@@ -183,8 +183,8 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
         for sampler in ("euler", "heun"):
             options = ("--num-images", "2", "--routing", routing, "--sampler", sampler)
             sample(trained, tmp_path / f"{routing}-{sampler}", *options)
-    for sampler in ("dopri5", "sde"):
-        sample(trained, tmp_path / sampler, "--num-images", "2", "--sampler", sampler, "--rtol", "1e-2")
+    for options in (("--sampler", "dopri5", "--rtol", "1e-2"), ("--sampler", "sde")):
+        sample(trained, tmp_path / options[1], "--num-images", "2", *options)
     raw = sample(trained, tmp_path / "raw", "--num-images", "2", "--weights", "raw")
     averaged = sample(trained, tmp_path / "ema", "--num-images", "2")
     assert not np.array_equal(raw, averaged)
@@ -204,6 +204,7 @@ def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
         (["--guide-channels", "2"], 2, "--guide-channels must be all or a number from 1 to 1, got 2"),
         (["--guidance-interval", "0", "1"], 2, "--guidance-interval needs guidance; set --cfg-scale"),
         (["--autoguidance", "/nowhere", "--cfg-scale", "2"], 5, "--autoguidance /nowhere: not a checkpoint"),
+        (["--sampler", "heun", "--rtol", "0.01"], 2, "--rtol 0.01 has no effect with the sampler heun; omit it"),
         (["--sampler", "dopri5", "--rtol", "0"], 2, "--rtol must be a positive number, got 0.0"),
         (["--num-images", "0"], 2, "--num-images must be positive, got 0"),
         (["--steps", "0"], 2, "--steps must be positive, got 0"),

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from diffmoe_ds.checkpoint.export import write_model
+from diffmoe_ds.checkpoint.stream import Entry
+from diffmoe_ds.cli.sample import add_sample_arguments
+from diffmoe_ds.cli.sampling_plan import SamplingPlan, determining_settings, plan_sampling, sources
+from diffmoe_ds.config.load import load_config
 from diffmoe_ds.diffusion.objective import SAMPLERS
+from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe import expert_ffn, top_k
@@ -14,6 +24,7 @@ from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.guidance import check_guide, guide_by_model
 from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.sampling.samplers import sample
+from tests.helpers.sampling import write_random_model
 from tests.unit.test_generate import config_of, model_of
 
 
@@ -67,6 +78,19 @@ def test_guidance_runs_only_inside_the_interval(sampler):
     assert any(level > 0.6 for level in levels["plain"]) and any(level < 0.3 for level in levels["plain"])
     if sampler != "dopri5":
         assert not any(0.3 + 1e-6 < level < 0.6 - 1e-6 for level in levels["plain"])
+
+
+@pytest.mark.parametrize(("low", "high", "guided"), ((0.2, 1.0, range(9)), (0.3, 0.7, range(3, 8))))
+def test_the_interval_includes_its_ends_despite_rounding(low, high, guided):
+    """Step i of 10 is at noise level 1 - i / 10, and 1 - 0.8 is less than 0.2 in floating point."""
+    steps = []
+
+    def inside(x, t_B):
+        steps.append(round(10 * t_B[0].item()))
+        return x
+
+    sample(IntervalField(inside, lambda x, t_B: x, low, high), "euler", torch.zeros(1, 1, 2, 2), 10)
+    assert steps == list(guided)
 
 
 def test_interval_of_every_image_where_their_times_differ():
@@ -163,3 +187,63 @@ def test_guidance_mistakes():
         with pytest.raises(ConfigError, match=message):
             check_guide(other, config, "--autoguidance W")
     check_guide(config_of("dense", label_dropout=0), config, "--autoguidance W")
+
+
+# ------------------------------------------------------------------------------------------------- sampling plan
+
+
+def plan_of(model: Path, *options: str) -> SamplingPlan:
+    parser = argparse.ArgumentParser()
+    add_sample_arguments(parser)
+    args = parser.parse_args(["--checkpoint", str(model), "--out", "out", *options])
+    return plan_sampling(args, Launch(0, 1, 0, 1, "a test"))
+
+
+def settings_of(plan: SamplingPlan) -> dict[str, object]:
+    return determining_settings(plan, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory) -> Path:
+    """A guiding model whose images compete within their batch."""
+    folder = tmp_path_factory.mktemp("guide")
+    weak = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8", "routing.capacity_predictor=false"]))
+    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in weak.state_dict().items()]
+    write_model(folder, entries, weak.config, "raw", images=16, class_names=None)
+    return folder
+
+
+def test_a_guiding_model_whose_images_compete_fixes_the_batch_size(model, guide):
+    assert not plan_of(model).images_compete and "batch_size" not in settings_of(plan_of(model))
+    alike = plan_of(model, "--cfg-scale", "2", "--autoguidance", str(model))
+    assert alike.guide is not None and not alike.images_compete
+    plan = plan_of(model, "--cfg-scale", "2", "--autoguidance", str(guide))
+    assert plan.images_compete and settings_of(plan)["batch_size"] == 50
+
+
+def test_the_ranks_agree_on_the_guiding_model_and_its_weights(model, guide):
+    plans = [plan_of(model, "--cfg-scale", "2", "--autoguidance", str(path)) for path in (model, guide)]
+    assert plans[1].guide is not None
+    plans += [plan_of(model), replace(plans[1], guide=replace(plans[1].guide, kind="ema")), replace(plans[1], kind="x")]
+    assert len({sources(plan) for plan in plans}) == 5
+    assert sources(plan_of(model, "--seed", "1")) == sources(plan_of(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "others", "same"),
+    (
+        ((), ("--guide-channels", "all"), True),
+        (("--cfg-scale", "2"), ("--cfg-scale", "2", "--guide-channels", "1"), True),
+        (("--sampler", "dopri5"), ("--sampler", "dopri5", "--steps", "9"), True),
+        (("--sampler", "dopri5"), ("--sampler", "dopri5", "--atol", "1e-6"), True),
+        (("--sampler", "dopri5"), ("--sampler", "dopri5", "--atol", "1e-5"), False),
+        ((), ("--steps", "9"), False),
+    ),
+)
+def test_options_without_an_effect_do_not_block_a_resume(model, options, others, same):
+    assert (settings_of(plan_of(model, *options)) == settings_of(plan_of(model, *others))) is same

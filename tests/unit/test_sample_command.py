@@ -94,6 +94,8 @@ def choose(*options: str, num_classes: int = 10, names: tuple[str, ...] | None =
         (["--classes", "10"], "--classes must be from 0 to 9 for this model, got 10."),
         (["--classes=-1"], "--classes must be from 0 to 9 for this model, got -1."),
         (["--classes", "sneeker"], "--classes: 'sneeker' is not known; did you mean 'sneaker'? valid: 0 to 9."),
+        (["--classes=3,--5"], "--classes: '--5' is not known; valid: 0 to 9."),
+        (["--classes", "9" * 5000], "99' is not known; valid: 0 to 9."),
         (["--classes", "1,,2"], "--classes: '' is not known; valid: 0 to 9."),
         (["--classes", "7,sneaker"], "--classes 7,sneaker: class 7 is repeated."),
         (["--per-class", "2", "--num-images", "4"], "--per-class 2 and --num-images 4 contradict each other"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import tracemalloc
 from collections import Counter
 from itertools import pairwise, zip_longest
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffmoe_ds.cli import sample_run
+from diffmoe_ds.cli.sample import add_sample_arguments
 from diffmoe_ds.cli.sample_images import ImageSet
 from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
 from diffmoe_ds.rng import image_stream, label_stream
 from diffmoe_ds.sampling.labels import cycle_labels, random_labels
-from diffmoe_ds.sampling.output import check_png_folder, write_labels, write_npz, write_pngs
+from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
 from diffmoe_ds.sampling.turns import MAX_SHARDS, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
+from tests.helpers.sampling import write_random_model
 
 SETTINGS = {"steps": 50, "classes": (1, 2), "guidance_interval": None}
 
@@ -129,11 +134,65 @@ def test_a_folder_of_the_user_is_not_replaced(tmp_path):
     check_png_folder(tmp_path / "png")
     (tmp_path / "png").mkdir()
     check_png_folder(tmp_path / "png")
-    (tmp_path / "png" / "holiday.png").touch()
-    with pytest.raises(ConfigError, match="png exists but was not written by diffmoe"):
-        check_png_folder(tmp_path / "png")
     write_labels(tmp_path / "png", [0])
+    write_pngs(tmp_path / "png", range(1), pixels_of(1), 1)
     check_png_folder(tmp_path / "png")
+    assert is_png_folder(tmp_path / "png")
+    (tmp_path / "png" / "holiday.png").touch()
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "png" / "holiday.png").unlink()
+    (tmp_path / "png" / "labels.csv").write_text("file,label,camera\n")
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "png" / "labels.csv").unlink()
+    assert_not_replaced(tmp_path / "png")
+    (tmp_path / "file").touch()
+    assert_not_replaced(tmp_path / "file")
+
+
+def assert_not_replaced(path):
+    assert not is_png_folder(path)
+    with pytest.raises(ConfigError, match="exists but was not written by diffmoe; pass another --out or move it away"):
+        check_png_folder(path)
+
+
+@pytest.mark.parametrize("error", (PermissionError, NotADirectoryError))
+def test_a_folder_that_cannot_be_read_is_not_replaced(monkeypatch, tmp_path, error):
+    def fail(path):
+        raise error
+
+    (tmp_path / "png").mkdir()
+    monkeypatch.setattr(Path, "iterdir", fail)
+    assert_not_replaced(tmp_path / "png")
+
+
+@pytest.mark.parametrize("is_file", (False, True))
+def test_other_formats_keep_what_the_user_named_png(tmp_path, is_file):
+    images = ImageSet(1, 0, (0,), "cycle", tmp_path, "npz")
+    if is_file:
+        (tmp_path / "png").touch()
+    else:
+        (tmp_path / "png").mkdir()
+        (tmp_path / "png" / "labels.csv").write_text("photo,label\n")
+    made = open_set(images, dict, 1, False, OneProcess())
+    made.files.write(made.shards[0], pixels_of(1))
+    made.assemble()
+    assert {path.name for path in tmp_path.iterdir()} == {"png", "samples.npz", "grid.png"}
+    assert is_file or (tmp_path / "png" / "labels.csv").read_text() == "photo,label\n"
+
+
+class OneProcess:
+    """The rendezvous of a single process."""
+
+    launch = Launch(0, 1, 0, 1, "a test")
+
+    def on_main(self, name: str, action) -> None:
+        action()
+
+    def check_same(self, name: str, text: str, message: str) -> None:
+        pass
+
+    def raise_on_all_ranks(self, name: str, action):
+        return action()
 
 
 def started(out, settings=SETTINGS, shard_images: int = 2) -> UnfinishedSet:
@@ -182,7 +241,44 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
         files.read(shard)
     (files.folder / "manifest.json").write_bytes(damage)
     with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be read; remove"):
+        files.shard_images()
+    with pytest.raises(ConfigError, match=r"manifest\.json is missing or damaged; pass another --out or move it away"):
         started(tmp_path)
+    assert path.read_bytes() == damage
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    (
+        ("thesis.tex", "mine"),
+        ("images-00000000-00000002.npy", "mine"),
+        (".writing-notes/thesis.tex", "mine"),
+        ("manifest.json", '{"settings": {}, "shard_images": 2, "id": "mine"}'),
+    ),
+)
+def test_an_unfinished_folder_of_the_user_is_neither_used_nor_removed(tmp_path, name, content):
+    path = tmp_path / "unfinished" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    (tmp_path / "unfinished" / "notes").touch()
+    with pytest.raises(ConfigError, match="unfinished exists but is not an unfinished set of diffmoe"):
+        started(tmp_path)
+    assert path.read_text() == content
+
+
+def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / ".writing-manifest.json-0").touch()
+    files = started(tmp_path)
+    assert [path.name for path in files.folder.iterdir()] == ["manifest.json"]
+
+
+def test_the_shards_of_two_sets_do_not_mix(tmp_path):
+    """For example if the manifest was replaced by that of a set in another directory."""
+    first, other, (shard,) = started(tmp_path / "first"), started(tmp_path / "other"), split(2, 2)
+    first.write(shard, pixels_of(2))
+    (other.folder / "manifest.json").replace(first.folder / "manifest.json")
+    assert started(tmp_path / "first").finished([shard]) == [False]
 
 
 def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
@@ -209,3 +305,24 @@ def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
             open_set(images, dict, 3, False, SecondHost())
     identity = started(images.out).identity()
     assert len(open_set(images, dict, 3, False, SecondHost()).shards) == 4, "of the two images that rank 0 chose"
+
+
+def test_an_error_before_the_first_shard_leaves_nothing_behind(monkeypatch, tmp_path):
+    class TwoProcesses(OneProcess):
+        """The rendezvous of rank 0 of 2."""
+
+        launch = Launch(0, 2, 0, 1, "a test")
+
+    def fail(*_: object) -> None:
+        raise LaunchError("no connection")
+
+    parser = argparse.ArgumentParser()
+    add_sample_arguments(parser)
+    model = write_random_model(tmp_path / "model")
+    args = parser.parse_args(["--checkpoint", str(model), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sample_run, "resolve_launch", lambda: TwoProcesses.launch)
+    monkeypatch.setattr(sample_run, "join_ranks", lambda launch: TwoProcesses())
+    monkeypatch.setattr(sample_run, "create_groups", fail)
+    with pytest.raises(LaunchError, match="no connection"):
+        sample_run.run_sampling(args)
+    assert not list((tmp_path / "out").iterdir())
