@@ -19,7 +19,15 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.sampling.capacity import ALONE, Calibration, Ranks, apply, calibrate, uses_thresholds
+from diffmoe_ds.sampling.capacity import (
+    ALONE,
+    Calibration,
+    Ranks,
+    apply,
+    calibrate,
+    calibration_batch,
+    uses_thresholds,
+)
 from diffmoe_ds.sampling.capacity_file import CapacityFile
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities
@@ -34,11 +42,11 @@ class Dial:
     reader: WeightsReader
     """The model's weights; thresholds are saved next to them."""
     depends_on: Callable[[], Mapping[str, Any]]
-    """Called on rank 0; returns everything but c that determines the thresholds, by name, as plain data."""
+    """Called on rank 0; returns what determines the model's output for an image, by name, as plain data."""
     settings: SamplingSettings
     """Sampler and guidance."""
     batch_size: int
-    """Images that a rank may generate at once."""
+    """Images per batch in sampling."""
 
 
 def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvous) -> None:
@@ -57,7 +65,7 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
         apply(model, calibrate(model, dial.settings, dial.capacity))
         return
     launch, shape = rendezvous.launch, (len(model.moe_layers()), model.config.num_experts)
-    file = rendezvous.on_main("capacity", lambda: _file(dial))
+    file = rendezvous.on_main("capacity", lambda: _file(dial, calibration_batch(model, dial.batch_size)))
     found = _from_main(None if file is None else file.read(*shape), shape, dial.capacity, launch)
     if found is None:
         found = _calibrate(model, guide, dial, launch)
@@ -114,9 +122,9 @@ def _calibrate(model: DiT, guide: DiT | None, dial: Dial, launch: Launch) -> Cal
         return calibrate(model, dial.settings, dial.capacity, guide, dial.batch_size, ranks, progress)
 
 
-def _file(dial: Dial) -> CapacityFile:
-    path = dial.reader.path
-    return CapacityFile(path if path.is_dir() else path.parent, dial.capacity, dial.depends_on())
+def _file(dial: Dial, batch_size: int) -> CapacityFile:
+    path, settings = dial.reader.path, {**dial.depends_on(), "calibration_batch": batch_size}
+    return CapacityFile(path if path.is_dir() else path.parent, dial.capacity, settings)
 
 
 def _keep(file: CapacityFile, calibration: Calibration) -> str:

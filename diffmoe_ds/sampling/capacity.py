@@ -29,7 +29,7 @@ IMAGES = 128
 FIRST_SEED = 2**64 - IMAGES
 """First seed of the calibration images, which use the highest seeds."""
 BATCH = 16
-"""Maximum batch size for calibration; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
+"""Batch size for calibration, at most; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
 ROUNDS = 8
 """Maximum number of times that the calibration images are generated."""
 TOLERANCE = 0.01
@@ -111,15 +111,15 @@ def calibrate(
 ) -> Calibration:
     """Find the thresholds at which tokens take a given number of experts on average.
 
-    Apart from rounding, the result depends neither on the number of ranks nor, unless images compete, on the batch
-    size. Every rank must call this.
+    The batches, and so the result, depend neither on the number of ranks nor, unless images compete, on
+    ``batch_size``. Every rank must call this.
 
     Args:
         model: in eval mode, with its inference rule set; unchanged on return.
         settings: sampler and guidance, for which the thresholds are valid.
         capacity: c, valid for the model; see `check_capacity`.
         guide: the model of ``settings.autoguidance``.
-        batch_size: maximum number of images per batch on a rank.
+        batch_size: images per batch in sampling; see `calibration_batch`.
         ranks: the ranks that share the calibration images.
         progress: called after every sampler step.
 
@@ -135,7 +135,7 @@ def calibrate(
     progress = progress or (lambda number, done, total: None)
     best: Calibration | None = None
     with _unchanged(model):
-        calibration_round = _Round(model, settings, guide, batch_size, ranks)
+        calibration_round = _Round(model, settings, guide, calibration_batch(model, batch_size), ranks)
         _, histogram_LEN = calibration_round.generate(partial(progress, 1))
         logit_LE = quantile_logits(histogram_LEN, capacity / E)
         for number in range(2, ROUNDS + 1):
@@ -150,6 +150,17 @@ def calibrate(
             logit_LE = (logit_LE + quantile_logits(histogram_LEN, capacity / E)) / 2
     assert best is not None, "there are at least two rounds"
     return best
+
+
+def calibration_batch(model: DiT, batch_size: int) -> int:
+    """Return the number of calibration images per batch, which is the same for every batch and rank.
+
+    Args:
+        model: with its inference rule set.
+        batch_size: images per batch in sampling. It counts only where images compete, so that otherwise a run that is
+            resumed with another batch size finds the same thresholds.
+    """
+    return 1 << min(batch_size, BATCH).bit_length() - 1 if model.images_compete else BATCH
 
 
 def uses_thresholds(model: DiT) -> bool:
@@ -194,13 +205,13 @@ class _Round:
     settings: SamplingSettings
     guide: DiT | None
     batch_size: int
+    """Power of two: all batches of all ranks have this size."""
     ranks: Ranks
 
     def generate(self, progress: Callable[[int, int], object]) -> tuple[float, Tensor]:
         """Return the capacity, and the histogram of the logits, int64 [L, E, N] on the CPU."""
         census = Census(self.model)
-        size = 1 << min(self.batch_size, BATCH).bit_length() - 1  # all batches of all ranks have the same size
-        count = IMAGES // size
+        count = IMAGES // self.batch_size
         turns = range(self.ranks.rank, self.ranks.rank + count, self.ranks.size)
         for turn, index in enumerate(turns):
             # a rank without a batch of its own repeats one: ranks that share experts must run in lockstep
