@@ -32,6 +32,9 @@ from diffmoe_ds.sampling.capacity_file import CapacityFile
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities
 
+WARN_FROM = 0.02
+"""Deviation of the calibration images' capacity, as a fraction of c, above which `set_capacity` prints a note."""
+
 
 @dataclass(frozen=True)
 class Dial:
@@ -53,7 +56,7 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
     """Set a model's capacity, with thresholds saved next to the checkpoint or a calibration on all ranks.
 
     Args:
-        model: in eval mode, with its inference rule set; its thresholds in memory change.
+        model: in eval mode, with its inference rule set; its thresholds in memory are replaced.
         guide: the guiding model of autoguidance.
         dial: the capacity and the other inputs.
         rendezvous: the ranks, which must all call this; the process group exists if there are several.
@@ -74,6 +77,8 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
     elif file is not None:
         print(f"{'calibration':>11}  thresholds for {dial.capacity:g} from {file.path}", flush=True)
     apply(model, found)
+    if launch.rank == 0 and abs(found.measured - found.capacity) > WARN_FROM * found.capacity:
+        print(f"{'note':>11}  the calibration reached {found.measured:.4g} instead of {found.capacity:g}", flush=True)
 
 
 def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
