@@ -5,6 +5,7 @@ The tensors have the names of our ``state_dict`` (experts stacked, [E, ...]), th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -152,7 +153,13 @@ def digest_of(reader: WeightsReader) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    path = reader.path if os.path.isfile(reader.path) else reader.path / MANIFEST  # lists the digests of all files
+    if not os.path.isfile(reader.path):
+        return _sha256_of(reader.path / MANIFEST)  # lists the digests of all files
+    both = _sha256_of(reader.path) + _sha256_of(reader.path.with_name(CONFIG_FILE))
+    return hashlib.sha256(both.encode()).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:

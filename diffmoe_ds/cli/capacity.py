@@ -19,10 +19,21 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.sampling.capacity import ALONE, Calibration, Ranks, apply, calibrate, uses_thresholds
+from diffmoe_ds.sampling.capacity import (
+    ALONE,
+    Calibration,
+    Ranks,
+    apply,
+    calibrate,
+    calibration_batch,
+    uses_thresholds,
+)
 from diffmoe_ds.sampling.capacity_file import CapacityFile
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities
+
+WARN_FROM = 0.02
+"""Deviation of the calibration images' capacity, as a fraction of c, above which `set_capacity` prints a note."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +45,18 @@ class Dial:
     reader: WeightsReader
     """The model's weights; thresholds are saved next to them."""
     depends_on: Callable[[], Mapping[str, Any]]
-    """Called on rank 0; returns everything but c that determines the thresholds, by name, as plain data."""
+    """Called on rank 0; returns what determines the model's output for an image, by name, as plain data."""
     settings: SamplingSettings
     """Sampler and guidance."""
     batch_size: int
-    """Images that a rank may generate at once."""
+    """Images per batch in sampling."""
 
 
 def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvous) -> None:
     """Set a model's capacity, with thresholds saved next to the checkpoint or a calibration on all ranks.
 
     Args:
-        model: in eval mode, with its inference rule set; its thresholds in memory change.
+        model: in eval mode, with its inference rule set; its thresholds in memory are replaced.
         guide: the guiding model of autoguidance.
         dial: the capacity and the other inputs.
         rendezvous: the ranks, which must all call this; the process group exists if there are several.
@@ -57,7 +68,7 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
         apply(model, calibrate(model, dial.settings, dial.capacity))
         return
     launch, shape = rendezvous.launch, (len(model.moe_layers()), model.config.num_experts)
-    file = rendezvous.on_main("capacity", lambda: _file(dial))
+    file = rendezvous.on_main("capacity", lambda: _file(dial, calibration_batch(model, dial.batch_size)))
     found = _from_main(None if file is None else file.read(*shape), shape, dial.capacity, launch)
     if found is None:
         found = _calibrate(model, guide, dial, launch)
@@ -66,6 +77,8 @@ def set_capacity(model: DiT, guide: DiT | None, dial: Dial, rendezvous: Rendezvo
     elif file is not None:
         print(f"{'calibration':>11}  thresholds for {dial.capacity:g} from {file.path}", flush=True)
     apply(model, found)
+    if launch.rank == 0 and abs(found.measured - found.capacity) > WARN_FROM * found.capacity:
+        print(f"{'note':>11}  the calibration reached {found.measured:.4g} instead of {found.capacity:g}", flush=True)
 
 
 def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
@@ -114,9 +127,9 @@ def _calibrate(model: DiT, guide: DiT | None, dial: Dial, launch: Launch) -> Cal
         return calibrate(model, dial.settings, dial.capacity, guide, dial.batch_size, ranks, progress)
 
 
-def _file(dial: Dial) -> CapacityFile:
-    path = dial.reader.path
-    return CapacityFile(path if path.is_dir() else path.parent, dial.capacity, dial.depends_on())
+def _file(dial: Dial, batch_size: int) -> CapacityFile:
+    path, settings = dial.reader.path, {**dial.depends_on(), "calibration_batch": batch_size}
+    return CapacityFile(path if path.is_dir() else path.parent, dial.capacity, settings)
 
 
 def _keep(file: CapacityFile, calibration: Calibration) -> str:

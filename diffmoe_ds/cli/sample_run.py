@@ -12,7 +12,7 @@ import torch
 
 from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample_model import load_generator
-from diffmoe_ds.cli.sample_set import open_set
+from diffmoe_ds.cli.sample_set import open_set, reporting_lost_ranks
 from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
@@ -56,13 +56,14 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         if launch.world > 1:
             create_groups(topology, device)
-        missing = work.missing()
-        if missing:
-            model, generate = load_generator(plan, device, rendezvous)
-            with observing(model, CapacityMeter(model)) as meter:
-                work.generate(missing, plan.batch_size, generate)
-            print_capacity(meter, plan.capacity, launch)
-        work.assemble()
+        with reporting_lost_ranks():
+            missing = work.missing()
+            if missing:
+                model, generate = load_generator(plan, device, rendezvous)
+                with observing(model, CapacityMeter(model)) as meter:
+                    work.generate(missing, plan.batch_size, generate)
+                print_capacity(meter, plan.capacity, launch)
+            work.assemble()
     except DiffMoEError:
         work.discard_if_empty()
         raise

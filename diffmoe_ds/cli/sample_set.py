@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -188,21 +189,25 @@ class ShardedSet:
         yield from tqdm(shards, unit="shard", desc=what, delay=WRITE_BAR_AFTER_S, disable=hidden)
 
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Run an action that may fail on a single rank; all ranks of the process group fail together.
+        """Run an action that may fail on a single rank; all ranks of the process group fail together."""
+        return action() if self.launch.world == 1 else consensus.raise_on_all_ranks(torch.device("cpu"), action)
 
-        Raises:
-            RankLostError: another rank died.
-        """
-        if self.launch.world == 1:
-            return action()
-        try:
-            return consensus.raise_on_all_ranks(torch.device("cpu"), action)
-        except RuntimeError as error:
-            if not any(text in str(error) for text in LOST):
-                raise
-            lost = RankLostError("another rank died; finished shards are kept, and the same command continues.")
-            lost.same_on_all_ranks = True
-            raise lost from error
+
+@contextmanager
+def reporting_lost_ranks() -> Iterator[None]:
+    """Within the context, report it in one sentence if a collective fails because another rank is gone.
+
+    Raises:
+        RankLostError: another rank died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST):
+            raise
+        lost = RankLostError("another rank died; finished shards are kept, and the same command continues.")
+        lost.same_on_all_ranks = True
+        raise lost from error
 
 
 def open_set(

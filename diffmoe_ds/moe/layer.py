@@ -82,6 +82,9 @@ class MoELayer(nn.Module):
                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, self.num_experts)
             )
             self.register_buffer("expert_threshold", torch.empty(self.num_experts, dtype=torch.float32))
+        self.logit_threshold_E: Tensor | None = None
+        """fp32, in place of `expert_threshold` in inference if set: thresholds of the logits, which are representable
+        even where the probability is 1 in fp32."""
         self._warm_start = WarmStart()
         self.inference = "static"
         self.pool: Pool = LocalPool()
@@ -154,6 +157,12 @@ class MoELayer(nn.Module):
         assert isinstance(last, nn.Linear)
         return fp32_linear(self.capacity_predictor[:-1](tokens_TD.detach()), last.weight, last.bias)
 
+    def _assign(self, logits_TE: Tensor) -> Tensor:
+        """Return bool [T, E]: the tokens that the capacity predictor assigns to each expert."""
+        if self.logit_threshold_E is not None:
+            return logits_TE > self.logit_threshold_E
+        return predicted_mask(logits_TE, self.expert_threshold)
+
     def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
         """Select tokens by the training rule (``static``) or by an inference rule."""
         self._warm_start.verify_later = self._is_padded
@@ -168,12 +177,13 @@ class MoELayer(nn.Module):
             k = batch_pool_static(len(scores_TE), self.num_experts, self.capacity, pool)
             return select_top_k(scores_TE, k, pool, self._warm_start)
         assert logits_TE is not None, "`DiT.set_inference` allows these rules only with a capacity predictor"
+        predicted_TE = self._assign(logits_TE)
         if rule == "per_token":
-            return Selection(predicted_mask(logits_TE, self.expert_threshold))
+            return Selection(predicted_TE)
         if self.kind == "batch_pool":
-            k_E = batch_pool_dynamic(logits_TE, self.expert_threshold, self.pool)
+            k_E = batch_pool_dynamic(predicted_TE, self.pool)
             return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
-        k_BE = expert_choice_dynamic(logits_TE, self.expert_threshold, images)
+        k_BE = expert_choice_dynamic(predicted_TE, images)
         return Selection(expert_choice(scores_TE, k_BE))
 
     def _select_in_parts(self, scores_TE: Tensor, parts: int) -> Selection:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffmoe_ds.moe.capacity import predicted_mask, tokens_per_expert
+from diffmoe_ds.moe.capacity import tokens_per_expert
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.search import Pool
 
@@ -84,18 +84,17 @@ def expert_choice_static(tokens: int, num_experts: int, capacity: float) -> int:
     return tokens_per_expert(capacity, tokens, num_experts)
 
 
-def expert_choice_dynamic(logits_TE: Tensor, threshold_E: Tensor, images: int) -> Tensor:
+def expert_choice_dynamic(predicted_TE: Tensor, images: int) -> Tensor:
     """Count for each image the tokens that the capacity predictor assigns to each expert.
 
     Args:
-        logits_TE: the capacity predictor's logits.
-        threshold_E: fp32 thresholds.
+        predicted_TE: bool, the tokens that the predictor assigns to each expert.
         images: B.
 
     Returns:
         int64 tokens_per_expert_BE.
     """
-    return predicted_mask(logits_TE, threshold_E).view(images, -1, len(threshold_E)).sum(1)
+    return predicted_TE.view(images, -1, predicted_TE.shape[1]).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------- batch_pool (DiffMoE)
@@ -113,15 +112,14 @@ def batch_pool_static(tokens: int, num_experts: int, capacity: float, pool: Pool
     return tokens_per_expert(capacity, tokens * pool.size, num_experts)
 
 
-def batch_pool_dynamic(logits_TE: Tensor, threshold_E: Tensor, pool: Pool) -> Tensor:
+def batch_pool_dynamic(predicted_TE: Tensor, pool: Pool) -> Tensor:
     """Count the tokens of the pool that the capacity predictor assigns to each expert, the paper's inference rule.
 
     Args:
-        logits_TE: the capacity predictor's logits.
-        threshold_E: fp32 thresholds.
+        predicted_TE: bool, the tokens that the predictor assigns to each expert.
         pool: the ranks that compete.
 
     Returns:
         int64 K_E, the same on every rank.
     """
-    return pool.sum(predicted_mask(logits_TE, threshold_E).sum(0))
+    return pool.sum(predicted_TE.sum(0))

@@ -2,7 +2,8 @@
 
 The capacity predictor's thresholds decide which experts take a token. `calibrate` finds the thresholds at which every
 expert takes its share c / E of all tokens, over all sampler steps. Other thresholds change the images and therefore the
-probabilities: the calibration images are generated repeatedly until their capacity is c.
+predictions: the calibration images are generated repeatedly until their capacity is c. The thresholds found are logits:
+in fp32, probabilities near 1 are too coarse for a small c.
 
 Legend: T tokens of a forward pass, L MoE layers, E experts, S tokens of an image, N bins.
 Source: DiffMoE (arXiv 2503.14487) varies one threshold for all experts; here each layer and expert has its own.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,15 +30,15 @@ IMAGES = 128
 FIRST_SEED = 2**64 - IMAGES
 """First seed of the calibration images, which use the highest seeds."""
 BATCH = 16
-"""Maximum batch size for calibration; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
+"""Batch size for calibration, at most; a power of two. Up to `IMAGES / BATCH` ranks share the work."""
 ROUNDS = 8
 """Maximum number of times that the calibration images are generated."""
 TOLERANCE = 0.01
 """The search ends when the capacity of the calibration images is within this fraction of c."""
-LOGIT_RANGE = 32
-"""Logits are binned from minus to plus this; from 17 on, the probability is 1 in fp32."""
-BINS_PER_UNIT = 256
-"""Bins per unit of the logits; within a bin, the probability changes by less than 0.4% and is interpolated."""
+LOGIT_RANGE = 64
+"""Logits are binned from minus to plus this."""
+BINS_PER_UNIT = 128
+"""Bins per unit of the logits; quantiles are interpolated within a bin."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Calibration:
     capacity: float
     """c, the requested average number of experts per token."""
     threshold_LE: Tensor | None
-    """fp32 on the CPU; None if the routing rule does not use thresholds."""
+    """Logits, fp32 on the CPU; None if the routing rule does not use thresholds."""
     measured: float
     """The capacity of the calibration images with these thresholds."""
     rounds: int
-    """How many times the calibration images were generated."""
+    """How often the calibration images were generated."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,15 @@ def calibrate(
 ) -> Calibration:
     """Find the thresholds at which tokens take a given number of experts on average.
 
-    Apart from rounding, the result depends neither on the number of ranks nor, unless images compete, on the batch
-    size. Every rank must call this.
+    The batches, and so the result, depend neither on the number of ranks nor, unless images compete, on
+    ``batch_size``. Every rank must call this.
 
     Args:
         model: in eval mode, with its inference rule set; unchanged on return.
         settings: sampler and guidance, for which the thresholds are valid.
         capacity: c, valid for the model; see `check_capacity`.
         guide: the model of ``settings.autoguidance``.
-        batch_size: maximum number of images per batch on a rank.
+        batch_size: images per batch in sampling; see `calibration_batch`.
         ranks: the ranks that share the calibration images.
         progress: called after every sampler step.
 
@@ -131,15 +132,15 @@ def calibrate(
     if not uses_thresholds(model):
         return Calibration(capacity, None, capacity, 0)
     if capacity == E:
-        return Calibration(capacity, torch.full((len(layers), E), -1.0), capacity, 0)  # below any probability
+        return Calibration(capacity, torch.full((len(layers), E), -torch.inf), capacity, 0)
     progress = progress or (lambda number, done, total: None)
     best: Calibration | None = None
     with _unchanged(model):
-        calibration_round = _Round(model, settings, guide, batch_size, ranks)
+        calibration_round = _Round(model, settings, guide, calibration_batch(model, batch_size), ranks)
         _, histogram_LEN = calibration_round.generate(partial(progress, 1))
         logit_LE = quantile_logits(histogram_LEN, capacity / E)
         for number in range(2, ROUNDS + 1):
-            threshold_LE = logit_LE.sigmoid().float()
+            threshold_LE = logit_LE.float()
             apply(model, Calibration(capacity, threshold_LE, capacity, number))
             measured, histogram_LEN = calibration_round.generate(partial(progress, number))
             if best is None or abs(measured - capacity) < abs(best.measured - capacity):
@@ -149,7 +150,18 @@ def calibrate(
             # damped, because full steps may oscillate between two sets of thresholds
             logit_LE = (logit_LE + quantile_logits(histogram_LEN, capacity / E)) / 2
     assert best is not None, "there are at least two rounds"
-    return best
+    return replace(best, rounds=number)
+
+
+def calibration_batch(model: DiT, batch_size: int) -> int:
+    """Return the number of calibration images per batch, which is the same for every batch and rank.
+
+    Args:
+        model: with its inference rule set.
+        batch_size: images per batch in sampling. It counts only where images compete, so that otherwise a run that is
+            resumed with another batch size finds the same thresholds.
+    """
+    return 1 << min(batch_size, BATCH).bit_length() - 1 if model.images_compete else BATCH
 
 
 def uses_thresholds(model: DiT) -> bool:
@@ -170,20 +182,20 @@ def apply(model: DiT, calibration: Calibration) -> None:
     for index, layer in enumerate(model.moe_layers().values()):
         layer.capacity = calibration.capacity  # for `static`, and the bound of `bounded_dispatch`
         if calibration.threshold_LE is not None:
-            layer.expert_threshold.copy_(calibration.threshold_LE[index])
+            layer.logit_threshold_E = calibration.threshold_LE[index].to(layer.expert_threshold.device)
 
 
 @contextmanager
 def _unchanged(model: DiT) -> Iterator[None]:
     """Restore the capacity and the thresholds on exit."""
     layers = list(model.moe_layers().values())
-    before = [(layer.capacity, layer.expert_threshold.clone()) for layer in layers]
+    before = [(layer.capacity, layer.logit_threshold_E) for layer in layers]
     try:
         yield
     finally:
         for layer, (capacity, threshold_E) in zip(layers, before, strict=True):
             layer.capacity = capacity
-            layer.expert_threshold.copy_(threshold_E)
+            layer.logit_threshold_E = threshold_E
 
 
 @dataclass(frozen=True)
@@ -194,13 +206,13 @@ class _Round:
     settings: SamplingSettings
     guide: DiT | None
     batch_size: int
+    """Power of two: all batches of all ranks have this size."""
     ranks: Ranks
 
     def generate(self, progress: Callable[[int, int], object]) -> tuple[float, Tensor]:
         """Return the capacity, and the histogram of the logits, int64 [L, E, N] on the CPU."""
         census = Census(self.model)
-        size = 1 << min(self.batch_size, BATCH).bit_length() - 1  # all batches of all ranks have the same size
-        count = IMAGES // size
+        count = IMAGES // self.batch_size
         turns = range(self.ranks.rank, self.ranks.rank + count, self.ranks.size)
         for turn, index in enumerate(turns):
             # a rank without a batch of its own repeats one: ranks that share experts must run in lockstep

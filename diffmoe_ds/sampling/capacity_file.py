@@ -16,7 +16,7 @@ import torch
 from diffmoe_ds.files import write_json
 from diffmoe_ds.sampling.capacity import IMAGES, Calibration
 
-FORMAT = 1
+FORMAT = 2
 """Increment this when the same settings would give different thresholds."""
 MAX_BYTES = 16 << 20
 
@@ -55,7 +55,7 @@ class CapacityFile:
             measured, rounds = float(content["measured"]), int(content["rounds"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        is_valid = threshold_LE.shape == (layers, experts) and bool((threshold_LE.abs() <= 1).all())  # NaN is not
+        is_valid = threshold_LE.shape == (layers, experts) and bool(threshold_LE.isfinite().all())
         return Calibration(self._capacity, threshold_LE, measured, rounds) if is_valid else None
 
     def write(self, calibration: Calibration) -> None:

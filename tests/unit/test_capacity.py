@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.cli import capacity as command
+from diffmoe_ds.cli import main
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import ConfigError
@@ -24,6 +25,7 @@ from diffmoe_ds.sampling.capacity import Calibration, Ranks, apply, calibrate, c
 from diffmoe_ds.sampling.capacity_file import CapacityFile
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities, observing
+from tests.helpers.checkpoints import export_untrained
 from tests.helpers.syncs import SyncCounter
 from tests.unit.test_generate import config_of, model_of
 
@@ -70,6 +72,18 @@ def test_fresh_images_have_the_capacity_that_was_asked_for(kind, rule, capacity)
     assert found.threshold_LE is None or found.threshold_LE.dtype == torch.float32
 
 
+def test_a_small_capacity_is_reached_although_all_probabilities_are_1_in_fp32():
+    model = model_with()
+    for layer in model.moe_layers().values():
+        last = layer.capacity_predictor[-1]
+        torch.nn.init.constant_(last.bias, 30)
+    assert float(capacities(counts_of(model, 4)).mean()) == 4
+    found = calibrate(model, SETTINGS, 0.1)
+    assert found.measured == pytest.approx(0.1, rel=dial.TOLERANCE)
+    apply(model, found)
+    assert float(capacities(counts_of(model)).mean()) == pytest.approx(0.1, rel=0.1)
+
+
 def test_every_number_of_ranks_finds_the_same_thresholds():
     """Three ranks share eight batches, so one of them repeats a batch."""
     model = model_with()
@@ -92,9 +106,8 @@ def test_every_number_of_ranks_finds_the_same_thresholds():
         thread.start()
     for thread in threads:
         thread.join(60)
-    for found in (results[0], results[1], results[2], calibrate(model, SETTINGS, 0.5, batch_size=9)):
-        torch.testing.assert_close(found.threshold_LE, alone.threshold_LE, rtol=1e-4, atol=1e-4)
-    assert torch.equal(results[0].threshold_LE, results[2].threshold_LE)
+    for found in (results[0], results[1], results[2], calibrate(model, SETTINGS, 0.5, batch_size=3)):
+        assert torch.equal(found.threshold_LE, alone.threshold_LE)
 
 
 def test_the_search_does_not_alternate_between_two_sets_of_thresholds(monkeypatch):
@@ -103,15 +116,15 @@ def test_the_search_does_not_alternate_between_two_sets_of_thresholds(monkeypatc
 
     def overreacting(self, progress):
         logits = torch.linspace(-4, 4, 4001)
-        threshold = model.moe_layers()[1].expert_threshold[0].logit()
+        threshold_E = model.moe_layers()[1].logit_threshold_E
+        threshold = 0.0 if threshold_E is None else threshold_E[0]
         logits -= 0.95 * (threshold - 1)
-        histogram = torch.histc(logits, 2 * 32 * 256, -32, 32).long().expand(len(model.moe_layers()), 4, -1)
+        histogram = torch.histc(logits, 2 * 64 * 128, -64, 64).long().expand(len(model.moe_layers()), 4, -1)
         return 4 * float((logits > threshold).float().mean()), histogram
 
     monkeypatch.setattr(dial._Round, "generate", overreacting)
-    assert calibrate(model, SETTINGS, 0.5).measured == pytest.approx(0.5, rel=0.01)
-    model.moe_layers()[1].expert_threshold.fill_(0.9)
-    assert calibrate(model, SETTINGS, 0.5).rounds < dial.ROUNDS
+    found = calibrate(model, SETTINGS, 0.5)
+    assert found.measured == pytest.approx(0.5, rel=0.01) and found.rounds < dial.ROUNDS
 
 
 def test_quantiles_of_a_histogram():
@@ -177,7 +190,7 @@ DAMAGE = {
     "no number": lambda text: resealed(text, [[float("nan")] * 4] * 2),
     "of another shape": lambda text: resealed(text, [[0.5] * 3] * 2),
     "ragged": lambda text: resealed(text, [[0.5] * 3, [0.5] * 4]),
-    "no probability": lambda text: resealed(text, [[2.0] * 4] * 2),
+    "infinite": lambda text: resealed(text, [[float("inf")] * 4] * 2),
     "another document": lambda text: "[1, 2]",
     "deeply nested": lambda text: "[" * 100_000,
 }
@@ -209,9 +222,33 @@ def test_a_damaged_file_is_not_believed(tmp_path, damage):
     assert other.path != file.path and other.read(2, 4) is None
 
 
+def test_the_batch_size_belongs_to_the_file_only_where_images_compete(tmp_path):
+    def names(rule: str) -> set[str]:
+        model = model_with(rule=rule)
+        found = command.Dial(0.5, SimpleNamespace(path=tmp_path), lambda: {}, SETTINGS, 50)
+        return {
+            command._file(found, dial.calibration_batch(model, batch_size)).path.name for batch_size in (50, 16, 15, 8)
+        }
+
+    assert len(names("per_token")) == 1
+    assert len(names("dynamic")) == 2
+
+
+@pytest.mark.parametrize("where", ["sample_model.set_capacity", "sample_run.print_capacity"])
+def test_a_rank_that_dies_while_the_capacity_is_set_or_counted_is_reported(tmp_path, monkeypatch, capsys, where):
+    def fail(*arguments):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321")
+
+    monkeypatch.setattr(f"diffmoe_ds.cli.{where}", fail)
+    out, model = tmp_path / "out", export_untrained(tmp_path / "model")
+    arguments = ["sample", "--checkpoint", str(model), "--num-images", "2", "--steps", "1", "--capacity", "4"]
+    assert main([*arguments, "--out", str(out)]) == 85
+    assert capsys.readouterr().err.count("diffmoe: error: another rank died") == 1
+    assert (out / "unfinished").exists() == where.startswith("sample_run"), "finished shards are kept"
+
+
 def test_thresholds_are_kept_used_and_found_again_after_damage(tmp_path, monkeypatch, capsys):
     model, calls = model_with(), []
-    trained = model.moe_layers()[1].expert_threshold.clone()
 
     def counted(*arguments):
         calls.append(arguments[2])
@@ -220,25 +257,31 @@ def test_thresholds_are_kept_used_and_found_again_after_damage(tmp_path, monkeyp
     monkeypatch.setattr(command, "calibrate", counted)
     rendezvous = Rendezvous(Launch(0, 1, 0, 1, "a test"), ("here",), None, 1.0)
 
-    def set_capacity(folder: Path, capacity: float = 0.5) -> list[Tensor]:
+    def set_capacity(folder: Path, capacity: float = 0.5, batch_size: int = 50) -> list[Tensor]:
         for layer in model.moe_layers().values():
-            layer.expert_threshold.copy_(trained)
+            layer.logit_threshold_E = None
         reader = SimpleNamespace(path=folder)
-        command.set_capacity(
-            model, None, command.Dial(capacity, reader, lambda: {"checkpoint": "abc"}, SETTINGS, 50), rendezvous
-        )
-        return [layer.expert_threshold.clone() for layer in model.moe_layers().values()]
+        found = command.Dial(capacity, reader, lambda: {"checkpoint": "abc"}, SETTINGS, batch_size)
+        command.set_capacity(model, None, found, rendezvous)
+        return [layer.logit_threshold_E for layer in model.moe_layers().values()]
 
     first = set_capacity(tmp_path)
     (path,) = tmp_path.iterdir()
-    assert str(path) in capsys.readouterr().out and not torch.equal(first[0], trained)
-    assert torch.equal(torch.cat(set_capacity(tmp_path)), torch.cat(first)) and calls == [0.5]
+    assert str(path) in capsys.readouterr().out
+    assert torch.equal(torch.cat(set_capacity(tmp_path, batch_size=2)), torch.cat(first)) and calls == [0.5]
     text = path.read_text()
     path.write_text(text.replace('"measured"', '"measure"'))
     assert torch.equal(torch.cat(set_capacity(tmp_path)), torch.cat(first)) and calls == [0.5, 0.5]
     assert path.read_text() == text
-    set_capacity(tmp_path, 4.0)
+    assert all(threshold_E.eq(-torch.inf).all() for threshold_E in set_capacity(tmp_path, 4.0))
     assert len(list(tmp_path.iterdir())) == 1, "no calibration, nothing to keep"
+    assert "note" not in capsys.readouterr().out
+    monkeypatch.setattr(command, "calibrate", lambda *arguments: dataclasses.replace(found_for(0.25), measured=0.3))
+    set_capacity(tmp_path, 0.25)
+    assert "the calibration reached 0.3 instead of 0.25" in capsys.readouterr().out
+    set_capacity(tmp_path, 0.25)
+    assert "the calibration reached 0.3 instead of 0.25" in capsys.readouterr().out, "also with saved thresholds"
+    monkeypatch.setattr(command, "calibrate", counted)
     path.unlink()
     path.mkdir()  # cannot be written to, even by root
     capsys.readouterr()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffmoe_ds.checkpoint.export import ModelFileReader
+from diffmoe_ds.checkpoint.export import ModelFileReader, digest_of
 from diffmoe_ds.cli import main
 from diffmoe_ds.errors import CheckpointError
 from tests.helpers.checkpoints import export_untrained
@@ -43,6 +43,16 @@ def edit(folder: Path, change: Callable[[dict], object]) -> None:
 def test_a_valid_export_is_read(exported, capsys):
     assert main(["checkpoint", "inspect", str(exported)]) == 0
     assert ModelFileReader(exported).images == 16
+
+
+def test_both_files_identify_an_exported_model(exported):
+    digests = [digest_of(ModelFileReader(exported))]
+    edit(exported, lambda description: description["config"]["routing"].update(capacity=0.5))
+    digests.append(digest_of(ModelFileReader(exported)))
+    tensors = load_file(exported / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, exported / "model.safetensors")
+    digests.append(digest_of(ModelFileReader(exported)))
+    assert digests[-1] == digest_of(ModelFileReader(exported)) and len(set(digests)) == 3
 
 
 @pytest.mark.parametrize(

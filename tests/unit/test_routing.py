@@ -222,7 +222,8 @@ def test_dynamic_takes_the_predicted_number_of_the_best_tokens():
     threshold = torch.tensor([0.0, 0.3, 0.7, 1.0])
 
     def select(part, pool):
-        return select_top_k(part[:, :4], batch_pool_dynamic(part[:, 4:], threshold, pool), pool).mask_TE
+        predicted = predicted_mask(part[:, 4:], threshold)
+        return select_top_k(part[:, :4], batch_pool_dynamic(predicted, pool), pool).mask_TE
 
     parts = on_ranks(select, list(torch.cat([scores, logits], 1).view(2, 32, 8)))
     counts = predicted_mask(logits, threshold).sum(0)
@@ -241,7 +242,7 @@ def test_expert_choice_is_per_image_and_stable():
 def test_expert_choice_counts_per_image():
     assert expert_choice_static(tokens=4, num_experts=2, capacity=1.0) == 2
     logits = torch.tensor([[9.0, -9.0], [9.0, -9.0], [-9.0, -9.0], [9.0, -9.0], *[[-9.0, 9.0]] * 4])
-    assert expert_choice_dynamic(logits, torch.tensor([0.5, 0.5]), 2).tolist() == [[3, 0], [0, 4]]
+    assert expert_choice_dynamic(predicted_mask(logits, torch.tensor([0.5, 0.5])), 2).tolist() == [[3, 0], [0, 4]]
 
 
 def test_token_choice_takes_k_and_breaks_ties_by_number():
