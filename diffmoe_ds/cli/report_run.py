@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
-from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, restore_weights
+from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import parse_classes
+from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
 from diffmoe_ds.cli.sampling_plan import DTYPES, default_dtype
 from diffmoe_ds.config.load import load_config
@@ -31,7 +32,7 @@ from diffmoe_ds.evaluation.report.page import Page, render
 from diffmoe_ds.evaluation.report.probe import Images, probe
 from diffmoe_ds.evaluation.report.style import styled
 from diffmoe_ds.files import write_text, write_together
-from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.capacity import apply, calibrate, check_capacity
 from diffmoe_ds.sampling.fields import Progress
@@ -217,12 +218,9 @@ def load_model(used: ModelUse) -> DiT:
         CheckpointError: the weights cannot be read.
         ConfigError: the model does not support the routing.
     """
-    config = used.reader.config
     set_tf32(True)
-    model = allocate(empty_model(config), used.device, used.dtype)
-    model.set_inference(used.routing)
-    restore_weights(model, used.reader, Topology(0, 1, 1, config.num_experts), used.kind)
-    return model.eval()
+    alone = Topology(0, 1, 1, used.reader.config.num_experts)
+    return read_model(used.reader, used.kind, used.routing, alone, used.device, used.dtype)
 
 
 def load_guide(used: ModelUse, settings: SamplingSettings) -> DiT | None:
@@ -252,15 +250,7 @@ def load_decoder(used: ModelUse) -> Decode:
     if used.vae is None:
         shown = 3 if channels > 3 else 1
         return lambda latents: latents[:, :shown] / 4
-    from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
-
-    vae = VAE(used.vae, used.device)
-    if vae.settings["latent_channels"] != channels:
-        raise ConfigError(
-            f"--vae {used.vae} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
-            f"{channels}."
-        )
-    return vae.decode
+    return read_decoder(used.vae, channels, used.device)
 
 
 def progress_of(bar: tqdm[Any], steps: int) -> Progress:

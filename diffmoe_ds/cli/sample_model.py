@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from diffmoe_ds.checkpoint.load import restore_weights
+from diffmoe_ds.checkpoint.load import WeightsReader, restore_weights
 from diffmoe_ds.cli.capacity import Dial, set_capacity
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, dtype_of, model_settings
@@ -16,6 +16,7 @@ from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.stream import Decode, generate_batches
+from diffmoe_ds.topology import Topology
 
 
 def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezvous) -> tuple[DiT, Generate]:
@@ -38,24 +39,38 @@ def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezv
 
 
 def load_model(plan: SamplingPlan, device: torch.device) -> DiT:
-    """Return the model with this rank's experts, in eval mode on the device. Every rank must call this.
+    """Return the plan's model; see `read_model`."""
+    return read_model(plan.reader, plan.kind, plan.routing, plan.topology, device, dtype_of(plan, device))
+
+
+def read_model(
+    reader: WeightsReader, kind: str, routing: str, topology: Topology, device: torch.device, dtype: torch.dtype
+) -> DiT:
+    """Return a model with this rank's experts, in eval mode. Every rank must call this.
+
+    Args:
+        reader: the weights.
+        kind: which of them, a kind of the reader.
+        routing: the inference rule.
+        topology: the ranks and the expert placement.
+        device: where the model runs.
+        dtype: of its weights and activations.
 
     Raises:
         CheckpointError: the weights cannot be read.
         ConfigError: the model does not support the routing.
     """
-    config, topology = plan.reader.config, plan.topology
-    dtype = dtype_of(plan, device)
+    config = reader.config
     if topology.ep_size == 1:
         model = allocate(empty_model(config), device, dtype)
     else:
         from diffmoe_ds.training.setup import build_model  # imports DeepSpeed
 
         # Images compete only within their rank's batch, as when every rank holds all experts.
-        routing = config.routing.model_copy(update={"pool": "rank"})
-        model = build_model(config.model_copy(update={"routing": routing}), topology, device, dtype)
-    model.set_inference(plan.routing)
-    restore_weights(model, plan.reader, topology, plan.kind)
+        pool_of_rank = config.routing.model_copy(update={"pool": "rank"})
+        model = build_model(config.model_copy(update={"routing": pool_of_rank}), topology, device, dtype)
+    model.set_inference(routing)
+    restore_weights(model, reader, topology, kind)
     return model.eval()
 
 
@@ -65,19 +80,29 @@ def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
 
 
 def load_decoder(plan: SamplingPlan, device: torch.device) -> Decode:
-    """Return the function that decodes the model's output to pixels in about [-1, 1].
+    """Return the function that decodes the model's output to pixels in about [-1, 1]; see `read_decoder`."""
+    if plan.vae is None:
+        return lambda pixels: pixels
+    return read_decoder(plan.vae, plan.reader.config.model.in_channels, device)
+
+
+def read_decoder(path: str, channels: int, device: torch.device) -> Decode:
+    """Return the decoder of a VAE.
+
+    Args:
+        path: directory or hub ID, the value of ``--vae``.
+        channels: of the latents that the model generates.
+        device: where the decoder runs.
 
     Raises:
         ConfigError: the VAE cannot be loaded, or its latents have a different number of channels.
     """
-    if plan.vae is None:
-        return lambda pixels: pixels
     from diffmoe_ds.data.vae import VAE  # imports diffusers, an extra
 
-    vae, channels = VAE(plan.vae, device), plan.reader.config.model.in_channels
+    vae = VAE(path, device)
     if vae.settings["latent_channels"] != channels:
         raise ConfigError(
-            f"--vae {plan.vae} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
+            f"--vae {path} decodes latents of {vae.settings['latent_channels']} channels, but the model generates "
             f"{channels}."
         )
     return vae.decode
