@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.export import open_weights
 from diffmoe_ds.cli.generated_images import GeneratedImages
 from diffmoe_ds.cli.sampling_plan import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
@@ -54,7 +53,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     reference = rendezvous.raise_on_all_ranks(
         "reference", lambda: open_reference(args.reference, extractor, samples.size)
     )
-    held_out = rendezvous.raise_on_all_ranks("validation", lambda: open_validation(args))
+    held_out = rendezvous.raise_on_all_ranks("validation", lambda: open_validation(args, samples))
     rendezvous.raise_on_all_ranks("save", lambda: _check_saving(args, reference))
     rendezvous.check_same("extractor name", extractor.name, "loads a different --extractor than rank 0.")
     team = Team(launch.rank, launch.world)
@@ -84,18 +83,18 @@ def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
     return GeneratedImages(plan_sampling(args, launch))
 
 
-def open_validation(args: argparse.Namespace) -> HeldOut | None:
-    """Return the images of ``--validation``, if set: pixels or prepared latents, as the model expects.
+def open_validation(args: argparse.Namespace, samples: Images) -> HeldOut | None:
+    """Return the images of ``--validation``, if it is given: pixels or prepared latents, as the model takes them.
 
     Raises:
         DiffMoEError: they cannot be read or do not fit the model.
     """
     if args.validation is None:
         return None
-    reader = open_weights(args.checkpoint)
-    assert reader is not None, "the samples are planned already"
-    data = reader.config.data.model_copy(update={"vae": None})
-    return read_held_out(reader.config.model_copy(update={"data": data}), args.validation, "--validation")
+    assert isinstance(samples, GeneratedImages), "`evaluate_command` has checked that there is a checkpoint"
+    config = samples.config
+    data = config.data.model_copy(update={"vae": None})
+    return read_held_out(config.model_copy(update={"data": data}), args.validation, "--validation")
 
 
 def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:

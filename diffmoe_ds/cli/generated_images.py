@@ -14,6 +14,7 @@ from diffmoe_ds.cli.capacity import used_capacity
 from diffmoe_ds.cli.sample_model import load_generator
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, describe, dtype_of
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.vae import downsampling, vae_settings
 from diffmoe_ds.diffusion.objective import make_objective
@@ -55,6 +56,11 @@ class GeneratedImages:
 
     def __len__(self) -> int:
         return self._plan.images.num_images
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return self._plan.reader.config
 
     @property
     def together(self) -> int:

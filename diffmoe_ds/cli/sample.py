@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffmoe_ds.cli.arguments import require_positive
-from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
+from diffmoe_ds.cli.sampling_options import NUM_IMAGES, add_sampling_options, check_sampling_numbers
 
 EXAMPLES = """examples:
   diffmoe sample --checkpoint runs/fashion --out samples
@@ -23,7 +23,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "run directory (its newest checkpoint), checkpoint, or exported model"
     add("--checkpoint", type=Path, required=True, metavar="PATH", help=text)
-    add_image_options(parser, default=40)
+    add_image_options(parser, default=NUM_IMAGES)
     add_sampling_options(parser)
     text = (
         "with several ranks: gathered holds all experts on every rank (default); sharded splits them over the ranks, "

@@ -11,12 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.cli.sampling_options import NUM_IMAGES
 from diffmoe_ds.config.nearest import did_you_mean
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 
-NUM_IMAGES = 40
-"""Default of ``--num-images``."""
 LABEL = re.compile("-?[0-9]{1,18}")
 """A class given by its label."""
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from diffmoe_ds.sampling.generate import SamplingSettings
 
 
+NUM_IMAGES = 40
+"""Default of ``diffmoe sample --num-images``."""
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | None = 1.0) -> None:
     """Add the options for the sampler, guidance, precision and routing.
 
