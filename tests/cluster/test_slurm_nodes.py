@@ -21,7 +21,13 @@ def undisturbed(tmp_path_factory) -> list[dict]:
     return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), SHORT)
 
 
-@pytest.mark.parametrize("lost", ("node2", "node1"), ids=("another node", "the batch node with rank 0"))
+@pytest.mark.parametrize(
+    "lost",
+    (
+        pytest.param("node1", id="the batch node with rank 0"),
+        pytest.param("node2", id="another node", marks=pytest.mark.long),
+    ),
+)
 def test_a_node_loses_power(cluster: Cluster, project: Path, undisturbed, lost: str):
     """Three of four nodes remain; a batch of 16 images uses two of them."""
     sbatch = Sbatch(cluster, project, SHORT, save_every=20)
