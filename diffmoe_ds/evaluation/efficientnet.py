@@ -35,11 +35,12 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        pads = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x_BCHW.shape[-2:]]
-        top, left = (pad // 2 for pad in pads)
-        if pads[0] or pads[1]:
-            x_BCHW = functional.pad(x_BCHW, (left, pads[1] - left, top, pads[0] - top))
-        return super().forward(x_BCHW)
+        down, right = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x_BCHW.shape[-2:])
+        if down % 2 or right % 2:
+            x_BCHW = functional.pad(x_BCHW, (right // 2, right - right // 2, down // 2, down - down // 2))
+            down = right = 0
+        padding = (down // 2, right // 2)
+        return functional.conv2d(x_BCHW, self.weight, self.bias, self.stride, padding, groups=self.groups)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -65,8 +66,8 @@ class Block(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = x_BCHW
         if self.expands:
-            h_BCHW = functional.relu6(self._bn0(self._expand_conv(h_BCHW)))
-        h_BCHW = functional.relu6(self._bn1(self._depthwise_conv(h_BCHW)))
+            h_BCHW = functional.relu6(self._bn0(self._expand_conv(h_BCHW)), inplace=True)
+        h_BCHW = functional.relu6(self._bn1(self._depthwise_conv(h_BCHW)), inplace=True)
         out_BCHW: Tensor = self._bn2(self._project_conv(h_BCHW))
         return out_BCHW + x_BCHW if self.adds_input else out_BCHW
 
@@ -95,8 +96,8 @@ class EfficientNetLite0(nn.Module):
             images_BCHW: RGB [B, 3, 224, 224] with values in [0, 255].
         """
         x_BCHW = (images_BCHW - 127) / 128
-        x_BCHW = functional.relu6(self._bn0(self._conv_stem(x_BCHW)))
-        x_BCHW = functional.relu6(self._bn1(self._conv_head(self._blocks(x_BCHW))))
+        x_BCHW = functional.relu6(self._bn0(self._conv_stem(x_BCHW)), inplace=True)
+        x_BCHW = functional.relu6(self._bn1(self._conv_head(self._blocks(x_BCHW))), inplace=True)
         pooled_BF = x_BCHW.mean((2, 3))
         return pooled_BF, self._fc(pooled_BF)
 
