@@ -2,8 +2,9 @@
 
     python -m benchmarks.strategies_report --figures docs
 
-prints the tables in Markdown, with the mean and standard deviation over the training seeds and the 95% prediction
-interval, in which the value of one more seed is expected.
+prints three tables in Markdown: every strategy with the mean and standard deviation over the training seeds and the 95%
+prediction interval, in which the value of one more seed is expected; the differences between strategies, seed by seed;
+and the validation loss by noise level.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +37,19 @@ POOLS: dict[float, str] = {**{n: f"pool-{n}-per_token" for n in (1, 2, 4, 8)}, 3
 """Images per pool -> strategy."""
 DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 500: "DiffMoE-dynamic-500"}
 """Images per batch -> strategy."""
-REQUIRED = {"strategy", "seed", "params_activated", "params_total", "capacity", "precision", "recall", *METRICS}
+PAIRS = (
+    ("DiffMoE-per_token", "DiffMoE-dynamic"),
+    ("DiffMoE-per_token", "DiffMoE-static"),
+    ("DiffMoE-dynamic-5", "DiffMoE-dynamic"),
+    ("DiffMoE-dynamic-500", "DiffMoE-dynamic"),
+    *((name, "DiffMoE-per_token") for name in POOLS.values() if name != "DiffMoE-per_token"),
+    *(("DiffMoE-per_token", name) for name in ("EC-static", "EC-dynamic", "TC", "dense", "dense-1.5x", "dense-3x")),
+)
+"""Strategies to compare seed by seed: models of a seed have the same data and noise, so most of the spread cancels."""
+REQUIRED = {
+    "strategy", "seed", "params_activated", "params_total", "capacity", "precision", "recall",
+    "validation_loss_by_noise_level", *METRICS,
+}  # fmt: skip
 """Keys of every result."""
 COLOUR, GREY = "#1f5a99", "#8a8a8a"
 
@@ -69,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         DataError: there are no results, or one is damaged.
     """
     results = read_results(args.results)
-    print("\n".join(table(results, [name for name in STRATEGIES if name in results])))
+    print("\n".join([*table(results), "", *difference_table(results), "", *noise_table(results)]))
     if args.figures is None:
         return
     import matplotlib
@@ -98,7 +111,9 @@ def read_results(directory: Path) -> Results:
             raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again") from None
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
-    return {name: sorted(rows, key=lambda row: int(row["seed"])) for name, rows in results.items()}
+    return {
+        name: sorted(results[name], key=lambda row: int(row["seed"])) for name in STRATEGIES if name in results
+    }  # in the order of `STRATEGIES`
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -113,18 +128,17 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(mean, deviation, mean - reach, mean + reach)
 
 
-# ---------------------------------------------------------------------------------------------------------------- table
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(results: Results, names: Iterable[str]) -> list[str]:
+def table(results: Results) -> list[str]:
     """Return the lines of a Markdown table with a row for each strategy."""
     lines = [
         "| strategy | activated / total parameters | experts per token | Frechet distance | 95% prediction interval | "
         "validation loss | 95% prediction interval | precision / recall | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        rows = results[name]
+    for name, rows in results.items():
         cells = [
             name,
             f"{rows[0]['params_activated'] / 1e6:.2f} M / {rows[0]['params_total'] / 1e6:.2f} M",
@@ -153,6 +167,45 @@ def _cells(rows: Sequence[Mapping[str, Any]], metric: str, digits: int) -> tuple
         f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f}",
         f"{found.low:.{digits}f} to {found.high:.{digits}f}",
     )
+
+
+def difference_table(results: Results) -> list[str]:
+    """Return the lines of a table with the mean of each difference of `PAIRS` and its 95% confidence interval."""
+    lines = [
+        "| difference | Frechet distance | 95% interval | validation loss | 95% interval | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for first, second in PAIRS:
+        if first not in results or second not in results:
+            continue
+        others = {row["seed"]: row for row in results[second]}
+        pairs = [(row, others[row["seed"]]) for row in results[first] if row["seed"] in others]
+        if len(pairs) > 1:
+            found = [
+                cell
+                for metric, digits in (("frechet", 2), ("validation_loss", 5))
+                for cell in _difference_cells([one[metric] - other[metric] for one, other in pairs], digits)
+            ]
+            lines.append(f"| {first} - {second} | {' | '.join(found)} | {len(pairs)} |")
+    return lines
+
+
+def _difference_cells(values: Sequence[float], digits: int) -> tuple[str, str]:
+    """Return the mean and its confidence interval, which is shorter than the prediction interval."""
+    found = summarize(values)
+    reach = (found.high - found.mean) / math.sqrt(len(values) + 1)
+    return f"{found.mean:+.{digits}f}", f"{found.mean - reach:+.{digits}f} to {found.mean + reach:+.{digits}f}"
+
+
+def noise_table(results: Results) -> list[str]:
+    """Return the lines of a table with the validation loss in each noise-level bin, averaged over the seeds."""
+    bins = len(next(iter(results.values()))[0]["validation_loss_by_noise_level"])
+    levels = [f"{(level + 0.5) / bins:.2f}" for level in range(bins)]
+    lines = [f"| noise level | {' | '.join(levels)} |", f"|---|{'---|' * bins}"]
+    for name, rows in results.items():
+        losses = zip(*(row["validation_loss_by_noise_level"] for row in rows), strict=True)
+        lines.append(f"| {name} | {' | '.join(f'{statistics.fmean(values):.4f}' for values in losses)} |")
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

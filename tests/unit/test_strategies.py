@@ -8,6 +8,7 @@ import statistics
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import strategies, strategies_report
 from diffmoe_ds import cli
@@ -38,12 +39,26 @@ def test_the_prediction_interval_holds_the_next_seed():
     assert alone.mean == 3 and math.isnan(alone.low)
 
 
+def test_differences_are_taken_seed_by_seed():
+    """The interval of the mean difference is that of a paired t-test; a seed without a partner is left out."""
+    better = {0: 1.0, 1: 1.5, 2: 1.1}
+    results = {
+        "dense": [result("dense", seed, frechet=100.0 * seed) for seed in (0, 1, 2, 3)],
+        "DiffMoE-per_token": [
+            result("DiffMoE-per_token", seed, frechet=100.0 * seed - gain) for seed, gain in better.items()
+        ],
+    }
+    line = strategies_report.difference_table(results)[-1]
+    low, high = scipy.stats.ttest_1samp([-gain for gain in better.values()], 0).confidence_interval()
+    assert f"| -1.20 | {low:+.2f} to {high:+.2f} |" in line and line.endswith("| 3 |")
+
+
 def result(name: str, seed: int, **changes: object) -> dict:
     strategy = strategies.STRATEGIES[name]
     return {
         "strategy": name, "model": strategy.model, "routing": strategy.routing, "seed": seed, "frechet": 20.0 + seed,
         "validation_loss": 0.3 + seed / 100, "params_activated": 600_000, "params_total": 1_100_000, "capacity": 1.0,
-        "precision": 0.5, "recall": 0.4, **changes,
+        "precision": 0.5, "recall": 0.4, "validation_loss_by_noise_level": [0.4, 0.2 + seed / 10], **changes,
     }  # fmt: skip
 
 
@@ -54,9 +69,12 @@ def test_the_report_shows_every_result(tmp_path, capsys):
             changes = {"capacity": None} if name == "dense" else {}
             (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps(result(name, seed, **changes)))
     assert strategies_report.main(["--results", str(tmp_path), "--figures", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == sorted(names, key=list(strategies.STRATEGIES).index)
-    assert "20.50 ± 0.71" in lines[2] and "| 2 |" in lines[2]
+    strategy, difference, noise = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    ordered = sorted(names, key=list(strategies.STRATEGIES).index)
+    assert [line.split("|")[1].strip() for line in strategy[2:]] == ordered
+    assert "20.50 ± 0.71" in strategy[2] and "| 2 |" in strategy[2]
+    assert noise[0] == "| noise level | 0.25 | 0.75 |" and noise[2] == "| dense | 0.4000 | 0.2500 |"
+    assert "DiffMoE-per_token - dense | +0.00 | +0.00 to +0.00 |" in difference[-1]
     assert {path.name for path in tmp_path.glob("*.png")} == {"pool-size.png", "per-token.png", "capacity.png"}
 
 
@@ -78,14 +96,14 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     def run(command, jobs, **streams):
         commands.append(command)
         cli._parser().parse_args(command)
-        return 'a line\n{"frechet": 1.5, "n": 5000}\n'
+        return 'a line\n{"frechet": 1.5, "n": 2000}\n'
 
     monkeypatch.setattr(strategies, "_diffmoe", run)
     results = tmp_path / "results"
     arguments = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(results), "--seeds", "0", "7"]
     chosen = [*arguments, "--strategies", "EC-static", "EC-dynamic"]
     (results).mkdir()
-    measured = {"n": 5000, "steps": 25, "train_images": 100_000}
+    measured = {"n": 2000, "steps": 25, "train_images": 100_000}
     (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7, **measured)))
     assert strategies.main(chosen) == 0
     assert sorted(command[0] for command in commands) == ["evaluate"] * 4 + ["train"] * 2
