@@ -40,6 +40,7 @@ DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 5
 PAIRS = (
     ("DiffMoE-per_token", "DiffMoE-dynamic"),
     ("DiffMoE-per_token", "DiffMoE-static"),
+    ("EC-dynamic", "EC-static"),
     ("DiffMoE-dynamic-5", "DiffMoE-dynamic"),
     ("DiffMoE-dynamic-500", "DiffMoE-dynamic"),
     *((name, "DiffMoE-per_token") for name in POOLS.values() if name != "DiffMoE-per_token"),
