@@ -230,7 +230,7 @@ def draw_rules(results: Results) -> Figure:
             axes.axhline(summarize([row[metric] for row in rows]).mean, color=GREY, linestyle="--", label="per_token")
             for row in rows:
                 axes.axhline(row[metric], color=GREY, linewidth=0.5, alpha=0.6)
-        axes.legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
@@ -259,16 +259,26 @@ def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _curve(axes: Axes, results: Results, strategies: Mapping[float, str], metric: str, label: str = "mean") -> None:
-    """Draw the mean as a line and every seed as a dot, over a logarithmic axis of the strategies' numbers."""
-    from matplotlib.ticker import NullFormatter
+    """Draw the mean as a line, every seed as a dot, and a thin line through the dots of a seed.
 
-    found = {x: [row[metric] for row in results[name]] for x, name in strategies.items() if name in results}
-    axes.plot(list(found), [statistics.fmean(values) for values in found.values()], color=COLOUR, label=label)
+    The mean is that of the seeds that all strategies have. The axis of the strategies' numbers is logarithmic.
+    """
+    from matplotlib.ticker import FixedLocator
+
+    found = {
+        x: {row["seed"]: row[metric] for row in results[name]} for x, name in strategies.items() if name in results
+    }
+    common = set.intersection(*map(set, found.values())) if found else set()
+    for seed in sorted(common):
+        axes.plot(list(found), [values[seed] for values in found.values()], color=COLOUR, linewidth=0.6, alpha=0.5)
+    if common:
+        means = [statistics.fmean(values[seed] for seed in common) for values in found.values()]
+        axes.plot(list(found), means, color=COLOUR, linewidth=2, label=label)
     for x, values in found.items():
-        axes.plot([x] * len(values), values, "o", color=COLOUR, markersize=4, alpha=0.7)
+        axes.plot([x] * len(values), list(values.values()), "o", color=COLOUR, markersize=4, alpha=0.7)
     axes.set_xscale("log")
-    axes.set_xticks(list(found), [f"{x:.3g}" for x in found])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(list(found), [f"{round(x, 2):g}" for x in found])
+    axes.xaxis.set_minor_locator(FixedLocator([]))
 
 
 if __name__ == "__main__":
