@@ -46,7 +46,7 @@ PAIRS = (
     *((name, "DiffMoE-per_token") for name in POOLS.values() if name != "DiffMoE-per_token"),
     *(("DiffMoE-per_token", name) for name in ("EC-static", "EC-dynamic", "TC", "dense", "dense-1.5x", "dense-3x")),
 )
-"""Strategies to compare seed by seed: models of a seed have the same data and noise, so most of the spread cancels."""
+"""Strategies to compare seed by seed; most of the spread cancels between two inference rules of one model."""
 REQUIRED = {
     "strategy", "seed", "params_activated", "params_total", "capacity", "precision", "recall",
     "validation_loss_by_noise_level", *METRICS,
