@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_results(directory: Path) -> Results:
-    """Read the results, sorted by seed.
+    """Read the results, in the order of `STRATEGIES`, sorted by seed.
 
     Raises:
         DataError: there are none, or one is damaged.
@@ -112,9 +112,8 @@ def read_results(directory: Path) -> Results:
             raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again") from None
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
-    return {
-        name: sorted(results[name], key=lambda row: int(row["seed"])) for name in STRATEGIES if name in results
-    }  # in the order of `STRATEGIES`
+    names = [name for name in STRATEGIES if name in results]
+    return {name: sorted(results[name], key=lambda row: int(row["seed"])) for name in names}
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -177,10 +176,8 @@ def difference_table(results: Results) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for first, second in PAIRS:
-        if first not in results or second not in results:
-            continue
-        others = {row["seed"]: row for row in results[second]}
-        pairs = [(row, others[row["seed"]]) for row in results[first] if row["seed"] in others]
+        others = {row["seed"]: row for row in results.get(second, ())}
+        pairs = [(row, others[row["seed"]]) for row in results.get(first, ()) if row["seed"] in others]
         if len(pairs) > 1:
             found = [
                 cell
