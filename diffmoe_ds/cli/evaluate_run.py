@@ -15,6 +15,7 @@ from diffmoe_ds.cli.generated_images import GeneratedImages
 from diffmoe_ds.cli.sampling_plan import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.evaluation.evaluate import (
@@ -59,14 +60,15 @@ def run_evaluation(args: argparse.Namespace) -> None:
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo")
-    if isinstance(samples, GeneratedImages):
-        samples.load(device, rendezvous)
-    sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
-    reference_set = features_of_reference(args, reference, extractor, team, samples.size)
-    with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
-        result = compute_metrics(sample_set, reference_set, extractor, bar.update)
-    if isinstance(samples, GeneratedImages):
-        result |= metrics_of_model(samples, held_out, team)
+    with reporting_lost_ranks("run the same command again"):
+        if isinstance(samples, GeneratedImages):
+            samples.load(device, rendezvous)
+        sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
+        reference_set = features_of_reference(args, reference, extractor, team, samples.size)
+        with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
+            result = compute_metrics(sample_set, reference_set, extractor, bar.update)
+        if isinstance(samples, GeneratedImages):
+            result |= metrics_of_model(samples, held_out, team)
     if team.rank == 0:
         lines = [json.dumps(result, allow_nan=False)] if args.json else metric_lines(result, extractor.is_inception)
         print("\n".join(lines))

@@ -12,10 +12,11 @@ import torch
 
 from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample_model import load_generator
-from diffmoe_ds.cli.sample_set import open_set, reporting_lost_ranks
+from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
+from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import DiffMoEError
@@ -56,7 +57,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         if launch.world > 1:
             create_groups(topology, device)
-        with reporting_lost_ranks():
+        with reporting_lost_ranks("finished shards are kept, and the same command continues"):
             missing = work.missing()
             if missing:
                 model, generate = load_generator(plan, device, rendezvous)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import broadcast
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
-from diffmoe_ds.errors import RankLostError
 from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
@@ -41,9 +39,6 @@ FORMATS = {"npz": (SAMPLES,), "png": (PNG,), "both": (SAMPLES, PNG)}
 """The values of ``--format``, and what each writes in addition to the grid."""
 WRITE_BAR_AFTER_S = 2.0
 """Delay before a progress bar appears while the results are assembled."""
-
-LOST = ("by peer", "Broken pipe", "remote process exited")
-"""Parts of the error messages of gloo and NCCL when the connection to another rank is lost."""
 
 Generate = Callable[[range, Progress], Pixels]
 """(indices of the images of one batch, progress) -> uint8 [B, H, W, C]."""
@@ -191,23 +186,6 @@ class ShardedSet:
     def raise_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Run an action that may fail on a single rank; all ranks of the process group fail together."""
         return action() if self.launch.world == 1 else consensus.raise_on_all_ranks(torch.device("cpu"), action)
-
-
-@contextmanager
-def reporting_lost_ranks() -> Iterator[None]:
-    """Within the context, report it in one sentence if a collective fails because another rank is gone.
-
-    Raises:
-        RankLostError: another rank died.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(text in str(error) for text in LOST):
-            raise
-        lost = RankLostError("another rank died; finished shards are kept, and the same command continues.")
-        lost.same_on_all_ranks = True
-        raise lost from error
 
 
 def open_set(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -49,3 +51,12 @@ class NotFinite(Averages):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return super().forward(images_BCHW) * torch.nan
+
+
+class DiesOnRank1(Averages):
+    """Kills its process if that is rank 1."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images_BCHW)
