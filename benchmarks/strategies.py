@@ -11,6 +11,7 @@ to build the data.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import machine_facts, progress, require_positive_list
+from benchmarks.compare import machine_facts, progress
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
-from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.load import config_to_dict, load_config
 from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
 from diffmoe_ds.files import write_json
 from diffmoe_ds.planning.parameters import count_parameters
@@ -75,6 +77,11 @@ STRATEGIES: dict[str, Strategy] = {
     **{f"DiffMoE-capacity-{c:g}": Strategy("DiffMoE", "per_token", ("--capacity", str(c))) for c in (0.25, 0.5, 2, 4)},
 }
 """The rows of the table, then those of the three figures: sizes of the pool, batches of `dynamic`, and capacities."""
+REQUIRED = {
+    "strategy", "seed", "params_activated", "params_total", "capacity", "frechet", "precision", "recall",
+    "validation_loss", "validation_loss_by_noise_level",
+}  # fmt: skip
+"""Keys of every result."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +110,9 @@ def run(args: argparse.Namespace) -> None:
         DiffMoEError: a command failed; its output says why.
     """
     require_positive(args, "num_images", "steps", "jobs")
-    require_positive_list("--seeds", [seed + 1 for seed in args.seeds])
+    for seed in args.seeds:
+        if seed < 0:
+            raise ConfigError(f"--seeds must not be negative, got {seed}.")
     for name in args.strategies:
         if name not in STRATEGIES:
             raise ConfigError(unknown("--strategies", name, STRATEGIES))
@@ -112,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
             raise DataError(f"--data {args.data}: has no {name}; see benchmarks/README.md")
     missing = [(name, seed) for seed in args.seeds for name in args.strategies if not _is_finished(args, name, seed)]
     models = list(dict.fromkeys((STRATEGIES[name].model, seed) for name, seed in missing))
+    for model, seed in models:
+        _require_same_recipe(args, model, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(args, *job), models))
         if missing and not _reference(args).is_file():
@@ -128,12 +139,57 @@ def _is_finished(args: argparse.Namespace, name: str, seed: int) -> bool:
     path = _result(args, name, seed)
     if not path.is_file():
         return False
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = {"set": [], **read_result(path)}  # the committed results are older than `set`
     images = load_config(str(RECIPE), args.set).run.total_images
-    for key, value in {"n": args.num_images, "steps": args.steps, "train_images": images}.items():
+    for key, value in {"n": args.num_images, "steps": args.steps, "set": args.set, "train_images": images}.items():
         if result.get(key) != value:
             raise ConfigError(f"{path}: {key} is {result.get(key)}, but {value} was requested; use another --results.")
     return True
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read the file of a result.
+
+    Raises:
+        DataError: it is damaged, or is the result of another strategy or seed than its name says.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not result.keys() >= REQUIRED or path.stem != f"{result['strategy']}-seed{result['seed']}":
+            raise ValueError
+        if result["strategy"] not in STRATEGIES:
+            raise ValueError
+    except (ValueError, AttributeError, TypeError):
+        raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again.") from None
+    return result
+
+
+def _require_same_recipe(args: argparse.Namespace, model: str, seed: int) -> None:
+    """Check that a run, if it exists, was started with the requested recipe; training would continue or keep it.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    resolved = args.runs / model / f"seed{seed}" / "resolved.yaml"
+    if not resolved.is_file():
+        return
+    started, requested = config_to_dict(load_config(str(resolved))), config_to_dict(_recipe(args, model, seed))
+    for section, values in requested.items():
+        for key in values:
+            before, now = started[section].get(key), values[key]
+            if before != now:
+                raise ConfigError(
+                    f"{resolved}: {section}.{key} is {before}, but {now} was requested; use another --runs."
+                )
+
+
+def _chosen(args: argparse.Namespace, model: str, seed: int) -> list[str]:
+    """Return the ``--set`` values of a training."""
+    return [f"data.path={args.data / 'train.tar'}", f"run.seed={seed}", *MODELS[model], *args.set]
+
+
+def _recipe(args: argparse.Namespace, model: str, seed: int) -> Config:
+    return load_config(str(RECIPE), _chosen(args, model, seed))
 
 
 def train(args: argparse.Namespace, model: str, seed: int) -> None:
@@ -141,7 +197,7 @@ def train(args: argparse.Namespace, model: str, seed: int) -> None:
     progress(f"train {model}, seed {seed}")
     log = args.runs / model / f"seed{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [f"data.path={args.data / 'train.tar'}", f"run.seed={seed}", *MODELS[model], *args.set]
+    chosen = _chosen(args, model, seed)
     command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
     with log.open("a", encoding="utf-8") as file:
         _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
@@ -169,12 +225,12 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
     ]  # fmt: skip
     printed = _diffmoe(command, args.jobs, stdout=subprocess.PIPE)
     metrics: Mapping[str, Any] = json.loads(printed.splitlines()[-1])
-    config = load_config(str(RECIPE), [*MODELS[strategy.model], *args.set])
+    config = _recipe(args, strategy.model, seed)
     counts = count_parameters(config)
     result = {
         "strategy": name, "model": strategy.model, "routing": strategy.routing, "seed": seed,
         "params_activated": counts.activated, "params_total": counts.total,
-        "train_images": config.run.total_images, "steps": args.steps, **metrics,
+        "train_images": config.run.total_images, "steps": args.steps, "set": args.set, **metrics,
         "machine": machine_facts("benchmarks.strategies", args.argv),
     }  # fmt: skip
     path = _result(args, name, seed)
@@ -183,7 +239,9 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
 
 
 def _reference(args: argparse.Namespace) -> Path:
-    path: Path = args.runs / "reference.npz"
+    """Return the file with the features of the test images; its name depends on what test.tar contains."""
+    digest = hashlib.sha256((args.data / "test.tar").read_bytes()).hexdigest()
+    path: Path = args.runs / f"reference-{digest[:8]}.npz"
     return path
 
 

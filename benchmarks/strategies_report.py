@@ -10,7 +10,6 @@ and the validation loss by noise level.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -19,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.strategies import BATCH, RESULTS, STRATEGIES
+from benchmarks.strategies import BATCH, RESULTS, STRATEGIES, read_result
 from diffmoe_ds.cli import run_command
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import replacing
 
 if TYPE_CHECKING:
@@ -47,11 +46,6 @@ PAIRS = (
     *(("DiffMoE-per_token", name) for name in ("EC-static", "EC-dynamic", "TC", "dense", "dense-1.5x", "dense-3x")),
 )
 """Strategies to compare seed by seed; most of the spread cancels between two inference rules of one model."""
-REQUIRED = {
-    "strategy", "seed", "params_activated", "params_total", "capacity", "precision", "recall",
-    "validation_loss_by_noise_level", *METRICS,
-}  # fmt: skip
-"""Keys of every result."""
 COLOUR, GREY = "#1f5a99", "#8a8a8a"
 
 
@@ -80,8 +74,11 @@ def run(args: argparse.Namespace) -> None:
     """Print the tables and draw the figures.
 
     Raises:
+        ConfigError: the directory for the figures does not exist.
         DataError: there are no results, or one is damaged.
     """
+    if args.figures is not None and not args.figures.is_dir():
+        raise ConfigError(f"--figures {args.figures}: the directory does not exist.")
     results = read_results(args.results)
     print("\n".join([*table(results), "", *difference_table(results), "", *noise_table(results)]))
     if args.figures is None:
@@ -103,13 +100,8 @@ def read_results(directory: Path) -> Results:
     """
     results = defaultdict(list)
     for path in sorted(directory.glob("*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if not result.keys() >= REQUIRED or result["strategy"] not in STRATEGIES:
-                raise ValueError
-            results[result["strategy"]].append(result)
-        except (ValueError, AttributeError, TypeError):
-            raise DataError(f"{path}: not a result of benchmarks.strategies; remove it to measure it again") from None
+        result = read_result(path)
+        results[result["strategy"]].append(result)
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
     names = [name for name in STRATEGIES if name in results]

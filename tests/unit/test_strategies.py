@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -12,7 +13,7 @@ import scipy.stats
 
 from benchmarks import strategies, strategies_report
 from diffmoe_ds import cli
-from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.load import dump_config, load_config
 from diffmoe_ds.planning.parameters import count_parameters
 
 
@@ -58,7 +59,8 @@ def result(name: str, seed: int, **changes: object) -> dict:
     return {
         "strategy": name, "model": strategy.model, "routing": strategy.routing, "seed": seed, "frechet": 20.0 + seed,
         "validation_loss": 0.3 + seed / 100, "params_activated": 600_000, "params_total": 1_100_000, "capacity": 1.0,
-        "precision": 0.5, "recall": 0.4, "validation_loss_by_noise_level": [0.4, 0.2 + seed / 10], **changes,
+        "precision": 0.5, "recall": 0.4, "validation_loss_by_noise_level": [0.4, 0.2 + seed / 10], "n": 2000,
+        "steps": 25, "train_images": 100_000, **changes,
     }  # fmt: skip
 
 
@@ -81,9 +83,63 @@ def test_the_report_shows_every_result(tmp_path, capsys):
 def test_damaged_and_missing_results_are_named(tmp_path, capsys):
     assert strategies_report.main(["--results", str(tmp_path)]) == 4
     assert "no results; run python -m benchmarks.strategies first" in capsys.readouterr().err
-    (tmp_path / "dense-seed0.json").write_text('{"strategy": "dense"}')
+    (tmp_path / "dense-seed0.json").write_text(json.dumps(result("dense", 0)))
+    assert strategies_report.main(["--results", str(tmp_path), "--figures", str(tmp_path / "none")]) == 2
+    assert "none: the directory does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"strategy": "dense"}', '{"strategy": "dense", "se', "[]", json.dumps(result("dense", 1)), "\xff"],
+    ids=["keys", "truncated", "list", "copy", "bytes"],
+)
+def test_a_file_that_is_no_result_is_refused_by_both_scripts(tmp_path, capsys, content):
+    """A copy under another name would count as one more seed."""
+    (tmp_path / "dense-seed0.json").write_bytes(content.encode("latin-1"))
     assert strategies_report.main(["--results", str(tmp_path)]) == 4
     assert "dense-seed0.json: not a result" in capsys.readouterr().err
+    for name in ("train.tar", "test.tar"):
+        (tmp_path / name).touch()
+    arguments = ["--data", str(tmp_path), "--runs", str(tmp_path), "--results", str(tmp_path)]
+    assert strategies.main([*arguments, "--strategies", "dense", "--seeds", "0"]) == 4
+    assert "dense-seed0.json: not a result" in capsys.readouterr().err
+
+
+def test_a_run_with_another_recipe_or_data_is_not_evaluated_in_its_place(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(strategies, "_diffmoe", lambda *arguments, **streams: "{}")
+    run, results = tmp_path / "runs" / "dense" / "seed0", tmp_path / "results"
+    for name in ("data", "other"):
+        (tmp_path / name).mkdir()
+        for split in ("train.tar", "test.tar"):
+            (tmp_path / name / split).write_text(name)
+    chosen = [*strategies.MODELS["dense"], f"data.path={tmp_path / 'data' / 'train.tar'}", "run.seed=0"]
+    run.mkdir(parents=True)
+    (run / "resolved.yaml").write_text(dump_config(load_config(str(strategies.RECIPE), chosen)))
+
+    def start(*options: str, data: str = "data") -> int:
+        places = ["--data", str(tmp_path / data), "--runs", str(tmp_path / "runs"), "--results", str(results)]
+        return strategies.main([*places, "--strategies", "dense", "--seeds", "0", *options])
+
+    for options, data, message in (
+        (["--set", "optimizer.lr=0.5"], "data", "optimizer.lr is 0.002, but 0.5 was requested; use another --runs"),
+        (["--set", "run.total_images=64"], "data", "run.total_images is 100000, but 64 was requested"),
+        ([], "other", "other/train.tar was requested; use another --runs"),
+    ):
+        assert start(*options, data=data) == 2
+        assert message in capsys.readouterr().err
+    assert start() == 0
+    (results / "dense-seed0.json").write_text(json.dumps(result("dense", 0, set=["optimizer.lr=0.5"])))
+    assert start() == 2
+    assert "set is ['optimizer.lr=0.5'], but [] was requested; use another --results" in capsys.readouterr().err
+
+
+def test_other_test_images_have_another_file_of_features(tmp_path):
+    args = argparse.Namespace(data=tmp_path, runs=tmp_path)
+    names = set()
+    for content in ("one", "two", "one"):
+        (tmp_path / "test.tar").write_text(content)
+        names.add(strategies._reference(args).name)
+    assert len(names) == 2
 
 
 def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, monkeypatch):
@@ -96,15 +152,15 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     def run(command, jobs, **streams):
         commands.append(command)
         cli._parser().parse_args(command)
-        return 'a line\n{"frechet": 1.5, "n": 2000}\n'
+        measured = dict.fromkeys(strategies.REQUIRED - {"strategy", "seed", "params_activated", "params_total"}, 1.5)
+        return f"a line\n{json.dumps({**measured, 'n': 2000})}\n"
 
     monkeypatch.setattr(strategies, "_diffmoe", run)
     results = tmp_path / "results"
     arguments = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(results), "--seeds", "0", "7"]
     chosen = [*arguments, "--strategies", "EC-static", "EC-dynamic"]
     (results).mkdir()
-    measured = {"n": 2000, "steps": 25, "train_images": 100_000}
-    (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7, **measured)))
+    (results / "EC-dynamic-seed7.json").write_text(json.dumps(result("EC-dynamic", 7)))
     assert strategies.main(chosen) == 0
     assert sorted(command[0] for command in commands) == ["evaluate"] * 4 + ["train"] * 2
     assert [command[0] for command in commands if "--save-reference" in command] == ["evaluate"]
@@ -115,6 +171,7 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     for options, message in (
         (["--strategies", "EC"], "did you mean"),
         (["--jobs", "0"], "--jobs must be positive, got 0"),
+        (["--seeds", "-1"], "--seeds must not be negative, got -1"),
         (["--strategies", "EC-static", "--steps", "9"], "EC-static-seed0.json: steps is 25, but 9 was requested"),
         (["--data", str(tmp_path)], "has no train.tar; see"),
     ):
