@@ -137,11 +137,24 @@ def _routing(contents: Contents, sampled: Sampled, names: Mapping[int, str]) -> 
     text = f"{_rule(config, sampled.used)} {findings(routed)}"
     if sampled.settings.cfg_scale != 1:
         text += " With guidance, only the conditional pass is shown."
-    experts = [load(routed), *threshold_drawings(contents.history, sampled.thresholds)]
-    return [
-        Section("Compute", text, compute),
-        Section("Experts", "How evenly the experts are used, and what determines which tokens they take.", experts),
-    ]
+    drawn_load = load(routed)
+    experts = "How evenly the experts are used, and what determines which tokens they take."
+    if drawn_load is None:
+        experts = "All experts of a layer take the same number of tokens."
+    drawings = [] if drawn_load is None else [drawn_load]
+    drawings += threshold_drawings(contents.history, sampled.thresholds, threshold_meaning(sampled.used))
+    return [Section("Compute", text, compute), Section("Experts", experts, drawings)]
+
+
+def threshold_meaning(used: ModelUse) -> str:
+    """Return a sentence on how the generated images depend on the trained thresholds."""
+    if used.routing == "static":
+        return "The images of this report do not depend on the thresholds: their routing is static."
+    if used.capacity is not None:
+        return f"The images of this report use other thresholds, calibrated to {used.capacity:g} experts per token."
+    if used.routing == "dynamic":
+        return "An expert takes as many tokens as have a predicted probability above its threshold."
+    return "An expert takes a token if the capacity predictor's probability exceeds its threshold."
 
 
 def _rule(config: Config, used: ModelUse) -> str:
