@@ -32,7 +32,9 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
     text = "classes to generate, as labels or names, separated by commas (default: --num-classes, evenly spaced)"
     add("--classes", metavar="A,B", help=text)
-    add("--num-classes", type=int, default=CLASSES, metavar="M", help="number of classes (default: %(default)s)")
+    text = f"number of classes (default: {CLASSES}, or fewer if the model has fewer or --images is smaller)"
+    add("--num-classes", type=int, metavar="M", help=text)
+    parser.set_defaults(default_classes=CLASSES)  # a default of the option would look as if the user had set it
     add_sampling_options(parser, cfg_scale=None)
 
 

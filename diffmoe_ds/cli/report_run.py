@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
-from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
+from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, check_same_model
 from diffmoe_ds.cli.sample_images import parse_classes
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
@@ -58,7 +58,9 @@ class ReportPlan:
     reader: WeightsReader | None
     """The model's weights; None for a run without a checkpoint."""
     config: Config
-    """The run's configuration."""
+    """The model's configuration."""
+    trained: Config
+    """The run's configuration; that of the model without a run."""
     classes: tuple[int, ...]
     """The classes to generate."""
     settings: SamplingSettings
@@ -82,7 +84,17 @@ def run_report(args: argparse.Namespace) -> None:
     history = History() if plan.run is None else read_history(plan.run)
     sampled = None if plan.reader is None else sample_images(args, plan, plan.reader)
     with styled():
-        page = build_page(Contents(str(args.run_path), plan.config, history, sampled, args.command_line))
+        page = build_page(
+            Contents(
+                source=str(args.run_path),
+                config=plan.config,
+                trained=plan.trained,
+                history=history,
+                sampled=sampled,
+                is_foreign=is_foreign(plan),
+                command=args.command_line,
+            )
+        )
         write_report(page, args.out)
 
 
@@ -101,11 +113,12 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
     reader = open_weights(chosen)
     if reader is None and args.checkpoint is not None:
         raise CheckpointError(f"--checkpoint {chosen}: not a checkpoint, run directory or exported model.")
-    if reader is not None:
-        config = reader.config
-    elif (path / "resolved.yaml").is_file():
-        config = load_config(str(path / "resolved.yaml"))
-    else:
+    resolved = path / "resolved.yaml"
+    trained = load_config(str(resolved)) if resolved.is_file() else None
+    if reader is not None and trained is not None and args.checkpoint is not None:
+        check_same_model(reader, trained)
+    config = trained if reader is None else reader.config
+    if config is None:
         raise CheckpointError(f"{path}: not a run directory, checkpoint or exported model.")
     if args.vae is not None and config.model.in_channels in PIXEL_CHANNELS:
         raise ConfigError(f"{path}: the model generates pixels ({config.model.in_channels} channels); omit --vae.")
@@ -113,9 +126,17 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
         run=path if is_run else None,
         reader=reader,
         config=config,
+        trained=trained or config,
         classes=choose_classes(args, config, (reader.class_names if reader else None) or ()),
         settings=resolve_settings(args, config),
     )
+
+
+def is_foreign(plan: ReportPlan) -> bool:
+    """Return whether the curves are of a run, and the model is from elsewhere."""
+    if plan.run is None or plan.reader is None:
+        return False
+    return not plan.reader.path.resolve().is_relative_to(plan.run.resolve())
 
 
 def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str]) -> tuple[int, ...]:
@@ -127,12 +148,18 @@ def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str
         names: names of the classes; empty if unknown.
 
     Raises:
-        ConfigError: the model does not have one of the classes.
+        ConfigError: the model does not have one of the classes, or there are fewer images than classes.
     """
+    available = config.model.num_classes
+    count = args.num_classes or min(args.default_classes, available, args.images)
+    if count > available:
+        raise ConfigError(f"--num-classes must be from 1 to {available} for this model, got {count}.")
+    classes = tuple(number * available // count for number in range(count))
     if args.classes is not None:
-        return parse_classes(args.classes, config.model.num_classes, names)
-    count = min(args.num_classes, config.model.num_classes)
-    return tuple(number * config.model.num_classes // count for number in range(count))
+        classes = parse_classes(args.classes, available, names)
+    if args.images < len(classes):
+        raise ConfigError(f"--images must be at least the number of classes, {len(classes)}, got {args.images}.")
+    return classes
 
 
 def sample_images(args: argparse.Namespace, plan: ReportPlan, reader: WeightsReader) -> Sampled:

@@ -80,7 +80,8 @@ def _write_logs(folder: Path, model: DiT) -> None:
                 "images": 16 * step,
                 "validation_loss": 1 / step,
                 "validation_loss_by_noise_level": [0.1 * level / step for level in range(10)],
-                "metrics": {"extractor": "random", "frechet": 100 / step, "frechet_interval": [1, 2], "n": 10},
+                "validation_images": 1234,
+                "metrics": {"extractor": "random", "n": 10, "n_reference": 1234, "frechet": 100 / step},
             }
             file.write(json.dumps(row) + "\n")
     board = TensorBoardLog(folder / "tensorboard", 0)

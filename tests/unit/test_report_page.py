@@ -53,7 +53,8 @@ def test_a_complete_run(run, tmp_path):
     assert f"diffmoe report {run} --out {tmp_path / 'out'} --images 7" in page.text
     for fact in ("per_token", "96 images", "euler, 3 steps", "7 images of 3 classes, 3 steps each", "nano-E4"):
         assert fact in page.text
-    assert "The checkpoint is from" not in page.text
+    assert "The checkpoint is from" not in page.text and "outside the run" not in page.text
+    assert "10 images generated with the EMA weights at each evaluation, against 1,234 held-out images" in page.text
 
 
 def test_the_page_needs_no_other_file_and_no_script(run, tmp_path):
@@ -83,7 +84,7 @@ def test_everything_from_the_run_is_escaped(tmp_path):
 )  # fmt: skip
 def test_other_routers(tmp_path, kind, compute, sentence):
     page = report(write_run(tmp_path / "run", report_config(kind), is_logged=False), tmp_path / "out")
-    routing = [] if compute is None else [*compute, "load_per_expert"]
+    routing = [] if compute is None else compute if kind == "expert_choice" else [*compute, "load_per_expert"]
     final = ["thresholds"] if kind == "expert_choice" else []  # without TensorBoard files: those of the checkpoint
     assert page.figures() == [*TRAINING, *SAMPLES, *routing, *final]
     assert sentence in page.text and "no validation loss" in page.text
@@ -120,6 +121,40 @@ def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
     assert "adaptive steps each" in page.text
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    (
+        ((), "exceeds its threshold."),
+        (("--routing", "dynamic"), "takes as many tokens as have a predicted probability above its threshold."),
+        (("--routing", "static"), "do not depend on the thresholds: their routing is static."),
+        (("--capacity", "2"), "use other thresholds, calibrated to 2 experts per token."),
+    ),
+)
+def test_thresholds_are_explained_for_the_routing_used(run, tmp_path, options, sentence):
+    page = report(run, tmp_path / "out", *options)
+    assert sentence in page.text and ("exceeds its threshold" in page.text) == (not options)
+
+
+def test_one_image_and_one_step(run, tmp_path):
+    page = report(run, tmp_path / "out", "--images", "1", "--steps", "1")
+    assert "1 image of 1 class, 1 step." in page.text and "at 1 noise level." in page.text
+    assert "seeds0classes0 <b>boot</b>" in "".join(page.text.split("\n")), "neither other seeds nor other classes"
+
+
+def test_a_checkpoint_from_elsewhere(run, tmp_path, capsys):
+    other = write_run(tmp_path / "other", report_config("batch_pool"), images=48)
+    config = (run / "resolved.yaml").read_text()
+    (run / "resolved.yaml").write_text(config.replace("total_images: 96", "total_images: 960"))
+    page = report(run, tmp_path / "out", "--checkpoint", str(other))
+    assert f"table are of the run {run}; the model and its images are from {other / 'model.safetensors'}" in page.text
+    assert "960 images" in page.text, "the planned length of the run"
+    report(run, tmp_path / "same", "--checkpoint", str(run))
+    assert "outside the run" not in (tmp_path / "same" / "report.html").read_text()
+    dense = write_run(tmp_path / "dense", report_config("dense"), is_logged=False)
+    assert main(["report", str(run), "--checkpoint", str(dense), "--out", str(tmp_path / "no"), *QUICK]) == 5
+    assert "belongs to another model: routing." in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_a_run_without_a_checkpoint(run, tmp_path):
     (run / "model.safetensors").unlink()
     page = report(run, tmp_path / "out")
@@ -139,6 +174,9 @@ def test_a_trained_run(run_directory, tmp_path):
         (("--images", "0"), 2, "--images must be positive, got 0."),
         (("--num-classes", "0"), 2, "--num-classes must be positive, got 0."),
         (("--seed", "-1"), 2, "--seed must be from 0 to"),
+        (("--num-classes", "9"), 2, "--num-classes must be from 1 to 3 for this model, got 9."),
+        (("--num-classes", "3", "--images", "2"), 2, "--images must be at least the number of classes, 3, got 2."),
+        (("--classes", "0,1", "--images", "1"), 2, "--images must be at least the number of classes, 2, got 1."),
         (("--classes", "3"), 2, "--classes must be from 0 to 2"),
         (("--sampler", "ddim"), 2, "--sampler must be"),
         (("--weights", "raw"), 2, "--weights raw: "),

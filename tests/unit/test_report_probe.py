@@ -121,7 +121,8 @@ def test_history_of_a_run(tmp_path):
     assert found.curves["lr"].value_P.tolist() == [1e-3] * 40 and "balance_loss" not in found.curves
     assert found.validation.loss.images_P.tolist() == [320, 640] and len(found.validation.by_noise_level) == 10
     assert found.validation.metrics["frechet"].value_P.tolist() == [5, 2.5]
-    assert found.validation.extractor == "random" and set(found.validation.metrics) == {"frechet", "n"}
+    assert found.validation.extractor == "random" and set(found.validation.metrics) == {"frechet", "n", "n_reference"}
+    assert found.validation.held_out.value_P.tolist() == [1234, 1234]
     assert {layer: len(curves) for layer, curves in found.thresholds.items()} == {"block_01": 4, "block_03": 4}
     assert found.thresholds["block_03"][2].value_P == pytest.approx([0.2, 0.2])
 

@@ -34,11 +34,15 @@ class Contents:
     source: str
     """The run, as given by the user."""
     config: Config
-    """The run's configuration."""
+    """The model's configuration."""
+    trained: Config
+    """The run's configuration, which may have changed since the checkpoint."""
     history: History
-    """Its logs."""
+    """The run's logs."""
     sampled: Sampled | None
     """Generated images; None for a run without a checkpoint."""
+    is_foreign: bool
+    """Whether the model is from outside the run, so that it may belong to another run."""
     command: str
     """The command line."""
 
@@ -53,12 +57,10 @@ def build_page(contents: Contents) -> Page:
         sections += [_samples(sampled, names), *_routing(contents, sampled, names)]
     size = config.model.input_size
     kind = "pixels" if config.model.in_channels in PIXEL_CHANNELS else "latents"
+    reader = None if sampled is None or contents.is_foreign else sampled.used.reader
     tables = {
         "Model": model_table(config),
-        "Training": {
-            "run": contents.source,
-            **training_table(config, history, None if sampled is None else sampled.used.reader),
-        },
+        "Training": {"run": contents.source, **training_table(contents.trained, history, reader)},
     }
     if sampled is not None:
         tables["Generated images"] = sampling_table(sampled, class_names(config, sampled))
@@ -73,7 +75,7 @@ def build_page(contents: Contents) -> Page:
         sections=sections,
         tables={**tables, "Software": software_table()},
         command=contents.command,
-        notes=notes(config, history, sampled),
+        notes=notes(contents),
     )
 
 
@@ -85,9 +87,15 @@ def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
     return {label: known[label] for label in sampled.classes if label < len(known)}
 
 
-def notes(config: Config, history: History, sampled: Sampled | None) -> list[str]:
+def notes(contents: Contents) -> list[str]:
     """Return notes on what is missing or easily misread."""
+    config, history, sampled = contents.config, contents.history, contents.sampled
     found = []
+    if sampled is not None and contents.is_foreign:
+        found.append(
+            f"The losses, the curves and the training table are of the run {contents.source}; the model and its images "
+            f"are from {sampled.used.reader.path}, outside the run."
+        )
     if sampled is None:
         found.append("The run has no checkpoint yet, so the report has no images.")
     elif config.model.in_channels not in PIXEL_CHANNELS and sampled.used.vae is None:
@@ -137,11 +145,24 @@ def _routing(contents: Contents, sampled: Sampled, names: Mapping[int, str]) -> 
     text = f"{_rule(config, sampled.used)} {findings(routed)}"
     if sampled.settings.cfg_scale != 1:
         text += " With guidance, only the conditional pass is shown."
-    experts = [load(routed), *threshold_drawings(contents.history, sampled.thresholds)]
-    return [
-        Section("Compute", text, compute),
-        Section("Experts", "How evenly the experts are used, and what determines which tokens they take.", experts),
-    ]
+    drawn_load = load(routed)
+    experts = "How evenly the experts are used, and what determines which tokens they take."
+    if drawn_load is None:
+        experts = "All experts of a layer take the same number of tokens."
+    drawings = [] if drawn_load is None else [drawn_load]
+    drawings += threshold_drawings(contents.history, sampled.thresholds, threshold_meaning(sampled.used))
+    return [Section("Compute", text, compute), Section("Experts", experts, drawings)]
+
+
+def threshold_meaning(used: ModelUse) -> str:
+    """Return a sentence on how the generated images depend on the trained thresholds."""
+    if used.routing == "static":
+        return "The images of this report do not depend on the thresholds: their routing is static."
+    if used.capacity is not None:
+        return f"The images of this report use other thresholds, calibrated to {used.capacity:g} experts per token."
+    if used.routing == "dynamic":
+        return "An expert takes as many tokens as have a predicted probability above its threshold."
+    return "An expert takes a token if the capacity predictor's probability exceeds its threshold."
 
 
 def _rule(config: Config, used: ModelUse) -> str:

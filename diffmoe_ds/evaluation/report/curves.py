@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffmoe_ds.evaluation.report.history import Curve, History, Validation
+from diffmoe_ds.evaluation.report.history import Curve, History, Numbers, Validation
 from diffmoe_ds.evaluation.report.style import (
     BLUE,
     COMPUTE,
@@ -19,7 +19,9 @@ from diffmoe_ds.evaluation.report.style import (
     images_axis,
     layer_name,
     panel,
+    short_number,
 )
+from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
 
 LOSSES = {
     "loss": ("total", INK),
@@ -28,16 +30,8 @@ LOSSES = {
     "balance_loss": ("load balance", GREEN),
 }
 """Label and color of each loss."""
-METRICS = {
-    "fid": "FID",
-    "frechet": "Frechet distance",
-    "sfid": "sFID",
-    "kid": "KID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-}
-"""Metrics of generated images to draw, and their labels."""
+METRIC_STARTS = {"frechet": 0.0, "kid": 0.0, "inception_score": 1.0, "precision": 0.0, "recall": 0.0}
+"""Metrics of generated images to draw, and where their axes start, so that noise does not fill the axis."""
 SMOOTHED = 25
 """Window of the moving average, in points of a curve."""
 SHOWN_EVALUATIONS = 5
@@ -74,7 +68,9 @@ def _losses(losses: Mapping[str, Curve], steps: str) -> Drawing:
     images_axis(axes)
     axes.set_ylabel("loss")
     axes.legend(loc="upper right")
-    caption = f"{steps}; light: every step or the mean of neighboring steps, dark: moving average. Lower is better."
+    is_smoothed = any(len(curve.images_P) >= 2 * SMOOTHED for curve in losses.values())
+    how = "; light: every step or the mean of neighboring steps, dark: moving average" if is_smoothed else ""
+    caption = f"{steps}{how}. Lower is better."
     return Drawing("loss", "Training loss", caption + (" The first steps are off the scale." if cut else ""), figure)
 
 
@@ -101,9 +97,21 @@ def _line(axes: Any, curve: Curve, color: Any, label: str | None = None, smooth:
         axes.plot(x, y, color=color, label=label, marker="o" if len(x) < 15 else None)
         return
     axes.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-    kernel = np.ones(SMOOTHED)
-    smoothed = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
-    axes.plot(x, smoothed, color=color, label=label)
+    axes.plot(x, moving_average(y), color=color, label=label)
+
+
+def moving_average(y_P: Numbers) -> Numbers:
+    """Return the mean over a centered window of `SMOOTHED` points.
+
+    At the start, where losses fall fast, the window shrinks on both sides: otherwise, the average would start far
+    below the first value. At the end, it is cut off, so that the average does not end at a single noisy value.
+    """
+    index = np.arange(len(y_P))
+    reach = np.minimum(SMOOTHED // 2, index)
+    start, stop = index - reach, np.minimum(index + reach + 1, len(y_P))
+    total = np.concatenate([[0.0], np.cumsum(y_P)])
+    mean_P: Numbers = (total[stop] - total[start]) / (stop - start)
+    return mean_P
 
 
 def _limit(axes: Any, curves: Sequence[Curve]) -> bool:
@@ -127,27 +135,55 @@ def validation_drawings(validation: Validation | None) -> list[Drawing]:
         images_axis(axes)
         axes.set_ylabel("validation loss")
         caption = (
-            "EMA weights, on held-out images with fixed noise and times, so that points differ only in the weights. "
-            "Lower is better; a rise while the training loss falls indicates overfitting."
+            f"EMA weights, on {count_images(validation.held_out, 'held-out images')} with fixed noise and times, so "
+            "that points differ only in the weights. Lower is better; a rise while the training loss falls indicates "
+            "overfitting."
         )
         drawings.append(Drawing("validation_loss", "Validation loss", caption, figure))
     if validation.by_noise_level and any(len(curve.images_P) for curve in validation.by_noise_level):
-        drawings.append(_by_noise_level(validation.by_noise_level))
-    for name in (name for name in METRICS if name in validation.metrics):
-        figure, axes = panel()
-        axes.plot(*validation.metrics[name], color=BLUE, marker="o")
-        images_axis(axes)
-        axes.set_ylabel(METRICS[name])
-        better = "Lower" if name in ("fid", "frechet", "sfid", "kid") else "Higher"
-        features = f", with the features of {validation.extractor}" if validation.extractor else ""
-        caption = f"For images generated during training with the EMA weights{features}. {better} is better."
-        drawings.append(Drawing(name, METRICS[name], caption, figure))
-    return drawings
+        drawings.append(_by_noise_level(validation))
+    return [*drawings, *(_metric(name, validation) for name in METRIC_STARTS if name in validation.metrics)]
 
 
-def _by_noise_level(levels: Sequence[Curve]) -> Drawing:
+def count_images(counts: Curve | None, what: str) -> str:
+    """Return the number of images of each evaluation, such as 203 held-out images.
+
+    Args:
+        counts: the number at each evaluation; None or empty if it was not logged.
+        what: the images.
+    """
+    if counts is None or not len(counts.value_P):
+        return what
+    low, high = counts.value_P.min(), counts.value_P.max()
+    return f"{low:,.0f} {what}" if low == high else f"{low:,.0f} to {high:,.0f} {what}"
+
+
+def _metric(name: str, validation: Validation) -> Drawing:
+    """Draw a metric of generated images."""
+    metrics = validation.metrics
+    label = (INCEPTION_LABELS if validation.extractor.startswith("inception:") else LABELS)[name]
+    figure, axes = panel()
+    (images_P, value_P), start, std = metrics[name], METRIC_STARTS[name], metrics.get(f"{name}_std")
+    spread_P = np.zeros_like(value_P) if std is None or len(std.value_P) != len(value_P) else std.value_P
+    axes.errorbar(images_P, value_P, spread_P, color=BLUE, marker="o", elinewidth=1.2, clip_on=False, zorder=3)
+    low, high = (1.12 * (value - start) for value in ((value_P - spread_P).min(), (value_P + spread_P).max()))
+    axes.set_ylim(start + min(low, 0), start + (high if high > 0 else 1))
+    images_axis(axes)
+    axes.set_ylabel(label)
+    better = "Lower" if name in ("frechet", "kid") else "Higher"
+    features = f", with the features of {validation.extractor}" if validation.extractor else ""
+    reliability = "Bars: standard deviation over subsets." if spread_P.any() else "Points are without intervals."
+    caption = (
+        f"{count_images(metrics.get('n'), 'images')} generated with the EMA weights at each evaluation, against "
+        f"{count_images(metrics.get('n_reference'), 'held-out images')}{features}. {reliability} {better} is better."
+    )
+    return Drawing(name, label[:1].upper() + label[1:], caption[:1].upper() + caption[1:], figure)
+
+
+def _by_noise_level(validation: Validation) -> Drawing:
     from matplotlib import colormaps
 
+    levels = validation.by_noise_level
     figure, axes = panel()
     evaluations = sorted({images for curve in levels for images in curve.images_P})
     shown = [evaluations[i] for i in np.unique(np.linspace(0, len(evaluations) - 1, SHOWN_EVALUATIONS).astype(int))]
@@ -155,37 +191,36 @@ def _by_noise_level(levels: Sequence[Curve]) -> Drawing:
     for number, images in enumerate(shown):
         values = [dict(zip(*curve, strict=True)).get(images, np.nan) for curve in levels]
         color = colormaps[COMPUTE](0.85 * (1 - number / max(len(shown) - 1, 1)))
-        axes.plot(middles, values, color=color, marker="o", label=f"{images:,.0f} images")
+        axes.plot(middles, values, color=color, marker="o", label=short_number(images))
     axes.set(xlabel="noise level (0: clean, 1: noise)", ylabel="validation loss", xlim=(0, 1))
-    axes.legend()
+    axes.legend(title="images", loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines
     caption = (
-        f"The same loss in {len(levels)} bins of the noise level; one line per evaluation, from light (early) to dark "
-        "(late). Shows at which noise levels the model is still improving."
+        f"The same loss on {count_images(validation.held_out, 'held-out images')}, in {len(levels)} bins of the noise "
+        "level; one line per evaluation, by images trained on, from light (early) to dark (late). Shows at which noise "
+        "levels the model is still improving."
     )
     return Drawing("validation_by_noise_level", "Validation loss by noise level", caption, figure)
 
 
-def threshold_drawings(history: History, final: Mapping[int, Sequence[float]]) -> list[Drawing]:
+def threshold_drawings(history: History, final: Mapping[int, Sequence[float]], meaning: str) -> list[Drawing]:
     """Return the figures of the capacity predictor's thresholds.
 
     Args:
         history: history of the run.
         final: thresholds of the experts of each MoE layer by block, from the checkpoint; empty without a predictor.
+        meaning: a sentence on how the generated images depend on them.
     """
     if not final:
         return []
     if not history.thresholds:
-        return [_final_thresholds(final)]
+        return [_final_thresholds(final, meaning)]
     layers = {int(name.removeprefix("block_")): curves for name, curves in history.thresholds.items()}
     if len(layers) > SHOWN_LAYERS:
-        return [_mean_thresholds(layers)]
-    return [_expert_thresholds(block, curves) for block, curves in layers.items()]
+        return [_mean_thresholds(layers, meaning)]
+    return [_expert_thresholds(block, curves, meaning) for block, curves in layers.items()]
 
 
-MEANING = "An expert takes a token if the capacity predictor's probability exceeds its threshold."
-
-
-def _expert_thresholds(block: int, curves: Sequence[Curve]) -> Drawing:
+def _expert_thresholds(block: int, curves: Sequence[Curve], meaning: str) -> Drawing:
     figure, axes = panel()
     for expert, (curve, color) in enumerate(zip(curves, depth_colors(len(curves)), strict=True)):
         marker = "o" if len(curve.images_P) < 15 else None
@@ -193,11 +228,11 @@ def _expert_thresholds(block: int, curves: Sequence[Curve]) -> Drawing:
     images_axis(axes)
     axes.set_ylabel("threshold")
     axes.legend(title="expert", ncols=max(1, -(-len(curves) // 8)), loc="center left", bbox_to_anchor=(1.0, 0.5))
-    caption = f"One line per expert. {MEANING} It should have converged by the end of training."
+    caption = f"One line per expert; they should have converged by the end of training. {meaning}"
     return Drawing(f"thresholds_block_{block:02d}", f"Thresholds over training, {layer_name(block)}", caption, figure)
 
 
-def _mean_thresholds(layers: Mapping[int, Sequence[Curve]]) -> Drawing:
+def _mean_thresholds(layers: Mapping[int, Sequence[Curve]], meaning: str) -> Drawing:
     figure, axes = panel()
     for (block, curves), color in zip(layers.items(), depth_colors(len(layers)), strict=True):
         shortest = min(len(curve.images_P) for curve in curves)
@@ -206,16 +241,16 @@ def _mean_thresholds(layers: Mapping[int, Sequence[Curve]]) -> Drawing:
     images_axis(axes)
     axes.set_ylabel("threshold, mean over experts")
     axes.legend(title="block", ncols=-(-len(layers) // 12), loc="center left", bbox_to_anchor=(1.0, 0.5))
-    caption = f"One line per MoE layer, from dark (first) to light (last). {MEANING}"
+    caption = f"One line per MoE layer, from dark (first) to light (last). {meaning}"
     return Drawing("thresholds", "Thresholds over training", caption, figure)
 
 
-def _final_thresholds(final: Mapping[int, Sequence[float]]) -> Drawing:
+def _final_thresholds(final: Mapping[int, Sequence[float]], meaning: str) -> Drawing:
     figure, axes = panel()
     for number, values in enumerate(final.values()):
         axes.scatter([number] * len(values), values, color=BLUE, alpha=0.6, linewidths=0, s=24)
     axes.set_xticks(range(len(final)), [str(block) for block in final])
     axes.set(xlabel="block", ylabel="threshold", xlim=(-0.5, len(final) - 0.5))
     axes.set_ylim(bottom=0)
-    caption = f"One dot per expert, in the checkpoint; the run has no TensorBoard history of thresholds. {MEANING}"
+    caption = f"One dot per expert, in the checkpoint; the run has no TensorBoard history of thresholds. {meaning}"
     return Drawing("thresholds", "Final thresholds", caption, figure)

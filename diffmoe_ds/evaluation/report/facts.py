@@ -83,12 +83,15 @@ class Sampled:
     def evidence(self) -> str:
         """Number of images and steps in the routing figures."""
         images, classes = len(self.probe.label_N), len(self.classes)
-        return f"{images:,} images of {classes:,} class{'es' * (classes > 1)}, {self.steps} each"
+        each = " each" if images > 1 else ""
+        return f"{images:,} image{'s' * (images > 1)} of {classes:,} class{'es' * (classes > 1)}, {self.steps}{each}"
 
     @property
     def steps(self) -> str:
         """The number of sampler steps, in words."""
-        return "adaptive steps" if self.settings.sampler in ADAPTIVE else f"{self.settings.steps} steps"
+        if self.settings.sampler in ADAPTIVE:
+            return "adaptive steps"
+        return f"{self.settings.steps} step{'s' * (self.settings.steps > 1)}"
 
 
 def model_table(config: Config) -> dict[str, str]:
@@ -120,7 +123,13 @@ def model_table(config: Config) -> dict[str, str]:
 
 
 def training_table(config: Config, history: History, reader: WeightsReader | None) -> dict[str, str]:
-    """Describe a training run from its logs and its checkpoint."""
+    """Describe a training run from its logs and its checkpoint.
+
+    Args:
+        config: of the run.
+        history: of the run.
+        reader: the run's checkpoint; None without one.
+    """
     rows = {
         "data": config.data.path or "embedded Fashion-MNIST",
         "optimizer": f"AdamW, lr {config.optimizer.lr:g}, betas {', '.join(f'{b:g}' for b in config.optimizer.betas)}",
@@ -151,6 +160,7 @@ def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]
     classes = ", ".join(listed[:SHOWN_CLASSES]) + (", …" if len(listed) > SHOWN_CLASSES else "")
     images = len(sampled.probe.label_N)
     last_seed = sampled.seed + (images - 1) // len(sampled.classes)
+    seeds = f"{sampled.seed} to {last_seed}" if last_seed > sampled.seed else str(sampled.seed)
     rows = {
         "checkpoint": str(used.reader.path),
         "trained on": f"{used.reader.images:,} images" if used.reader.images else "unknown",
@@ -163,7 +173,7 @@ def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]
         "precision": str(used.dtype).removeprefix("torch."),
         "device": device_name(used.device),
         "images": f"{images:,}",
-        "seeds": f"{sampled.seed} to {last_seed}, the same for every class",
+        "seeds": seeds + (", the same for every class" if len(sampled.classes) > 1 else ""),
         "classes": classes,
     }
     if sampled.pictures_G:
@@ -207,7 +217,7 @@ def key_numbers(config: Config, history: History, sampled: Sampled | None) -> di
     if sampled is not None and sampled.probe.capacity_NKL is not None:
         numbers["experts per token, sampling"] = f"{np.nanmean(sampled.probe.capacity_NKL):.2f}"
     if history.seconds >= 1:
-        numbers["training time"] = clock(history.seconds)
+        numbers["time in steps"] = clock(history.seconds)  # without validation, checkpoints and startup
     return numbers
 
 

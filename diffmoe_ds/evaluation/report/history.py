@@ -46,9 +46,11 @@ class Validation:
     by_noise_level: tuple[Curve, ...] = ()
     """Loss by noise level, N curves from clean images to noise."""
     metrics: Mapping[str, Curve] = field(default_factory=dict)
-    """Metrics of generated images by name, such as ``frechet``."""
+    """Metrics of generated images by name, such as ``frechet``, with the numbers of images (``n``, ``n_reference``)."""
     extractor: str = ""
     """Extractor of these metrics; empty if unknown."""
+    held_out: Curve | None = None
+    """Number of held-out images of each loss; None or empty if it was not logged."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _validation(rows: list[dict[str, Any]]) -> Validation | None:
         if len(curve.images_P):
             metrics[name] = curve
     loss = _curve(images, [_number(row.get("validation_loss")) for row in rows])
-    return Validation(loss, tuple(by_level), metrics, str(measured[-1].get("extractor", "")))
+    held_out = _curve(images, [_number(row.get("validation_images")) for row in rows])
+    return Validation(loss, tuple(by_level), metrics, str(measured[-1].get("extractor", "")), held_out)
 
 
 def _thresholds(directory: Path) -> dict[str, tuple[Curve, ...]]:

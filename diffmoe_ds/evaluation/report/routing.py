@@ -35,6 +35,8 @@ SHOWN_CLASSES = 20
 """Largest number of classes in the figure of capacity by class."""
 HEAT_MAPS = 4
 """Images in the figure of compute per token."""
+NARROWEST_SHEET = 3.6
+"""Smallest width of this figure in inches, for the labels of its rows."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,28 @@ def by_noise_level(routed: Routed) -> Drawing | None:
     level = ((np.arange(NOISE_BINS) + 0.5) / NOISE_BINS)[is_seen_K]
     image_NK = capacity_NKL[:, is_seen_K].mean(2)  # NaN where adaptive steps skip a bin
     layer_KL = np.nanmean(capacity_NKL[:, is_seen_K], axis=0)
-    if np.ptp(layer_KL) < 1e-3 and np.nanmax(image_NK) - np.nanmin(image_NK) < 1e-3:
+    if np.ptp(layer_KL) < 1e-3:  # images that compete for a fixed total may still differ
         return None
     figure, axes = panel()
     low, high = np.nanpercentile(image_NK, (10, 90), axis=0)
-    axes.fill_between(level, low, high, color=INK, alpha=0.12, linewidth=0, label="80% of images")
+    top = max(1.12 * high.max(), 1.12 * layer_KL.max(), 1.2 * routed.capacity)
+    has_band = bool((high - low).max() > 0.03 * top)  # otherwise the line of the mean would hide it
+    if has_band:
+        axes.fill_between(level, low, high, color=INK, alpha=0.12, linewidth=0, label="80% of images")
     if len(routed.probe.layers) <= LINES:
         for block, values, color in zip(routed.probe.layers, layer_KL.T, depth_colors(layer_KL.shape[1]), strict=True):
             axes.plot(level, values, color=color, linewidth=1.2, marker="o", label=layer_name(block))
     axes.plot(level, layer_KL.mean(1), color=INK, linewidth=2, label="mean")
     _training_capacity(axes, routed.capacity)
     axes.set(xlabel="noise level (0: clean, 1: noise)", ylabel="experts per token", xlim=(0, 1))
-    axes.set_ylim(0, max(1.12 * high.max(), 1.12 * layer_KL.max(), 1.2 * routed.capacity))
-    axes.legend(ncols=2, loc="lower center", columnspacing=1.2)
+    axes.set_ylim(0, top)
+    figure.legend(ncols=3, loc="outside upper center", columnspacing=1.2)
     caption = (
         f"{routed.evidence}; sampling proceeds from right to left. The dashed line is the training capacity. "
         "The model uses more compute where the line is higher."
     )
+    if not has_band:
+        caption += " 80% of the images are within the width of the mean's line."
     return Drawing("capacity_by_noise_level", "Experts per token by noise level", caption, figure)
 
 
@@ -187,17 +194,20 @@ def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    images, levels = heat.experts_IVRQ.shape[:2]
+    images = len(heat.experts_IVRQ)
     order = np.argsort(-heat.mean_IRQ.mean((1, 2)), kind="stable")
     chosen = order[np.unique(np.linspace(0, images - 1, min(HEAT_MAPS, images)).astype(int))]
     top = float(np.percentile(heat.experts_IVRQ[chosen], 99.5)) or 1.0
+    # with few sampler steps, one step is the nearest to several noise levels
+    level_IV = heat.level_IV[chosen]
+    levels = [v for v in range(level_IV.shape[1]) if v == 0 or not np.array_equal(level_IV[:, v], level_IV[:, v - 1])]
     gap, head, between = 0.05, 0.42, 0.34
-    side = (SHEET_WIDTH - gap) / (levels + 1) - gap
+    side = (SHEET_WIDTH - gap) / (level_IV.shape[1] + 1) - gap
     pair = 2 * side + gap + between
-    sheet = Sheet(SHEET_WIDTH, head + len(chosen) * pair + 0.5)
+    width = max(NARROWEST_SHEET, gap + (len(levels) + 1) * (side + gap))
+    sheet = Sheet(width, head + len(chosen) * pair + 0.5)
     colors = {"cmap": COMPUTE, "vmin": 0.0, "vmax": top, "interpolation": "nearest"}
-    for column in range(levels + 1):
-        text = "generated" if column == 0 else f"noise {heat.level_IV[chosen, column - 1].mean():.2f}"
+    for column, text in enumerate(["generated", *(f"noise {level_IV[:, v].mean():.2f}" for v in levels)]):
         sheet.write(text, gap + column * (side + gap) + side / 2, 0.12, ha="center", va="center", fontsize=8.5)
     for row, image in enumerate(chosen):
         y = head + row * pair
@@ -205,30 +215,36 @@ def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
         sheet.write(f"{shorten(name, 40)}: {mean:.2f} experts per token", gap, y - 0.06, va="bottom", weight="bold")
         sheet.place(routed.probe.picture_NHWC[image], gap, y, side)
         sheet.place(heat.mean_IRQ[image], gap, y + side + gap, side, **colors)
-        for v in range(levels):
-            x = gap + (v + 1) * (side + gap)
+        for column, v in enumerate(levels, 1):
+            x = gap + column * (side + gap)
             sheet.place(heat.states_IV[v][image], x, y, side)
             sheet.place(heat.experts_IVRQ[image, v], x, y + side + gap, side, **colors)
     shades = ScalarMappable(Normalize(0, top), COMPUTE)
-    sheet.color_bar(shades, "experts per token", SHEET_WIDTH * 0.25, head + len(chosen) * pair - 0.14, SHEET_WIDTH / 2)
+    sheet.color_bar(shades, "experts per token", width * 0.25, head + len(chosen) * pair - 0.14, width / 2)
+    where = "noise level" if len(levels) == 1 else "noise levels"
     caption = (
         f"{len(chosen)} of {images} images, from most to least compute. Upper row of each: the generated image and "
-        "the sampler state at five noise levels. Lower row: the number of experts that each token takes, averaged over "
-        f"{len(routed.probe.layers)} MoE layers and, below the generated image, over all steps. Bright tokens get "
+        f"the sampler state at {len(levels)} {where}. Lower row: the number of experts that each token takes, averaged "
+        f"over {len(routed.probe.layers)} MoE layers and, below the generated image, over all steps. Bright tokens get "
         "more compute; all maps share one color scale."
     )
     return Drawing("compute_per_token", "Compute per token over the image", caption, sheet.figure, is_wide=True)
 
 
-def load(routed: Routed) -> Drawing:
-    """Draw the tokens of each expert, relative to the mean of its layer."""
+def load(routed: Routed) -> Drawing | None:
+    """Draw the tokens of each expert, relative to the mean of its layer; None if all are equal."""
+    from matplotlib.colors import TwoSlopeNorm
+
     tokens_LE = routed.probe.tokens_LE
     assert tokens_LE is not None, "a model with experts"
     load_LE = tokens_LE / np.maximum(tokens_LE.mean(1, keepdims=True), 1e-9)
+    if np.ptp(load_LE) < 1e-3:
+        return None
     layers, experts = load_LE.shape
     figure, axes = panel(SHEET_WIDTH, height=max(1.7, 1.05 + 0.22 * layers))
     reach = max(0.25, float(np.abs(load_LE - 1).max()))
-    shown = axes.imshow(load_LE, aspect="auto", cmap=BALANCE, vmin=1 - reach, vmax=1 + reach)
+    norm = TwoSlopeNorm(1, vmin=max(0, 1 - reach), vmax=1 + reach)
+    shown = axes.imshow(load_LE, aspect="auto", cmap=BALANCE, norm=norm)
     axes.grid(visible=False)
     axes.set_xticks(range(experts))
     axes.set_yticks(range(layers), [str(block) for block in routed.probe.layers])
@@ -237,7 +253,7 @@ def load(routed: Routed) -> Drawing:
     axes.spines[:].set_visible(False)
     if experts <= 8:
         for (row, column), value in np.ndenumerate(load_LE):
-            color = "white" if abs(value - 1) > 0.7 * reach else INK
+            color = "white" if abs(norm(value) - 0.5) > 0.35 else INK
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(shown, label="load").outline.set_visible(False)
     caption = (
@@ -259,7 +275,7 @@ def experts_taken(routed: Routed) -> Drawing:
     axes.bar(x, mean_T, color=BLUE, width=0.7, label="mean of all layers" if len(share_LT) > 1 else None)
     if len(share_LT) > 1:
         axes.vlines(x, share_LT.min(0), share_LT.max(0), color=INK, linewidth=1.2, label="range over layers")
-        axes.legend(loc="upper right")
+        figure.legend(ncols=2, loc="outside upper center")
     axes.set(xlabel="experts that a token takes in a layer", ylabel="tokens (%)")
     axes.set_xticks(x)
     caption = (
