@@ -62,8 +62,8 @@ def run_sampling(args: argparse.Namespace) -> None:
             if missing:
                 model, generate = load_generator(plan, device, rendezvous)
                 with observing(model, CapacityMeter(model)) as meter:
-                    work.generate(missing, plan.batch_size, generate)
-                print_capacity(meter, plan.capacity, launch)
+                    work.generate(missing, plan.batch_size, generate, meter)
+            print_capacity(*work.counted(), plan.images.num_images, plan.capacity)
             work.assemble()
     except DiffMoEError:
         work.discard_if_empty()

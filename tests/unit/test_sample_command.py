@@ -41,6 +41,11 @@ def run(checkpoint: Path, out: Path, *options: str) -> int:
     return main(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *options])
 
 
+def capacity_line(output: str) -> str:
+    (line,) = (line for line in output.splitlines() if line.strip().startswith("capacity"))
+    return line
+
+
 def labels_of(out: Path) -> list[int]:
     with np.load(out / "samples.npz", allow_pickle=False) as file:
         labels: list[int] = file["arr_1"].tolist()
@@ -232,6 +237,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(
 ):
     options = (*SEVEN, "--format", "both")
     assert run(model, tmp_path / "whole", *options) == 0
+    capacity = capacity_line(capsys.readouterr().out)
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
         kill(patch)
@@ -240,6 +246,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(
     capsys.readouterr()
     assert run(model, out, *options) == 0
     said = capsys.readouterr().out
+    assert capacity_line(said) == capacity, "of all images, not only of those generated since"
     assert (f"{finished} of 3 shards are finished" in said) or (finished == 0 and "resuming" not in said)
     expected = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*.*")}
     assert {path.relative_to(out) for path in out.rglob("*")} == {*expected, Path("png")}
