@@ -26,7 +26,7 @@ from diffmoe_ds.sampling.output import (
     GRID,
     PNG,
     SAMPLES,
-    check_png_folder,
+    check_targets,
     is_png_folder,
     write_labels,
     write_npz,
@@ -149,7 +149,7 @@ class ShardedSet:
 
         Raises:
             CheckpointError: on all ranks, if a shard cannot be read or a result cannot be written.
-            ConfigError: on all ranks, if the folder of PNG files now holds other files.
+            ConfigError: on all ranks, if a result would now replace something else; see `check_targets`.
         """
         outputs = FORMATS[self.images.format]
         if PNG in outputs:
@@ -173,8 +173,7 @@ class ShardedSet:
 
     def _publish(self, outputs: Sequence[str]) -> None:
         folder, out = self.files.folder, self.images.out
-        if PNG in outputs:
-            check_png_folder(out / PNG)  # again: hours may have passed
+        check_targets(out, outputs)  # again: hours may have passed
         try:
             self._write_results(outputs)
             for name in (*outputs, GRID):
@@ -240,13 +239,7 @@ def open_set(
     """
     files = UnfinishedSet(images.out)
     per_shard = min(images.num_images, images_per_shard(images.num_images, batch_size))
-
-    def create() -> None:
-        if PNG in FORMATS[images.format]:
-            check_png_folder(images.out / PNG)
-        files.open(settings(), per_shard)
-
-    rendezvous.on_main("out", create)
+    rendezvous.on_main("out", lambda: files.open(settings(), per_shard))
     rendezvous.check_same(
         "set",
         files.identity(),

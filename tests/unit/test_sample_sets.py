@@ -1,18 +1,14 @@
-"""Sets of generated images: labels, assignment of shards to ranks, the files of an unfinished set, and the results."""
+"""Sets of generated images: the files of an unfinished set, and the results."""
 
 from __future__ import annotations
 
 import argparse
 import tracemalloc
-from collections import Counter
-from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from diffmoe_ds.cli import sample_run
@@ -22,11 +18,9 @@ from diffmoe_ds.cli.sample_images import ImageSet
 from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
-from diffmoe_ds.rng import image_stream, label_stream
-from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
-from diffmoe_ds.sampling.turns import MAX_SHARDS, Turn, deal, images_per_shard, rounds, split
+from diffmoe_ds.sampling.turns import Turn, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 from tests.helpers.sampling import write_random_model
 from tests.unit.test_generate import config_of, model_of
@@ -39,67 +33,6 @@ COUNTS = np.array([[3, 2, 4], [0, 5, 4]])
 def pixels_of(count: int, channels: int = 1, size: int = 4) -> np.ndarray:
     shape = (count, size, size, channels)
     return np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
-
-
-def test_labels_cycle_over_the_chosen_classes_or_are_uniform():
-    assert cycle_labels(range(2, 7), (5, 0, 3)).tolist() == [3, 5, 0, 3, 5]
-    labels = random_labels(range(4000), (5, 0, 3)).tolist()
-    assert labels[1000:1003] == random_labels(range(1000, 1003), (5, 0, 3)).tolist(), "a function of the seed alone"
-    counts = Counter(labels)
-    assert counts.keys() == {0, 3, 5} and all(abs(n - 4000 / 3) < 5 * 30 for n in counts.values())
-    pairs = Counter(pairwise(labels))
-    assert all(abs(n - 4000 / 9) < 5 * 20 for n in pairs.values()), "neighbors are independent"
-    assert label_stream(7).random() != image_stream(7).random()
-
-
-@pytest.mark.parametrize(("num_images", "batch_size"), ((40, 50), (50_000, 50), (50_000, 7), (1, 1), (100_001, 100)))
-def test_shards_are_whole_batches_and_few(num_images, batch_size):
-    per_shard = images_per_shard(num_images, batch_size)
-    shards = split(num_images, per_shard)
-    assert per_shard % batch_size == 0 and len(shards) <= MAX_SHARDS
-    assert [image for shard in shards for image in shard.images] == list(range(num_images))
-    assert per_shard == batch_size or len(shards) > MAX_SHARDS / 2, "no larger than needed"
-
-
-@given(
-    num_images=st.integers(1, 40),
-    batch_size=st.integers(1, 7),
-    per_shard=st.integers(1, 9),
-    world=st.integers(1, 5),
-    in_step=st.booleans(),
-    data=st.data(),
-)
-def test_every_missing_image_is_dealt_once_in_batches_that_do_not_depend_on_the_ranks(
-    num_images, batch_size, per_shard, world, in_step, data
-):
-    shards = split(num_images, per_shard)
-    finished = data.draw(st.lists(st.booleans(), min_size=len(shards), max_size=len(shards)))
-    groups = rounds(shards, finished, world, in_step)
-    turns = [list(deal(groups, batch_size, rank, in_step, num_images)) for rank in range(world)]
-    kept = [turn.images for own in turns for turn in own if turn.shard is not None]
-    alone = deal(rounds(shards, finished, 1, False), batch_size, 0, False, num_images)
-    missing = {turn.images for turn in alone}
-    assert missing <= set(kept) and len(set(kept)) == len(kept), "batches are those of one process"
-    assert in_step or missing == set(kept)
-    for row in zip_longest(*turns):
-        assert None not in row, "all ranks have equally many turns"
-        sizes = {len(turn.images) for turn in row}
-        assert not in_step or len(sizes) == 1, "ranks that share experts generate batches of the same size"
-        everywhere = sum(len(turn.images) for turn in row if turn.shard is not None)
-        assert {turn.images_everywhere for turn in row} == {everywhere} and everywhere > 0
-        assert all(turn.images.start >= num_images for turn in row if turn.images and turn.shard is None)
-    for own in turns:
-        done = [turn.shard.number for turn in own if turn.completes_shard]
-        assert len(done) == len(set(done)) == len({turn.shard for turn in own if turn.shard is not None})
-
-
-def test_ranks_in_step_repeat_the_rounds_of_an_uninterrupted_run():
-    """What ranks compute together affects rounding, so a round is repeated as it was."""
-    shards = split(10, 2)
-    finished = [True, True, True, False, False]
-    numbers = [[shard.number for shard in group] for group in rounds(shards, finished, 2, in_step=True)]
-    assert numbers == [[2, 3], [4]]
-    assert [[s.number for s in group] for group in rounds(shards, finished, 2, in_step=False)] == [[3, 4]]
 
 
 @pytest.mark.parametrize("channels", (1, 3))
