@@ -96,20 +96,23 @@ def used_capacity(meter: CapacityMeter, world: int) -> Tensor | None:
     return capacities(counts) if counts.any() else None
 
 
-def print_capacity(meter: CapacityMeter, asked: float | None, launch: Launch) -> None:
-    """Print the measured capacity over all ranks on rank 0, unless the model is dense. Every rank must call this.
+def print_capacity(counts: Tensor, counted: int, num_images: int, asked: float | None) -> None:
+    """Print the measured capacity of the generated images, unless the counts are zero, as those of a dense model.
 
     Args:
-        meter: has observed this rank's images.
+        counts: int64 [L, E + 1], over all images; see `CapacityMeter.counts`.
+        counted: number of images that the counts cover.
+        num_images: number of generated images.
         asked: the requested capacity, if any.
-        launch: the ranks.
     """
-    mean_L = used_capacity(meter, launch.world)
-    if launch.rank != 0 or mean_L is None:
+    if not counts.any():
         return
+    mean_L = capacities(counts)
     details = [] if asked is None else [f"requested {asked:g}"]
     if len(mean_L) > 1:
         details.append(f"per layer {float(mean_L.min()):.4g} to {float(mean_L.max()):.4g}")
+    if counted < num_images:
+        details.append(f"over {counted:,} of {num_images:,} images, the others were not counted by an earlier version")
     in_brackets = f" ({'; '.join(details)})" if details else ""
     print(f"{'capacity':>11}  {float(mean_L.mean()):.4g} experts per token{in_brackets}", flush=True)
 

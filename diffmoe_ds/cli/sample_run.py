@@ -12,7 +12,7 @@ import torch
 
 from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample_model import load_generator
-from diffmoe_ds.cli.sample_set import open_set
+from diffmoe_ds.cli.sample_set import FORMATS, open_set
 from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
@@ -22,6 +22,7 @@ from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
+from diffmoe_ds.sampling.output import check_targets
 from diffmoe_ds.topology import Topology
 
 
@@ -36,6 +37,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     """
     launch = resolve_launch()
     rendezvous = join_ranks(launch)
+    rendezvous.on_main("targets", lambda: check_targets(args.out, FORMATS[args.format]))
     plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args, launch))
     rendezvous.check_same(
         "model",
@@ -62,8 +64,8 @@ def run_sampling(args: argparse.Namespace) -> None:
             if missing:
                 model, generate = load_generator(plan, device, rendezvous)
                 with observing(model, CapacityMeter(model)) as meter:
-                    work.generate(missing, plan.batch_size, generate)
-                print_capacity(meter, plan.capacity, launch)
+                    work.generate(missing, plan.batch_size, generate, meter)
+            print_capacity(*work.counted(), plan.images.num_images, plan.capacity)
             work.assemble()
     except DiffMoEError:
         work.discard_if_empty()

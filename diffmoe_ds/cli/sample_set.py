@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.cli.sample_images import ImageSet
@@ -20,11 +21,12 @@ from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
+from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import (
     GRID,
     PNG,
     SAMPLES,
-    check_png_folder,
+    check_targets,
     is_png_folder,
     write_labels,
     write_npz,
@@ -75,39 +77,70 @@ class ShardedSet:
             print(f"{'resuming':>11}  {sum(finished)} of {len(finished)} shards are finished", flush=True)
         return rounds(self.shards, finished, self.launch.world, self.in_step)
 
-    def generate(self, groups: Sequence[Sequence[Shard]], batch_size: int, generate: Generate) -> None:
+    def generate(
+        self, groups: Sequence[Sequence[Shard]], batch_size: int, generate: Generate, meter: CapacityMeter
+    ) -> None:
         """Generate shards; if any rank fails, all raise, and finished shards are kept.
 
         Args:
             groups: from `missing`.
             batch_size: images per batch.
             generate: generates one batch.
+            meter: observes the model; what it counts is stored with each shard.
 
         Raises:
             NonFiniteError: an image contains NaN or Inf.
             CheckpointError: a shard cannot be written.
         """
         total, rank = self.images.num_images, self.launch.rank
-        parts: list[Pixels] = []
+        parts: list[tuple[Pixels, Tensor]] = []
         done = total - sum(len(shard.images) for group in groups for shard in group)
         with tqdm(total=total, initial=done, unit="image", desc="sample", disable=rank != 0) as bar:
             for turn in deal(groups, batch_size, rank, self.in_step, unused=total):
                 progress = partial(_show_progress, bar, done, turn.images_everywhere)
-                self.raise_on_all_ranks(partial(self._take, turn, parts, generate, progress))
+                self.raise_on_all_ranks(
+                    partial(self._take, turn, parts, partial(generate, turn.images, progress), meter)
+                )
                 done += turn.images_everywhere
                 progress(1, 1)
 
-    def _take(self, turn: Turn, parts: list[Pixels], generate: Generate, progress: Progress) -> None:
+    def _take(
+        self, turn: Turn, parts: list[tuple[Pixels, Tensor]], generate: Callable[[], Pixels], meter: CapacityMeter
+    ) -> None:
         """Generate one batch and write its shard if complete; ``parts`` holds the shard's earlier batches."""
         if not turn.images:
             return
-        pixels = generate(turn.images, progress)
+        batch = generate(), meter.take()
         if turn.shard is None:
             return
-        parts.append(pixels)
+        parts.append(batch)
         if turn.completes_shard:
-            self.files.write(turn.shard, np.concatenate(parts))
+            pixels, counts = zip(*parts, strict=True)
+            self.files.write(turn.shard, np.concatenate(pixels), torch.stack(counts).sum(0).numpy())
             parts.clear()
+
+    def counted(self) -> tuple[Tensor, int]:
+        """Return, on rank 0, the summed counts of all shards and the number of images that they cover.
+
+        Unlike what the meter has counted, they include the shards of interrupted runs and no discarded images.
+
+        Returns:
+            int64 [L, E + 1], as `CapacityMeter.counts`, and the number of images. On other ranks, and if no shard has
+            counts, zeros.
+
+        Raises:
+            CheckpointError: on all ranks, if a shard cannot be read.
+        """
+        return self.raise_on_all_ranks(self._sum_counts)
+
+    def _sum_counts(self) -> tuple[Tensor, int]:
+        total, images = torch.zeros(1, 1, dtype=torch.int64), 0
+        for shard in self.shards if self.launch.rank == 0 else ():
+            counts = self.files.counts(shard)
+            if counts is not None:
+                total = total + torch.from_numpy(counts)
+                images += len(shard.images)
+        return total, images
 
     def assemble(self) -> None:
         """Write the results from the shards, move them to the output directory, and remove the shards.
@@ -116,7 +149,7 @@ class ShardedSet:
 
         Raises:
             CheckpointError: on all ranks, if a shard cannot be read or a result cannot be written.
-            ConfigError: on all ranks, if the folder of PNG files now holds other files.
+            ConfigError: on all ranks, if a result would now replace something else; see `check_targets`.
         """
         outputs = FORMATS[self.images.format]
         if PNG in outputs:
@@ -140,8 +173,7 @@ class ShardedSet:
 
     def _publish(self, outputs: Sequence[str]) -> None:
         folder, out = self.files.folder, self.images.out
-        if PNG in outputs:
-            check_png_folder(out / PNG)  # again: hours may have passed
+        check_targets(out, outputs)  # again: hours may have passed
         try:
             self._write_results(outputs)
             for name in (*outputs, GRID):
@@ -207,13 +239,7 @@ def open_set(
     """
     files = UnfinishedSet(images.out)
     per_shard = min(images.num_images, images_per_shard(images.num_images, batch_size))
-
-    def create() -> None:
-        if PNG in FORMATS[images.format]:
-            check_png_folder(images.out / PNG)
-        files.open(settings(), per_shard)
-
-    rendezvous.on_main("out", create)
+    rendezvous.on_main("out", lambda: files.open(settings(), per_shard))
     rendezvous.check_same(
         "set",
         files.identity(),

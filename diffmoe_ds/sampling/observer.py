@@ -56,6 +56,12 @@ class CapacityMeter:
         """End a batch; see `Observer.keep`."""
         self.counts += self._pending
 
+    def take(self) -> Tensor:
+        """Return the counts on the CPU and start again at zero."""
+        counts = self.counts.to("cpu", copy=True)
+        self.counts.zero_()
+        return counts
+
 
 def capacities(counts: Tensor) -> Tensor:
     """Return the average number of experts per token in each layer, fp64 [L] on the CPU.

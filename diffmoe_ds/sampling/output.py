@@ -104,6 +104,25 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
         rows.writerows((png_name(index, len(labels)), label) for index, label in enumerate(labels))
 
 
+def check_targets(out: Path, outputs: Sequence[str]) -> None:
+    """Check that the results can replace what is in the output directory.
+
+    Args:
+        out: the directory; it may not exist.
+        outputs: `SAMPLES`, `PNG` or both.
+
+    Raises:
+        ConfigError: the directory is a file, or holds something that would have to be removed but is not a result.
+    """
+    if os.path.isfile(out):
+        raise ConfigError(f"--out {out} is a file; pass a directory.")
+    for name in (SAMPLES, GRID):  # samples.npz of an earlier run is removed even if it is not written
+        if os.path.isdir(out / name):
+            raise ConfigError(f"{out / name} is a directory; pass another --out or move it away.")
+    if PNG in outputs:
+        check_png_folder(out / PNG)
+
+
 def check_png_folder(folder: Path) -> None:
     """Check that a folder of PNG files may be replaced: it must be missing, empty or written by diffmoe.
 

@@ -3,19 +3,24 @@
 They stay in ``unfinished`` in the output directory until the set is complete. After a run is killed, the same command
 continues with the missing shards.
 
-Legend: B images of a shard, H, W height and width, C channels.
+Legend: B images of a shard, H, W height and width, C channels, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import (
@@ -116,15 +121,23 @@ class UnfinishedSet:
             raise CheckpointError(f"{self.folder}: cannot be read: {error.strerror}.") from None
         return [self._path(shard).name in names for shard in shards]
 
-    def write(self, shard: Shard, pixels: Pixels) -> None:
-        """Write the images of a shard, uint8 [B, H, W, C], atomically.
+    def write(self, shard: Shard, pixels: Pixels, counts: Pixels) -> None:
+        """Write a shard atomically: its images, followed by the tokens that experts took for them.
+
+        Args:
+            shard: the shard.
+            pixels: uint8 [B, H, W, C].
+            counts: int64 [L, E + 1], of a `CapacityMeter`.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
         assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
+        after_images = io.BytesIO()  # np.save on the file itself would ignore a full disk, see `write_array`
+        np.save(after_images, counts, allow_pickle=False)
         with atomic_write(self._path(shard)) as file:
             write_array(file, pixels.shape, [pixels])
+            file.write(after_images.getbuffer())
 
     def read(self, shard: Shard) -> Pixels:
         """Return the images of a shard, uint8 [B, H, W, C].
@@ -132,20 +145,29 @@ class UnfinishedSet:
         Raises:
             CheckpointError: the file is missing or damaged.
         """
-        path = self._path(shard)
-        try:
-            pixels: Pixels = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: the file of a finished shard is missing; --out must be on a file system that all ranks share."
-            ) from None
-        except (OSError, ValueError, EOFError):
-            pixels = np.empty(0)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
-            raise CheckpointError(
-                f"{path}: is damaged; remove it and run the same command again to regenerate its images."
-            )
+        with self._reading(shard) as file:
+            pixels: Pixels = np.load(file, allow_pickle=False)
+            if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
+                raise ValueError("not the images of the shard")
         return pixels
+
+    def counts(self, shard: Shard) -> Pixels | None:
+        """Return the counts of a shard, int64 [L, E + 1]; None if it was written by a version that did not count.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        with self._reading(shard) as file:
+            npy.read_magic(file)
+            shape, _, dtype = npy.read_array_header_1_0(file)
+            file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+            try:
+                counts: Pixels = np.load(file, allow_pickle=False)
+            except EOFError:
+                return None
+            if counts.dtype != np.int64 or counts.ndim != 2:
+                raise ValueError("not counts")
+        return counts
 
     def discard_if_empty(self) -> None:
         """Remove the set if no shard is finished, ignoring errors."""
@@ -178,6 +200,26 @@ class UnfinishedSet:
                     f"{self.folder} exists but is not an unfinished set of diffmoe: {MANIFEST} is missing or damaged; "
                     "pass another --out or move it away."
                 ) from None
+
+    @contextmanager
+    def _reading(self, shard: Shard) -> Iterator[BinaryIO]:
+        """Open the file of a finished shard.
+
+        Raises:
+            CheckpointError: it is missing, or the block raises an error of numpy for damaged files.
+        """
+        path = self._path(shard)
+        try:
+            with open(path, "rb") as file:
+                yield file
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: the file of a finished shard is missing; --out must be on a file system that all ranks share."
+            ) from None
+        except (OSError, ValueError, EOFError):
+            raise CheckpointError(
+                f"{path}: is damaged; remove it and run the same command again to regenerate its images."
+            ) from None
 
     def _path(self, shard: Shard) -> Path:
         """Return the file of a shard; the ID in its name keeps the shards of two sets apart."""

@@ -21,6 +21,11 @@ def sample(world: int, model: Path, out: Path, *options: str, code: int = 0) -> 
     return finished.output
 
 
+def capacity_in(output: str) -> float:
+    (line,) = (line for line in output.splitlines() if line.strip().startswith("capacity"))
+    return float(line.split()[1])
+
+
 def images_in(out: Path) -> np.ndarray:
     with np.load(out / "samples.npz", allow_pickle=False) as file:
         assert file["arr_1"].tolist() == [0, 1, 2, 3, 4, 5, 6] and file["arr_1"].dtype == np.int64
@@ -43,7 +48,7 @@ def test_errors_are_reported_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
+def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_path):
     """Seven images: ranks that share experts also generate images that are discarded."""
     model = sampling.write_random_model(tmp_path / "model")
     guided = ("--cfg-scale", "2")
@@ -59,7 +64,10 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
         out, sharded = tmp_path / f"sharded-{world}", ("--experts", "sharded", "--batch-size", str(batch_size))
         output = sample(world, model, out, *guided, *sharded, *how)
         assert f"{4 // world} of 4 on each rank, EP size {world}" in output
+        capsys.readouterr()
         assert np.abs(images_in(out) - alone("per_token", *how)).max() <= 1
+        capacity = capacity_in(capsys.readouterr().out)
+        assert abs(capacity_in(output) / capacity - 1) < 2e-3, "discarded images are not counted"
 
     # a second model guides at some noise levels, every step adds noise, and thresholds are calibrated
     guide = sampling.write_random_model(tmp_path / "guide", seed=1)
@@ -78,8 +86,11 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(tmp_path):
     killed = kill_rank(4, 2, model, out, *options)
     assert killed.code == 85 and {path.name for path in out.iterdir()} == {"unfinished"}, killed.output
     assert killed.output.count("another rank died") == 1 and "Traceback" not in killed.output, killed.output
-    assert "4 of 7 shards are finished" in sample(2, model, out, *options)
+    output = sample(2, model, out, *options)
+    assert "4 of 7 shards are finished" in output
+    capsys.readouterr()
     alone("dynamic", "--batch-size", "1")
+    assert capacity_in(output) == capacity_in(capsys.readouterr().out), "of all seven images"
     assert (out / "samples.npz").read_bytes() == (tmp_path / "alone" / "samples.npz").read_bytes()
 
 

@@ -1,25 +1,19 @@
-"""``diffmoe sample``: the choice of images, output files, and interrupted runs."""
+"""``diffmoe sample``: output files and interrupted runs."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffmoe_ds.cli import main, sample_set
-from diffmoe_ds.cli.sample import add_sample_arguments
-from diffmoe_ds.cli.sample_images import choose_images
-from diffmoe_ds.config.load import config_from_dict
+from diffmoe_ds.cli import main, sample_run, sample_set
 from diffmoe_ds.data.sources.shards import EMBEDDED_CLASSES
-from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import rename_for_removal
 from diffmoe_ds.sampling import stream
 from diffmoe_ds.sampling.generate import SamplingSettings
@@ -39,6 +33,11 @@ class Killed(BaseException):
 
 def run(checkpoint: Path, out: Path, *options: str) -> int:
     return main(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *options])
+
+
+def capacity_line(output: str) -> str:
+    (line,) = (line for line in output.splitlines() if line.strip().startswith("capacity"))
+    return line
 
 
 def labels_of(out: Path) -> list[int]:
@@ -80,53 +79,15 @@ def test_checkpoints_and_exported_models_record_the_names_of_classes(run_directo
     assert labels_of(out) == [9]
 
 
-def choose(*options: str, num_classes: int = 10, names: tuple[str, ...] | None = EMBEDDED_CLASSES) -> object:
-    parser = argparse.ArgumentParser()
-    add_sample_arguments(parser)
-    config = config_from_dict({"model": {"name": "nano-E4", "num_classes": num_classes}}, "a test")
-    reader = SimpleNamespace(config=config, class_names=names, path=Path("model"))
-    return choose_images(parser.parse_args(["--checkpoint", "model", "--out", "out", *options]), reader)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    (
-        (["--classes", "10"], "--classes must be from 0 to 9 for this model, got 10."),
-        (["--classes=-1"], "--classes must be from 0 to 9 for this model, got -1."),
-        (["--classes", "sneeker"], "--classes: 'sneeker' is not known; did you mean 'sneaker'? valid: 0 to 9."),
-        (["--classes=3,--5"], "--classes: '--5' is not known; valid: 0 to 9."),
-        (["--classes", "9" * 5000], "99' is not known; valid: 0 to 9."),
-        (["--classes", "1,,2"], "--classes: '' is not known; valid: 0 to 9."),
-        (["--classes", "7,sneaker"], "--classes 7,sneaker: class 7 is repeated."),
-        (["--per-class", "2", "--num-images", "4"], "--per-class 2 and --num-images 4 contradict each other"),
-        (["--per-class", "2", "--labels", "random"], "--per-class 2 and --labels random contradict each other"),
-        (["--seed", "-1"], "--seed must be from 0 to 18446744073709551536 with 40 images, got -1."),
-        (["--per-class", "1", "--seed", str(2**64)], "with 10 images, got 18446744073709551616."),
-    ),
-)
-def test_mistakes_in_the_choice_of_images(options, message):
-    with pytest.raises(ConfigError) as caught:
-        choose(*options)
-    assert message in str(caught.value) and str(caught.value).count("\n") == 0
-
-
-def test_classes_without_names_or_without_classes():
-    with pytest.raises(ConfigError, match="'bag' is not known; the checkpoint does not record class names; valid"):
-        choose("--classes", "bag", names=None)
-    with pytest.raises(ConfigError, match="--classes 0: model was trained without classes; omit the option"):
-        choose("--classes", "0", num_classes=1)
-    with pytest.raises(ConfigError, match=r"'bag' is not known; .*valid: 0 to 4"):
-        choose("--classes", "bag", num_classes=5)  # label 8, which the model lacks
-    assert choose("--per-class", "3", num_classes=1).num_images == 3
-
-
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     (
         (["--per-class", "0"], 2, "--per-class must be positive, got 0"),
-        (["--out", "FILE"], 5, "FILE: cannot create the directory: File exists"),
+        (["--out", "FILE"], 2, "--out FILE is a file; pass a directory."),
         (["--out", "FILE/out"], 5, "FILE/out: cannot create the directory: Not a directory"),
         (["--out", ".", "--format", "png"], 2, "png exists but was not written by diffmoe"),
+        (["--out", "holiday"], 2, "holiday/grid.png is a directory; pass another --out or move it away."),
+        (["--out", "party", "--format", "png"], 2, "party/samples.npz is a directory; pass another --out"),
     ),
 )
 def test_mistakes_in_the_output(capsys, monkeypatch, run_directory, tmp_path, options, code, message):
@@ -134,10 +95,15 @@ def test_mistakes_in_the_output(capsys, monkeypatch, run_directory, tmp_path, op
     (tmp_path / "FILE").touch()
     (tmp_path / "png").mkdir()
     (tmp_path / "png" / "holiday.png").touch()
-    assert run(run_directory, tmp_path / "out", *options) == code
+    for folder in ("holiday/grid.png", "party/samples.npz"):
+        (tmp_path / folder).mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        if code == 2:
+            patch.setattr(sample_run, "plan_sampling", None)  # found before the checkpoint is opened
+        assert run(run_directory, tmp_path / "out", *options) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
-    assert names_in(tmp_path) == {"FILE", "png"} and names_in(tmp_path / "png") == {"holiday.png"}
+    assert names_in(tmp_path) == {"FILE", "png", "holiday", "party"} and names_in(tmp_path / "png") == {"holiday.png"}
 
 
 def test_formats_and_what_an_earlier_run_left(capsys, run_directory, tmp_path):
@@ -232,6 +198,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(
 ):
     options = (*SEVEN, "--format", "both")
     assert run(model, tmp_path / "whole", *options) == 0
+    capacity = capacity_line(capsys.readouterr().out)
     out = tmp_path / "killed"
     with monkeypatch.context() as patch:
         kill(patch)
@@ -240,6 +207,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(
     capsys.readouterr()
     assert run(model, out, *options) == 0
     said = capsys.readouterr().out
+    assert capacity_line(said) == capacity, "of all images, not only of those generated since"
     assert (f"{finished} of 3 shards are finished" in said) or (finished == 0 and "resuming" not in said)
     expected = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*.*")}
     assert {path.relative_to(out) for path in out.rglob("*")} == {*expected, Path("png")}

@@ -1,99 +1,38 @@
-"""Sets of generated images: labels, assignment of shards to ranks, the files of an unfinished set, and the results."""
+"""Sets of generated images: the files of an unfinished set, and the results."""
 
 from __future__ import annotations
 
 import argparse
 import tracemalloc
-from collections import Counter
-from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 from PIL import Image
 
 from diffmoe_ds.cli import sample_run
+from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample import add_sample_arguments
 from diffmoe_ds.cli.sample_images import ImageSet
 from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
-from diffmoe_ds.rng import image_stream, label_stream
-from diffmoe_ds.sampling.labels import cycle_labels, random_labels
+from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
-from diffmoe_ds.sampling.turns import MAX_SHARDS, deal, images_per_shard, rounds, split
+from diffmoe_ds.sampling.turns import Turn, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 from tests.helpers.sampling import write_random_model
+from tests.unit.test_generate import config_of, model_of
 
 SETTINGS = {"steps": 50, "classes": (1, 2), "guidance_interval": None}
+COUNTS = np.array([[3, 2, 4], [0, 5, 4]])
+"""Two layers of two experts, four tokens."""
 
 
 def pixels_of(count: int, channels: int = 1, size: int = 4) -> np.ndarray:
     shape = (count, size, size, channels)
     return np.random.default_rng(count).integers(0, 256, shape, dtype=np.uint8)
-
-
-def test_labels_cycle_over_the_chosen_classes_or_are_uniform():
-    assert cycle_labels(range(2, 7), (5, 0, 3)).tolist() == [3, 5, 0, 3, 5]
-    labels = random_labels(range(4000), (5, 0, 3)).tolist()
-    assert labels[1000:1003] == random_labels(range(1000, 1003), (5, 0, 3)).tolist(), "a function of the seed alone"
-    counts = Counter(labels)
-    assert counts.keys() == {0, 3, 5} and all(abs(n - 4000 / 3) < 5 * 30 for n in counts.values())
-    pairs = Counter(pairwise(labels))
-    assert all(abs(n - 4000 / 9) < 5 * 20 for n in pairs.values()), "neighbors are independent"
-    assert label_stream(7).random() != image_stream(7).random()
-
-
-@pytest.mark.parametrize(("num_images", "batch_size"), ((40, 50), (50_000, 50), (50_000, 7), (1, 1), (100_001, 100)))
-def test_shards_are_whole_batches_and_few(num_images, batch_size):
-    per_shard = images_per_shard(num_images, batch_size)
-    shards = split(num_images, per_shard)
-    assert per_shard % batch_size == 0 and len(shards) <= MAX_SHARDS
-    assert [image for shard in shards for image in shard.images] == list(range(num_images))
-    assert per_shard == batch_size or len(shards) > MAX_SHARDS / 2, "no larger than needed"
-
-
-@given(
-    num_images=st.integers(1, 40),
-    batch_size=st.integers(1, 7),
-    per_shard=st.integers(1, 9),
-    world=st.integers(1, 5),
-    in_step=st.booleans(),
-    data=st.data(),
-)
-def test_every_missing_image_is_dealt_once_in_batches_that_do_not_depend_on_the_ranks(
-    num_images, batch_size, per_shard, world, in_step, data
-):
-    shards = split(num_images, per_shard)
-    finished = data.draw(st.lists(st.booleans(), min_size=len(shards), max_size=len(shards)))
-    groups = rounds(shards, finished, world, in_step)
-    turns = [list(deal(groups, batch_size, rank, in_step, num_images)) for rank in range(world)]
-    kept = [turn.images for own in turns for turn in own if turn.shard is not None]
-    alone = deal(rounds(shards, finished, 1, False), batch_size, 0, False, num_images)
-    missing = {turn.images for turn in alone}
-    assert missing <= set(kept) and len(set(kept)) == len(kept), "batches are those of one process"
-    assert in_step or missing == set(kept)
-    for row in zip_longest(*turns):
-        assert None not in row, "all ranks have equally many turns"
-        sizes = {len(turn.images) for turn in row}
-        assert not in_step or len(sizes) == 1, "ranks that share experts generate batches of the same size"
-        everywhere = sum(len(turn.images) for turn in row if turn.shard is not None)
-        assert {turn.images_everywhere for turn in row} == {everywhere} and everywhere > 0
-        assert all(turn.images.start >= num_images for turn in row if turn.images and turn.shard is None)
-    for own in turns:
-        done = [turn.shard.number for turn in own if turn.completes_shard]
-        assert len(done) == len(set(done)) == len({turn.shard for turn in own if turn.shard is not None})
-
-
-def test_ranks_in_step_repeat_the_rounds_of_an_uninterrupted_run():
-    """What ranks compute together affects rounding, so a round is repeated as it was."""
-    shards = split(10, 2)
-    finished = [True, True, True, False, False]
-    numbers = [[shard.number for shard in group] for group in rounds(shards, finished, 2, in_step=True)]
-    assert numbers == [[2, 3], [4]]
-    assert [[s.number for s in group] for group in rounds(shards, finished, 2, in_step=False)] == [[3, 4]]
 
 
 @pytest.mark.parametrize("channels", (1, 3))
@@ -174,7 +113,7 @@ def test_other_formats_keep_what_the_user_named_png(tmp_path, is_file):
         (tmp_path / "png").mkdir()
         (tmp_path / "png" / "labels.csv").write_text("photo,label\n")
     made = open_set(images, dict, 1, False, OneProcess())
-    made.files.write(made.shards[0], pixels_of(1))
+    made.files.write(made.shards[0], pixels_of(1), COUNTS)
     made.assemble()
     assert {path.name for path in tmp_path.iterdir()} == {"png", "samples.npz", "grid.png"}
     assert is_file or (tmp_path / "png" / "labels.csv").read_text() == "photo,label\n"
@@ -205,7 +144,7 @@ def test_an_unfinished_set_continues_with_the_same_settings_only(tmp_path):
     shards = split(5, 2)
     first = started(tmp_path)
     pixels = pixels_of(2)
-    first.write(shards[1], pixels)
+    first.write(shards[1], pixels, COUNTS)
     again = started(tmp_path, shard_images=3)
     assert again.shard_images() == 2 and again.identity() == first.identity()
     assert again.finished(shards) == [False, True, False] and np.array_equal(again.read(shards[1]), pixels)
@@ -222,6 +161,49 @@ def test_an_unfinished_set_continues_with_the_same_settings_only(tmp_path):
     assert started(tmp_path).identity() != identity, "another set, which other hosts can tell apart"
 
 
+def test_the_counts_of_all_shards_are_summed_also_next_to_shards_of_an_earlier_version(capsys, tmp_path):
+    made = open_set(ImageSet(5, 0, (0,), "cycle", tmp_path, "npz"), dict, 2, False, OneProcess())
+    for shard in made.shards:
+        made.files.write(shard, pixels_of(len(shard.images)), COUNTS)
+    total, counted = made.counted()
+    assert total.tolist() == (3 * COUNTS).tolist() and counted == 5
+    print_capacity(total, counted, 5, 1.5)
+    assert (
+        capsys.readouterr().out.split(maxsplit=1)[1]
+        == "1.25 experts per token (requested 1.5; per layer 1.25 to 1.25)\n"
+    )
+    first = made.files._path(made.shards[0])
+    np.save(first, pixels_of(2))  # as an earlier version wrote it
+    total, counted = made.counted()
+    assert total.tolist() == (2 * COUNTS).tolist() and counted == 3
+    print_capacity(total, counted, 5, None)
+    assert "over 3 of 5 images, the others were not counted by an earlier version)" in capsys.readouterr().out
+    assert np.array_equal(made.files.read(made.shards[0]), pixels_of(2))
+    with open(first, "ab") as file:
+        file.write(b"\x93NUMPY")
+    with pytest.raises(CheckpointError, match="is damaged; remove it and run the same command again"):
+        made.counted()
+    for shard in made.shards:
+        np.save(made.files._path(shard), pixels_of(len(shard.images)))
+    print_capacity(*made.counted(), 5, None)
+    assert not capsys.readouterr().out
+
+
+def test_discarded_images_are_not_counted(tmp_path):
+    meter = CapacityMeter(model_of(config_of("batch_pool")))
+
+    def generate() -> np.ndarray:
+        meter.counts += 1
+        return pixels_of(2)
+
+    made = open_set(ImageSet(4, 0, (0,), "cycle", tmp_path, "npz"), dict, 4, True, OneProcess())
+    (shard,), parts = made.shards, []
+    for turn in (Turn(range(2), shard, 4), Turn(range(4, 6), None, 2), Turn(range(2, 4), shard, 4)):
+        made._take(turn, parts, generate, meter)
+    total, counted = made.counted()
+    assert counted == 4 and total.tolist() == torch.full_like(meter.counts, 2).tolist()
+
+
 def test_a_set_without_finished_shards_guards_nothing(tmp_path):
     started(tmp_path)
     other = started(tmp_path, {"steps": 1})
@@ -234,7 +216,7 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
     files, (shard,) = started(tmp_path), split(2, 2)
     with pytest.raises(CheckpointError, match="is missing; --out must be on a file system that all ranks share"):
         files.read(shard)
-    files.write(shard, pixels_of(2))
+    files.write(shard, pixels_of(2), COUNTS)
     (path,) = files.folder.glob("*.npy")
     path.write_bytes(damage)
     with pytest.raises(CheckpointError, match="is damaged; remove it and run the same command again"):
@@ -276,7 +258,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path):
 def test_the_shards_of_two_sets_do_not_mix(tmp_path):
     """For example if the manifest was replaced by that of a set in another directory."""
     first, other, (shard,) = started(tmp_path / "first"), started(tmp_path / "other"), split(2, 2)
-    first.write(shard, pixels_of(2))
+    first.write(shard, pixels_of(2), COUNTS)
     (other.folder / "manifest.json").replace(first.folder / "manifest.json")
     assert started(tmp_path / "first").finished([shard]) == [False]
 

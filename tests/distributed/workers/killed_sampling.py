@@ -13,9 +13,9 @@ from diffmoe_ds.sampling.unfinished import UnfinishedSet
 write, shards = UnfinishedSet.write, int(sys.argv[2])
 
 
-def write_and_die(files, shard, pixels):
+def write_and_die(*arguments):
     global shards
-    write(files, shard, pixels)
+    write(*arguments)
     shards -= 1
     if shards == 0:
         os.kill(os.getpid(), signal.SIGKILL)
