@@ -62,16 +62,21 @@ def frechet_distance(mu1_F: Tensor, sigma1_FF: Tensor, mu2_F: Tensor, sigma2_FF:
         sigma2_FF: the other covariance.
 
     Returns:
-        A number of at least 0; rounding errors below 0 are clipped.
+        A number of at least 0; rounding errors below 0 are clipped. NaN if an argument is not finite.
     """
     return frechet_from_factor(mu1_F, factor(sigma1_FF), mu2_F, sigma2_FF)
 
 
 def factor(sigma_FF: Tensor) -> Tensor:
-    """Return A [F, R] in fp64 with A A^T = sigma, where R is the rank of sigma, by a pivoted Cholesky factorization."""
+    """Return A [F, R] in fp64 with A A^T = sigma, where R is the rank of sigma, by a pivoted Cholesky factorization.
+
+    If sigma is not finite, A is NaN.
+    """
     from scipy.linalg.lapack import dpstrf  # imported lazily; torch has no pivoted Cholesky factorization
 
     sigma_FF = sigma_FF.double().cpu()
+    if not sigma_FF.isfinite().all():  # dpstrf would stop there, as at the rank
+        return torch.full((len(sigma_FF), 1), math.nan, dtype=torch.float64)
     largest = float(sigma_FF.diagonal().max().clamp(min=0))
     tolerance = len(sigma_FF) * torch.finfo(torch.float64).eps * largest
     packed_FF, pivots_F, rank, _ = dpstrf(sigma_FF.numpy(), lower=1, tol=tolerance)
@@ -87,10 +92,12 @@ def frechet_from_factor(mu1_F: Tensor, factor1_FR: Tensor, mu2_F: Tensor, sigma2
     A^T B. Computing eigenvalues first and roots afterwards would lose half of the digits.
     """
     mu1_F, mu2_F, factor2_FQ = mu1_F.double().cpu(), mu2_F.double().cpu(), factor(sigma2_FF)
+    if not all(part.isfinite().all() for part in (mu1_F, factor1_FR, mu2_F, factor2_FQ)):
+        return math.nan  # svdvals would fail
     cross_RQ = factor1_FR.T @ factor2_FQ
     roots = torch.linalg.svdvals(cross_RQ).sum() if cross_RQ.numel() else torch.zeros((), dtype=torch.float64)
     traces = factor1_FR.square().sum() + sigma2_FF.double().trace()
-    return max(0.0, float((mu1_F - mu2_F).square().sum() + traces - 2 * roots))
+    return _at_least(0, float((mu1_F - mu2_F).square().sum() + traces - 2 * roots))
 
 
 def group_of_rows(count: int, seed: int = 0) -> np.ndarray:
@@ -166,7 +173,7 @@ def frechet_interval(
         if progress is not None:
             progress()
     interval = leave_out_interval(value, _sum_over_ranks(distances, rows.world).tolist(), len(rows))
-    return Interval(max(0.0, interval.low), interval.high)
+    return Interval(_at_least(0, interval.low), interval.high)
 
 
 def kid(
@@ -180,10 +187,15 @@ def kid(
         subsets: pairs of subsets, drawn without replacement within a subset.
         subset_size: rows of each subset, at most N and M.
         seed: of the random subsets.
+
+    Returns:
+        NaN if a feature is not finite.
     """
     from torchmetrics.image.kid import poly_mmd  # imported lazily: torchmetrics takes seconds
 
     samples, reference = _sharded(samples), _sharded(reference)
+    if not _all_finite(samples, reference):
+        return KID(math.nan, math.nan)
     size = min(subset_size, len(samples), len(reference))
     assert size >= 2, "KID needs two images of each set"
     values = torch.zeros(subsets, dtype=torch.float64)
@@ -226,7 +238,7 @@ def inception_score(logits: Rows, split: int = IS_SPLIT, seed: int = 0) -> tuple
     if len(logits) < 3:
         return score, None
     interval = leave_out_interval(score, [_score(total - sums[:, group]) for group in range(groups)], len(logits))
-    return score, Interval(max(1.0, interval.low), interval.high)
+    return score, Interval(_at_least(1, interval.low), interval.high)
 
 
 def precision_recall(
@@ -242,8 +254,13 @@ def precision_recall(
         reference: features [M, F].
         neighbours: k, limited to the number of other images in each set.
         progress: called after each of many parts of the work.
+
+    Returns:
+        NaN if a feature is not finite.
     """
     samples, reference = _sharded(samples), _sharded(reference)
+    if not _all_finite(samples, reference):  # no row would be within a distance of NaN
+        return math.nan, math.nan
     progress = progress or (lambda: None)
     inside = [
         _inside(rows, of, _squared_radii(of, min(neighbours, len(of) - 1), progress), progress)
@@ -253,7 +270,7 @@ def precision_recall(
 
 
 def proportion_interval(fraction: float, count: int) -> Interval:
-    """Return Wilson's 95% interval for a fraction of independent images.
+    """Return Wilson's 95% interval for a fraction of independent images; it contains the fraction despite rounding.
 
     Args:
         fraction: in [0, 1].
@@ -262,7 +279,7 @@ def proportion_interval(fraction: float, count: int) -> Interval:
     z2 = 1.959964**2
     center = (fraction + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (fraction * (1 - fraction) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return Interval(max(0.0, center - half), min(1.0, center + half))
+    return Interval(min(fraction, max(0.0, center - half)), max(fraction, min(1.0, center + half)))
 
 
 def total_moments(rows: Rows) -> Moments:
@@ -307,6 +324,17 @@ def _score(sums: Tensor) -> float:
     sums = sums[sums[:, 0] > 0.5]
     counts, entropy, p = sums[:, 0], sums[:, 1], sums[:, 2:].clamp(min=0) / sums[:, :1]
     return float((entropy / counts - torch.xlogy(p, p).sum(1)).exp().mean())
+
+
+def _at_least(bound: float, value: float) -> float:
+    """Return the larger number; NaN stays NaN, whereas ``max(bound, value)`` is the bound."""
+    return bound if value < bound else value
+
+
+def _all_finite(*sets: ShardedRows) -> bool:
+    """Return whether all rows of all ranks are finite."""
+    wrong = torch.tensor([sum(int((~rows.local.isfinite()).sum()) for rows in sets)])
+    return not _sum_over_ranks(wrong, sets[0].world).any()
 
 
 def _sharded(rows: Rows) -> ShardedRows:

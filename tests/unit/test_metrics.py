@@ -177,3 +177,19 @@ def test_proportions_have_wilson_intervals():
     assert metrics.proportion_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert metrics.proportion_interval(1.0, 60) == pytest.approx((0.93983, 1), abs=1e-5)
     assert metrics.proportion_interval(0.0, 60).low == 0
+    assert metrics.proportion_interval(1.0, 98).high == 1, "not below 1 by rounding"
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_a_feature_that_is_not_finite_gives_no_number(value):
+    """In particular not 0, the best Frechet distance."""
+    x, y = normal(40, 5, 15), normal(50, 5, 16)
+    x[7, 2] = value
+    for pair in ((x, y), (y, x), (x, x)):
+        (mu1, sigma1), (mu2, sigma2) = map(moments, pair)
+        assert np.isnan(metrics.frechet_distance(mu1, sigma1, mu2, sigma2))
+        assert np.isnan(metrics.kid(*pair, subset_size=2)).all() and np.isnan(metrics.precision_recall(*pair)).all()
+    mu, sigma = moments(y)
+    assert np.isnan(metrics.frechet_interval(x, mu, metrics.factor(sigma), torch.nan)).all()
+    score, interval = metrics.inception_score(x)
+    assert np.isnan([score, *interval]).all() and np.isnan(metrics.proportion_interval(torch.nan, 9)).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -47,6 +48,13 @@ def test_the_values_are_those_of_evaluate():
     assert len(calls) >= 4 and all(isinstance(value, float) for value in found.values())
     assert 0 < found["precision"] < 1, "a case that tells precision and recall apart"
     assert selected_metrics(("recall",), samples, reference, list) == {"recall": found["recall"]}
+
+
+def test_features_of_nan_give_no_number():
+    samples, reference = features_of(10, 0, 0), features_of(10, 0, 1)
+    samples.features_NF[3] = torch.nan
+    found = selected_metrics(("frechet", "kid", "precision", "recall"), samples, reference, list)
+    assert len(found) == 5 and all(map(math.isnan, found.values()))
 
 
 def test_without_logits_there_is_no_inception_score():
