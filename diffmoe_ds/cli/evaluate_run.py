@@ -22,6 +22,7 @@ from diffmoe_ds.evaluation.evaluate import (
     FeatureSet,
     ReferenceSet,
     Team,
+    check_features,
     compute_metrics,
     extract_features,
     gaussian_of,
@@ -61,6 +62,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     if team.world > 1:
         init_process_group("gloo")
     with reporting_lost_ranks("run the same command again"):
+        check_features(extractor, samples.size, team)
         if isinstance(samples, GeneratedImages):
             samples.load(device, rendezvous)
         sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")

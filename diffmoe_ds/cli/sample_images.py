@@ -18,6 +18,8 @@ from diffmoe_ds.sampling.labels import cycle_labels, random_labels
 
 LABEL = re.compile("-?[0-9]{1,18}")
 """A class given by its label."""
+SHOWN_NAMES = 12
+"""Largest number of class names in a message."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,11 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
         ConfigError: a class is unknown, out of range or repeated.
     """
     labels = {name.casefold(): label for label, name in enumerate(names)}
+    words = [part.strip() for part in text.split(",")]
+    if not all(words):
+        raise ConfigError(f"--classes {text!r}: a class is empty; separate labels or names by one comma, as in 1,2.")
     found: list[int] = []
-    for word in (part.strip() for part in text.split(",")):
+    for word in words:
         if LABEL.fullmatch(word):
             label = int(word)
             if not 0 <= label < num_classes:
@@ -100,8 +105,15 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
             label = labels[word.casefold()]
         else:
             hint = did_you_mean(word, names) or ("" if names else "the checkpoint does not record class names; ")
-            raise ConfigError(f"--classes: {word!r} is not known; {hint}valid: 0 to {num_classes - 1}.")
+            raise ConfigError(f"--classes: {word!r} is not known; {hint}valid: {_valid(num_classes, names)}.")
         if label in found:
             raise ConfigError(f"--classes {text}: class {label} is repeated.")
         found.append(label)
     return tuple(found)
+
+
+def _valid(num_classes: int, names: Sequence[str]) -> str:
+    """Return the labels and the first names of the classes, for messages."""
+    more = ["..."] if len(names) > SHOWN_NAMES else []
+    listed = ", ".join([*names[:SHOWN_NAMES], *more])
+    return f"0 to {num_classes - 1}" + (f", or {listed}" if names else "")

@@ -175,12 +175,16 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     settings, reader = plan.settings, plan.reader
     trained = f"trained on {reader.images:,} images" if reader.images else "number of training images unknown"
     tolerances = settings.tolerances
-    steps = f"{settings.steps} steps"
+    steps = f"{settings.steps} step{'' if settings.steps == 1 else 's'}"
     if settings.sampler in ADAPTIVE:
         steps = f"tolerances {tolerances.rtol:g} and {tolerances.atol:g}"
     how = [settings.sampler, steps, f"guidance {settings.cfg_scale:g}"]
     if settings.guidance_interval is not None:
         how.append("from noise level {:g} to {:g}".format(*settings.guidance_interval))
+    channels = reader.config.model.in_channels
+    guided = guided_channels(reader.config.objective.kind, settings.guide_channels, channels)
+    if settings.cfg_scale != 1 and (settings.guide_channels is not None or guided < channels):
+        how.append(f"in {guided} of {channels} channel{'' if channels == 1 else 's'}")
     if plan.guide is not None:
         how.append(f"by {plan.guide.reader.path}")
     if reader.config.num_experts > 1:

@@ -165,7 +165,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         if num_classes > 1:
             raise DataError(
                 f"{dataset.describe(0)} and all others have no label, but the model has {num_classes} classes; "
-                "set model.num_classes=1 to train without labels"
+                "use labelled images, or a model without classes (model.num_classes=1)"
             )
     elif labels.max() >= num_classes:
         index = int(np.argmax(labels >= num_classes))

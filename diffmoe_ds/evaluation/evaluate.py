@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.distributed import consensus
-from diffmoe_ds.distributed.collectives import all_reduce
-from diffmoe_ds.errors import NonFiniteError
+from diffmoe_ds.distributed.collectives import all_gather, all_reduce
+from diffmoe_ds.errors import ConfigError, NonFiniteError
 from diffmoe_ds.evaluation import metrics
-from diffmoe_ds.evaluation.extractors import Extractor
+from diffmoe_ds.evaluation.extractors import Extractor, count_features
 from diffmoe_ds.evaluation.metrics import Interval, Progress
 from diffmoe_ds.evaluation.reference import Gaussian
 from diffmoe_ds.evaluation.sharded import ShardedRows
@@ -82,6 +82,27 @@ class ReferenceSet(NamedTuple):
     """N, if known."""
 
 
+def check_features(extractor: Extractor, size: tuple[int, int], team: Team) -> None:
+    """Try the extractor on every rank before any work. Every rank must call this.
+
+    Args:
+        extractor: the network.
+        size: height and width of the images.
+        team: the ranks.
+
+    Raises:
+        ConfigError: on all ranks, if it fails on any, or returns different numbers of features on different ranks.
+    """
+    width = team.agree(lambda: count_features(extractor, size))
+    widths = [int(other) for other in all_gather(torch.tensor(width))] if team.world > 1 else [width]
+    for rank, other in enumerate(widths):
+        if other != widths[0]:
+            raise ConfigError(
+                f"--extractor {extractor.name}: returned {widths[0]} features per image on rank 0, but {other} on "
+                f"rank {rank}."
+            )
+
+
 def extract_features(
     extractor: Extractor,
     batches: Iterator[Tensor],
@@ -126,7 +147,7 @@ def extract_features(
         team.rows(torch.cat(part) if part else torch.empty(0, width)) if width else None
         for part, width in zip(parts, widths.tolist(), strict=True)
     )
-    assert pooled is not None, "there are at least two images"
+    assert pooled is not None, "there are at least two images, with at least one feature"
     return FeatureSet(pooled, spatial, logits)
 
 

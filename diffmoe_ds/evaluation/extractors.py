@@ -6,8 +6,11 @@ All take uint8 images. Legend: B images, C channels, H, W height and width, F fe
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +66,31 @@ def load_extractor(name: str, device: torch.device) -> Extractor:
     raise ConfigError(f"--extractor {name}: unknown; expected {KINDS}.")
 
 
+def count_features(extractor: Extractor, size: tuple[int, int]) -> int:
+    """Try an extractor, so that a custom class that cannot be used is refused before any work.
+
+    Args:
+        extractor: the network.
+        size: height and width of the images that it will get.
+
+    Returns:
+        F.
+
+    Raises:
+        ConfigError: the custom class fails, or returns anything but features.
+    """
+    return extractor.features(torch.zeros(2, 3, *size, dtype=torch.uint8)).shape[1]
+
+
+@contextmanager
+def reported_as(key: str) -> Iterator[None]:
+    """Within the context, errors of an extractor name a configuration key instead of ``--extractor``."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{key} {str(error).removeprefix('--extractor ')}") from None
+
+
 class EfficientNetExtractor:
     """EfficientNet-Lite0 trained on ImageNet: 1,280 pooled features, 1,000 logits."""
 
@@ -87,7 +115,7 @@ class EfficientNetExtractor:
 
         outputs = []
         for part_BCHW in images_BCHW.split(CPU_BATCH if self._device.type == "cpu" else len(images_BCHW)):
-            pixels = resize(to_rgb(part_BCHW).to(self._device), INPUT_SIZE).float()
+            pixels = resize(to_rgb(part_BCHW).to(self._device), (INPUT_SIZE, INPUT_SIZE)).float()
             outputs.append(self._network(pixels.contiguous(memory_format=torch.channels_last)))
         features_BF, logits_BK = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return Outputs(features_BF, logits_BK=logits_BK)
@@ -130,7 +158,7 @@ class DinoExtractor:
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
         """Return the CLS token; images are resized bicubically to 224x224."""
-        pixels = resize(to_rgb(images_BCHW).to(self._device), 224).float()
+        pixels = resize(to_rgb(images_BCHW).to(self._device), (224, 224)).float()
         return Outputs(self._network(pixel_values=(pixels - self._mean) / self._std).last_hidden_state[:, 0])
 
     def features(self, images_BCHW: Tensor) -> Tensor:
@@ -142,6 +170,8 @@ class UserExtractor:
     """A custom class, ``module:Class``: constructed without arguments, called with uint8 images, returns [B, F]."""
 
     is_inception = False
+    _errors = (Exception, SystemExit)
+    """What the user's code may raise; after an exit without a message, the user would see no result and no error."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         """Import and instantiate the class.
@@ -155,15 +185,14 @@ class UserExtractor:
             sys.path.append(os.getcwd())  # as with python -m
         try:
             self._network: Any = getattr(importlib.import_module(module_name), class_name)()
-        except Exception as error:  # the user's code may raise anything
+        except self._errors as error:
             raise ConfigError(f"--extractor {name}: cannot be instantiated: {one_line(error)}.") from error
         if isinstance(self._network, nn.Module):
             self._network.to(device).eval()
         self.name = name
         self._device = device
-        self._size: int | None = getattr(self._network, "input_img_size", None)
-        if isinstance(self._size, (tuple, list, torch.Size)):  # torchmetrics' convention is (C, H, W)
-            self._size = int(self._size[-1])
+        self._size = _input_size(name, getattr(self._network, "input_img_size", None))
+        self._num_features: int | None = getattr(self._network, "num_features", None)
 
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
@@ -173,18 +202,42 @@ class UserExtractor:
             images_BCHW = resize(images_BCHW, self._size)
         try:
             features = self._network(images_BCHW)
-        except Exception as error:  # the user's code may raise anything
+        except self._errors as error:
             raise ConfigError(
                 f"--extractor {self.name}: failed on {describe(images_BCHW)}: {one_line(error)}."
             ) from error
-        expected = getattr(self._network, "num_features", None)
-        valid = isinstance(features, Tensor) and features.ndim == 2 and len(features) == len(images_BCHW)
-        if not valid or (expected is not None and features.shape[1] != expected):
-            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            shape = f"[{len(images_BCHW)}, {expected or 'F'}]"
-            raise ConfigError(f"--extractor {self.name}: returned {found}, expected a tensor of shape {shape}.")
+        count, width = len(images_BCHW), self._num_features
+        valid = isinstance(features, Tensor) and not features.is_complex() and features.ndim == 2
+        if not valid or len(features) != count or not 0 < features.shape[1] == (width or features.shape[1]):
+            found = describe(features) if isinstance(features, Tensor) else type(features).__name__
+            expected = f"[{count}, {width}]" if width else f"[{count}, F], F at least 1"
+            raise ConfigError(
+                f"--extractor {self.name}: returned {found}, expected a tensor of real numbers {expected}."
+            )
+        self._num_features = features.shape[1]  # must not change from batch to batch
         return Outputs(features.float())
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""
         return self.extract(images_BCHW).features_BF
+
+
+def _input_size(name: str, declared: Any) -> tuple[int, int] | None:
+    """Return the height and width of a custom class's ``input_img_size``: one number, or (C, H, W) as in torchmetrics.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if declared is None:
+        return None
+    sizes = declared[-2:] if isinstance(declared, (tuple, list)) else (declared, declared)
+    try:
+        height, width = map(operator.index, sizes)
+    except (TypeError, ValueError):  # not integers, not two
+        height = width = 0
+    if min(height, width) < 1:
+        raise ConfigError(
+            f"--extractor {name}: input_img_size must be a positive integer or (channels, height, width), got "
+            f"{str(declared)[:80]}."
+        )
+    return height, width

@@ -16,13 +16,15 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.dataset import image_shape, open_dataset
 from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
 from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.evaluation.extractors import load_extractor
+from diffmoe_ds.evaluation.extractors import count_features, load_extractor, reported_as
 from diffmoe_ds.rng import held_out_draws
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 
+CPU = torch.device("cpu")
 MIN_IMAGES = 2
 """Minimum number of images in a set; the covariance of their features needs two."""
 
@@ -87,8 +89,12 @@ class HeldOut:
             yield to_micro_batch(reader, 0, item)
 
 
-def open_held_out(config: Config) -> HeldOut | None:
+def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
     """Open the held-out images of a run and read the first one, unless it is behind a URL.
+
+    Args:
+        config: the run's configuration.
+        device: where the extractor of ``eval.metrics`` is tried; it may need a GPU.
 
     Returns:
         The images; None if the run does not evaluate.
@@ -109,7 +115,7 @@ def open_held_out(config: Config) -> HeldOut | None:
         )
     held_out = read_held_out(config, data.validation_path, "data.validation_path", evaluation.num_images)
     if evaluation.metrics:
-        check_metrics(config)
+        check_metrics(config, device)
     return held_out
 
 
@@ -126,6 +132,9 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
         ConfigError: the images and `data.vae` do not fit together.
         DataError: the images cannot be read or do not fit the model.
     """
+    problem = why_not_shards(path)
+    if problem is not None:
+        raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
         data = config.data.model_copy(update={"path": path})
         dataset = open_dataset(config.model_copy(update={"data": data}))
@@ -158,30 +167,33 @@ def decoder_path(config: Config) -> str | None:
     return vae or config.data.vae
 
 
-def check_metrics(config: Config) -> None:
-    """Check that ``eval.metrics`` can be computed: load the extractor and read the configuration of the VAE.
+def check_metrics(config: Config, device: torch.device) -> None:
+    """Check that ``eval.metrics`` can be computed: try the extractor and read the configuration of the VAE.
+
+    Args:
+        config: the run's configuration.
+        device: where to try the extractor.
 
     Raises:
-        ConfigError: the extractor or the VAE is unknown, cannot be loaded or does not fit the model, or
+        ConfigError: the extractor or the VAE is unknown, cannot be used or does not fit the model, or
             ``eval.metric_images`` is less than 2.
         DataError: the extractor's weights cannot be read.
     """
     if config.eval.metric_images < MIN_IMAGES:
         raise ConfigError(f"eval.metric_images must be at least {MIN_IMAGES}, got {config.eval.metric_images}.")
-    path = decoder_path(config)
+    path, side = decoder_path(config), config.model.input_size
     if path is not None:
-        from diffmoe_ds.data.vae import vae_settings  # imports diffusers, an extra
+        from diffmoe_ds.data.vae import downsampling, vae_settings  # imports diffusers, an extra
 
-        found = vae_settings(path)["latent_channels"]
+        settings = vae_settings(path)
+        found, side = settings["latent_channels"], side * downsampling(settings)
         if found != config.model.in_channels:
             raise ConfigError(
                 f"eval.vae {path} decodes latents of {found} channels, but the model generates "
                 f"{config.model.in_channels}."
             )
-    try:
-        load_extractor(config.eval.extractor, torch.device("cpu"))
-    except (ConfigError, DataError) as error:
-        raise type(error)(f"eval.extractor {str(error).removeprefix('--extractor ')}") from None
+    with reported_as("eval.extractor"):
+        count_features(load_extractor(config.eval.extractor, device), (side, side))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffmoe_ds.data.dataset import open_source
 from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.images import centre_crop, open_rgb
+from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.evaluation.npz import NpzReader
@@ -53,7 +54,9 @@ class NpzImages:
                 f"{reader.path}: arr_0 is {header.describe()}; expected images, uint8 [N, height, width, 1 or 3]."
             )
         if not all(0 < side <= MAX_SIDE for side in shape[1:3]):
-            raise DataError(f"{reader.path}: images of {shape[1]}x{shape[2]} pixels; at most {MAX_SIDE} are supported.")
+            raise DataError(
+                f"{reader.path}: images of {shape[1]}x{shape[2]} pixels; height and width must be from 1 to {MAX_SIDE}."
+            )
         check_count(shape[0], str(reader.path))
         self._reader = reader
         self._count = shape[0]
@@ -141,17 +144,23 @@ class FileImages:
             raise DataError(f"{self._source.describe(index)} cannot be decoded: {error}") from error
 
 
-def open_images(path: str, size: tuple[int, int] | None = None) -> Images:
+def open_images(path: str, size: tuple[int, int] | None = None, option: str = "--samples") -> Images:
     """Open images for evaluation.
 
     Args:
         path: an .npz file, a folder, or shards.
         size: size to which images of a folder or shards are converted, see `FileImages`; an .npz must have it.
+        option: that names the images, for messages.
 
     Raises:
         DataError: the images cannot be read or used.
     """
     if not path.endswith(".npz"):
+        problem = why_not_shards(path)
+        if problem is not None:
+            raise DataError(
+                f"{option} {path} {problem}; expected an .npz file, a folder of images or shards (*.tar or *.tar.gz)."
+            )
         return FileImages(path, size)
     images = NpzImages(NpzReader(Path(path).expanduser()))
     check_size(path, images.size, size)

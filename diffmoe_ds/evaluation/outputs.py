@@ -30,11 +30,11 @@ def to_rgb(images_BCHW: Tensor) -> Tensor:
     return images_BCHW.expand(-1, 3, -1, -1)
 
 
-def resize(images_BCHW: Tensor, size: int) -> Tensor:
-    """Resize uint8 images bicubically with antialiasing to [B, C, size, size], ignoring the aspect ratio."""
-    if images_BCHW.shape[-2:] == (size, size):
+def resize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 images bicubically with antialiasing to a height and width, ignoring the aspect ratio."""
+    if images_BCHW.shape[-2:] == size:
         return images_BCHW
-    resized = functional.interpolate(images_BCHW.float(), (size, size), mode="bicubic", antialias=True)
+    resized = functional.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -53,4 +53,5 @@ def describe(tensor: Tensor) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return an error's message in one line of at most 300 characters, or its type if it has none."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    text = repr(error) if isinstance(error, SystemExit) else str(error)  # that of SystemExit is a bare number
+    return " ".join(text.split())[:300].rstrip(".") or type(error).__name__

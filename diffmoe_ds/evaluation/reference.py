@@ -83,10 +83,10 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
         DataError: it cannot be read, or its statistics are from a different extractor or image size.
     """
     if not path.endswith(".npz"):
-        return Reference(path, images=open_images(path, size))
+        return Reference(path, images=open_images(path, size, "--reference"))
     reader = NpzReader(Path(path).expanduser())
     if "mu" not in reader:
-        return Reference(path, images=open_images(path, size))
+        return Reference(path, images=open_images(path, size, "--reference"))
     images = NpzImages(reader) if "arr_0" in reader else None
     if "extractor" not in reader and not extractor.is_inception and images is not None:
         check_size(path, images.size, size)

@@ -17,8 +17,9 @@ from torch import Tensor
 from diffmoe_ds.distributed.collectives import gather_to_main
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
+from diffmoe_ds.evaluation.extractors import Extractor, load_extractor, reported_as
 from diffmoe_ds.evaluation.held_out import HeldOut, decoder_path
+from diffmoe_ds.evaluation.outputs import Outputs
 from diffmoe_ds.evaluation.selected import ImageFeatures, selected_metrics
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import SamplingSettings, share_of_rank
@@ -112,7 +113,12 @@ class OnlineMetrics:
             what: label of the progress bar.
         """
         run, extractor = self._run, self._extractor
-        outputs = (extractor.extract(batch) for batch in images)
+
+        def extract(images_BCHW: Tensor) -> Outputs:
+            with reported_as("eval.extractor"):
+                return extractor.extract(images_BCHW)
+
+        outputs = map(extract, images)
         parts = list(lockstep(outputs, num_batches(count, run), what, run, self._watchdog))
         features_NF = self._collect([part.features_BF for part in parts], count)
         logits_NK = self._collect([part.logits_BK for part in parts if part.logits_BK is not None], count)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.load import config_to_dict, load_config
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.distributed.launch import Launch, local_device
 from diffmoe_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
     dataset = open_dataset(config)
-    held_out = open_held_out(config)
+    held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
     check_first_image(config, dataset)
     return plan

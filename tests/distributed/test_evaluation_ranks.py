@@ -51,6 +51,10 @@ def test_two_ranks_give_the_numbers_of_one_and_report_errors_once(tmp_path, caps
     output = evaluate("damaged.tar", code=4)
     assert output.count("diffmoe: error: ") == 1 and "cannot be decoded" in output, output
 
+    output = evaluate("reference.tar", "--extractor", "tests.helpers.features:VaryingOverRanks", code=2)
+    assert output.count("diffmoe: error: ") == 1, output
+    assert "returned 3 features per image on rank 0, but 4 on rank 1." in output, output
+
     output = evaluate("reference.tar", "--extractor", "tests.helpers.features:DiesOnRank1", code=85)
     assert output.count("diffmoe: error: another rank died; run the same command again.") == 1, output
 

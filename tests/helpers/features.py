@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import Any
 
 import pytest
@@ -44,6 +45,70 @@ class WrongShape(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return images_BCHW.float()
+
+
+class Rectangle(Averages):
+    """The same, for images resized to 4 by 12 pixels."""
+
+    input_img_size = (3, 4, 12)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        assert images_BCHW.shape[1:] == self.input_img_size
+        return super().forward(images_BCHW)
+
+
+class NamedSize(Averages):
+    """Has a size that is not a number."""
+
+    input_img_size = "big"
+
+
+class NoSize(Averages):
+    """Has a size of 0."""
+
+    input_img_size = (3, 0, 8)
+
+
+class Empty(nn.Module):
+    """Returns no features."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.flatten(1)[:, :0]
+
+
+class Complex(nn.Module):
+    """Returns complex numbers."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW[:, 0, 0, :5].to(torch.complex64)
+
+
+class Varying(nn.Module):
+    """Returns as many features as there are images."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.flatten(1)[:, : len(images_BCHW)].float()
+
+
+class VaryingOverRanks(nn.Module):
+    """Returns more features on rank 1."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.flatten(1)[:, : 3 + int(os.environ.get("RANK", "0"))].float()
+
+
+class Huge(Averages):
+    """Returns finite features, powers of which overflow."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return super().forward(images_BCHW) * 1e27
+
+
+class Exits:
+    """Ends the process successfully."""
+
+    def __init__(self) -> None:
+        sys.exit(0)
 
 
 class NotFinite(Averages):

@@ -124,9 +124,18 @@ def test_text_names_extractor_number_and_interval(samples, capsys):
 
 
 def test_extractors_of_users(samples, evaluate):
-    assert evaluate(samples, samples, "--extractor", "tests.helpers.features:Resized")["n"] == 20
+    for name in ("Resized", "Rectangle"):
+        assert evaluate(samples, samples, "--extractor", f"tests.helpers.features:{name}")["n"] == 20
+    real = "expected a tensor of real numbers"
+    size = "input_img_size must be a positive integer or (channels, height, width), got"
     for name, message in (
-        ("tests.helpers.features:WrongShape", "returned shape (20, 3, 12, 12), expected a tensor of shape [20, F]"),
+        ("tests.helpers.features:WrongShape", f"returned float32 [2, 3, 12, 12], {real} [2, F], F at least 1."),
+        ("tests.helpers.features:Empty", f"returned uint8 [2, 0], {real} [2, F], F at least 1."),
+        ("tests.helpers.features:Complex", f"returned complex64 [2, 5], {real} [2, F], F at least 1."),
+        ("tests.helpers.features:Varying", f"returned float32 [20, 20], {real} [20, 2]."),
+        ("tests.helpers.features:NamedSize", f"{size} big."),
+        ("tests.helpers.features:NoSize", f"{size} (3, 0, 8)."),
+        ("tests.helpers.features:Exits", "cannot be instantiated: SystemExit(0)."),
         ("tests.helpers.features:Missing", "cannot be instantiated: module 'tests.helpers.features' has no attribute"),
         ("no_such_module:Class", "cannot be instantiated: No module named 'no_such_module'"),
         ("resnet", "unknown; expected efficientnet-lite0, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"),
@@ -170,9 +179,16 @@ def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, ca
     assert len(levels) == 10 and found["validation_loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
     assert main([*arguments, "--validation", str(tmp_path / "held_out.tar")]) == 0
     assert f"validation loss   {found['validation_loss']:.5g}" in capsys.readouterr().out
-    for path, code in (("/nowhere.tar", 4), (str(tmp_path / "r.npz"), 4)):
-        assert main([*arguments, "--validation", path]) == code
-        assert f"--validation {path}: " in capsys.readouterr().err
+    folder, expected = str(write_folder(tmp_path / "unlabelled", pictures(2, 32))), "a folder of images or shards"
+    for path, message in (
+        ("/nowhere.tar", "no shard"),
+        ("/nowhere", f"does not exist; expected {expected}"),
+        (str(tmp_path / "r.npz"), f"is not a tar file; expected {expected}"),
+        (folder, "have no label, but the model has 10 classes; use labelled images, or a model without classes"),
+    ):
+        assert main([*arguments, "--validation", path]) == 4
+        error = capsys.readouterr().err
+        assert f"--validation {path}: " in error and message in error
 
 
 def test_options_of_generation_need_a_checkpoint(samples, evaluate):
@@ -207,6 +223,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
     np.savez(folder / "float.npz", arr_0=np.zeros((4, 8, 8, 3)))
     np.savez(folder / "flat.npz", arr_0=np.zeros((4, 192), np.uint8))
     np.savez(folder / "rgba.npz", arr_0=np.zeros((4, 8, 8, 4), np.uint8))
+    np.savez(folder / "thin.npz", arr_0=np.zeros((4, 32, 0, 3), np.uint8))
     np.savez(folder / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     np.savez(folder / "columns.npz", arr_0=np.asfortranarray(pictures(4)))
     np.savez(folder / "other.npz", images=pictures(4))
@@ -229,6 +246,7 @@ def damaged_files(folder: Path) -> dict[str, str]:
         "float": "arr_0 is float64 [4, 8, 8, 3]; expected images",
         "flat": "arr_0 is uint8 [4, 192]",
         "rgba": "arr_0 is uint8 [4, 8, 8, 4]",
+        "thin": "images of 32x0 pixels; height and width must be from 1 to 4096",
         "one": "1 image(s); metrics need at least 2",
         "columns": "is in Fortran order",
         "other": "has no array 'arr_0'; it holds images",
@@ -249,6 +267,14 @@ def test_invalid_samples_are_refused_in_one_sentence(samples, tmp_path, evaluate
     for name, message in damaged_files(tmp_path).items():
         for pair in ((tmp_path / f"{name}.npz", samples), (samples, tmp_path / f"{name}.npz")):
             assert message in evaluate(*pair, code=4), name
+
+
+def test_paths_that_name_no_images_are_refused(samples, tmp_path, evaluate):
+    np.save(tmp_path / "array.npy", pictures(4))
+    expected = "; expected an .npz file, a folder of images or shards (*.tar or *.tar.gz)."
+    for path, problem in ((tmp_path / "array.npy", "is not a tar file"), (tmp_path / "none", "does not exist")):
+        assert f"--samples {path} {problem}{expected}" in evaluate(path, samples, code=4)
+        assert f"--reference {path} {problem}{expected}" in evaluate(samples, path, code=4)
 
 
 def test_invalid_folders_are_refused(samples, tmp_path, evaluate):

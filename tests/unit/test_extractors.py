@@ -48,18 +48,18 @@ def test_efficientnet_takes_any_size_and_gray_images(network):
     torch.testing.assert_close(network.features(gray), network.features(gray.expand(-1, 3, -1, -1)))
     both = network.features(torch.cat([images, images.flip(3)]))
     assert both.dtype == torch.float32 and both.isfinite().all() and (both[0] - both[1]).abs().max() > 0.01
-    torch.testing.assert_close(both[:1], network.features(resize(images, 224)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[:1], network.features(resize(images, (224, 224))), rtol=1e-4, atol=1e-4)
 
 
 def test_resizing_keeps_uint8_and_its_range():
     edges = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     edges[..., 4:] = 255
-    large = resize(edges, 64)
+    large = resize(edges, (64, 64))
     assert large.dtype == torch.uint8 and large.shape == (1, 3, 64, 64), "bicubic overshoot is clipped, not wrapped"
     assert large[..., :20].max() == 0 and large[..., -20:].min() == 255
-    assert resize(edges, 8) is edges
+    assert resize(edges, (8, 8)) is edges
     constant = torch.full((1, 1, 50, 30), 77, dtype=torch.uint8)
-    assert (resize(constant, 20) == 77).all() and (to_rgb(constant) == 77).all()
+    assert (resize(constant, (20, 10)) == 77).all() and (to_rgb(constant) == 77).all()
 
 
 @pytest.mark.parametrize("size", (7, 8, 15))
@@ -86,7 +86,7 @@ def test_dinov2_from_a_folder(tmp_path):
     assert not extractor.is_inception and extractor.name.startswith("dinov2:")
     images = torch.cat([waves(40), waves(40).flip(2)])
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = (resize(images, 224).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    pixels = (resize(images, (224, 224)).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.inference_mode():
         expected = model(pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(extractor.features(images), expected, rtol=1e-4, atol=1e-5)

@@ -66,6 +66,16 @@ def test_without_logits_there_is_no_inception_score():
     ("channels", "evaluation", "message"),
     (
         (1, {"extractor": "efficientnet"}, "eval.extractor efficientnet: unknown; expected efficientnet-lite0"),
+        (
+            1,
+            {"extractor": "tests.helpers.features:Empty"},
+            "eval.extractor tests.helpers.features:Empty: returned uint8 [2, 0], expected a tensor of real numbers",
+        ),
+        (
+            1,
+            {"extractor": "tests.helpers.features:NamedSize"},
+            "eval.extractor tests.helpers.features:NamedSize: input_img_size must be a positive integer",
+        ),
         (1, {"vae": "some"}, "eval.vae is some, but the model generates pixels (1 channels); remove it."),
         (1, {"metric_images": 1}, "eval.metric_images must be at least 2, got 1."),
         (1, {"vae": "some", "metrics": []}, None),

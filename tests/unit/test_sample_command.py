@@ -111,7 +111,7 @@ def test_formats_and_what_an_earlier_run_left(capsys, run_directory, tmp_path):
     assert run(run_directory, out, *SEVEN, "--format", "both") == 0
     said = capsys.readouterr().out
     assert "images_000000000096, ema weights, trained on 96 images" in said
-    assert "euler, 1 steps, guidance 1, routing per_token, fp32" in said
+    assert "euler, 1 step, guidance 1, routing per_token, fp32" in said
     assert names_in(out) == {"samples.npz", "png", "grid.png"}
     assert names_in(out / "png") == {"labels.csv", *(f"{index:06d}.png" for index in range(7))}
     with np.load(out / "samples.npz") as file, Image.open(out / "png" / "000006.png") as picture:

@@ -35,10 +35,18 @@ def choose(*options: str, num_classes: int = 10, names: tuple[str, ...] | None =
     (
         (["--classes", "10"], "--classes must be from 0 to 9 for this model, got 10."),
         (["--classes=-1"], "--classes must be from 0 to 9 for this model, got -1."),
-        (["--classes", "sneeker"], "--classes: 'sneeker' is not known; did you mean 'sneaker'? valid: 0 to 9."),
-        (["--classes=3,--5"], "--classes: '--5' is not known; valid: 0 to 9."),
-        (["--classes", "9" * 5000], "99' is not known; valid: 0 to 9."),
-        (["--classes", "1,,2"], "--classes: '' is not known; valid: 0 to 9."),
+        (
+            ["--classes", "sneeker"],
+            "--classes: 'sneeker' is not known; did you mean 'sneaker'? valid: 0 to 9, or T-shirt",
+        ),
+        (["--classes=3,--5"], "--classes: '--5' is not known; valid: 0 to 9, or T-shirt"),
+        (["--classes", "9" * 5000], "99' is not known; valid: 0 to 9, or T-shirt"),
+        (
+            ["--classes", "1,,2"],
+            "--classes '1,,2': a class is empty; separate labels or names by one comma, as in 1,2.",
+        ),
+        (["--classes", ""], "--classes '': a class is empty"),
+        (["--classes", " ,"], "--classes ' ,': a class is empty"),
         (["--classes", "7,sneaker"], "--classes 7,sneaker: class 7 is repeated."),
         (["--per-class", "2", "--num-images", "4"], "--per-class 2 and --num-images 4 contradict each other"),
         (["--per-class", "2", "--labels", "random"], "--per-class 2 and --labels random contradict each other"),
@@ -50,6 +58,12 @@ def test_mistakes_in_the_choice_of_images(options, message):
     with pytest.raises(ConfigError) as caught:
         choose(*options)
     assert message in str(caught.value) and str(caught.value).count("\n") == 0
+
+
+def test_a_message_lists_the_first_names_only():
+    names = tuple(f"breed {number}" for number in range(120))
+    with pytest.raises(ConfigError, match=r"'cat' is not known; valid: 0 to 119, or breed 0, .*, breed 11, \.\.\.\.$"):
+        choose("--classes", "cat", num_classes=120, names=names)
 
 
 def test_classes_without_names_or_without_classes():

@@ -6,6 +6,8 @@ import contextlib
 import glob
 import hashlib
 import os
+import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -120,6 +122,19 @@ def shard_size(shard: str) -> int:
         return os.stat(shard).st_size
     except OSError as error:
         raise DataError(f"shard {shard} cannot be read: {error.strerror}") from None
+
+
+def why_not_shards(path: str) -> str | None:
+    """Return why a path cannot name shards, before they are opened; None if it may, or if it is a folder or pattern."""
+    file = Path(path).expanduser()
+    if is_url(path) or is_shard(path) or file.is_dir() or any(character in path for character in "*?[{"):
+        return None
+    try:
+        return None if tarfile.is_tarfile(file) else "is not a tar file"
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, EOFError, zlib.error):  # described when it is opened
+        return None
 
 
 def is_shard(name: str) -> bool:
