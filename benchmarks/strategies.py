@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.compare import machine_facts, progress
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
-from diffmoe_ds.config.load import config_to_dict, load_config
+from diffmoe_ds.config.load import config_to_dict, differences, load_config
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
@@ -174,13 +174,8 @@ def _require_same_recipe(args: argparse.Namespace, model: str, seed: int) -> Non
     if not resolved.is_file():
         return
     started, requested = config_to_dict(load_config(str(resolved))), config_to_dict(_recipe(args, model, seed))
-    for section, values in requested.items():
-        for key in values:
-            before, now = started[section].get(key), values[key]
-            if before != now:
-                raise ConfigError(
-                    f"{resolved}: {section}.{key} is {before}, but {now} was requested; use another --runs."
-                )
+    for key, (before, now) in differences(started, requested).items():
+        raise ConfigError(f"{resolved}: {key} is {before}, but {now} was requested; use another --runs.")
 
 
 def _chosen(args: argparse.Namespace, model: str, seed: int) -> list[str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from diffmoe_ds.cli.arguments import require_positive
-from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
+from diffmoe_ds.cli.sampling_options import REPORT_CLASSES, add_sampling_options, check_sampling_numbers
 from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   diffmoe report runs/L-E16 --checkpoint runs/L-E16/checkpoints/images_000001000000 --vae sd-vae --out report
   diffmoe report exported --classes 207,360,387 --out report
 """
-IMAGES, CLASSES = 200, 10
-"""Defaults: about a minute on two CPU cores for the model of the embedded recipe."""
+IMAGES = 200
+"""Default of ``--images``: about a minute on two CPU cores for the model of the embedded recipe."""
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
     text = "classes to generate, as labels or names, separated by commas (default: --num-classes, evenly spaced)"
     add("--classes", metavar="A,B", help=text)
-    text = f"number of classes (default: {CLASSES}, or fewer if the model has fewer or --images is smaller)"
+    text = f"number of classes (default: {REPORT_CLASSES}, or fewer if the model has fewer or --images is smaller)"
     add("--num-classes", type=int, metavar="M", help=text)
-    parser.set_defaults(default_classes=CLASSES)  # a default of the option would look as if the user had set it
     add_sampling_options(parser, cfg_scale=None)
 
 

@@ -19,7 +19,7 @@ from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, check_same_model
 from diffmoe_ds.cli.sample_images import parse_classes
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
-from diffmoe_ds.cli.sampling_options import open_guide, resolve_settings
+from diffmoe_ds.cli.sampling_options import REPORT_CLASSES, open_guide, resolve_settings
 from diffmoe_ds.cli.sampling_plan import DTYPES, default_dtype
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.config.schema import Config
@@ -151,7 +151,7 @@ def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str
         ConfigError: the model does not have one of the classes, or there are fewer images than classes.
     """
     available = config.model.num_classes
-    count = args.num_classes or min(args.default_classes, available, args.images)
+    count = args.num_classes or min(REPORT_CLASSES, available, args.images)
     if count > available:
         raise ConfigError(f"--num-classes must be from 1 to {available} for this model, got {count}.")
     classes = tuple(number * available // count for number in range(count))

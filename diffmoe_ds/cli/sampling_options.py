@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 40
 """Default of ``diffmoe sample --num-images``."""
+REPORT_CLASSES = 10
+"""Default of `report`'s ``--num-classes``, unless the model has fewer classes or --images is smaller."""
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | None = 1.0) -> None:

@@ -98,6 +98,20 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return plain
 
 
+def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two configurations as plain data: (before, after) by dotted key, None if missing."""
+    old, new = _flatten(before), _flatten(after)
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested sections into a dict keyed by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one key of a recipe's content from ``section.key=value``."""
     key, equals, text = override.partition("=")

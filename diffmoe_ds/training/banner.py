@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-from diffmoe_ds.config.load import config_to_dict
+from diffmoe_ds.config.load import config_to_dict, differences
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
 from diffmoe_ds.planning.traffic import crossing_warning
@@ -111,10 +111,9 @@ def describe_start(plan: TrainPlan) -> str:
     # compare the resolved DeepSpeed settings, because the recipe's section may contain "auto"
     resolved = settings.beside_layout()
     recorded = resolved if saved.deepspeed is None else saved.deepspeed
-    before = _flatten({**config_to_dict(reader.config), "deepspeed": recorded})
-    after = _flatten({**config_to_dict(plan.config), "deepspeed": resolved})
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    other = [f"{key} {before.get(key)} -> {after.get(key)}" for key in keys]
+    before = {**config_to_dict(reader.config), "deepspeed": recorded}
+    after = {**config_to_dict(plan.config), "deepspeed": resolved}
+    other = [f"{key} {old} -> {new}" for key, (old, new) in differences(before, after).items()]
     return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
 
 
@@ -159,11 +158,3 @@ def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
     crossing = crossing_warning(plan.config, plan.settings, hosts)
     return [crossing] if crossing else []
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections into a dict keyed by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
