@@ -177,8 +177,10 @@ def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, ca
     assert found["capacity"] == pytest.approx(2, rel=0.05)
     levels = found["validation_loss_by_noise_level"]
     assert len(levels) == 10 and found["validation_loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
+    assert found["validation_images"] == 20
     assert main([*arguments, "--validation", str(tmp_path / "held_out.tar")]) == 0
-    assert f"validation loss   {found['validation_loss']:.5g}" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss")]
+    assert line.split() == ["validation", "loss", f"{found['validation_loss']:.5g}", "20", "held-out", "images"]
     folder, expected = str(write_folder(tmp_path / "unlabelled", pictures(2, 32))), "a folder of images or shards"
     for path, message in (
         ("/nowhere.tar", "no shard"),
@@ -189,6 +191,16 @@ def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, ca
         assert main([*arguments, "--validation", path]) == 4
         error = capsys.readouterr().err
         assert f"--validation {path}: " in error and message in error
+
+
+def test_metrics_that_overflow_are_null(samples, tmp_path, evaluate, capsys):
+    np.savez(tmp_path / "r.npz", arr_0=pictures(1100, seed=1))
+    name = "tests.helpers.features:Huge"
+    found = evaluate(samples, tmp_path / "r.npz", "--extractor", name)
+    assert found["kid_std"] is None and found["frechet"] > 0 and found["precision"] is not None
+    arguments = ["--samples", str(samples), "--reference", str(tmp_path / "r.npz"), "--extractor", name]
+    assert main(["evaluate", *arguments]) == 0
+    assert "standard deviation of subsets inf" in capsys.readouterr().out
 
 
 def test_options_of_generation_need_a_checkpoint(samples, evaluate):
