@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,12 +187,23 @@ def _rows_on_main(rows: ShardedRows, team: Team) -> Tensor | None:
 
 
 def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
-    if args.save_reference is not None and reference.pooled is not None:
-        raise ConfigError(
-            f"--save-reference {args.save_reference}: --reference {args.reference} already holds statistics; omit one."
-        )
-    if args.save_reference is not None and not args.save_reference.parent.is_dir():
-        raise CheckpointError(f"--save-reference {args.save_reference}: the directory does not exist.")
+    """Check that ``--save-reference``, if it is given, adds something and overwrites no input.
+
+    Raises:
+        DiffMoEError: it does not.
+    """
+    out: Path | None = args.save_reference
+    if out is None:
+        return
+    for name in ("samples", "checkpoint", "reference", "validation"):
+        given = getattr(args, name)
+        path = None if given is None else Path(given).expanduser()
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise ConfigError(f"--save-reference {out}: would overwrite --{name} {given}; choose another file.")
+    if reference.pooled is not None:
+        raise ConfigError(f"--save-reference {out}: --reference {args.reference} already holds statistics; omit one.")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"--save-reference {out}: the directory does not exist.")
 
 
 def _bar(team: Team, total: int, what: str, unit: str) -> Any:

@@ -83,6 +83,22 @@ def test_every_kind_of_reference_gives_the_same_numbers(samples, tmp_path, evalu
     assert (alone["kid"], alone["precision"], alone["n_reference"]) == (None, None, None)
 
 
+def test_a_saved_reference_overwrites_no_input(samples, tmp_path, evaluate):
+    """Also if it is spelled differently, a link to an input, or the same as the other input."""
+    np.savez(tmp_path / "r.npz", arr_0=pictures(9, seed=1))
+    write_folder(tmp_path / "folder", pictures(3))
+    for link, target in (("link.npz", "r.npz"), ("folder.npz", "folder")):
+        (tmp_path / link).symlink_to(target)
+    before = {path: path.read_bytes() for path in (samples, tmp_path / "r.npz")}
+    for reference, out, option in (
+        ("r.npz", "r.npz", "reference"), ("r.npz", "folder/../r.npz", "reference"), ("r.npz", "link.npz", "reference"),
+        ("link.npz", "r.npz", "reference"), ("folder", "folder.npz", "reference"), ("r.npz", "samples.npz", "samples"),
+    ):  # fmt: skip
+        message = evaluate(samples, tmp_path / reference, "--save-reference", str(tmp_path / out), code=2)
+        assert f"{out}: would overwrite --{option} " in message
+    assert before == {path: path.read_bytes() for path in before} and (tmp_path / "link.npz").is_symlink()
+
+
 def test_a_set_against_itself(samples, evaluate):
     found = evaluate(samples, samples)
     assert found["frechet"] == pytest.approx(0, abs=1e-12) and (found["precision"], found["recall"]) == (1, 1)
