@@ -1,10 +1,23 @@
-"""Checks of options that several commands and benchmarks share."""
+"""Types and checks of options that several commands and benchmarks share."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from diffmoe_ds.errors import ConfigError
+
+
+def nonempty(text: str) -> str:
+    """Return the value of an option that must not be empty, for ``type=``; an unset shell variable makes it empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def nonempty_path(text: str) -> Path:
+    """Return a path, for ``type=``; ``Path("")`` would be the current directory."""
+    return Path(nonempty(text))
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

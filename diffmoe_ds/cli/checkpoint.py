@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmoe_ds.cli.arguments import nonempty_path
 from diffmoe_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,27 +33,33 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     inspect = command("inspect", "show the contents of a checkpoint, run directory or exported model", _inspect)
-    inspect.add_argument("path", type=Path, help="a checkpoint, run directory or exported model")
+    inspect.add_argument("path", type=nonempty_path, help="a checkpoint, run directory or exported model")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.add_argument("--full", action="store_true", help="verify every byte, not only sizes")
 
     reshard = command("reshard", "rewrite a checkpoint for another layout (not needed to resume)", _reshard)
-    reshard.add_argument("path", type=Path, help="a checkpoint or a run directory")
+    reshard.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
     reshard.add_argument("--world", type=int, required=True, metavar="W", help="number of ranks")
     reshard.add_argument("--ep", type=int, default=1, metavar="P", help="expert-parallel size (default: %(default)s)")
-    reshard.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the new checkpoint")
+    reshard.add_argument(
+        "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the new checkpoint"
+    )
 
     export = command("export", "write one model.safetensors and a config.json, for sampling and fine-tuning", _export)
-    export.add_argument("path", type=Path, help="a checkpoint or a run directory")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the exported model")
+    export.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
+    export.add_argument(
+        "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
+    )
     export.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
     export.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (default: %(default)s)"
     )
 
     reference = command("import-official", "convert the reference's .pt file to an exported model", _import)
-    reference.add_argument("path", type=Path, help="the .pt file")
-    reference.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the exported model")
+    reference.add_argument("path", type=nonempty_path, help="the .pt file")
+    reference.add_argument(
+        "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
+    )
     reference.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
     reference.add_argument(
         "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: inferred from the weights)"

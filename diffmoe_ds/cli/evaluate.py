@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.cli.sample import add_image_options
 from diffmoe_ds.cli.sampling_options import add_sampling_options, check_sampling_numbers
 from diffmoe_ds.errors import ConfigError
@@ -26,30 +26,30 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe evaluate``."""
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
-    text = "images: .npz (arr_0: uint8 NHWC) or a folder of images of the same size"
-    which.add_argument("--samples", metavar="NPZ|DIR", help=text)
+    text = "images of the same size: .npz (arr_0: uint8 NHWC), folder or shards"
+    which.add_argument("--samples", type=nonempty, metavar="NPZ|DIR|SHARDS", help=text)
     text = (
         "instead of --samples: generate the images from a run directory, checkpoint or exported model, without writing "
         "them to files; the options below are those of diffmoe sample"
     )
-    which.add_argument("--checkpoint", type=Path, metavar="PATH", help=text)
+    which.add_argument("--checkpoint", type=nonempty_path, metavar="PATH", help=text)
     text = (
         "images (.npz, folder or shards) or statistics (.npz with mu and sigma, as published by ADM). Images are "
         "converted to the size of the samples as in training: resized and cropped, or padded if in shards and smaller"
     )
-    add("--reference", required=True, metavar="NPZ|DIR|SHARDS", help=text)
+    add("--reference", type=nonempty, required=True, metavar="NPZ|DIR|SHARDS", help=text)
     text = (
         "network whose features are compared: efficientnet-lite0 (default), inception:WEIGHTS_FILE (FID, sFID), "
         "dinov2:FOLDER, or module:Class"
     )
     add("--extractor", default="efficientnet-lite0", metavar="NAME", help=text)
     text = "save the statistics of the reference, and the features of up to 50,000 images, for use as --reference"
-    add("--save-reference", type=Path, metavar="FILE.npz", help=text)
+    add("--save-reference", type=nonempty_path, metavar="FILE.npz", help=text)
     text = (
         "with --checkpoint: also compute the training loss on these held-out images or prepared latents, with fixed "
         "noise and times"
     )
-    add("--validation", metavar="DIR|SHARDS", help=text)
+    add("--validation", type=nonempty, metavar="DIR|SHARDS", help=text)
     add("--json", action="store_true", help="print one JSON object")
     _add_generation_options(parser)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from diffmoe_ds.evaluation.held_out import HeldOut, read_held_out
 from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
 from diffmoe_ds.evaluation.sharded import ShardedRows
-from diffmoe_ds.evaluation.table import metric_lines
+from diffmoe_ds.evaluation.table import finite_or_none, metric_lines
 from diffmoe_ds.precision import set_tf32
 
 
@@ -72,8 +72,12 @@ def run_evaluation(args: argparse.Namespace) -> None:
         if isinstance(samples, GeneratedImages):
             result |= metrics_of_model(samples, held_out, team)
     if team.rank == 0:
-        lines = [json.dumps(result, allow_nan=False)] if args.json else metric_lines(result, extractor.is_inception)
-        print("\n".join(lines))
+        text = (
+            [json.dumps(finite_or_none(result), allow_nan=False)]
+            if args.json
+            else metric_lines(result, extractor.is_inception)
+        )
+        print("\n".join(text))
 
 
 def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
@@ -112,8 +116,11 @@ def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: T
     found: dict[str, Any] = {"capacity": samples.capacity(team)}
     if held_out is not None:
         loss = samples.validation_loss(held_out, team)
-        by_level = [value if math.isfinite(value) else None for value in loss.by_noise_level]
-        found |= {"validation_loss": loss.mean, "validation_loss_by_noise_level": by_level}
+        found |= {
+            "validation_loss": loss.mean,
+            "validation_loss_by_noise_level": list(loss.by_noise_level),
+            "validation_images": loss.images,
+        }
     return found
 
 
@@ -180,12 +187,23 @@ def _rows_on_main(rows: ShardedRows, team: Team) -> Tensor | None:
 
 
 def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
-    if args.save_reference is not None and reference.pooled is not None:
-        raise ConfigError(
-            f"--save-reference {args.save_reference}: --reference {args.reference} already holds statistics; omit one."
-        )
-    if args.save_reference is not None and not args.save_reference.parent.is_dir():
-        raise CheckpointError(f"--save-reference {args.save_reference}: the directory does not exist.")
+    """Check that ``--save-reference``, if it is given, adds something and overwrites no input.
+
+    Raises:
+        DiffMoEError: it does not.
+    """
+    out: Path | None = args.save_reference
+    if out is None:
+        return
+    for name in ("samples", "checkpoint", "reference", "validation"):
+        given = getattr(args, name)
+        path = None if given is None else Path(given).expanduser()
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise ConfigError(f"--save-reference {out}: would overwrite --{name} {given}; choose another file.")
+    if reference.pooled is not None:
+        raise ConfigError(f"--save-reference {out}: --reference {args.reference} already holds statistics; omit one.")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"--save-reference {out}: the directory does not exist.")
 
 
 def _bar(team: Team, total: int, what: str, unit: str) -> Any:

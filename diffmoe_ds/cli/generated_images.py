@@ -64,7 +64,7 @@ class GeneratedImages:
 
     @property
     def together(self) -> int:
-        """Number of images that must share a batch because they compete; a rank's share is a multiple of it."""
+        """Number of images that must share a batch because they compete; ranks share whole batches of this size."""
         return self._plan.batch_size if self._plan.images_compete else 1
 
     def load(self, device: torch.device, rendezvous: Rendezvous) -> None:
@@ -115,7 +115,7 @@ class GeneratedImages:
             DataError: on all ranks, if any rank cannot read an image.
         """
         assert self._model is not None, "load() comes first"
-        batches = held_out.batches(self._plan.batch_size, team.rank, team.world)
+        batches = held_out.read(team.share(len(held_out), self.together), self._plan.batch_size)
         objective = make_objective(self._model.config.objective.kind)
         reduce = all_reduce if team.world > 1 else _unchanged
         set_tf32(True)
@@ -125,9 +125,13 @@ class GeneratedImages:
 
 
 def _agreed(batches: Iterator[MicroBatch], team: Team) -> Iterator[MicroBatch]:
-    """Yield batches; if one cannot be read on any rank, all raise."""
-    while (batch := team.agree(lambda: next(batches, None))) is not None:
-        yield batch
+    """Yield this rank's batches, which may be fewer than another's; if one cannot be read on any rank, all raise."""
+    while True:
+        batch = team.agree(lambda: next(batches, None))
+        if not team.any(batch is not None):
+            return
+        if batch is not None:
+            yield batch
 
 
 def _unchanged(sums: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.prepare.preparation import Preparation, begin
 from diffmoe_ds.data.prepare.run import run
@@ -45,14 +45,16 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (latents, images):
         _add_source(sub)
         sub.add_argument("--size", type=int, default=256, help="height and width in pixels (default: %(default)s)")
-    latents.add_argument("--vae", required=True, metavar="PATH|HUB_ID", help="directory or hub ID of an AutoencoderKL")
+    latents.add_argument(
+        "--vae", type=nonempty, required=True, metavar="PATH|HUB_ID", help="directory or hub ID of an AutoencoderKL"
+    )
     latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
     latents.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="images per batch (default: %(default)s)"
     )
     for sub in (latents, images):
         add_output_arguments(sub)
-    check.add_argument("path", type=Path, metavar="DIR", help="directory of shards, or one shard")
+    check.add_argument("path", type=nonempty_path, metavar="DIR", help="directory of shards, or one shard")
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -97,6 +99,7 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
+        type=nonempty,
         required=True,
         metavar="DIR|SHARDS",
         help="DIR/CLASS/*.jpg, DIR/*.jpg (no labels), or WebDataset shards such as 'shards-{000..127}.tar'",
@@ -106,7 +109,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all images in DIR, at any depth, or in SHARDS, without labels",
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="cache for remote shards (default: ~/.cache/diffmoe-ds)")
+    parser.add_argument(
+        "--cache-dir", type=nonempty, metavar="DIR", help="cache for remote shards (default: ~/.cache/diffmoe-ds)"
+    )
     parser.add_argument(
         "--cache-gb",
         type=float,
@@ -126,7 +131,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = Non
     add = parser.add_argument
     add(
         "--out",
-        type=Path,
+        type=nonempty_path,
         required=out is None,
         default=out,
         metavar="DIR",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.arguments import nonempty_path, require_positive
 from diffmoe_ds.cli.sampling_options import NUM_IMAGES, add_sampling_options, check_sampling_numbers
 
 EXAMPLES = """examples:
@@ -22,7 +21,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe sample``."""
     add = parser.add_argument
     text = "run directory (its newest checkpoint), checkpoint, or exported model"
-    add("--checkpoint", type=Path, required=True, metavar="PATH", help=text)
+    add("--checkpoint", type=nonempty_path, required=True, metavar="PATH", help=text)
     add_image_options(parser, default=NUM_IMAGES)
     add_sampling_options(parser)
     text = (
@@ -34,7 +33,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "output directory for the images and grid.png, on a file system that all ranks share; the same command "
         "resumes an interrupted run"
     )
-    add("--out", type=Path, required=True, metavar="DIR", help=text)
+    add("--out", type=nonempty_path, required=True, metavar="DIR", help=text)
     text = (
         "npz: samples.npz with arr_0, uint8 images [N, H, W, C], and arr_1, labels (default); png: a png folder with "
         "one file per image and labels.csv"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.errors import CheckpointError, ConfigError
 
@@ -46,6 +46,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | Non
     add("--capacity", type=float, metavar="C", help=text)
     add(
         "--vae",
+        type=nonempty,
         metavar="PATH|HUB_ID",
         help="directory or hub ID of the AutoencoderKL that decodes the latents of a latent model",
     )
@@ -88,7 +89,7 @@ def _add_guidance_options(parser: argparse.ArgumentParser, cfg_scale: float | No
         "autoguidance: a smaller or less trained model of the same data, whose prediction replaces the unconditional "
         "one; its EMA weights are used if present"
     )
-    add("--autoguidance", type=Path, metavar="PATH", help=text)
+    add("--autoguidance", type=nonempty_path, metavar="PATH", help=text)
 
 
 def check_sampling_numbers(args: argparse.Namespace) -> None:

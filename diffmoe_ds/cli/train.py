@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
+from diffmoe_ds.cli.arguments import nonempty_path
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.distributed.launch import Launch, resolve_launch
 from diffmoe_ds.errors import ConfigError, DiffMoEError
@@ -27,7 +27,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(config=DEFAULT_RECIPE)
     add("--deepspeed_config", metavar="JSON", help="DeepSpeed JSON (default: the recipe's deepspeed section)")
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
-    add("--run-dir", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    add("--run-dir", type=nonempty_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     add(
         "--resume", default="auto", metavar="auto|none|PATH",
         help="resume from the newest checkpoint of the run directory, start from scratch, or resume from PATH "

@@ -52,11 +52,12 @@ class Team:
 
     def repeat(self, action: Callable[[], bool]) -> None:
         """Repeat an action until it returns False on every rank; errors as in `agree`. Every rank must call this."""
-        busy = True
-        while busy:
-            busy = self.agree(action)
-            if self.world > 1:
-                (busy,) = consensus.vote(CPU, None, busy)
+        while self.any(self.agree(action)):
+            pass
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank sets a flag. Every rank must call this."""
+        return consensus.vote(CPU, None, flag)[0] if self.world > 1 else flag
 
     def rows(self, local_NF: Tensor) -> ShardedRows:
         """Return the rows of all ranks."""

@@ -78,9 +78,20 @@ class HeldOut:
             DataError: an image cannot be read or does not fit the model.
         """
         share = math.ceil(len(self) / world)
-        end = (rank + 1) * share
-        for first in range(rank * share, end, batch_size):
-            positions = range(first, min(first + batch_size, end))
+        return self.read(range(rank * share, (rank + 1) * share), batch_size)
+
+    def read(self, share: range, batch_size: int) -> Iterator[MicroBatch]:
+        """Read the images at consecutive positions; those from N on are padding.
+
+        Args:
+            share: the positions.
+            batch_size: B; the last batch may be smaller.
+
+        Raises:
+            DataError: an image cannot be read or does not fit the model.
+        """
+        for first in range(share.start, share.stop, batch_size):
+            positions = range(first, min(first + batch_size, share.stop))
             shapes = tuple((len(positions), *shape) for shape in self._shapes)
             reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None)
             item = reader[Task(0, positions)]

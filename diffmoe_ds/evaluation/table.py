@@ -1,7 +1,8 @@
-"""Format metrics as lines of text, each with its spread, extractor and number of images."""
+"""Format metrics as lines of text, each with its spread, extractor and number of images, or as strict JSON."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,4 +41,14 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
         yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"
     for name, label in MODEL_LABELS.items():
         if result.get(name) is not None:
-            yield f"{label:<17} {result[name]:<9.5g}"
+            of = f"{result['validation_images']:,} held-out images" if name == "validation_loss" else ""
+            yield f"{label:<17} {result[name]:<9.5g}  {of}".rstrip()
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return a value that is valid in strict JSON, with None for non-finite numbers."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

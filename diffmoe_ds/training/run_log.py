@@ -274,7 +274,7 @@ def _evaluation_line(row: dict[str, Any]) -> str:
     if metrics is None:
         return text
     values = " ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float))
-    return f"{text} | {values} of {metrics['n']:,} generated images by {metrics['extractor']}"
+    return f"{text} | {values or 'no finite metric'} of {metrics['n']:,} generated images by {metrics['extractor']}"
 
 
 def _clock(seconds: float) -> str:

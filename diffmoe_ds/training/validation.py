@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.evaluation.held_out import HeldOut
+from diffmoe_ds.evaluation.table import finite_or_none
 from diffmoe_ds.evaluation.validation_loss import validation_loss
 from diffmoe_ds.training.averaged import averaged_model
 from diffmoe_ds.training.batches import load_vae
@@ -49,7 +49,8 @@ class Validation:
         }
         if self._metrics is not None:
             row["metrics"] = self._metrics.compute(model)
-        return {key: _finite(value) for key, value in row.items()}
+        found: dict[str, Any] = finite_or_none(row)
+        return found
 
     def _batches(self) -> Iterator[MicroBatch]:
         """Yield this rank's share of the images."""
@@ -62,12 +63,3 @@ class Validation:
             vae = raise_on_all_ranks(run.device, lambda: load_vae(path, run.device))
             share = iter(EncodingLoader(share, vae))
         return lockstep(share, num_batches(len(held_out), run), "validate", run, self._watchdog)
-
-
-def _finite(value: Any) -> Any:
-    """Return a value that is valid in strict JSON, with None for non-finite numbers."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

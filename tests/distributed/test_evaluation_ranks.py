@@ -66,7 +66,9 @@ def test_two_ranks_generate_the_images_of_one(tmp_path, capsys):
     held_out = numbered_shard(tmp_path / "held_out.tar", 21)
     arguments = ["evaluate", "--checkpoint", str(model), "--reference", str(held_out)]
     arguments += ["--extractor", "tests.helpers.features:Averages", "--num-images", "7", "--steps", "2", "--json"]
-    for chosen in (["--routing", "static"], ["--capacity", "1.5", "--validation", str(held_out)]):
+    # 21 held-out images are 7 batches of 3: not as many for each rank
+    for chosen in (["--routing", "static"], ["--routing", "dynamic"], ["--capacity", "1.5"]):
+        chosen += ["--validation", str(held_out)]
         assert main([*arguments, *chosen, "--batch-size", "3"]) == 0
         alone = json.loads(capsys.readouterr().out)
         for file in tmp_path.rglob("capacity-*.json"):

@@ -218,6 +218,25 @@ def test_sample_mistakes(capsys, trained, tmp_path, options, code, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    (
+        ("train", ["--run-dir"]),
+        ("sample", ["--checkpoint", "--out", "--vae", "--autoguidance"]),
+        ("evaluate", ["--samples", "--checkpoint", "--reference", "--validation", "--save-reference"]),
+        ("prepare images", ["--images", "--out", "--cache-dir"]),
+        ("prepare latents", ["--vae"]),
+        ("checkpoint export", ["--out", "path"]),
+    ),
+)
+def test_empty_paths_are_refused(capsys, command, options):
+    """They come from unset shell variables and would mean the current directory, or the option's default."""
+    for option in options:
+        with pytest.raises(SystemExit, match="2"):
+            main([*command.split(), "" if option == "path" else f"{option}="])
+        assert f"error: argument {option}: must not be empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ("train", "sample", "prepare", "checkpoint", "doctor"))
 def test_help_ends_with_commands_to_paste(capsys, command):
     with pytest.raises(SystemExit, match="0"):

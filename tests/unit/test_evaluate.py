@@ -83,6 +83,22 @@ def test_every_kind_of_reference_gives_the_same_numbers(samples, tmp_path, evalu
     assert (alone["kid"], alone["precision"], alone["n_reference"]) == (None, None, None)
 
 
+def test_a_saved_reference_overwrites_no_input(samples, tmp_path, evaluate):
+    """Also if it is spelled differently, a link to an input, or the same as the other input."""
+    np.savez(tmp_path / "r.npz", arr_0=pictures(9, seed=1))
+    write_folder(tmp_path / "folder", pictures(3))
+    for link, target in (("link.npz", "r.npz"), ("folder.npz", "folder")):
+        (tmp_path / link).symlink_to(target)
+    before = {path: path.read_bytes() for path in (samples, tmp_path / "r.npz")}
+    for reference, out, option in (
+        ("r.npz", "r.npz", "reference"), ("r.npz", "folder/../r.npz", "reference"), ("r.npz", "link.npz", "reference"),
+        ("link.npz", "r.npz", "reference"), ("folder", "folder.npz", "reference"), ("r.npz", "samples.npz", "samples"),
+    ):  # fmt: skip
+        message = evaluate(samples, tmp_path / reference, "--save-reference", str(tmp_path / out), code=2)
+        assert f"{out}: would overwrite --{option} " in message
+    assert before == {path: path.read_bytes() for path in before} and (tmp_path / "link.npz").is_symlink()
+
+
 def test_a_set_against_itself(samples, evaluate):
     found = evaluate(samples, samples)
     assert found["frechet"] == pytest.approx(0, abs=1e-12) and (found["precision"], found["recall"]) == (1, 1)
@@ -177,8 +193,10 @@ def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, ca
     assert found["capacity"] == pytest.approx(2, rel=0.05)
     levels = found["validation_loss_by_noise_level"]
     assert len(levels) == 10 and found["validation_loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
+    assert found["validation_images"] == 20
     assert main([*arguments, "--validation", str(tmp_path / "held_out.tar")]) == 0
-    assert f"validation loss   {found['validation_loss']:.5g}" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss")]
+    assert line.split() == ["validation", "loss", f"{found['validation_loss']:.5g}", "20", "held-out", "images"]
     folder, expected = str(write_folder(tmp_path / "unlabelled", pictures(2, 32))), "a folder of images or shards"
     for path, message in (
         ("/nowhere.tar", "no shard"),
@@ -189,6 +207,16 @@ def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, ca
         assert main([*arguments, "--validation", path]) == 4
         error = capsys.readouterr().err
         assert f"--validation {path}: " in error and message in error
+
+
+def test_metrics_that_overflow_are_null(samples, tmp_path, evaluate, capsys):
+    np.savez(tmp_path / "r.npz", arr_0=pictures(1100, seed=1))
+    name = "tests.helpers.features:Huge"
+    found = evaluate(samples, tmp_path / "r.npz", "--extractor", name)
+    assert found["kid_std"] is None and found["frechet"] > 0 and found["precision"] is not None
+    arguments = ["--samples", str(samples), "--reference", str(tmp_path / "r.npz"), "--extractor", name]
+    assert main(["evaluate", *arguments]) == 0
+    assert "standard deviation of subsets inf" in capsys.readouterr().out
 
 
 def test_options_of_generation_need_a_checkpoint(samples, evaluate):
