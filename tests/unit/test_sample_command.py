@@ -118,7 +118,10 @@ def test_formats_and_what_an_earlier_run_left(capsys, run_directory, tmp_path):
         assert np.array_equal(np.asarray(picture), file["arr_0"][6, :, :, 0])
     assert run(run_directory, out, "--num-images", "2", "--steps", "2", "--format", "png") == 0
     assert names_in(out) == {"png", "grid.png"} and len(names_in(out / "png")) == 3
-    assert run(run_directory, out, "--num-images", "3", "--steps", "1") == 0
+    assert "guidance 1, routing" in capsys.readouterr().out
+    guided = ("--cfg-scale", "2", "--guide-channels", "1")
+    assert run(run_directory, out, "--num-images", "3", "--steps", "2", *guided) == 0
+    assert "euler, 2 steps, guidance 2, in 1 of 1 channel, routing" in capsys.readouterr().out
     assert names_in(out) == {"samples.npz", "grid.png"} and labels_of(out) == [0, 1, 2]
 
 
