@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.cli.sampling_options import REPORT_CLASSES, add_sampling_options, check_sampling_numbers
 from diffmoe_ds.errors import ConfigError
 
@@ -23,15 +22,21 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe report``."""
     add = parser.add_argument
     text = "run directory; or a checkpoint or an exported model, for a report without curves"
-    add("run_path", type=Path, metavar="RUN", help=text)
-    add("--out", type=Path, required=True, metavar="DIR", help="output directory for report.html and figures/*.png")
+    add("run_path", type=nonempty_path, metavar="RUN", help=text)
+    add(
+        "--out",
+        type=nonempty_path,
+        required=True,
+        metavar="DIR",
+        help="output directory for report.html and figures/*.png",
+    )
     text = "checkpoint or exported model to generate from (default: the newest checkpoint of RUN)"
-    add("--checkpoint", type=Path, metavar="PATH", help=text)
+    add("--checkpoint", type=nonempty_path, metavar="PATH", help=text)
     text = "images for the routing figures; those for other guidance scales are extra (default: %(default)s)"
     add("--images", type=int, default=IMAGES, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
     text = "classes to generate, as labels or names, separated by commas (default: --num-classes, evenly spaced)"
-    add("--classes", metavar="A,B", help=text)
+    add("--classes", type=nonempty, metavar="A,B", help=text)
     text = f"number of classes (default: {REPORT_CLASSES}, or fewer if the model has fewer or --images is smaller)"
     add("--num-classes", type=int, metavar="M", help=text)
     add_sampling_options(parser, cfg_scale=None)

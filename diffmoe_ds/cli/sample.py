@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from diffmoe_ds.cli.arguments import nonempty_path, require_positive
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.cli.sampling_options import NUM_IMAGES, add_sampling_options, check_sampling_numbers
 
 EXAMPLES = """examples:
@@ -52,7 +52,7 @@ def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
     add("--num-images", type=int, metavar="N", help=f"images to generate (default: {default:,})")
     add("--seed", type=int, default=0, metavar="S", help="image k has seed S + k (default: %(default)s)")
     text = "classes to generate, as labels or names, separated by commas (default: all)"
-    add("--classes", metavar="A,B", help=text)
+    add("--classes", type=nonempty, metavar="A,B", help=text)
     add("--per-class", type=int, metavar="N", help="images per class, instead of --num-images")
     text = (
         "cycle: image k has class k mod the number of classes (default); random: classes are drawn uniformly, as in "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffmoe_ds.distributed.launch import resolve_launch
 from diffmoe_ds.errors import RankLostError
 
 LOST = ("by peer", "Broken pipe", "remote process exited")
@@ -27,5 +28,5 @@ def reporting_lost_ranks(advice: str) -> Iterator[None]:
         if not any(text in str(error) for text in LOST):
             raise
         lost = RankLostError(f"another rank died; {advice}.")
-        lost.same_on_all_ranks = True
+        lost.same_on_all_ranks = resolve_launch().rank != 1  # rank 1 reports it too: rank 0 may be the dead one
         raise lost from error

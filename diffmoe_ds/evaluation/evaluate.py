@@ -6,6 +6,7 @@ and gets the same results. Legend: N images, B images of a batch, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -215,7 +216,7 @@ def _frechet(rows: ShardedRows, of: Gaussian, progress: Progress | None) -> tupl
 
 
 def _pair(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.low, interval.high]
+    return None if interval is None or math.isnan(interval.low) else [interval.low, interval.high]
 
 
 def _advance(progress: Progress | None) -> None:

@@ -252,21 +252,24 @@ def precision_recall(
     Args:
         samples: features [N, F].
         reference: features [M, F].
-        neighbours: k, limited to the number of other images in each set.
+        neighbours: k.
         progress: called after each of many parts of the work.
 
     Returns:
-        NaN if a feature is not finite.
+        NaN if a feature is not finite, and for a fraction that needs radii in a set of k images or fewer.
     """
     samples, reference = _sharded(samples), _sharded(reference)
     if not _all_finite(samples, reference):  # no row would be within a distance of NaN
         return math.nan, math.nan
-    progress = progress or (lambda: None)
-    inside = [
-        _inside(rows, of, _squared_radii(of, min(neighbours, len(of) - 1), progress), progress)
-        for rows, of in ((samples, reference), (reference, samples))
-    ]
-    return inside[0], inside[1]
+
+    advance = progress or (lambda: None)
+
+    def fraction(rows: ShardedRows, of: ShardedRows) -> float:
+        if len(of) <= neighbours:  # no image has a k-th neighbor
+            return math.nan
+        return _inside(rows, of, _squared_radii(of, neighbours, advance), advance)
+
+    return fraction(samples, reference), fraction(reference, samples)
 
 
 def proportion_interval(fraction: float, count: int) -> Interval:

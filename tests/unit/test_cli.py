@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ from PIL import Image
 from diffmoe_ds import cli
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
+from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from tests.helpers.processes import REPOSITORY, run_ranks
 from tests.helpers.sampling import sample
 from tests.helpers.training import read_metrics, training_arguments, write_json
@@ -224,9 +226,10 @@ def test_sample_mistakes(capsys, trained, tmp_path, options, code, message):
         ("train", ["--run-dir"]),
         ("sample", ["--checkpoint", "--out", "--vae", "--autoguidance"]),
         ("evaluate", ["--samples", "--checkpoint", "--reference", "--validation", "--save-reference"]),
+        ("report", ["path", "--out", "--checkpoint", "--classes"]),
         ("prepare images", ["--images", "--out", "--cache-dir"]),
         ("prepare latents", ["--vae"]),
-        ("checkpoint export", ["--out", "path"]),
+        ("checkpoint export", ["path", "--out"]),
     ),
 )
 def test_empty_paths_are_refused(capsys, command, options):
@@ -234,7 +237,26 @@ def test_empty_paths_are_refused(capsys, command, options):
     for option in options:
         with pytest.raises(SystemExit, match="2"):
             main([*command.split(), "" if option == "path" else f"{option}="])
-        assert f"error: argument {option}: must not be empty" in capsys.readouterr().err
+        name = {"report": "RUN"}.get(command, "path") if option == "path" else option
+        assert f"error: argument {name}: must not be empty" in capsys.readouterr().err
+
+
+def test_a_lost_rank_is_reported_by_rank_0_or_1(capsys, monkeypatch):
+    """Whichever rank died, another one reports it; not all of them."""
+
+    def lose(args: argparse.Namespace) -> None:
+        with reporting_lost_ranks("run the same command again"):
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    reported = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert cli.run_command(argparse.Namespace(run=lose)) == 85
+        if "diffmoe: error: another rank died; run the same command again." in capsys.readouterr().err:
+            reported.append(rank)
+    assert reported == [0, 1]
 
 
 @pytest.mark.parametrize("command", ("train", "sample", "prepare", "checkpoint", "doctor"))

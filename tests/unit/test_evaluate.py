@@ -13,9 +13,6 @@ from PIL import Image
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
-from tests.helpers import sampling
-from tests.helpers.checkpoints import export_untrained
-from tests.helpers.data import numbered_shard
 from tests.helpers.features import assert_same
 
 AVERAGES = "tests.helpers.features:Averages"
@@ -105,6 +102,14 @@ def test_a_set_against_itself(samples, evaluate):
     assert found["frechet_interval"][0] == 0
 
 
+def test_precision_of_three_reference_images_is_null(samples, tmp_path, evaluate, capsys):
+    np.savez(tmp_path / "r.npz", arr_0=pictures(3, seed=1))
+    found = evaluate(samples, tmp_path / "r.npz")
+    assert (found["precision"], found["precision_interval"]) == (None, None) and found["recall"] is not None
+    assert main(["evaluate", "--samples", str(samples), "--reference", str(tmp_path / "r.npz")]) == 0
+    assert "precision         nan        " in capsys.readouterr().out
+
+
 def test_reference_images_are_brought_to_the_size_of_the_samples_as_in_training(samples, tmp_path, evaluate):
     """A folder is resized and cropped, smaller images of shards are padded with zeros."""
     folder = write_folder(tmp_path / "large", pictures(3, 24, 1))
@@ -159,54 +164,6 @@ def test_extractors_of_users(samples, evaluate):
         assert message in evaluate(samples, samples, "--extractor", name, code=2)
     assert "contain NaN or Inf" in evaluate(samples, samples, "--extractor", "tests.helpers.features:NotFinite", code=3)
     assert "not a folder with config.json" in evaluate(samples, samples, "--extractor", "dinov2:/nowhere", code=4)
-
-
-def test_a_checkpoint_is_evaluated_as_its_samples_are(tmp_path, capsys):
-    """The images are those of ``diffmoe sample``; nothing else is printed with --json, and nothing is written."""
-    model = export_untrained(tmp_path / "model")
-    np.savez(tmp_path / "r.npz", arr_0=pictures(9, 32))
-    images = ["--checkpoint", str(model), "--num-images", "6", "--steps", "2", "--seed", "3", "--labels", "random"]
-    rest = ["--reference", str(tmp_path / "r.npz"), "--extractor", AVERAGES, "--json"]
-    assert main(["sample", *images, "--out", str(tmp_path / "out")]) == 0
-    capsys.readouterr()
-    before = sorted(tmp_path.rglob("*"))
-    found = []
-    for source in (images, ["--samples", str(tmp_path / "out" / "samples.npz")]):
-        assert main(["evaluate", *source, *rest]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert 0 < found[0].pop("capacity") <= 4
-    assert_same(*found)
-    assert found[0]["n"] == 6
-    assert sorted(tmp_path.rglob("*")) == before
-    assert main(["evaluate", *images, "--num-images", "1", *rest]) == 2
-    assert "1 image(s) to generate; metrics need at least 2" in capsys.readouterr().err
-
-
-def test_the_result_of_a_model_has_its_capacity_and_validation_loss(tmp_path, capsys):
-    model = sampling.write_random_model(tmp_path / "model")
-    np.savez(tmp_path / "r.npz", arr_0=pictures(9, 32))
-    numbered_shard(tmp_path / "held_out.tar", 20)
-    arguments = ["evaluate", "--checkpoint", str(model), "--num-images", "6", "--steps", "2", "--capacity", "2"]
-    arguments += ["--reference", str(tmp_path / "r.npz"), "--extractor", AVERAGES]
-    assert main([*arguments, "--validation", str(tmp_path / "held_out.tar"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["capacity"] == pytest.approx(2, rel=0.05)
-    levels = found["validation_loss_by_noise_level"]
-    assert len(levels) == 10 and found["validation_loss"] == pytest.approx(np.mean(levels)) and min(levels) > 0
-    assert found["validation_images"] == 20
-    assert main([*arguments, "--validation", str(tmp_path / "held_out.tar")]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss")]
-    assert line.split() == ["validation", "loss", f"{found['validation_loss']:.5g}", "20", "held-out", "images"]
-    folder, expected = str(write_folder(tmp_path / "unlabelled", pictures(2, 32))), "a folder of images or shards"
-    for path, message in (
-        ("/nowhere.tar", "no shard"),
-        ("/nowhere", f"does not exist; expected {expected}"),
-        (str(tmp_path / "r.npz"), f"is not a tar file; expected {expected}"),
-        (folder, "have no label, but the model has 10 classes; use labelled images, or a model without classes"),
-    ):
-        assert main([*arguments, "--validation", path]) == 4
-        error = capsys.readouterr().err
-        assert f"--validation {path}: " in error and message in error
 
 
 def test_metrics_that_overflow_are_null(samples, tmp_path, evaluate, capsys):

@@ -153,6 +153,14 @@ def test_precision_and_recall_equal_brute_force(k, monkeypatch):
     assert metrics.precision_recall(samples, reference + 100, k) == (0, 0)
 
 
+def test_radii_need_a_kth_neighbor():
+    three, four = normal(3, 5, 21), normal(4, 5, 22)
+    precision, recall = metrics.precision_recall(three, four)
+    assert 0 < precision == metrics.precision_recall(torch.cat([three, three]), four)[0] and np.isnan(recall)
+    assert np.isnan(metrics.precision_recall(four, three)[0]) and metrics.precision_recall(four, three)[1] == precision
+    assert metrics.precision_recall(three, four, 2) == brute_force(three, four, 2)
+
+
 def test_precision_and_recall_of_repeated_images():
     """The radius around an image with three copies is 0, and only the same image is within it."""
     copies, other = normal(1, 40, 12, 30).repeat(5, 1), normal(5, 40, 13, 30)
