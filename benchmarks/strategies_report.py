@@ -47,6 +47,7 @@ PAIRS = (
     ("DiffMoE-dynamic-5", "DiffMoE-dynamic"),
     ("DiffMoE-dynamic-500", "DiffMoE-dynamic"),
     *((name, "DiffMoE-per_token") for name in POOLS.values() if name != "DiffMoE-per_token"),
+    *((name, "DiffMoE-per_token") for name in CAPACITIES if name != "DiffMoE-per_token"),
     *(("DiffMoE-per_token", name) for name in ("EC-static", "EC-dynamic", "TC", "dense", "dense-1.5x", "dense-3x")),
 )
 """Strategies to compare seed by seed; most of the spread cancels between two inference rules of one model."""
