@@ -22,6 +22,7 @@ from diffmoe_ds.evaluation.report.style import (
     short_number,
 )
 from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
+from diffmoe_ds.text import counted
 
 LOSSES = {
     "loss": ("total", INK),
@@ -42,7 +43,7 @@ SHOWN_LAYERS = 4
 
 def training_drawings(history: History) -> list[Drawing]:
     """Return the figures of ``metrics.jsonl``; none without it."""
-    steps = f"{history.rows:,} logged step{'' if history.rows == 1 else 's'}"
+    steps = counted(history.rows, "logged step")
     drawings = []
     losses = {key: history.curves[key] for key in LOSSES if key in history.curves and history.curves[key].value_P.any()}
     if len(losses) == 2:  # the total is the diffusion loss
