@@ -85,8 +85,9 @@ class FileImages:
 
         Args:
             path: a folder, in which images are found at any depth, or shards.
-            size: size to which images are converted as in training: smaller images in shards are zero-padded, others
-                are resized and cropped. If None, all images must have the size of the first.
+            size: size to which images are converted: smaller images in shards are zero-padded as in training, others
+                are resized and cropped, even larger ones in shards, which training rejects. If None, all images must
+                have the size of the first.
 
         Raises:
             DataError: there are fewer than 2 images, they are latents, or the first cannot be decoded.
