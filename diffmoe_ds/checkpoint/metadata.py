@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
+from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
@@ -239,7 +240,8 @@ class _Object:
     """Dotted name of the object in the file, with the dot."""
 
     def error(self, key: str, value: Any, valid: str) -> CheckpointError:
-        return CheckpointError(f"{self.source}: {self.prefix}{key} is {_shown(value)}, but it must be {valid}.")
+        name = printable(f"{self.prefix}{key}")
+        return CheckpointError(f"{self.source}: {name} is {_shown(value)}, but it must be {valid}.")
 
     def value(self, key: str, kind: type[T]) -> T:
         value = self.tree.get(key)

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffmoe_ds.checkpoint.layout import META
@@ -95,6 +95,7 @@ def test_keys_that_old_checkpoints_lack_have_defaults():
 
 
 @settings(max_examples=300)
+@example(key=("shapes",), value={"\n": None})
 @given(key=st.sampled_from([(key,) for key in TREE] + list(NESTED)), value=JSON | st.just(float("nan")))
 def test_any_value_is_read_or_refused_by_name(key, value):
     tree = copy.deepcopy(TREE)
