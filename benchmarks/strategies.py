@@ -139,7 +139,7 @@ def _is_finished(args: argparse.Namespace, name: str, seed: int) -> bool:
     path = _result(args, name, seed)
     if not path.is_file():
         return False
-    result = {"set": [], **read_result(path)}  # the committed results are older than `set`
+    result = read_result(path)
     images = load_config(str(RECIPE), args.set).run.total_images
     for key, value in {"n": args.num_images, "steps": args.steps, "set": args.set, "train_images": images}.items():
         if result.get(key) != value:
@@ -154,7 +154,8 @@ def read_result(path: Path) -> dict[str, Any]:
         DataError: it is damaged, or is the result of another strategy or seed than its name says.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # the committed results are older than `set`
+        result: dict[str, Any] = {"set": [], **json.loads(path.read_text(encoding="utf-8"))}
         if not result.keys() >= REQUIRED or path.stem != f"{result['strategy']}-seed{result['seed']}":
             raise ValueError
         if result["strategy"] not in STRATEGIES:

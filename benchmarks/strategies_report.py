@@ -113,7 +113,7 @@ def read_results(directory: Path) -> Results:
         result = read_result(path)
         results[result["strategy"]].append(result)
         for key in SETTINGS:
-            value = result.get(key, [] if key == "set" else None)  # the committed results are older than `set`
+            value = result.get(key)
             other, where = first.setdefault(key, (value, path))
             if value != other:
                 raise DataError(f"{path}: cannot be compared: {key} is {value}, but {other} in {where.name}")

@@ -21,6 +21,7 @@ from diffmoe_ds.sampling.capacity import check_capacity
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.guidance import guided_channels
 from diffmoe_ds.sampling.samplers import ADAPTIVE
+from diffmoe_ds.text import counted
 from diffmoe_ds.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -184,7 +185,7 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     channels = reader.config.model.in_channels
     guided = guided_channels(reader.config.objective.kind, settings.guide_channels, channels)
     if settings.cfg_scale != 1 and (settings.guide_channels is not None or guided < channels):
-        how.append(f"in {guided} of {channels} channel{'' if channels == 1 else 's'}")
+        how.append(f"in {guided} of {counted(channels, 'channel')}")
     if plan.guide is not None:
         how.append(f"by {plan.guide.reader.path}")
     if reader.config.num_experts > 1:

@@ -103,7 +103,7 @@ def model_table(config: Config) -> dict[str, str]:
     rows = {
         "model": model.name,
         "blocks, width, heads": f"{size.depth}, {size.hidden_size}, {size.num_heads}",
-        "input": f"{model.in_channels} channel{'s' * (model.in_channels > 1)}, {shape}",
+        "input": f"{counted(model.in_channels, 'channel')}, {shape}",
         "tokens per image": f"{config.tokens_per_image:,}",
         "classes": f"{model.num_classes:,}",
         "objective": "rectified flow" if config.objective.kind == "flow" else "DDPM",
