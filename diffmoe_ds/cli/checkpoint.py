@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ds.cli.arguments import nonempty_path
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader
@@ -61,10 +61,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
     )
     reference.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    text = "the reference's YAML (default: the one beside the file or its directory checkpoints/, if there is one)"
+    reference.add_argument("--reference-config", type=nonempty_path, metavar="YAML", help=text)
     reference.add_argument(
-        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: inferred from the weights)"
+        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: as in the YAML or the weights)"
     )
-    reference.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: as published)")
+    text = "attention heads (default: as in the YAML, or as published)"
+    reference.add_argument("--num-heads", type=int, metavar="N", help=text)
 
 
 def checkpoint_command(args: argparse.Namespace) -> None:
@@ -106,16 +109,35 @@ def _import(args: argparse.Namespace) -> None:
     import torch
 
     from diffmoe_ds.checkpoint.export import write_model
-    from diffmoe_ds.checkpoint.reference import infer_reference, load_official, read_reference
+    from diffmoe_ds.checkpoint.reference import load_official
+    from diffmoe_ds.checkpoint.reference_config import infer_reference
+    from diffmoe_ds.checkpoint.reference_weights import read_reference
+    from diffmoe_ds.checkpoint.reference_yaml import find_reference_yaml, read_reference_yaml
     from diffmoe_ds.checkpoint.stream import Entry
 
+    chosen = [f"--{name}" for name in ("kind", "num-heads") if getattr(args, name.replace("-", "_")) is not None]
+    if args.reference_config is not None and chosen:
+        raise ConfigError(f"{chosen[0]}: --reference-config {args.reference_config} says so already; omit one.")
     state = read_reference(args.path, args.weights)
+    path = args.reference_config or (None if chosen else find_reference_yaml(args.path))
+    found = None if path is None else read_reference_yaml(path)
+    guesses: list[str] = []
     try:
-        model = load_official(infer_reference(state, args.kind, args.num_heads), state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{args.path}: {error}") from None
+        if found is None:
+            found, guesses = infer_reference(state, args.kind, args.num_heads)
+        model = load_official(found, state)
+    except (CheckpointError, ConfigError) as error:
+        configuration = "" if path is None else f", configured by {path}"
+        raise type(error)(f"{args.path}{configuration}: {error}") from None
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
-    print(f"{args.path} -> {write_model(args.out, entries, model.config, args.weights, images=0)}")
+    written = write_model(args.out, entries, model.config, args.weights, images=0)
+    if path is not None:
+        print(f"configuration of {path}")
+    for guess in guesses:
+        print(f"guessed: {guess}")
+    if guesses:
+        print("If a guess is wrong, import again with --reference-config and the YAML of the training.")
+    print(f"{args.path} -> {written}")
 
 
 def _checkpoint(path: Path) -> CheckpointReader:
