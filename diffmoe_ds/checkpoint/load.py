@@ -48,6 +48,8 @@ class WeightsReader(Protocol):
     """Number of images that the model was trained on; 0 if unknown."""
     class_names: tuple[str, ...] | None
     """Name of each label, if labels have names."""
+    initial_share: float
+    """Share of the initial weights in the averaged ones; 0 if unknown."""
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""
@@ -97,6 +99,7 @@ class CheckpointReader:
         self.config = self.metadata.config
         self.images = self.metadata.images
         self.class_names = self.metadata.class_names
+        self.initial_share = self.metadata.initial_share
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         for rank in range(self.metadata.files):
             self._open(path / rank_file(rank))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +99,14 @@ def _reshard(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from diffmoe_ds.checkpoint.export import export
+    from diffmoe_ds.checkpoint.export import export, initial_weights_warning
 
     reader = _checkpoint(args.path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     print(f"{reader.path} -> {export(reader, args.weights, args.out, dtype)} ({args.weights} weights)")
+    warning = initial_weights_warning(reader, args.weights)
+    if warning is not None:
+        print(f"diffmoe: warning: {warning}", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace) -> None:

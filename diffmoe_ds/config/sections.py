@@ -5,6 +5,7 @@ The string below a field documents it: `diffmoe config`, the JSON schema and ``d
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from diffmoe_ds.config.fields import (
@@ -159,6 +160,21 @@ class EMAConfig(Section):
 
     decay: Fraction = 0.9999
     """Decay per optimizer step; averages over roughly the last 1 / (1 - decay) steps."""
+    warmup: Flag = True
+    """Use a decay of at most (1 + n) / (10 + n) after n steps, so that the average of a short run forgets the initial
+    weights. Unless set, a resumed run does what its checkpoint did."""
+
+    def decay_after(self, steps: int) -> float:
+        """Return the decay of the update that follows this many others."""
+        return min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
+
+    def initial_share(self, steps: int) -> float:
+        """Return the share of the initial weights in the average after this many updates."""
+        # the decay of the warm-up is reached after this many
+        warming = min(steps, max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)))) if self.warmup else 0
+        # the product of (1 + n) / (10 + n) for n < N is N! 9! / (N + 9)!
+        log_share = math.lgamma(warming + 1) + math.lgamma(10) - math.lgamma(warming + 10)
+        return math.exp(log_share) * self.decay ** (steps - warming)
 
 
 class RunConfig(Section):

@@ -57,7 +57,7 @@ class Session:
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
         # not earlier: a rejected run must not change the file
-        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, plan.config) if plan.is_main else None)
+        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, run.config) if plan.is_main else None)
         return run
 
     def open_log(self, run: Run) -> RunLog:

@@ -102,7 +102,7 @@ def train_step(
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
     run.thresholds.update(agreed[SEARCH_INCONCLUSIVE] > 0, batches.attachments_WX)
-    run.ema.update()
+    run.ema.update(run.config.ema.decay_after(run.step))
     watchdog.tick()
     noise_level_B = run.objective.noise_level(passed.t_B)
     return StepResult(MeanLosses(*means), grad_norm, lr, passed.output.routing, noise_level_B, redone)
