@@ -185,7 +185,10 @@ class RunConfig(Section):
     seed: Seed = 0
     """Seed of the initial weights, data order, noise, time steps, label dropout and flips."""
     save_every_images: NonNegativeInteger = 0
-    """Checkpoint interval in images; 0 saves only at the end."""
+    """Checkpoint interval in images; 0 does not save by images."""
+    save_every_minutes: NonNegativeNumber = 15.0
+    """Also save when this many minutes have passed since the last save, so that a crash loses no more than them; 0 does
+    not save by time. There is always a checkpoint at the end."""
     log_every_images: PositiveInteger = 2_000
     """Logging interval in images, for the console and TensorBoard."""
     sample_every_images: NonNegativeInteger = 0

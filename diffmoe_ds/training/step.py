@@ -169,7 +169,8 @@ class SkippedSteps:
         self._in_a_row += 1
         allowed = self._run.config.run.nonfinite_skips
         if self._in_a_row > allowed:
-            checkpointer.complete()
+            self._log.settle()
+            checkpointer.save_before_exit()
             raise error
         self._run.images += self._run.settings.global_batch
         self._log.skipped(f"{error} ({self._in_a_row} of {allowed} in a row)")
