@@ -115,6 +115,7 @@ def resolve_deepspeed(
     check_keys(raw, source)
     job = sections.Resolution(copy.deepcopy(raw), config, source, world, local_world, device, is_prebuilt)
     tree = job.tree
+    sections.drop_switched_off(job)
     global_batch, micro, accumulation = sections.resolve_batch(job)
     zero_stage = sections.check_zero(job)
     bf16 = sections.resolve_precision(job)
@@ -122,8 +123,7 @@ def resolve_deepspeed(
     resolve_optimizer(job)
     sections.resolve_scheduler(job, steps=-(-config.run.total_images // global_batch))
     ep_size = sections.resolve_expert_parallel(job)
-    job.fill(tree, "gradient_clipping", 0.0)
-    clipping = float(tree.get("gradient_clipping", 0.0))
+    clipping = sections.resolve_clipping(job)
     sections.resolve_reports(job)
     tensorboard, directory = sections.resolve_tensorboard(job)
     tree.update(

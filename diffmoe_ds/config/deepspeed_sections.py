@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ds.config.deepspeed_keys import AUTO, SCHEDULES
+from diffmoe_ds.config.deepspeed_unsupported import drop_unsupported
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -59,6 +60,13 @@ class Resolution:
         if section.get(key) == AUTO:
             section[key] = value
             self.notes.append(f"{where}{key}: auto is {json.dumps(value)}")
+
+
+def drop_switched_off(job: Resolution) -> None:
+    """Remove settings that are not passed on, because they are switched off or without effect."""
+    dropped = drop_unsupported(job.tree)
+    if dropped:
+        job.notes.append(f"without effect here, and dropped: {', '.join(dropped)}")
 
 
 def resolve_batch(job: Resolution) -> tuple[int, int, int]:
@@ -208,6 +216,12 @@ def resolve_expert_parallel(job: Resolution) -> int:
     Topology(rank=0, world=job.world, ep_size=ep_size, num_experts=experts)
     job.tree["expert_parallel"] = {"autoep_size": ep_size}
     return int(ep_size)
+
+
+def resolve_clipping(job: Resolution) -> float:
+    """Return the maximum norm of the gradient; 0, not DeepSpeed's 1.0, if the JSON sets none."""
+    job.fill(job.tree, "gradient_clipping", 0.0)
+    return float(job.tree.get("gradient_clipping", 0.0))
 
 
 def resolve_reports(job: Resolution) -> None:

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from diffmoe_ds.config.deepspeed_keys import AUTO, KEYS, Value
+from diffmoe_ds.config.deepspeed_unsupported import IGNORED, UNSUPPORTED
 from diffmoe_ds.config.fields import MAX_BITS
 from diffmoe_ds.config.reference import schema
 
@@ -52,13 +53,16 @@ def _finish(node: Any) -> None:
         _finish(value)
 
 
-def _deepspeed(keys: dict[str, Any]) -> dict[str, Any]:
+def _deepspeed(keys: dict[str, Any], section: str = "") -> dict[str, Any]:
     """Return the schema of a section of the DeepSpeed JSON."""
     properties = {
-        key: _value(rule) if isinstance(rule, Value) else {"type": "object", **_deepspeed(rule)}
+        key: _value(rule)
+        if isinstance(rule, Value)
+        else {"type": "object", **_deepspeed(rule, f"{section}.{key}".lstrip("."))}
         for key, rule in keys.items()
     }
-    return {"properties": properties, "additionalProperties": False}
+    accepted = dict.fromkeys((*UNSUPPORTED.get(section, ()), *IGNORED.get(section, ())), True)  # if switched off
+    return {"properties": {**properties, **accepted}, "additionalProperties": False}
 
 
 def _value(rule: Value) -> dict[str, Any]:
