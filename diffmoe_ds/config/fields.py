@@ -28,6 +28,8 @@ from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 MAX_BITS = 64
 """Longest integer that a field accepts."""
 
+ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "tc": "token_choice"}
+"""Short names of the routers, those of the reference's model classes."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 
@@ -124,6 +126,11 @@ def _mapping(value: Any) -> Any:
     if not all(isinstance(key, str) for key in value):
         raise _wrong("a section whose keys are strings")
     return value
+
+
+def router(value: Any) -> Any:
+    """Return the full name of a router that is given by a short one."""
+    return ROUTERS.get(value, value) if isinstance(value, str) else value
 
 
 def _model_name(value: str) -> str:

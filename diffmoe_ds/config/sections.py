@@ -6,7 +6,9 @@ The string below a field documents it: `diffmoe config`, the JSON schema and ``d
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from diffmoe_ds.config.fields import (
     Betas,
@@ -25,9 +27,10 @@ from diffmoe_ds.config.fields import (
     Slack,
     Steps,
     Text,
+    router,
 )
 
-RoutingKind = Literal["dense", "token_choice", "expert_choice", "batch_pool"]
+RoutingKind = Annotated[Literal["dense", "token_choice", "expert_choice", "batch_pool"], BeforeValidator(router)]
 PoolScope = Literal["rank", "ep", "world"]
 
 
@@ -69,7 +72,8 @@ class RoutingConfig(Section):
     """How tokens are routed to experts."""
 
     kind: RoutingKind = "batch_pool"
-    """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts."""
+    """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts. The
+    short names `diffmoe`, `ec` and `tc` are also valid."""
     pool: PoolScope = "world"
     """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""

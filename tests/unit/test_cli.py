@@ -241,6 +241,22 @@ def test_empty_paths_are_refused(capsys, command, options):
         assert f"error: argument {name}: must not be empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    (
+        ("train --lr 3", "unrecognized arguments: --lr 3; keys of the recipe are set with --set optimizer.lr=VALUE"),
+        ("train --total-images=9 --x", "--total-images=9 --x; keys of the recipe are set with --set run.total_images="),
+        ("train --model.depth 3", "are set with --set model.depth=VALUE"),
+        ("train --learning 3", "unrecognized arguments: --learning 3\n"),
+        ("doctor --seed 3", "unrecognized arguments: --seed 3\n"),
+    ),
+)
+def test_options_that_are_keys_of_the_recipe(capsys, command, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert message in capsys.readouterr().err
+
+
 def test_a_lost_rank_is_reported_by_rank_0_or_1(capsys, monkeypatch):
     """Whichever rank died, another one reports it; not all of them."""
 

@@ -110,6 +110,11 @@ def test_wrong_recipe_values_are_named(override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_routers_have_short_names():
+    for name, kind in (("tc", "token_choice"), ("ec", "expert_choice"), ("diffmoe", "batch_pool")):
+        assert load_config("fashion", [f"routing.kind={name}"]) == load_config("fashion", [f"routing.kind={kind}"])
+
+
 def test_numbers_in_scientific_notation_are_numbers():
     assert load_config("fashion", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
     assert load_config("fashion", ["run.total_images=2.0e+3"]).run.total_images == 2000
