@@ -36,7 +36,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = command("inspect", "show the contents of a checkpoint, run directory or exported model", _inspect)
     inspect.add_argument("path", type=nonempty_path, help="a checkpoint, run directory or exported model")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.add_argument("--full", action="store_true", help="verify every byte, not only sizes")
+    text = "verify every byte, or only sizes (default: every byte of checkpoints up to 1 GiB)"
+    inspect.add_argument("--full", action=argparse.BooleanOptionalAction, help=text)
 
     reshard = command("reshard", "rewrite a checkpoint for another layout (not needed to resume)", _reshard)
     reshard.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
@@ -82,8 +83,9 @@ def _inspect(args: argparse.Namespace) -> None:
     found = describe(args.path, full=args.full)
     print(json.dumps(found, indent=1) if args.json else readable(found))
     broken = [entry for entry in found["checkpoints"] if entry["problem"]]
-    if broken and len(broken) == len(found["checkpoints"]):
-        raise CheckpointError(f"{args.path}: no valid checkpoint.")
+    if broken:
+        count = len(found["checkpoints"])
+        raise CheckpointError(f"{args.path}: {len(broken)} of {count} checkpoint{'' if count == 1 else 's'} damaged.")
 
 
 def _reshard(args: argparse.Namespace) -> None:
