@@ -13,6 +13,7 @@ from typing import Any
 from diffmoe_ds.config.deepspeed_keys import AUTO, KEYS, Value
 from diffmoe_ds.config.deepspeed_unsupported import IGNORED, UNSUPPORTED
 from diffmoe_ds.config.fields import MAX_BITS
+from diffmoe_ds.config.load import BASE
 from diffmoe_ds.config.reference import schema
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -24,6 +25,7 @@ def recipe_schema() -> dict[str, Any]:
     tree = copy.deepcopy(schema())
     tree["properties"]["deepspeed"].update(_deepspeed(KEYS))
     _finish(tree)
+    tree["properties"][BASE] = {"type": ["string", "null"], "description": "Recipe (name or file) to inherit from."}
     for section in (*tree["$defs"].values(), tree["properties"]["deepspeed"]):
         section["type"] = ["object", "null"]  # a section without keys is null in YAML
     return {

@@ -46,7 +46,7 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
             2,
             "sample.sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddpm'",
         ),
-        (["--set", "sample.steps=0"], 2, "fashion.yaml with --set: sample.steps must be positive, got 0"),
+        (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (
             ["--set", "routing.pool_images=3"],
