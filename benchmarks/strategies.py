@@ -195,7 +195,10 @@ def train(args: argparse.Namespace, model: str, seed: int) -> None:
     chosen = _chosen(args, model, seed)
     command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
     with log.open("a", encoding="utf-8") as file:
-        _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
+        except DiffMoEError as error:
+            raise DiffMoEError(f"{error}; see {log}") from None
 
 
 def save_reference(args: argparse.Namespace, model: str, seed: int) -> None:

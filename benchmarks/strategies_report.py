@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +36,10 @@ POOLS: dict[float, str] = {**{n: f"pool-{n}-per_token" for n in (1, 2, 4, 8)}, 3
 """Images per pool -> strategy."""
 DYNAMIC: dict[float, str] = {5: "DiffMoE-dynamic-5", BATCH: "DiffMoE-dynamic", 500: "DiffMoE-dynamic-500"}
 """Images per batch -> strategy."""
+CAPACITIES = [name for name in STRATEGIES if name.startswith("DiffMoE-capacity") or name == "DiffMoE-per_token"]
+"""One model with several numbers of experts per token."""
+SETTINGS = ("n", "n_reference", "steps", "extractor", "train_images", "set")
+"""Keys that all results must share."""
 PAIRS = (
     ("DiffMoE-per_token", "DiffMoE-dynamic"),
     ("DiffMoE-per_token", "DiffMoE-static"),
@@ -43,6 +47,7 @@ PAIRS = (
     ("DiffMoE-dynamic-5", "DiffMoE-dynamic"),
     ("DiffMoE-dynamic-500", "DiffMoE-dynamic"),
     *((name, "DiffMoE-per_token") for name in POOLS.values() if name != "DiffMoE-per_token"),
+    *((name, "DiffMoE-per_token") for name in CAPACITIES if name != "DiffMoE-per_token"),
     *(("DiffMoE-per_token", name) for name in ("EC-static", "EC-dynamic", "TC", "dense", "dense-1.5x", "dense-3x")),
 )
 """Strategies to compare seed by seed; most of the spread cancels between two inference rules of one model."""
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the directory for the figures does not exist.
-        DataError: there are no results, or one is damaged.
+        DataError: there are no results, one is damaged, or two were measured differently.
     """
     if args.figures is not None and not args.figures.is_dir():
         raise ConfigError(f"--figures {args.figures}: the directory does not exist.")
@@ -86,9 +91,13 @@ def run(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    for name, draw in (("pool-size", draw_pools), ("per-token", draw_rules), ("capacity", draw_capacities)):
+    for name, (compared, draw) in FIGURES.items():
+        path = args.figures / f"{name}.png"
+        if len([strategy for strategy in compared if strategy in results]) < 2:
+            print(f"{path}: not drawn, because it compares strategies without results", file=sys.stderr)
+            continue
         figure = draw(results)
-        with replacing(args.figures / f"{name}.png") as tmp:
+        with replacing(path) as tmp:
             figure.savefig(tmp, format="png", dpi=150)
 
 
@@ -96,12 +105,18 @@ def read_results(directory: Path) -> Results:
     """Read the results, in the order of `STRATEGIES`, sorted by seed.
 
     Raises:
-        DataError: there are none, or one is damaged.
+        DataError: there are none, one is damaged, or two were measured differently.
     """
     results = defaultdict(list)
+    first: dict[str, tuple[object, Path]] = {}
     for path in sorted(directory.glob("*.json")):
         result = read_result(path)
         results[result["strategy"]].append(result)
+        for key in SETTINGS:
+            value = result.get(key, [] if key == "set" else None)  # the committed results are older than `set`
+            other, where = first.setdefault(key, (value, path))
+            if value != other:
+                raise DataError(f"{path}: cannot be compared: {key} is {value}, but {other} in {where.name}")
     if not results:
         raise DataError(f"--results {directory}: no results; run python -m benchmarks.strategies first")
     names = [name for name in STRATEGIES if name in results]
@@ -225,10 +240,9 @@ def draw_rules(results: Results) -> Figure:
 
 def draw_capacities(results: Results) -> Figure:
     """Draw both metrics against the measured number of experts per token."""
-    names = [name for name in STRATEGIES if name.startswith("DiffMoE-capacity") or name == "DiffMoE-per_token"]
     figure, panels = _panels("experts per token at inference (measured)")
     for axes, metric in zip(panels, METRICS, strict=True):
-        measured = {_capacity(results[name]): name for name in names if name in results}
+        measured = {_capacity(results[name]): name for name in CAPACITIES if name in results}
         _curve(axes, results, dict(sorted(measured.items())), metric)
     return figure
 
@@ -268,6 +282,14 @@ def _curve(axes: Axes, results: Results, strategies: Mapping[float, str], metric
     axes.set_xscale("log")
     axes.set_xticks(list(found), [f"{round(x, 2):g}" for x in found])
     axes.xaxis.set_minor_locator(FixedLocator([]))
+
+
+FIGURES: dict[str, tuple[Iterable[str], Callable[[Results], Figure]]] = {
+    "pool-size": (POOLS.values(), draw_pools),
+    "per-token": (("DiffMoE-per_token", *DYNAMIC.values()), draw_rules),
+    "capacity": (CAPACITIES, draw_capacities),
+}
+"""Name of each figure -> the strategies that it compares, and the function that draws it."""
 
 
 if __name__ == "__main__":

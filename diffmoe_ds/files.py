@@ -45,7 +45,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
         error: the system's error.
     """
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else path
-    if named.name.startswith(TMP_PREFIX):
+    if named.name.startswith((TMP_PREFIX, REMOVING_PREFIX)):
         named = path
     return CheckpointError(f"{named}: cannot be written: {error.strerror or error}.")
 

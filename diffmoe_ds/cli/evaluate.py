@@ -34,8 +34,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument("--checkpoint", type=nonempty_path, metavar="PATH", help=text)
     text = (
-        "images (.npz, folder or shards) or statistics (.npz with mu and sigma, as published by ADM). Images are "
-        "converted to the size of the samples as in training: resized and cropped, or padded if in shards and smaller"
+        "images (.npz, folder or shards) or statistics (.npz with mu and sigma, as published by ADM). Images in "
+        "a folder are resized and cropped to the size of the samples; those in shards are padded if they are smaller, "
+        "otherwise resized and cropped"
     )
     add("--reference", type=nonempty, required=True, metavar="NPZ|DIR|SHARDS", help=text)
     text = (

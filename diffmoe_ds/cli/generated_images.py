@@ -27,6 +27,7 @@ from diffmoe_ds.evaluation.validation_loss import ValidationLoss, validation_los
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
+from diffmoe_ds.text import counted
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ class GeneratedImages:
             side *= downsampling(vae_settings(plan.vae))
         self.size = side, side
         if len(self) < 2:
-            raise ConfigError(f"{len(self)} image(s) to generate; metrics need at least 2.")
+            raise ConfigError(f"{counted(len(self), 'image')} to generate; metrics need at least 2.")
 
     def __len__(self) -> int:
         return self._plan.images.num_images

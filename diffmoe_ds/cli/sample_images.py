@@ -15,6 +15,7 @@ from diffmoe_ds.cli.sampling_options import NUM_IMAGES
 from diffmoe_ds.config.nearest import did_you_mean
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.labels import cycle_labels, random_labels
+from diffmoe_ds.text import counted
 
 LABEL = re.compile("-?[0-9]{1,18}")
 """A class given by its label."""
@@ -76,7 +77,8 @@ def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
         num_images = args.per_class * len(classes)
     last_seed = 2**64 - 2 * num_images  # ranks that share experts may generate extra images, which are discarded
     if not 0 <= args.seed <= last_seed:
-        raise ConfigError(f"--seed must be from 0 to {last_seed} with {num_images} images, got {args.seed}.")
+        images = counted(num_images, "image")
+        raise ConfigError(f"--seed must be from 0 to {last_seed} with {images}, got {args.seed}.")
     return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format)
 
 

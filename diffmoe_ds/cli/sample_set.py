@@ -34,6 +34,7 @@ from diffmoe_ds.sampling.output import (
 )
 from diffmoe_ds.sampling.turns import Shard, Turn, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
+from diffmoe_ds.text import counted
 
 GRID_IMAGES = 100
 """Largest number of images in grid.png."""
@@ -190,7 +191,7 @@ class ShardedSet:
         self.files.remove()
         places = " and ".join(str(out / name) for name in outputs)
         total = self.images.num_images
-        print(f"{total:,} image(s) in {places}, the first {min(total, GRID_IMAGES)} in {out / GRID}", flush=True)
+        print(f"{counted(total, 'image')} in {places}, the first {min(total, GRID_IMAGES)} in {out / GRID}", flush=True)
 
     def _write_results(self, outputs: Sequence[str]) -> None:
         """Write all results except the PNG files next to the shards."""

@@ -41,7 +41,7 @@ def open_dataset(config: Config) -> Dataset:
                 f"{settings['latent_channels']} channels."
             )
         return RawImages(source, model.input_size * downsampling(settings))
-    return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size)
+    return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size, model.in_channels)
 
 
 def check_first_image(config: Config, dataset: Dataset) -> None:

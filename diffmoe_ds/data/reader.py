@@ -16,6 +16,7 @@ from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
+from diffmoe_ds.text import counted
 
 
 class Dataset(Protocol):
@@ -145,8 +146,8 @@ class Reader:
         if not fits:
             rule = "at most" if image.dtype == np.uint8 else "exactly"
             raise DataError(
-                f"{self.dataset.describe(index)} has an image of shape {image.shape}; "
-                f"the model takes {expected[0]} channels of {rule} {expected[1]}x{expected[2]}"
+                f"{self.dataset.describe(index)} has shape {image.shape}; "
+                f"the model takes {counted(expected[0], 'channel')} of {rule} {expected[1]}x{expected[2]}"
             )
 
 

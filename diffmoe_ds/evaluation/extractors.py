@@ -192,7 +192,7 @@ class UserExtractor:
         self.name = name
         self._device = device
         self._size = _input_size(name, getattr(self._network, "input_img_size", None))
-        self._num_features: int | None = getattr(self._network, "num_features", None)
+        self._num_features: int | None = _num_features(name, getattr(self._network, "num_features", None))
 
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
@@ -231,13 +231,31 @@ def _input_size(name: str, declared: Any) -> tuple[int, int] | None:
     if declared is None:
         return None
     sizes = declared[-2:] if isinstance(declared, (tuple, list)) else (declared, declared)
-    try:
-        height, width = map(operator.index, sizes)
-    except (TypeError, ValueError):  # not integers, not two
-        height = width = 0
-    if min(height, width) < 1:
+    found = [number for number in map(_positive_integer, sizes) if number is not None]
+    if len(sizes) != 2 or len(found) != 2:
         raise ConfigError(
             f"--extractor {name}: input_img_size must be a positive integer or (channels, height, width), got "
             f"{str(declared)[:80]}."
         )
-    return height, width
+    return found[0], found[1]
+
+
+def _num_features(name: str, declared: Any) -> int | None:
+    """Return a custom class's ``num_features``.
+
+    Raises:
+        ConfigError: it is not a positive integer.
+    """
+    number = _positive_integer(declared)
+    if declared is not None and number is None:
+        raise ConfigError(f"--extractor {name}: num_features must be a positive integer, got {repr(declared)[:80]}.")
+    return number
+
+
+def _positive_integer(value: Any) -> int | None:
+    """Return a positive integer of any type but bool as an int; None for any other value."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        return None
+    return number if number > 0 and not isinstance(value, bool) else None

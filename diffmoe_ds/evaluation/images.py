@@ -21,6 +21,7 @@ from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.evaluation.npz import NpzReader
+from diffmoe_ds.text import counted
 
 MAX_SIDE = 4096
 MAX_BATCH_BYTES = 256 << 20
@@ -84,8 +85,9 @@ class FileImages:
 
         Args:
             path: a folder, in which images are found at any depth, or shards.
-            size: size to which images are converted as in training: smaller images in shards are zero-padded, others
-                are resized and cropped. If None, all images must have the size of the first.
+            size: size to which images are converted: smaller images in shards are zero-padded as in training, others
+                are resized and cropped, even larger ones in shards, which training rejects. If None, all images must
+                have the size of the first.
 
         Raises:
             DataError: there are fewer than 2 images, they are latents, or the first cannot be decoded.
@@ -187,7 +189,7 @@ def check_count(count: int, path: str) -> None:
         DataError: there are fewer than 2.
     """
     if count < 2:
-        raise DataError(f"{path}: {count} image(s); metrics need at least 2.")
+        raise DataError(f"{path}: {counted(count, 'image')}; metrics need at least 2.")
 
 
 def _padded(image_CHW: np.ndarray, size: tuple[int, int]) -> np.ndarray:

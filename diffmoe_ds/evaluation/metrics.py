@@ -33,8 +33,7 @@ GROUPS = 20
 ROUNDING = 1e-12
 """Squared distances below this, relative to the squared norms, are treated as rounding errors between equal rows."""
 
-# Index of the random stream of each use; KID uses those from KID_STREAM on.
-GROUP_STREAM, KID_STREAM = 0, 1
+GROUP_STREAM, KID_STREAM = 0, 1  # index of the random stream of each use; KID uses those from KID_STREAM on
 
 
 class KID(NamedTuple):
@@ -184,7 +183,7 @@ def kid(
     Args:
         samples: features [N, F].
         reference: features [M, F].
-        subsets: pairs of subsets, drawn without replacement within a subset.
+        subsets: pairs of subsets, drawn without replacement within a subset; one if each holds all rows of both sets.
         subset_size: rows of each subset, at most N and M.
         seed: of the random subsets.
 
@@ -198,6 +197,7 @@ def kid(
         return KID(math.nan, math.nan)
     size = min(subset_size, len(samples), len(reference))
     assert size >= 2, "KID needs two images of each set"
+    subsets = 1 if size == len(samples) == len(reference) else subsets  # the values of others would differ by rounding
     values = torch.zeros(subsets, dtype=torch.float64)
     for index in range(subsets):
         draw = evaluation_stream(seed, KID_STREAM + index)

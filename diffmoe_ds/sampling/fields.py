@@ -45,6 +45,12 @@ class Run:
         return self.noise_fn().to(x_BCHW.dtype)
 
 
+def in_range(level: NoiseLevel, low: float, high: float) -> npt.NDArray[np.bool_]:
+    """Return which noise levels are in an interval that includes its ends."""
+    levels = np.asarray(level)
+    return np.asarray((low - ROUNDING <= levels) & (levels <= high + ROUNDING))
+
+
 @dataclass(frozen=True)
 class IntervalField:
     """A `Field` that calls one model function at noise levels inside an interval and another outside it."""
@@ -58,8 +64,7 @@ class IntervalField:
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, level: NoiseLevel) -> Tensor:
         """Return the prediction; both functions are called only if some images are inside and some outside."""
-        levels = np.asarray(level)
-        is_inside = (self.low - ROUNDING <= levels) & (levels <= self.high + ROUNDING)
+        is_inside = in_range(level, self.low, self.high)
         if is_inside.all():
             return self.inside(x_BCHW, t_B)
         if not is_inside.any():

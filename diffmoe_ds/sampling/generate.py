@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.rng import image_stream
 from diffmoe_ds.sampling.dopri5 import Tolerances
-from diffmoe_ds.sampling.fields import IntervalField, ModelFn, Progress
+from diffmoe_ds.sampling.fields import IntervalField, ModelFn, Progress, in_range
 from diffmoe_ds.sampling.guidance import (
     GuideChannels,
     Interval,
@@ -28,7 +29,7 @@ from diffmoe_ds.sampling.guidance import (
     guided,
     in_interval,
 )
-from diffmoe_ds.sampling.samplers import check_sampling, sample
+from diffmoe_ds.sampling.samplers import ADAPTIVE, check_sampling, noise_levels, sample
 
 PIXEL_CHANNELS = (1, 3)
 """Models with this many channels generate pixels; all others generate latents that a VAE decodes."""
@@ -63,6 +64,24 @@ class SamplingSettings:
         self.tolerances.check()
         check_scale_is_used(self.cfg_scale, self.guidance_interval, self.autoguidance)
         check_guidance(self.cfg_scale, self.guide_channels, config, is_autoguided=self.autoguidance is not None)
+        if self.guidance_interval is not None and self.sampler not in ADAPTIVE:
+            check_interval_is_used(self.guidance_interval, self.sampler, self.steps)
+
+
+def check_interval_is_used(interval: Interval, sampler: str, steps: int) -> None:
+    """Check that a sampler with fixed steps evaluates the model in the guidance interval.
+
+    Raises:
+        ConfigError: it does not, so guidance would have no effect.
+    """
+    low, high = interval
+    levels = np.unique(noise_levels(sampler, steps))
+    if not in_range(levels, low, high).any():
+        nearest = [f"{level:.3g}" for level in (*levels[levels < low][-1:], *levels[levels > high][:1])]
+        raise ConfigError(
+            f"--guidance-interval must contain a noise level of the sampler {sampler} with --steps {steps}, got "
+            f"{low:g} {high:g}; the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(nearest)}."
+        )
 
 
 def share_of_rank(num_images: int, seed: int, rank: int, world: int) -> range:

@@ -21,7 +21,7 @@ from diffmoe_ds.diffusion.objective import SAMPLERS, make_objective
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.dopri5 import Tolerances, integrate
 from diffmoe_ds.sampling.dpm import dpm, scheduler_class
-from diffmoe_ds.sampling.fields import Field, IntervalField, ModelFn, NoiseFn, Progress, Run, as_field
+from diffmoe_ds.sampling.fields import Field, IntervalField, ModelFn, NoiseFn, NoiseLevel, Progress, Run, as_field
 
 ADAPTIVE = ("dopri5",)
 """Samplers whose number of forward passes is not fixed in advance."""
@@ -97,6 +97,25 @@ def sample(
     if sampler in ADAPTIVE:
         return integrate(run, x, tolerances or Tolerances())
     return FIXED_STEPS[sampler](run, x)
+
+
+def noise_levels(sampler: str, steps: int) -> list[float]:
+    """Return the noise levels at which a sampler with fixed steps evaluates the model, by running it on one pixel.
+
+    Args:
+        sampler: one of `FIXED_STEPS`.
+        steps: sampler steps.
+    """
+    levels: list[float] = []
+    channels = make_objective(SAMPLERS[sampler]).out_channels(1)
+
+    def record(x_BCHW: Tensor, t_B: Tensor, level: NoiseLevel) -> Tensor:
+        levels.append(float(level))
+        return x_BCHW.new_zeros(1, channels, 1, 1)
+
+    pixel = torch.zeros(1, 1, 1, 1)
+    FIXED_STEPS[sampler](Run(record, steps, lambda: pixel, lambda done, total: None), pixel)
+    return levels
 
 
 def euler(run: Run, x: Tensor) -> Tensor:

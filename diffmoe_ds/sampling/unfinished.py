@@ -62,18 +62,21 @@ class UnfinishedSet:
             shard_images: images per shard of a new set; an existing set keeps its own number.
 
         Raises:
-            CheckpointError: the directory cannot be created or read.
+            CheckpointError: the directory cannot be created, read or written.
             ConfigError: the directory holds an unfinished set with different settings, or files not written by diffmoe.
         """
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
+        try:
             for name in (FOLDER, PNG):  # partially removed by a killed run
                 remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
             self.folder.mkdir(exist_ok=True)
             self._check_owner()
             remove_leftovers(self.folder)
         except OSError as error:
-            raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
+            raise write_error(self.folder, error) from None
         self.identity()
         if not (self._id and any(self.folder.glob(f"*-{self._short_id()}.npy"))):
             self._id = uuid.uuid4().hex

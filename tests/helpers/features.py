@@ -69,6 +69,18 @@ class NoSize(Averages):
     input_img_size = (3, 0, 8)
 
 
+class BoolSize(Averages):
+    """Has a size that is a bool, which Python takes for an integer."""
+
+    input_img_size = True
+
+
+class NamedWidth(Averages):
+    """Has a number of features that is not a number."""
+
+    num_features = "3"
+
+
 class Empty(nn.Module):
     """Returns no features."""
 

@@ -15,13 +15,15 @@ import pytest
 from PIL import Image
 
 from diffmoe_ds.cli import main
-from diffmoe_ds.data.dataset import open_source
+from diffmoe_ds.config.load import load_config
+from diffmoe_ds.data.dataset import check_first_image, open_dataset, open_source
 from diffmoe_ds.data.sources import images
 from diffmoe_ds.data.sources.folder import ImageFolder
 from diffmoe_ds.data.sources.images import centre_crop, decode_pixels, open_rgb
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.evaluation.held_out import open_held_out
 from tests.helpers.data import GREY, PNG, image_file, npy, write_tar
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -160,6 +162,11 @@ def test_the_crop_matches_adm(shape):
     assert (crop == reference_crop(picture, 16)).all()
 
 
+def test_a_crop_in_grayscale():
+    picture = Image.fromarray(GREY)
+    assert (centre_crop(picture, 5) == reference_crop(picture.convert("RGB"), 5)[:1]).all()
+
+
 # --- folders --------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +176,28 @@ def put(folder: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(PNG)
     return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_is_read_with_the_channels_of_the_model(tmp_path, channels):
+    """For training, validation during training and ``evaluate --validation``; also if the files differ."""
+    files = {"a.png": image_file(GREY), "b.png": saved(Image.fromarray(COLOUR), "PNG"), "c.png": image_file(GREY)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    options = [
+        f"data.path={tmp_path}", f"data.validation_path={tmp_path}", "eval.every_images=64", "model.num_classes=1",
+        "model.input_size=4", f"model.in_channels={channels}",
+    ]  # fmt: skip
+    config = load_config("fashion", options)
+    dataset = open_dataset(config)
+    check_first_image(config, dataset)
+    held_out = open_held_out(config)
+    assert held_out is not None
+    (batch,) = held_out.batches(3)
+    for index, data in enumerate(files.values()):
+        expected = centre_crop(open_rgb(data).convert("L" if channels == 1 else "RGB"), 4)
+        assert (dataset[index].image == expected).all() and len(expected) == channels
+        assert batch.x[index].numpy() == pytest.approx(expected / 127.5 - 1, abs=1e-6)
 
 
 def test_class_folders_and_flat_folders(tmp_path):

@@ -101,17 +101,17 @@ def test_white_is_one_and_latents_are_kept(tmp_path):
         (
             image_file(np.zeros((9, 8), np.uint8)),
             0,
-            "an image of shape (1, 9, 8); the model takes 1 channels of at most 8x8",
+            "shape (1, 9, 8); the model takes 1 channel of at most 8x8",
         ),
         (
             image_file(np.zeros((8, 8, 3), np.uint8)),
             0,
-            "an image of shape (3, 8, 8); the model takes 1 channels of at most 8x8",
+            "shape (3, 8, 8); the model takes 1 channel of at most 8x8",
         ),
         (
             npy(np.zeros((1, 8, 7), np.float32)),
             0,
-            "an image of shape (1, 8, 7); the model takes 1 channels of exactly 8x8",
+            "shape (1, 8, 7); the model takes 1 channel of exactly 8x8",
         ),
     ],
     ids=["label", "size", "channels", "latent"],

@@ -38,7 +38,7 @@ def test_a_checkpoint_is_evaluated_as_its_samples_are(reference, tmp_path, capsy
     assert found[0]["n"] == 6
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["evaluate", *images, "--num-images", "1", *reference, "--json"]) == 2
-    assert "1 image(s) to generate; metrics need at least 2" in capsys.readouterr().err
+    assert "1 image to generate; metrics need at least 2" in capsys.readouterr().err
 
 
 def test_the_result_of_a_model_has_its_capacity_and_validation_loss(reference, tmp_path, capsys):

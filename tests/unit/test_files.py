@@ -25,6 +25,7 @@ from diffmoe_ds.files import (
     rename_for_removal,
     replacing,
     sha256_of,
+    write_error,
     write_json,
     write_tar,
     write_text,
@@ -226,3 +227,9 @@ def test_a_file_system_that_cannot_flush_a_directory_is_accepted(tmp_path, monke
 
     monkeypatch.setattr(files.os, "fsync", refuse_directories)
     assert write_text(tmp_path / "x", "text").size == 4
+
+
+@pytest.mark.parametrize("name", [f"{TMP_PREFIX}a-0", f"{REMOVING_PREFIX}a"])
+def test_an_error_does_not_name_a_temporary_file(name):
+    error = OSError(errno.EROFS, "Read-only file system", f"/out/{name}")
+    assert str(write_error(Path("/out/a"), error)) == "/out/a: cannot be written: Read-only file system."

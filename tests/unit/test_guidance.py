@@ -93,6 +93,49 @@ def test_the_interval_includes_its_ends_despite_rounding(low, high, guided):
     assert steps == list(guided)
 
 
+def is_guided(sampler: str, steps: int, interval: tuple[float, float]) -> bool:
+    """Return whether a sampler evaluates the model inside the interval."""
+    out_channels, calls = 1 if SAMPLERS[sampler] == "flow" else 2, []
+
+    def guided(x: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        calls.append(t_B)
+        return plain(x, t_B)
+
+    def plain(x: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        return x.repeat(1, out_channels, 1, 1)
+
+    noise = torch.zeros(1, 1, 2, 2)
+    sample(IntervalField(guided, plain, *interval), sampler, noise, steps, lambda: noise)
+    return bool(calls)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "outside", "inside", "nearest"),
+    [
+        ("euler", 4, (0.1, 0.2), (0.1, 0.25), "the nearest is 0.25"),
+        ("heun", 2, (0.1, 0.4), (0.0, 0.4), "the nearest are 0 and 0.5"),  # evaluates at the end of the last step, too
+        ("sde", 3, (0.1, 0.5), (0.1, 0.52), "the nearest are 0.04 and 0.52"),
+        ("ddpm", 2, (0.3, 0.7), (0.3, 1.0), "the nearest are 0 and 0.999"),
+        ("ddim", 2, (0.3, 0.7), (0.0, 0.7), "the nearest are 0 and 0.999"),
+        ("dpm", 3, (0.01, 0.3), (0.01, 0.302), "the nearest are 0 and 0.302"),
+    ],
+)
+def test_an_interval_without_a_noise_level_of_the_sampler_is_rejected(sampler, steps, outside, inside, nearest):
+    config = config_of("dense", SAMPLERS[sampler])
+
+    def settings(interval: tuple[float, float]) -> SamplingSettings:
+        return SamplingSettings(sampler, steps, cfg_scale=2, guidance_interval=interval)
+
+    settings(inside).check(config)
+    with pytest.raises(ConfigError, match=f"{steps}, got {outside[0]:g} {outside[1]:g}; {nearest}"):
+        settings(outside).check(config)
+    assert is_guided(sampler, steps, inside) and not is_guided(sampler, steps, outside)
+
+
+def test_an_interval_of_adaptive_steps_is_not_checked():
+    SamplingSettings("dopri5", 2, cfg_scale=2, guidance_interval=(0.3, 0.31)).check(config_of("dense"))
+
+
 def test_interval_of_every_image_where_their_times_differ():
     """For dopri5 only: both predictions are computed, and each image uses its own."""
     import numpy as np

@@ -16,13 +16,14 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "files", "precision")
+GROUND = ("errors", "topology", "rng", "files", "precision", "text")
 RULES = {
     "errors": "",
     "topology": "",
     "rng": "",
     "files": "",
     "precision": "",
+    "text": "",
     "config": "",
     "diffusion": "",
     "model.layers": "config",

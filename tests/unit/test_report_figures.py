@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from diffmoe_ds.evaluation.report.curves import SMOOTHED, moving_average, thresh
 from diffmoe_ds.evaluation.report.history import Curve, History, Validation
 from diffmoe_ds.evaluation.report.probe import HeatMaps, Probe
 from diffmoe_ds.evaluation.report.routing import (
+    CLASS_SPAN,
     Routed,
+    by_class,
     by_noise_level,
     compute_drawings,
     experts_taken,
@@ -116,6 +119,41 @@ def test_metrics_state_their_images_and_start_at_their_bound():
     assert "Inception Score" in [drawing.title for drawing in validation_drawings(validation("inception:12ab"))]
     unknown = validation_drawings(Validation(curve(2, 1), metrics={"frechet": curve(3, 2)}))
     assert unknown[1].caption.startswith("Images generated") and "on held-out images" in unknown[0].caption
+
+
+def test_a_subset_of_the_evaluations_is_called_one():
+    for count, text in ((5, "one line per evaluation, by"), (6, "one line per evaluation (5 of 6 evaluations), by")):
+        levels = (curve(*range(count)),) * 10
+        drawings = {d.name: d for d in validation_drawings(Validation(curve(*range(count)), levels))}
+        drawing = drawings["validation_by_noise_level"]
+        assert len(drawing.figure.axes[0].lines) == 5 and text in drawing.caption
+
+
+@pytest.mark.parametrize("mean", [0.1037, 1.04, 5.374, 16])
+def test_classes_that_hardly_differ_do_not_look_like_a_ranking(routed, mean):
+    few = np.full((4, 10, LAYERS), float(mean))
+    few[0] -= 0.0013
+    probe = replace(routed.probe, label_N=np.arange(4), capacity_NKL=few)
+    drawing = by_class(replace(routed, probe=probe))[0]
+    drawing.png()
+    axes = drawing.figure.axes[0]
+    low, high = axes.get_xlim()
+    assert low < mean - 0.0013 and mean < high and high - low == pytest.approx(CLASS_SPAN * mean, rel=0.01)
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert 2 <= len(boxes) <= 5 and not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        ((0, 1, 2, 3), "noise levels and layers. The"),
+        ((0, 0, 1, 1), "noise levels and layers, with a 95% interval over images. The"),
+        ((0, 0, 1, 2), "noise levels and layers, with a 95% interval over images for classes with several. The"),
+    ],
+)
+def test_only_existing_intervals_are_in_the_caption(routed, labels, text):
+    probe = replace(routed.probe, label_N=np.array(labels), capacity_NKL=routed.probe.capacity_NKL[:4])
+    assert text in by_class(replace(routed, probe=probe))[0].caption
 
 
 def test_legends_do_not_cover_the_lines(routed):

@@ -55,11 +55,11 @@ def model(tmp_path_factory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model"), EMBEDDED_CLASSES)
 
 
-def test_the_class_is_chosen_apart_from_the_seed(model, tmp_path):
+def test_the_class_is_chosen_apart_from_the_seed(capsys, model, tmp_path):
     """An image is the same in any set that gives it the same seed and class."""
     out = tmp_path / "out"
     first = sample(model, out, "--num-images", "4")
-    assert labels_of(out) == [0, 1, 2, 3]
+    assert labels_of(out) == [0, 1, 2, 3] and "\n4 images in " in capsys.readouterr().out
     later = sample(model, out, "--num-images", "2", "--seed", "2")
     assert labels_of(out) == [0, 1]
     chosen = sample(model, out, "--seed", "2", "--classes", "2, 3", "--per-class", "1")

@@ -248,6 +248,13 @@ def test_an_unfinished_folder_of_the_user_is_neither_used_nor_removed(tmp_path, 
     assert path.read_text() == content
 
 
+def test_the_path_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "unfinished").touch()
+    with pytest.raises(CheckpointError) as caught:
+        started(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'unfinished'}: cannot be written: File exists."
+
+
 def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path):
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / ".writing-manifest.json-0").touch()

@@ -88,6 +88,18 @@ def test_damaged_and_missing_results_are_named(tmp_path, capsys):
     assert "none: the directory does not exist" in capsys.readouterr().err
 
 
+def test_results_that_were_measured_differently_are_not_averaged(tmp_path, capsys):
+    for seed, changes in ((0, {}), (1, {"set": []}), (2, {"n": 20})):
+        (tmp_path / f"TC-seed{seed}.json").write_text(json.dumps(result("TC", seed, **changes)))
+    assert strategies_report.main(["--results", str(tmp_path)]) == 4
+    assert "TC-seed2.json: cannot be compared: n is 20, but 2000 in TC-seed0.json" in capsys.readouterr().err
+    (tmp_path / "TC-seed2.json").unlink()
+    (tmp_path / "pool-size.png").write_bytes(b"earlier")
+    assert strategies_report.main(["--results", str(tmp_path), "--figures", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("not drawn") == 3
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == {"pool-size.png": b"earlier"}
+
+
 @pytest.mark.parametrize(
     "content",
     ['{"strategy": "dense"}', '{"strategy": "dense", "se', "[]", json.dumps(result("dense", 1)), "\xff"],
@@ -177,3 +189,6 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
     ):
         assert strategies.main([*arguments, *options]) in (2, 4)
         assert message in capsys.readouterr().err
+    monkeypatch.undo()
+    assert strategies.main([*arguments, "--strategies", "TC", "--set", "data.path=/nowhere"]) == 1
+    assert f"exit code 4; see {tmp_path / 'runs' / 'TC' / 'seed0.log'}" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_images_that_do_not_fit_are_refused(dataset, tmp_path):
     with pytest.raises(DataError, match="has the label 3; the model has 3 classes, 0 to 2"):
         HeldOut(dataset, config_of(num_classes=3))
     small = HeldOut(dataset, config_of(input_size=16))
-    with pytest.raises(DataError, match="the model takes 1 channels of at most 16x16"):
+    with pytest.raises(DataError, match="the model takes 1 channel of at most 16x16"):
         next(small.batches(4))
     damaged = HeldOut(open_source(numbered_shard(tmp_path / "bad.tar", 9, damaged=5)), config_of())
     batches = damaged.batches(4)

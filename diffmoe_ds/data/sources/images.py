@@ -56,7 +56,7 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` and crop the center; uint8 [3, size, size].
+    """Resize the shorter side to `size` and crop the center; uint8 [C, size, size], C 1 or 3.
 
     The resizing is that of ADM's released data loader (arXiv 2105.05233), on which published FIDs are based: halve by
     averaging while both sides are at least twice the size, then resize bicubically.
@@ -71,7 +71,7 @@ def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
     _check_area(width, height)  # a file of a hundred bytes could need gigabytes
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    crop = np.asarray(picture)[top : top + size, left : left + size]
+    crop = np.atleast_3d(np.asarray(picture))[top : top + size, left : left + size]
     return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
 

@@ -16,16 +16,24 @@ IMAGES_TOGETHER = 1000
 
 
 class RawImages:
-    """The images of a source as uint8 [3, size, size]; implements `reader.Dataset`.
+    """The images of a source as uint8 [C, size, size], C 1 or 3; implements `reader.Dataset`.
 
     Reading an invalid image raises `DataError`: training does not skip images.
     """
 
     latents = None
 
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: Source, size: int, channels: int = 3) -> None:
+        """Choose how images are converted.
+
+        Args:
+            source: the images.
+            size: their height and width.
+            channels: 1 converts all images to grayscale, any other number to RGB.
+        """
         self._source = source
         self._size = size
+        self._is_grey = channels == 1
 
     def __len__(self) -> int:
         return len(self._source)
@@ -33,7 +41,8 @@ class RawImages:
     def __getitem__(self, index: int) -> Sample:
         data = self._source.image_bytes(index)
         try:
-            image = centre_crop(open_rgb(data), self._size)
+            picture = open_rgb(data)  # first to RGB, which composites alpha; grayscale pixels survive unchanged
+            image = centre_crop(picture.convert("L") if self._is_grey else picture, self._size)
         except Exception as error:  # decoders raise many types on damaged bytes
             raise DataError(f"{self.describe(index)} cannot be decoded: {error}") from error
         return Sample(image, int(self.labels[index]), self._source.key(index))

@@ -22,6 +22,7 @@ from diffmoe_ds.evaluation.report.style import (
     short_number,
 )
 from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
+from diffmoe_ds.text import counted
 
 LOSSES = {
     "loss": ("total", INK),
@@ -42,7 +43,7 @@ SHOWN_LAYERS = 4
 
 def training_drawings(history: History) -> list[Drawing]:
     """Return the figures of ``metrics.jsonl``; none without it."""
-    steps = f"{history.rows:,} logged step{'' if history.rows == 1 else 's'}"
+    steps = counted(history.rows, "logged step")
     drawings = []
     losses = {key: history.curves[key] for key in LOSSES if key in history.curves and history.curves[key].value_P.any()}
     if len(losses) == 2:  # the total is the diffusion loss
@@ -194,10 +195,11 @@ def _by_noise_level(validation: Validation) -> Drawing:
         axes.plot(middles, values, color=color, marker="o", label=short_number(images))
     axes.set(xlabel="noise level (0: clean, 1: noise)", ylabel="validation loss", xlim=(0, 1))
     axes.legend(title="images", loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines
+    some = "" if len(shown) == len(evaluations) else f" ({len(shown)} of {len(evaluations)} evaluations)"
     caption = (
         f"The same loss on {count_images(validation.held_out, 'held-out images')}, in {len(levels)} bins of the noise "
-        "level; one line per evaluation, by images trained on, from light (early) to dark (late). Shows at which noise "
-        "levels the model is still improving."
+        f"level; one line per evaluation{some}, by images trained on, from light (early) to dark (late). Shows at "
+        "which noise levels the model is still improving."
     )
     return Drawing("validation_by_noise_level", "Validation loss by noise level", caption, figure)
 

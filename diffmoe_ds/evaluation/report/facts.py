@@ -22,6 +22,7 @@ from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.samplers import ADAPTIVE
+from diffmoe_ds.text import counted
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "matplotlib")
 """Packages whose versions are listed in a report."""
@@ -84,7 +85,7 @@ class Sampled:
         """Number of images and steps in the routing figures."""
         images, classes = len(self.probe.label_N), len(self.classes)
         each = " each" if images > 1 else ""
-        return f"{images:,} image{'s' * (images > 1)} of {classes:,} class{'es' * (classes > 1)}, {self.steps}{each}"
+        return f"{counted(images, 'image')} of {classes:,} class{'es' * (classes > 1)}, {self.steps}{each}"
 
     @property
     def steps(self) -> str:

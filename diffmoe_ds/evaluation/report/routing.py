@@ -33,6 +33,8 @@ LINES = 4
 """Maximum number of layers drawn as lines; more are drawn as a heat map."""
 SHOWN_CLASSES = 20
 """Largest number of classes in the figure of capacity by class."""
+CLASS_SPAN = 0.05
+"""Smallest span of its axis as a fraction of the mean, so that nearly equal classes do not look like a ranking."""
 HEAT_MAPS = 4
 """Images in the figure of compute per token."""
 NARROWEST_SHEET = 3.6
@@ -148,12 +150,31 @@ def by_class(routed: Routed) -> list[Drawing]:
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("experts per token")
+    _span_at_least(axes, CLASS_SPAN * mean_M.mean())
     some = "" if len(shown) == len(labels_M) else f" The {half} hardest and {half} easiest of {len(labels_M)} classes."
     caption = (
-        f"{routed.evidence}; mean over noise levels and layers, with a 95% interval over images. The dotted line is "
+        f"{routed.evidence}; mean over noise levels and layers{_interval(routed.probe.label_N)}. The dotted line is "
         f"the mean of all classes. Classes at the top get the most compute.{some}"
     )
     return [Drawing("capacity_by_class", "Experts per token by class", caption, figure), _extremes(routed, labels_M)]
+
+
+def _span_at_least(axes: Any, span: float) -> None:
+    """Widen the x axis around its middle to a minimum span, with so few ticks that their labels fit."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    missing = max(0.0, span - (high - low))
+    axes.set_xlim(low - missing / 2, high + missing / 2)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
+
+
+def _interval(label_N: Array) -> str:
+    """Return what the caption says about intervals; a class with a single image has none."""
+    counts_M = np.unique(label_N, return_counts=True)[1]
+    if counts_M.max() == 1:
+        return ""
+    return ", with a 95% interval over images" + (" for classes with several" if counts_M.min() == 1 else "")
 
 
 def class_capacity(label_N: Array, capacity_N: Array) -> tuple[Array, Array, Array]:

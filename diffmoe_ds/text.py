@@ -1,0 +1,13 @@
+"""Wording shared by messages and reports."""
+
+from __future__ import annotations
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 image`` or ``1,000 images``.
+
+    Args:
+        count: the number.
+        noun: in the singular, with a plural in -s.
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
