@@ -159,6 +159,29 @@ def resolve_reduction(job: Resolution, bf16: bool) -> None:
     job.fill(job.tree, key, "bf16" if bf16 and not many else "fp32")
 
 
+def schedule_of_recipe(job: Resolution, steps: int, global_batch: int) -> None:
+    """Add the scheduler of ``optimizer.warmup_images`` and ``optimizer.schedule``, unless the JSON has one.
+
+    Args:
+        job: the configuration, with a resolved optimizer.
+        steps: optimizer steps of the run.
+        global_batch: images per optimizer step.
+    """
+    ours, lr = job.config.optimizer, job.tree["optimizer"]["params"]["lr"]
+    if ours.warmup_images == 0 and ours.schedule == "constant":
+        return
+    if "scheduler" in job.tree:
+        job.notes.append(f"scheduler is that of {job.source}, not the recipe's")
+        return
+    warmup = {"warmup_num_steps": max(1, -(-ours.warmup_images // global_batch)), "warmup_type": "linear"}
+    if ours.schedule == "cosine":
+        section = {"type": "WarmupCosineLR", "params": {"total_num_steps": steps, **warmup, "cos_min_ratio": 0.0}}
+    else:
+        section = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": lr, **warmup}}
+    job.tree["scheduler"] = section
+    job.notes.append(f"scheduler: {section['type']} with {json.dumps(section['params'])}, from the recipe")
+
+
 def resolve_scheduler(job: Resolution, steps: int) -> None:
     """Check the learning-rate schedule, if there is one.
 
@@ -174,7 +197,7 @@ def resolve_scheduler(job: Resolution, steps: int) -> None:
         return
     kind, params = section.get("type"), section.get("params", {})
     if kind == AUTO:
-        raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto"; recipes have no schedule.')
+        raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto".')
     if kind not in SCHEDULES:
         raise job.error(unknown("scheduler.type", kind, SCHEDULES))
     known = {"warmup_max_lr": job.tree["optimizer"]["params"]["lr"], "total_num_steps": steps}

@@ -157,6 +157,11 @@ class OptimizerConfig(Section):
     """Adam's epsilon, added to the denominator."""
     weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay."""
+    warmup_images: NonNegativeInteger = 0
+    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. Ignored, like
+    `schedule`, if the DeepSpeed JSON has a scheduler."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at `run.total_images` along half a cosine."""
 
 
 class EMAConfig(Section):

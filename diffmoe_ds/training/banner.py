@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from diffmoe_ds.checkpoint.export import LARGE_SHARE
+from diffmoe_ds.checkpoint.metadata import CheckpointMetadata
 from diffmoe_ds.config.load import config_to_dict, differences
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
@@ -110,6 +111,7 @@ def describe_start(plan: TrainPlan) -> str:
         text += f", resharding: {', '.join(changed)}"
     if saved.began_from:
         text += f", begun with --resume {saved.began_from}"
+    text += _changed_schedule(plan, saved)
     # compare the resolved DeepSpeed settings, because the recipe's section may contain "auto"
     resolved = settings.beside_layout()
     recorded = resolved if saved.deepspeed is None else saved.deepspeed
@@ -117,6 +119,16 @@ def describe_start(plan: TrainPlan) -> str:
     after = {**config_to_dict(continued(plan.config, reader.config)), "deepspeed": resolved}
     other = [f"{key} {old} -> {new}" for key, (old, new) in differences(before, after).items()]
     return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
+
+
+def _changed_schedule(plan: TrainPlan, saved: CheckpointMetadata) -> str:
+    """Describe that a run has a learning-rate schedule and its checkpoint has none, or the other way round."""
+    schedule, lr = plan.settings.json.get("scheduler"), plan.settings.json["optimizer"]["params"]["lr"]
+    if schedule is None and saved.lr_scheduler is not None:
+        return f", without its learning-rate schedule: from {saved.lr_now.lr:g} to a constant {lr:g}"
+    if schedule is not None and saved.lr_scheduler is None:
+        return f", with a new learning-rate schedule: {schedule['type']} from step {saved.step} on"
+    return ""
 
 
 def _model(plan: TrainPlan) -> str:

@@ -103,7 +103,7 @@ class TrainPlan:
         """
         choices = resume_choices(self.resume, self.directory)
         path = _first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        reader = None if path is None else open_checkpoint(path, self.config)
         initial = _open_initial_weights(self.config) if reader is None else None
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
@@ -115,7 +115,7 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+        return replace(self, reader=open_checkpoint(path, self.config), initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -243,17 +243,16 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
     return found
 
 
-def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
+def open_checkpoint(path: Path, config: Config) -> CheckpointReader:
     """Open a checkpoint that this run can resume from.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not match the model.
     """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_schedule
+    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model
 
     reader = CheckpointReader(path)
     check_same_model(reader, config)
-    check_same_schedule(reader, settings.json.get("scheduler") is not None)
     return reader
 
 
