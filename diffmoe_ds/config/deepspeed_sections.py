@@ -159,7 +159,7 @@ def resolve_reduction(job: Resolution, bf16: bool) -> None:
     job.fill(job.tree, key, "bf16" if bf16 and not many else "fp32")
 
 
-def schedule_of_recipe(job: Resolution, steps: int, global_batch: int) -> None:
+def _schedule_of_recipe(job: Resolution, steps: int, global_batch: int) -> None:
     """Add the scheduler of ``optimizer.warmup_images`` and ``optimizer.schedule``, unless the JSON has one.
 
     Args:
@@ -182,16 +182,18 @@ def schedule_of_recipe(job: Resolution, steps: int, global_batch: int) -> None:
     job.notes.append(f"scheduler: {section['type']} with {json.dumps(section['params'])}, from the recipe")
 
 
-def resolve_scheduler(job: Resolution, steps: int) -> None:
-    """Check the learning-rate schedule, if there is one.
+def resolve_scheduler(job: Resolution, global_batch: int) -> None:
+    """Add the recipe's learning-rate schedule, and check the schedule, if there is one.
 
     Args:
-        job: the configuration.
-        steps: optimizer steps of the run.
+        job: the configuration, with a resolved optimizer.
+        global_batch: images per optimizer step.
 
     Raises:
         ConfigError: an unknown schedule or parameter, or a required parameter without a value.
     """
+    steps = -(-job.config.run.total_images // global_batch)
+    _schedule_of_recipe(job, steps, global_batch)
     section = job.tree.get("scheduler")
     if section is None:
         return

@@ -20,6 +20,7 @@ from diffmoe_ds.config.fields import (
     ModelName,
     NonNegativeInteger,
     NonNegativeNumber,
+    Number,
     PositiveInteger,
     PositiveNumber,
     Section,
@@ -114,6 +115,16 @@ class ObjectiveConfig(Section):
     flow_time_scale: PositiveNumber = 1.0
     """Factor applied to the flow time, in [0, 1], before it is embedded. The reference implementation uses 1; 1000
     matches the range of DDPM time steps, for which the embedding was designed, and trains faster."""
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times of `flow`; `logit_normal` trains more at medium noise levels (arXiv
+    2403.03206)."""
+    time_mean: Number = 0.0
+    """Mean of the logit of the noise level under `logit_normal`; positive values mean more noise."""
+    time_std: PositiveNumber = 1.0
+    """Standard deviation of the logit of the noise level under `logit_normal`."""
+    time_shift: PositiveNumber = 1.0
+    """Factor for the odds of noise against data in the training times of `flow`; above 1, images are noisier. Common
+    for latents of high resolution, with values of about 3."""
 
 
 class DataConfig(Section):
