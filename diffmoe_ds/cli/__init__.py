@@ -1,5 +1,5 @@
-"""The command line: ``diffmoe train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``, ``plan``,
-``config`` and ``doctor``."""
+"""The command line: ``diffmoe init``, ``train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``,
+``plan``, ``config`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
 
 COMMANDS = {
+    "init": "look at images and write a recipe that fits them",
     "train": "train a model",
     "sample": "generate images",
     "evaluate": "compare images with a reference: Frechet distance or FID, KID, precision, recall",
