@@ -54,6 +54,18 @@ class Scale:
 CPU = Scale("tiny-E8", 2e-3, "[0.9, 0.99]", 32, 60_000, 8, 1, "for a CPU; use S-E8 or larger on a GPU")
 SMALL_GPU = Scale("S-E8", 3e-4, "[0.9, 0.99]", 256, 4_000_000, 16, 8, "for one GPU; B-E8 learns more, more slowly")
 LARGE_GPU = Scale("B-E8", 2e-4, "[0.9, 0.99]", 256, 10_000_000, 16, 8, "for a large GPU; S-E8 is three times as fast")
+DEEPSPEED = """\
+deepspeed:
+  train_batch_size: BATCH
+  train_micro_batch_size_per_gpu: auto
+  gradient_accumulation_steps: 1
+  optimizer: {type: AdamW, params: {lr: auto, betas: auto, eps: auto, weight_decay: auto, torch_adam: auto}}
+  gradient_clipping: 1.0
+  bf16: {enabled: auto}
+  zero_optimization: {stage: 1}
+  expert_parallel: {autoep_size: auto}
+  tensorboard: {enabled: true}
+"""
 LARGE_GB = 40
 """Memory from which `LARGE_GPU` fits with its gradients and optimizer state."""
 
@@ -102,17 +114,7 @@ sample:
   num_images: {grid}
   steps: 25
   cfg_scale: {_guidance(facts)}
-deepspeed:
-  train_batch_size: {scale.batch}
-  train_micro_batch_size_per_gpu: auto
-  gradient_accumulation_steps: 1
-  optimizer: {{type: AdamW, params: {{lr: auto, betas: auto, eps: auto, weight_decay: auto, torch_adam: auto}}}}
-  gradient_clipping: 1.0
-  bf16: {{enabled: auto}}
-  zero_optimization: {{stage: 1}}
-  expert_parallel: {{autoep_size: auto}}
-  tensorboard: {{enabled: true}}
-"""
+""" + DEEPSPEED.replace("BATCH", str(scale.batch))
 
 
 def _guidance(facts: Facts) -> float:

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     Strict,
     WithJsonSchema,
     model_validator,
@@ -30,6 +31,8 @@ MAX_BITS = 64
 
 ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "tc": "token_choice"}
 """Short names of the routers, those of the reference's model classes."""
+AUTO_CLASSES = 0
+"""Number of classes before the training set is known."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 
@@ -89,6 +92,18 @@ def _integer(value: Any) -> int:
     if whole.bit_length() > MAX_BITS:
         raise _wrong(f"an integer of at most {MAX_BITS} bits")
     return whole
+
+
+def _class_count(value: Any) -> int:
+    if value == "auto":
+        return AUTO_CLASSES
+    try:
+        count = _integer(value)
+    except PydanticCustomError:
+        count = 0
+    if count < 1:
+        raise _wrong('a positive integer or "auto"')
+    return count
 
 
 def _steps(value: Any) -> int | str:
@@ -154,6 +169,12 @@ LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)] 
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
 Metrics = Annotated[
     tuple[Literal["frechet", "kid", "inception_score", "precision", "recall"], ...], BeforeValidator(_names)
+]
+ClassCount = Annotated[
+    int,
+    BeforeValidator(_class_count),
+    PlainSerializer(lambda count: "auto" if count == AUTO_CLASSES else count, return_type=int | str),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto", "type": "string"}]}),
 ]
 Steps = Annotated[
     int | str,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from diffmoe_ds.config.fields import (
     Betas,
+    ClassCount,
     Flag,
     Fraction,
     Integer,
@@ -55,8 +56,9 @@ class ModelConfig(Section):
     """Channels of the network's input: 4 for Stable Diffusion latents, 3 for RGB images, 1 for grayscale."""
     patch_size: PositiveInteger = 2
     """Height and width of a patch, which becomes one token; must divide `input_size`."""
-    num_classes: PositiveInteger = 1000
-    """Number of class labels; 1 for a dataset without labels. The embedding has one extra row for "no label"."""
+    num_classes: ClassCount = Field(default="auto", validate_default=True)
+    """Number of class labels: `auto` is that of the training set, 1 without labels. The embedding has one extra row for
+    "no label"."""
     label_dropout: Fraction = 0.1
     """Fraction of training images whose label is dropped, as classifier-free guidance requires; 0 disables both."""
     mlp_ratio: PositiveNumber = 4.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from diffmoe_ds.config.fields import AUTO_CLASSES
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.reader import Dataset
@@ -42,6 +43,24 @@ def open_dataset(config: Config) -> Dataset:
             )
         return RawImages(source, model.input_size * downsampling(settings))
     return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size, model.in_channels)
+
+
+def with_classes(config: Config, dataset: Dataset) -> Config:
+    """Return the configuration with the number of classes of the training set, if ``model.num_classes`` is ``auto``.
+
+    Raises:
+        ConfigError: the classes of the set have names, and the model has more.
+    """
+    model, names = config.model, dataset.classes
+    found = len(names or ()) or max(1, int(dataset.labels.max()) + 1)  # unlabelled images have the label -1
+    if model.num_classes == AUTO_CLASSES:
+        return config.model_copy(update={"model": model.model_copy(update={"num_classes": found})})
+    if names is not None and model.num_classes > found:  # fewer are found by `check_labels`
+        raise ConfigError(
+            f"model.num_classes is {model.num_classes}, but {config.data.path or 'the embedded set'} has "
+            f"{found} classes; set it to auto."
+        )
+    return config
 
 
 def check_first_image(config: Config, dataset: Dataset) -> None:

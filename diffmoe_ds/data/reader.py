@@ -166,7 +166,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         if num_classes > 1:
             raise DataError(
                 f"{dataset.describe(0)} and all others have no label, but the model has {num_classes} classes; "
-                "use labelled images, or a model without classes (model.num_classes=1)"
+                "use labelled images, or a model without classes (model.num_classes=auto)"
             )
     elif labels.max() >= num_classes:
         index = int(np.argmax(labels >= num_classes))

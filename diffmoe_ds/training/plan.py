@@ -132,10 +132,12 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_first_image, open_dataset
+    from diffmoe_ds.data.dataset import check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
     from diffmoe_ds.planning.pool import pool_rows
 
+    dataset = open_dataset(config)
+    config = with_classes(config, dataset)
     _check_sampling(config)
     settings = resolve_deepspeed(
         config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
@@ -144,7 +146,6 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
     check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
-    dataset = open_dataset(config)
     held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
     check_first_image(config, dataset)
