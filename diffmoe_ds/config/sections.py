@@ -134,8 +134,7 @@ class DataConfig(Section):
 
     path: Text | None = None
     """WebDataset shards (a file, a directory, a pattern such as `shards-{000..127}.tar`, URLs, `pipe:` commands) or a
-    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST. A dataset without
-    labels needs `model.num_classes: 1`."""
+    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST."""
     validation_path: Text | None = None
     """Held-out images for `eval.every_images`, in any form that `path` accepts; neither mirrored nor shuffled."""
     horizontal_flip: Flag = True
@@ -150,6 +149,9 @@ class DataConfig(Section):
     exactly."""
     shuffle_window: PositiveInteger = 16_384
     """Window size for `shuffle: window`, in images; larger windows mix better and read from more shards at a time."""
+    max_unreadable: Fraction = 0.01
+    """Largest fraction of the images that may be unreadable. Such an image is named and replaced by that of the next
+    position; if there are more, the run saves and stops (exit code 4). Prepared latents must all be readable."""
     vae: Text | None = None
     """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
     worth preparing."""

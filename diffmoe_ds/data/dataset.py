@@ -64,7 +64,7 @@ def with_classes(config: Config, dataset: Dataset) -> Config:
 
 
 def check_first_image(config: Config, dataset: Dataset) -> None:
-    """Read the first image of a run, so that one which does not fit the model is found early; skip it behind a URL.
+    """Read the first image of a run, so that images which do not fit the model are found early; not behind a URL.
 
     Raises:
         DataError: the image cannot be read or does not fit the model.
@@ -82,6 +82,7 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
     settings = LoaderSettings(
         seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
         image_shape=image_shape(config), num_classes=model.num_classes,
+        replaces_unreadable=config.data.max_unreadable > 0,
     )  # fmt: skip
     loader = PositionLoader(dataset, settings, draws)
     try:
