@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from diffmoe_ds.cli.arguments import nonempty_path
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.distributed.launch import Launch, resolve_launch
 from diffmoe_ds.errors import ConfigError, DiffMoEError
@@ -23,13 +23,14 @@ EXAMPLES = """examples:
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe train``, which `diffmoe_ds/train.py` shares."""
     add = parser.add_argument
-    add("--config", metavar="RECIPE", help="packaged recipe or YAML file (default: %(default)s)")
+    add("--config", type=nonempty, metavar="RECIPE", help="packaged recipe or YAML file (default: %(default)s)")
     parser.set_defaults(config=DEFAULT_RECIPE)
-    add("--deepspeed_config", metavar="JSON", help="DeepSpeed JSON (default: the recipe's deepspeed section)")
+    text = "DeepSpeed JSON (default: the recipe's deepspeed section)"
+    add("--deepspeed_config", type=nonempty, metavar="JSON", help=text)
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
     add("--run-dir", type=nonempty_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     add(
-        "--resume", default="auto", metavar="auto|none|PATH",
+        "--resume", type=nonempty, default="auto", metavar="auto|none|PATH",
         help="resume from the newest checkpoint of the run directory, start from scratch, or resume from PATH "
         "(default: %(default)s)",
     )  # fmt: skip

@@ -223,7 +223,7 @@ def test_sample_mistakes(capsys, trained, tmp_path, options, code, message):
 @pytest.mark.parametrize(
     ("command", "options"),
     (
-        ("train", ["--run-dir"]),
+        ("train", ["--run-dir", "--config", "--deepspeed_config", "--resume"]),
         ("sample", ["--checkpoint", "--out", "--vae", "--autoguidance"]),
         ("evaluate", ["--samples", "--checkpoint", "--reference", "--validation", "--save-reference"]),
         ("report", ["path", "--out", "--checkpoint", "--classes"]),
