@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.diffusion.ddpm import TRAIN_STEPS
 from diffmoe_ds.errors import ConfigError
 
 FREQ_SHIFT_HINT = """\
@@ -87,7 +86,7 @@ def scheduler_config() -> dict[str, Any]:
     """Return ``scheduler/scheduler_config.json``: the process of `diffusion.ddpm`, sampled with DDIM."""
     return {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": TRAIN_STEPS,
+        "num_train_timesteps": 1000,
         "beta_start": 1e-4,
         "beta_end": 0.02,
         "beta_schedule": "linear",

@@ -125,7 +125,7 @@ def resolve_deepspeed(
     ep_size = sections.resolve_expert_parallel(job)
     clipping = sections.resolve_clipping(job)
     sections.resolve_reports(job)
-    tensorboard = sections.resolve_tensorboard(job)
+    tensorboard = sections.resolve_monitors(job)
     tree.update(
         train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro,

@@ -112,6 +112,8 @@ KEYS: dict[str, Any] = {
     "zero_optimization": ZERO,
     "expert_parallel": {"autoep_size": Value("an integer", _is_int, {"type": "integer"}), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
+    "wandb": {"enabled": FLAG, "group": TEXT, "team": TEXT, "project": TEXT},
+    "csv_monitor": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
     "steps_per_print": SIZE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "timers": {"throughput": {"enabled": FLAG, "synchronized": FLAG}},
     "communication_data_type": _one_of("fp32", "fp16", "bf16"),

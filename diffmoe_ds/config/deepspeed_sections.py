@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ def resolve_reports(job: Resolution) -> None:
     job.fill(throughput, "enabled", False, "timers.throughput.")
 
 
-def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
+def _resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
     """Remove the section, as DeepSpeed would write a second set of files, and return its settings.
 
     Returns:
@@ -272,6 +273,27 @@ def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
     path = section.get("output_path")
     directory = str(Path(path) / section.get("job_name", "")) if path else None
     return section.get("enabled", False), directory
+
+
+def resolve_monitors(job: Resolution) -> tuple[bool, str | None]:
+    """Check the sections of DeepSpeed's monitors, which receive this project's scalars.
+
+    Returns:
+        Whether to write TensorBoard files, and the directory if the JSON names one.
+
+    Raises:
+        ConfigError: Weights & Biases is enabled, but not installed.
+    """
+    for name in ("wandb", "csv_monitor"):
+        section = job.tree.get(name, {})
+        job.fill(section, "enabled", False, f"{name}.")
+        if not section.get("enabled", False):
+            job.tree.pop(name, None)
+    if "wandb" in job.tree:
+        if find_spec("wandb") is None:
+            raise job.error("wandb.enabled needs wandb, which is not installed: pip install 'diffmoe_ds[wandb]'.")
+        job.tree["wandb"].setdefault("project", "diffmoe")
+    return _resolve_tensorboard(job)
 
 
 def drop_autos(job: Resolution, section: dict[str, Any] | None = None, where: str = "") -> None:

@@ -144,6 +144,8 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
+        settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
     check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
     held_out = open_held_out(config, local_device(launch))

@@ -38,7 +38,7 @@ def test_shipped_json_resolves_for_many_world_sizes(path, world):
         ({"zero_optimization": {"stge": 2}}, "zero_optimization: 'stge' is not known; did you mean 'stage'?"),
         ({"optimizer": {"params": {"learning_rate": 1}}}, "optimizer.params: 'learning_rate' is not known"),
         ({"pipeline": {"stages": 2}}, "pipeline is a DeepSpeed setting that this project does not support."),
-        ({"wandb": {"enabled": True}}, "does not support; use tensorboard"),
+        ({"comet": {"enabled": True}}, "does not support; use tensorboard, wandb or csv_monitor"),
         ({}, "train_batch_size or train_micro_batch_size_per_gpu must be a number"),
         ({"train_batch_size": 0}, "train_batch_size must be a positive integer"),
         ({"train_batch_size": 6}, "train_batch_size must equal train_micro_batch_size_per_gpu (1) x"),
@@ -255,7 +255,7 @@ def test_all_invalid_keys_are_named_at_once():
 def test_settings_that_are_switched_off_are_dropped():
     """As in DeepSpeed's own examples; what cannot have an effect is dropped, too."""
     off = {
-        "prescale_gradients": False, "wandb": {"enabled": False, "team": "x"}, "gradient_predivide_factor": 1.0,
+        "prescale_gradients": False, "comet": {"enabled": False, "team": "x"}, "gradient_predivide_factor": 1.0,
         "sparse_gradients": None, "zero_allow_untested_optimizer": True, "flops_profiler": {"enabled": False},
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
         "zero_optimization": {
@@ -269,7 +269,7 @@ def test_settings_that_are_switched_off_are_dropped():
     found, expected = (resolve({"train_batch_size": 16, **tree}) for tree in (off, plain))
     assert found.json == expected.json
     (note,) = set(found.notes) - set(expected.notes)
-    assert note.startswith("without effect here, and dropped: prescale_gradients, wandb, ") and "offload_param" in note
+    assert note.startswith("without effect here, and dropped: prescale_gradients, comet, ") and "offload_param" in note
     for key, value in (("gradient_predivide_factor", 2), ("activation_checkpointing", {"cpu_checkpointing": True})):
         with pytest.raises(ConfigError, match=f"{key} is a DeepSpeed setting"):
             resolve({"train_batch_size": 16, key: value})
