@@ -143,7 +143,7 @@ class WholeStep:
         began = self._mark("optimizer", began)
         run.thresholds.update(is_inconclusive=False)  # never, on one rank
         began = self._mark("thresholds", began)
-        run.ema.update()
+        run.ema.update(run.config.ema.decay)
         self._mark("ema", began)
 
     def shares(self, rounds: int) -> dict[str, float]:

@@ -32,6 +32,8 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 WEIGHTS = {"ema": "ema", "raw": "fp32"}
 """What users call the averaged and the last weights, and their kind in a checkpoint."""
+LARGE_SHARE = 0.1
+"""Averaged weights that contain more of the initial ones than this are worth a warning."""
 PIECE_NUMEL = 4 << 20
 """Elements held in memory while a file is written."""
 
@@ -50,7 +52,7 @@ class ModelFileReader:
         """
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
-        self.weights, self.images, self.config, self.class_names = _read_description(config)
+        self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
         try:
             self._file = safe_open(self.path, framework="pt")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
@@ -109,8 +111,8 @@ class ModelFileReader:
         return part[start - first * row : start - first * row + numel]
 
 
-def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None]:
-    """Return (weights, images, configuration, class names) of ``config.json``."""
+def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None, float]:
+    """Return (weights, images, configuration, class names, share of initial weights) of ``config.json``."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         weights, images, config, names = tree["weights"], tree["images"], tree["config"], tree.get("class_names")
@@ -122,7 +124,10 @@ def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | N
         raise CheckpointError(f"{path}: weights is {weights!r}; valid: {', '.join(WEIGHTS)}.")
     if type(images) is not int or images < 0:
         raise CheckpointError(f"{path}: images must be a non-negative integer, got {images!r}.")
-    return weights, images, stored_config(config, str(path)), stored_names(names, str(path))
+    share = tree.get("initial_share", 0.0)
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise CheckpointError(f"{path}: initial_share must be a number from 0 to 1, got {share!r}.")
+    return weights, images, stored_config(config, str(path)), stored_names(names, str(path)), share
 
 
 def open_weights(path: Path) -> WeightsReader | None:
@@ -166,6 +171,21 @@ def _sha256_of(path: Path) -> str:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
+def initial_weights_warning(reader: WeightsReader, weights: str) -> str | None:
+    """Return a sentence if a model's averaged weights still contain too much of the initial ones.
+
+    Args:
+        reader: the model.
+        weights: those to be used, ``ema`` or ``raw``.
+    """
+    if weights != "ema" or reader.initial_share <= LARGE_SHARE:
+        return None
+    return (
+        f"the averaged weights still contain {reader.initial_share:.0%} of the initial weights, because ema.decay is "
+        f"{reader.config.ema.decay:g}; train longer, or use the last weights (--weights raw)"
+    )
+
+
 def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint's model into one file, holding one piece of one tensor at a time; needs no process group.
 
@@ -197,7 +217,8 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
     total = sum(torch.Size(entry.shape).numel() for entry in entries)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
         saved = reader.metadata
-        return write_model(out, entries, reader.config, weights, saved.images, saved.class_names)
+        share = saved.initial_share if weights == "ema" else 0.0
+        return write_model(out, entries, reader.config, weights, saved.images, saved.class_names, share)
 
 
 def write_model(
@@ -207,6 +228,7 @@ def write_model(
     weights: str,
     images: int,
     class_names: Sequence[str] | None = None,
+    initial_share: float = 0.0,
 ) -> Path:
     """Write ``model.safetensors`` and ``config.json``; both appear when they are complete.
 
@@ -217,6 +239,7 @@ def write_model(
         weights: ``ema`` or ``raw``.
         images: images that the model was trained on.
         class_names: name of each label, if labels have names.
+        initial_share: share of the initial weights in averaged ones.
 
     Returns:
         The file with the weights.
@@ -227,6 +250,8 @@ def write_model(
     description: dict[str, Any] = {"weights": weights, "images": images, "config": config_to_dict(config)}
     if class_names is not None:
         description["class_names"] = list(class_names)
+    if initial_share:
+        description["initial_share"] = initial_share
     written = write_together(
         out,
         {

@@ -13,13 +13,16 @@ from diffmoe_ds.checkpoint.verify import candidates, check_contents, check_sizes
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 
+SMALL = 1 << 30
+"""Bytes up to which checkpoints are verified completely unless the user chooses; a second or two."""
 
-def describe(path: Path, *, full: bool) -> dict[str, Any]:
+
+def describe(path: Path, *, full: bool | None) -> dict[str, Any]:
     """Describe the contents of a path.
 
     Args:
         path: a run directory, a checkpoint, or an exported model (its directory or its file).
-        full: verify checksums of checkpoints, not only sizes.
+        full: verify checksums of checkpoints, not only sizes; None does so up to `SMALL` bytes.
 
     Returns:
         Plain data with ``checkpoints``, the first choice of a resume first, or ``model``.
@@ -31,6 +34,7 @@ def describe(path: Path, *, full: bool) -> dict[str, Any]:
     if (directory / WEIGHTS_FILE).is_file():
         reader = ModelFileReader(directory)
         model = {"path": str(reader.path), "weights": reader.weights, "images": reader.images, **_model(reader.config)}
+        model["checked"] = "names, types and shapes"  # an exported model has no checksums
         return {"checkpoints": [], "model": model}
     every = [_checkpoint(candidate, full) for candidate in candidates(path)]
     if not every:
@@ -47,11 +51,12 @@ def readable(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _checkpoint(path: Path, full: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"path": str(path), "problem": ""}
+def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"path": str(path), "problem": "", "checked": "sizes"}
     try:
         files = check_sizes(path)
-        if full:
+        if full or (full is None and sum(digest.size for digest in files.values()) <= SMALL):
+            entry["checked"] = "every byte"
             check_contents(path, files)
         reader = CheckpointReader(path)
     except CheckpointError as error:
@@ -67,7 +72,7 @@ def _checkpoint(path: Path, full: bool) -> dict[str, Any]:
         "tensors": len(saved.shapes),
         "kinds": reader.kinds(),
         "files": {name: digest.size for name, digest in files.items()},
-        "checked": "every byte" if full else "sizes",
+        "checked": entry["checked"],
     }
 
 

@@ -48,6 +48,8 @@ class WeightsReader(Protocol):
     """Number of images that the model was trained on; 0 if unknown."""
     class_names: tuple[str, ...] | None
     """Name of each label, if labels have names."""
+    initial_share: float
+    """Share of the initial weights in the averaged ones; 0 if unknown."""
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""
@@ -97,6 +99,7 @@ class CheckpointReader:
         self.config = self.metadata.config
         self.images = self.metadata.images
         self.class_names = self.metadata.class_names
+        self.initial_share = self.metadata.initial_share
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         for rank in range(self.metadata.files):
             self._open(path / rank_file(rank))
@@ -182,20 +185,6 @@ def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[st
             raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
 
 
-def check_same_schedule(reader: CheckpointReader, has_scheduler: bool) -> None:
-    """Check that a run has a learning-rate scheduler if and only if its checkpoint does.
-
-    Raises:
-        CheckpointError: the scheduler was added or removed since the checkpoint was saved.
-    """
-    had_scheduler = reader.metadata.lr_scheduler is not None
-    if had_scheduler != has_scheduler:
-        raise CheckpointError(
-            f"{reader.path}: was saved with{'' if had_scheduler else 'out'} a learning-rate scheduler, but this run's "
-            f"DeepSpeed JSON has {'one' if has_scheduler else 'none'}."
-        )
-
-
 @torch.no_grad()
 def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind: str) -> None:
     """Fill a model with weights.
@@ -252,8 +241,11 @@ def restore_engine(
     set_adam_step(engine, saved.adam_step)
     engine.global_steps = saved.step
     engine.global_samples = saved.images
-    if engine.lr_scheduler is not None:
-        assert saved.lr_scheduler is not None, "checked by `check_same_schedule`"
+    if engine.lr_scheduler is None:  # or no longer: the learning rate is that of the optimizer's settings
+        return
+    if saved.lr_scheduler is None:  # added since
+        engine.lr_scheduler.step(saved.step - 1)
+    else:
         restore_schedule(engine, saved.lr_scheduler, asdict(saved.lr_now))
 
 

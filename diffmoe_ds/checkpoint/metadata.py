@@ -91,6 +91,11 @@ class CheckpointMetadata:
     class_names: tuple[str, ...] | None = None
     """Name of each label; None if labels have no names."""
 
+    @property
+    def initial_share(self) -> float:
+        """Share of the initial weights in the averaged ones."""
+        return self.config.ema.initial_share(self.step)
+
     def to_json(self) -> dict[str, Any]:
         """Return the contents of ``meta.json``."""
         tree: dict[str, Any] = {
@@ -163,13 +168,21 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
 def stored_config(tree: Any, source: str) -> Config:
     """Return the configuration that a checkpoint or an exported model holds.
 
+    Averages of versions without ``ema.warmup`` had no warm-up.
+
     Raises:
         CheckpointError: it is not a valid configuration.
     """
     try:
-        return config_from_dict(tree, source)
+        return config_from_dict(_with_older_defaults(tree), source)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+
+
+def _with_older_defaults(tree: Any) -> Any:
+    """Return a stored configuration with values for the keys whose default was another before they existed."""
+    ema = tree.get("ema", {}) if isinstance(tree, dict) else None
+    return {**tree, "ema": {"warmup": False, **ema}} if isinstance(ema, dict) else tree
 
 
 def stored_names(names: Any, source: str) -> tuple[str, ...] | None:

@@ -1,5 +1,5 @@
-"""The command line: ``diffmoe train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``, ``plan``,
-``config`` and ``doctor``."""
+"""The command line: ``diffmoe init``, ``train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``,
+``plan``, ``config`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
 
 COMMANDS = {
+    "init": "look at images and write a recipe that fits them",
     "train": "train a model",
     "sample": "generate images",
     "evaluate": "compare images with a reference: Frechet distance or FID, KID, precision, recall",
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
             to stop, and a hung collective cannot delay the exit. Default: True if ``argv`` is None.
     """
     configure_torch()
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, surplus = parser.parse_known_args(argv)
+    if surplus:
+        parser.error(f"unrecognized arguments: {' '.join(surplus)}{_advice(args.command, surplus)}")
     args.command_line = shlex.join(["diffmoe", *(sys.argv[1:] if argv is None else argv)])
     if handle_signals is None:
         handle_signals = argv is None
@@ -90,6 +94,17 @@ def run_command(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _advice(command: str, surplus: Sequence[str]) -> str:
+    """Return how to set a recipe's key if an option that ``train`` does not have is named like one, such as --lr."""
+    if command != "train":
+        return ""
+    from diffmoe_ds.config.reference import keys_named
+
+    options = [text.partition("=")[0].lstrip("-").replace("-", "_") for text in surplus if text.startswith("--")]
+    keys = [key for option in options for key in keys_named(option)]
+    return f"; keys of the recipe are set with --set {keys[0]}=VALUE" if keys else ""
 
 
 def _should_print(error: DiffMoEError) -> bool:

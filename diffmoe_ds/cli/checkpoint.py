@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ds.cli.arguments import nonempty_path
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader
@@ -35,7 +36,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = command("inspect", "show the contents of a checkpoint, run directory or exported model", _inspect)
     inspect.add_argument("path", type=nonempty_path, help="a checkpoint, run directory or exported model")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.add_argument("--full", action="store_true", help="verify every byte, not only sizes")
+    text = "verify every byte, or only sizes (default: every byte of checkpoints up to 1 GiB)"
+    inspect.add_argument("--full", action=argparse.BooleanOptionalAction, help=text)
 
     reshard = command("reshard", "rewrite a checkpoint for another layout (not needed to resume)", _reshard)
     reshard.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
@@ -61,10 +63,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
     )
     reference.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    text = "the reference's YAML (default: the one beside the file or its directory checkpoints/, if there is one)"
+    reference.add_argument("--reference-config", type=nonempty_path, metavar="YAML", help=text)
     reference.add_argument(
-        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: inferred from the weights)"
+        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: as in the YAML or the weights)"
     )
-    reference.add_argument("--num-heads", type=int, metavar="N", help="attention heads (default: as published)")
+    text = "attention heads (default: as in the YAML, or as published)"
+    reference.add_argument("--num-heads", type=int, metavar="N", help=text)
 
 
 def checkpoint_command(args: argparse.Namespace) -> None:
@@ -78,8 +83,9 @@ def _inspect(args: argparse.Namespace) -> None:
     found = describe(args.path, full=args.full)
     print(json.dumps(found, indent=1) if args.json else readable(found))
     broken = [entry for entry in found["checkpoints"] if entry["problem"]]
-    if broken and len(broken) == len(found["checkpoints"]):
-        raise CheckpointError(f"{args.path}: no valid checkpoint.")
+    if broken:
+        count = len(found["checkpoints"])
+        raise CheckpointError(f"{args.path}: {len(broken)} of {count} checkpoint{'' if count == 1 else 's'} damaged.")
 
 
 def _reshard(args: argparse.Namespace) -> None:
@@ -95,27 +101,49 @@ def _reshard(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from diffmoe_ds.checkpoint.export import export
+    from diffmoe_ds.checkpoint.export import export, initial_weights_warning
 
     reader = _checkpoint(args.path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     print(f"{reader.path} -> {export(reader, args.weights, args.out, dtype)} ({args.weights} weights)")
+    warning = initial_weights_warning(reader, args.weights)
+    if warning is not None:
+        print(f"diffmoe: warning: {warning}", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace) -> None:
     import torch
 
     from diffmoe_ds.checkpoint.export import write_model
-    from diffmoe_ds.checkpoint.reference import infer_reference, load_official, read_reference
+    from diffmoe_ds.checkpoint.reference import load_official
+    from diffmoe_ds.checkpoint.reference_config import infer_reference
+    from diffmoe_ds.checkpoint.reference_weights import read_reference
+    from diffmoe_ds.checkpoint.reference_yaml import find_reference_yaml, read_reference_yaml
     from diffmoe_ds.checkpoint.stream import Entry
 
+    chosen = [f"--{name}" for name in ("kind", "num-heads") if getattr(args, name.replace("-", "_")) is not None]
+    if args.reference_config is not None and chosen:
+        raise ConfigError(f"{chosen[0]}: --reference-config {args.reference_config} says so already; omit one.")
     state = read_reference(args.path, args.weights)
+    path = args.reference_config or (None if chosen else find_reference_yaml(args.path))
+    found = None if path is None else read_reference_yaml(path)
+    guesses: list[str] = []
     try:
-        model = load_official(infer_reference(state, args.kind, args.num_heads), state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{args.path}: {error}") from None
+        if found is None:
+            found, guesses = infer_reference(state, args.kind, args.num_heads)
+        model = load_official(found, state)
+    except (CheckpointError, ConfigError) as error:
+        configuration = "" if path is None else f", configured by {path}"
+        raise type(error)(f"{args.path}{configuration}: {error}") from None
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
-    print(f"{args.path} -> {write_model(args.out, entries, model.config, args.weights, images=0)}")
+    written = write_model(args.out, entries, model.config, args.weights, images=0)
+    if path is not None:
+        print(f"configuration of {path}")
+    for guess in guesses:
+        print(f"guessed: {guess}")
+    if guesses:
+        print("If a guess is wrong, import again with --reference-config and the YAML of the training.")
+    print(f"{args.path} -> {written}")
 
 
 def _checkpoint(path: Path) -> CheckpointReader:

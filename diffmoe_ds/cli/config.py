@@ -15,7 +15,7 @@ from diffmoe_ds.config.document import as_yaml, deepspeed_keys, markdown, valid_
 from diffmoe_ds.config.json_schema import recipe_schema
 from diffmoe_ds.config.load import config_to_dict, load_config
 from diffmoe_ds.config.nearest import unknown
-from diffmoe_ds.config.reference import SectionKeys, sections
+from diffmoe_ds.config.reference import SectionKeys, keys_named, sections
 from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -68,7 +68,7 @@ def _select(key: str | None) -> list[SectionKeys]:
         return list(known.values())
     name, dot, _ = key.partition(".")
     if name not in known:
-        same = [found.name for section in known.values() for found in section.keys if found.name.endswith(f".{key}")]
+        same = keys_named(key)
         if same:
             raise ConfigError(f"{key!r} is the name of a key, not of a section; try {' or '.join(same)}.")
         raise ConfigError(unknown("section", name, known))

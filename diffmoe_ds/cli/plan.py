@@ -7,6 +7,7 @@ import json
 
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
+from diffmoe_ds.config.fields import AUTO_CLASSES
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import ConfigError
 
@@ -58,6 +59,8 @@ def plan_command(args: argparse.Namespace) -> None:
     named = {"model.name": args.model, "routing.pool": args.pool}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
     config = load_config(args.config, overrides)
+    if config.model.num_classes == AUTO_CLASSES:  # planning needs no images
+        config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     if args.deepspeed_config is not None:
         raw, source = read_deepspeed_json(args.deepspeed_config), args.deepspeed_config
     elif config.deepspeed:

@@ -93,25 +93,39 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[in
     Raises:
         ConfigError: a class is unknown, out of range or repeated.
     """
-    labels = {name.casefold(): label for label, name in enumerate(names)}
     words = [part.strip() for part in text.split(",")]
     if not all(words):
         raise ConfigError(f"--classes {text!r}: a class is empty; separate labels or names by one comma, as in 1,2.")
     found: list[int] = []
     for word in words:
-        if LABEL.fullmatch(word):
-            label = int(word)
-            if not 0 <= label < num_classes:
-                raise ConfigError(f"--classes must be from 0 to {num_classes - 1} for this model, got {label}.")
-        elif word.casefold() in labels:
-            label = labels[word.casefold()]
-        else:
-            hint = did_you_mean(word, names) or ("" if names else "the checkpoint does not record class names; ")
-            raise ConfigError(f"--classes: {word!r} is not known; {hint}valid: {_valid(num_classes, names)}.")
+        label = find_class(word, num_classes, names, "--classes")
         if label in found:
             raise ConfigError(f"--classes {text}: class {label} is repeated.")
         found.append(label)
     return tuple(found)
+
+
+def find_class(word: str, num_classes: int, names: Sequence[str], what: str) -> int:
+    """Return the label of a class.
+
+    Args:
+        word: a label or a name; a number is always a label.
+        num_classes: classes of the model.
+        names: name of each label; empty if they are unknown.
+        what: the option or argument, for messages.
+
+    Raises:
+        ConfigError: the class is unknown or out of range.
+    """
+    labels = {name.casefold(): label for label, name in enumerate(names)}
+    if LABEL.fullmatch(word):
+        if not 0 <= int(word) < num_classes:
+            raise ConfigError(f"{what} must be from 0 to {num_classes - 1} for this model, got {word}.")
+        return int(word)
+    if word.casefold() in labels:
+        return labels[word.casefold()]
+    hint = did_you_mean(word, names) or ("" if names else "the checkpoint does not record class names; ")
+    raise ConfigError(f"{what}: {word!r} is not known; {hint}valid: {_valid(num_classes, names)}.")
 
 
 def _valid(num_classes: int, names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, open_weights
+from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, initial_weights_warning, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
@@ -191,7 +191,11 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
     if reader.config.num_experts > 1:
         how.append(f"routing {plan.routing}")
     model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
-    return f"{'weights':>11}  {model}\n{'sampler':>11}  {', '.join([*how, DTYPE_NAMES[dtype]])}"
+    lines = [("weights", model), ("sampler", ", ".join([*how, DTYPE_NAMES[dtype]]))]
+    warning = initial_weights_warning(reader, WEIGHTS_NAMES[plan.kind])
+    if warning is not None:
+        lines.append(("warning", warning))
+    return "\n".join(f"{name:>11}  {text}" for name, text in lines)
 
 
 def sources(plan: SamplingPlan) -> str:

@@ -115,17 +115,17 @@ def resolve_deepspeed(
     check_keys(raw, source)
     job = sections.Resolution(copy.deepcopy(raw), config, source, world, local_world, device, is_prebuilt)
     tree = job.tree
+    sections.drop_switched_off(job)
     global_batch, micro, accumulation = sections.resolve_batch(job)
     zero_stage = sections.check_zero(job)
     bf16 = sections.resolve_precision(job)
     sections.resolve_reduction(job, bf16)
     resolve_optimizer(job)
-    sections.resolve_scheduler(job, steps=-(-config.run.total_images // global_batch))
+    sections.resolve_scheduler(job, global_batch)
     ep_size = sections.resolve_expert_parallel(job)
-    job.fill(tree, "gradient_clipping", 0.0)
-    clipping = float(tree.get("gradient_clipping", 0.0))
+    clipping = sections.resolve_clipping(job)
     sections.resolve_reports(job)
-    tensorboard, directory = sections.resolve_tensorboard(job)
+    tensorboard = sections.resolve_monitors(job)
     tree.update(
         train_batch_size=global_batch,
         train_micro_batch_size_per_gpu=micro,
@@ -138,5 +138,5 @@ def resolve_deepspeed(
     return DeepSpeedSettings(
         json=tree, global_batch=global_batch, micro_batch=micro, accumulation=accumulation, ep_size=ep_size,
         zero_stage=zero_stage, bf16=bf16, gradient_clipping=clipping, offloads_optimizer=job.offloads_optimizer,
-        tensorboard=tensorboard, tensorboard_dir=directory, notes=tuple(job.notes),
+        tensorboard=tensorboard[0], tensorboard_dir=tensorboard[1], notes=tuple(job.notes),
     )  # fmt: skip

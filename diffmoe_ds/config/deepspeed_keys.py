@@ -6,9 +6,10 @@ DeepSpeed accepts misspelled keys silently and rejects many invalid values with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from diffmoe_ds.config.deepspeed_unsupported import is_known, refusal
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.errors import ConfigError
@@ -111,6 +112,8 @@ KEYS: dict[str, Any] = {
     "zero_optimization": ZERO,
     "expert_parallel": {"autoep_size": Value("an integer", _is_int, {"type": "integer"}), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
+    "wandb": {"enabled": FLAG, "group": TEXT, "team": TEXT, "project": TEXT},
+    "csv_monitor": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
     "steps_per_print": SIZE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "timers": {"throughput": {"enabled": FLAG, "synchronized": FLAG}},
     "communication_data_type": _one_of("fp32", "fp16", "bf16"),
@@ -143,47 +146,40 @@ SCHEDULES: dict[str, dict[str, bool]] = {
 }  # fmt: skip
 """DeepSpeed's schedules: each parameter, and whether it is required. A contract test compares this with DeepSpeed."""
 
-# DeepSpeed's other keys by section, for which the error is "not supported" instead of "unknown".
-UNSUPPORTED = {
-    "": (
-        "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint", "comet", "compile",
-        "compression_training", "csv_monitor", "curriculum_learning", "data_efficiency", "data_types", "elasticity",
-        "gradient_predivide_factor", "hybrid_engine", "nebula", "pipeline", "prescale_gradients",
-        "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "torch_autocast",
-        "use_data_before_expert_parallelism", "wandb", "zero_allow_untested_optimizer",
-    ),
-    "zero_optimization": (
-        "offload_param", "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-        "cpu_offload", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients",
-        "elastic_checkpoint", "load_from_fp32_weights", "ignore_unused_parameters", "mics_shard_size",
-    ),
-    "zero_optimization.offload_optimizer": ("nvme_path", "ratio", "pipeline_read", "pipeline_write"),
-    "bf16": ("immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads"),
-}  # fmt: skip
 
-
-def check_keys(tree: dict[str, Any], source: str, keys: dict[str, Any] = KEYS, where: str = "") -> None:
-    """Check a section of the JSON, and those inside it, against `KEYS`.
+def check_keys(tree: dict[str, Any], source: str) -> None:
+    """Check the whole JSON against `KEYS`.
 
     Args:
-        tree: the section; the whole JSON if ``where`` is empty.
+        tree: the JSON's content.
         source: the file's name, for errors.
-        keys: the section's valid keys.
-        where: the section's name.
 
     Raises:
-        ConfigError: an unknown key, with the nearest valid one, or an invalid value, with the valid ones.
+        ConfigError: unknown keys, each with the nearest valid one; invalid values, each with the valid ones; settings
+            of DeepSpeed that are not supported, each with what to use instead. All of them at once.
     """
+    problems = list(_problems(tree, KEYS, ""))
+    if len(problems) == 1:
+        raise ConfigError(f"{source}: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{source}: {len(problems)} keys are invalid:", *problems]))
+
+
+def _problems(tree: dict[str, Any], keys: dict[str, Any], section: str) -> Iterator[str]:
+    """Yield a sentence for each problem of a section and those inside it."""
     for key, value in tree.items():
-        name = f"{where}.{key}" if where else key
-        if key not in keys:
-            if key in UNSUPPORTED.get(where, ()):
-                raise ConfigError(f"{source}: {name} is a DeepSpeed setting that this project does not support.")
-            raise ConfigError(f"{source}: " + unknown(where or "top-level key", key, keys))
-        rule = keys[key]
-        if isinstance(rule, dict):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{source}: {name} must be an object, got {short_repr(value)}.")
-            check_keys(value, source, rule, name)
+        name = f"{section}.{key}" if section else key
+        rule = keys.get(key)
+        if is_known(section, key):
+            problem = refusal(section, key, value)
+            if problem is not None:
+                yield problem
+        elif rule is None:
+            yield unknown(section or "top-level key", key, keys)
+        elif isinstance(rule, dict):
+            if isinstance(value, dict):
+                yield from _problems(value, rule, name)
+            else:
+                yield f"{name} must be an object, got {short_repr(value)}."
         elif not (rule.fits(value) or (rule.auto and value == AUTO)):
-            raise ConfigError(f"{source}: {name} must be {rule.in_words}, got {short_repr(value)}.")
+            yield f"{name} must be {rule.in_words}, got {short_repr(value)}."

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from diffmoe_ds.config.deepspeed_keys import AUTO, SCHEDULES
+from diffmoe_ds.config.deepspeed_unsupported import drop_unsupported
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -59,6 +61,13 @@ class Resolution:
         if section.get(key) == AUTO:
             section[key] = value
             self.notes.append(f"{where}{key}: auto is {json.dumps(value)}")
+
+
+def drop_switched_off(job: Resolution) -> None:
+    """Remove settings that are not passed on, because they are switched off or without effect."""
+    dropped = drop_unsupported(job.tree)
+    if dropped:
+        job.notes.append(f"without effect here, and dropped: {', '.join(dropped)}")
 
 
 def resolve_batch(job: Resolution) -> tuple[int, int, int]:
@@ -151,22 +160,47 @@ def resolve_reduction(job: Resolution, bf16: bool) -> None:
     job.fill(job.tree, key, "bf16" if bf16 and not many else "fp32")
 
 
-def resolve_scheduler(job: Resolution, steps: int) -> None:
-    """Check the learning-rate schedule, if there is one.
+def _schedule_of_recipe(job: Resolution, steps: int, global_batch: int) -> None:
+    """Add the scheduler of ``optimizer.warmup_images`` and ``optimizer.schedule``, unless the JSON has one.
 
     Args:
-        job: the configuration.
+        job: the configuration, with a resolved optimizer.
         steps: optimizer steps of the run.
+        global_batch: images per optimizer step.
+    """
+    ours, lr = job.config.optimizer, job.tree["optimizer"]["params"]["lr"]
+    if ours.warmup_images == 0 and ours.schedule == "constant":
+        return
+    if "scheduler" in job.tree:
+        job.notes.append(f"scheduler is that of {job.source}, not the recipe's")
+        return
+    warmup = {"warmup_num_steps": max(1, -(-ours.warmup_images // global_batch)), "warmup_type": "linear"}
+    if ours.schedule == "cosine":
+        section = {"type": "WarmupCosineLR", "params": {"total_num_steps": steps, **warmup, "cos_min_ratio": 0.0}}
+    else:
+        section = {"type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": lr, **warmup}}
+    job.tree["scheduler"] = section
+    job.notes.append(f"scheduler: {section['type']} with {json.dumps(section['params'])}, from the recipe")
+
+
+def resolve_scheduler(job: Resolution, global_batch: int) -> None:
+    """Add the recipe's learning-rate schedule, and check the schedule, if there is one.
+
+    Args:
+        job: the configuration, with a resolved optimizer.
+        global_batch: images per optimizer step.
 
     Raises:
         ConfigError: an unknown schedule or parameter, or a required parameter without a value.
     """
+    steps = -(-job.config.run.total_images // global_batch)
+    _schedule_of_recipe(job, steps, global_batch)
     section = job.tree.get("scheduler")
     if section is None:
         return
     kind, params = section.get("type"), section.get("params", {})
     if kind == AUTO:
-        raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto"; recipes have no schedule.')
+        raise job.error(f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto".')
     if kind not in SCHEDULES:
         raise job.error(unknown("scheduler.type", kind, SCHEDULES))
     known = {"warmup_max_lr": job.tree["optimizer"]["params"]["lr"], "total_num_steps": steps}
@@ -210,6 +244,12 @@ def resolve_expert_parallel(job: Resolution) -> int:
     return int(ep_size)
 
 
+def resolve_clipping(job: Resolution) -> float:
+    """Return the maximum norm of the gradient; 0, not DeepSpeed's 1.0, if the JSON sets none."""
+    job.fill(job.tree, "gradient_clipping", 0.0)
+    return float(job.tree.get("gradient_clipping", 0.0))
+
+
 def resolve_reports(job: Resolution) -> None:
     """Switch DeepSpeed's progress line and throughput timer off unless the JSON sets them.
 
@@ -221,7 +261,7 @@ def resolve_reports(job: Resolution) -> None:
     job.fill(throughput, "enabled", False, "timers.throughput.")
 
 
-def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
+def _resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
     """Remove the section, as DeepSpeed would write a second set of files, and return its settings.
 
     Returns:
@@ -233,6 +273,27 @@ def resolve_tensorboard(job: Resolution) -> tuple[bool, str | None]:
     path = section.get("output_path")
     directory = str(Path(path) / section.get("job_name", "")) if path else None
     return section.get("enabled", False), directory
+
+
+def resolve_monitors(job: Resolution) -> tuple[bool, str | None]:
+    """Check the sections of DeepSpeed's monitors, which receive this project's scalars.
+
+    Returns:
+        Whether to write TensorBoard files, and the directory if the JSON names one.
+
+    Raises:
+        ConfigError: Weights & Biases is enabled, but not installed.
+    """
+    for name in ("wandb", "csv_monitor"):
+        section = job.tree.get(name, {})
+        job.fill(section, "enabled", False, f"{name}.")
+        if not section.get("enabled", False):
+            job.tree.pop(name, None)
+    if "wandb" in job.tree:
+        if find_spec("wandb") is None:
+            raise job.error("wandb.enabled needs wandb, which is not installed: pip install 'diffmoe_ds[wandb]'.")
+        job.tree["wandb"].setdefault("project", "diffmoe")
+    return _resolve_tensorboard(job)
 
 
 def drop_autos(job: Resolution, section: dict[str, Any] | None = None, where: str = "") -> None:

@@ -27,7 +27,8 @@ A run is configured in three places:
 | `--set SECTION.KEY=VALUE ...` | individual keys of the recipe; values are YAML | `--set run.seed=3 ema.decay=0.999` |
 | DeepSpeed JSON | batch sizes, precision, ZeRO, schedule, expert-parallel size | `--deepspeed_config FILE` |
 
-A recipe is a YAML file with the sections below; omitted keys take their defaults. Packaged recipes:
+A recipe is a YAML file with the sections below; omitted keys take their defaults. With `base: NAME_OR_FILE` at the top,
+they take the values of that recipe instead. A file is relative to the recipe that names it. Packaged recipes:
 RECIPES. Every run writes its complete configuration to `resolved.yaml` in the run directory, and
 `--config` accepts that file. Unknown keys, wrong types and values out of range are rejected before training starts; the
 message names the nearest valid key or the valid values.

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     Strict,
     WithJsonSchema,
     model_validator,
@@ -28,6 +29,10 @@ from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 MAX_BITS = 64
 """Longest integer that a field accepts."""
 
+ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "tc": "token_choice"}
+"""Short names of the routers, those of the reference's model classes."""
+AUTO_CLASSES = 0
+"""Number of classes before the training set is known."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 
@@ -89,6 +94,18 @@ def _integer(value: Any) -> int:
     return whole
 
 
+def _class_count(value: Any) -> int:
+    if value == "auto":
+        return AUTO_CLASSES
+    try:
+        count = _integer(value)
+    except PydanticCustomError:
+        count = 0
+    if count < 1:
+        raise _wrong('a positive integer or "auto"')
+    return count
+
+
 def _steps(value: Any) -> int | str:
     expected = 'a step, such as 20, or a range of steps, such as "20-24"'
     if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,18})-(\d{1,18})", value)):
@@ -126,6 +143,11 @@ def _mapping(value: Any) -> Any:
     return value
 
 
+def router(value: Any) -> Any:
+    """Return the full name of a router that is given by a short one."""
+    return ROUTERS.get(value, value) if isinstance(value, str) else value
+
+
 def _model_name(value: str) -> str:
     parse_name(value)
     return value
@@ -138,6 +160,7 @@ Integer = Annotated[int, BeforeValidator(_integer)]
 PositiveInteger = Annotated[int, Field(gt=0), BeforeValidator(_integer)]
 NonNegativeInteger = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_integer)]
+Number = Annotated[float, BeforeValidator(_number)]
 PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Slack = Annotated[float, Field(ge=1), BeforeValidator(_number)]
@@ -146,6 +169,12 @@ LearningRate = Annotated[float, Field(gt=0, le=3e38), BeforeValidator(_number)] 
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
 Metrics = Annotated[
     tuple[Literal["frechet", "kid", "inception_score", "precision", "recall"], ...], BeforeValidator(_names)
+]
+ClassCount = Annotated[
+    int,
+    BeforeValidator(_class_count),
+    PlainSerializer(lambda count: "auto" if count == AUTO_CLASSES else count, return_type=int | str),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto", "type": "string"}]}),
 ]
 Steps = Annotated[
     int | str,

@@ -11,7 +11,9 @@ import sys
 from typing import Any
 
 from diffmoe_ds.config.deepspeed_keys import AUTO, KEYS, Value
+from diffmoe_ds.config.deepspeed_unsupported import IGNORED, UNSUPPORTED
 from diffmoe_ds.config.fields import MAX_BITS
+from diffmoe_ds.config.load import BASE
 from diffmoe_ds.config.reference import schema
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -23,6 +25,7 @@ def recipe_schema() -> dict[str, Any]:
     tree = copy.deepcopy(schema())
     tree["properties"]["deepspeed"].update(_deepspeed(KEYS))
     _finish(tree)
+    tree["properties"][BASE] = {"type": ["string", "null"], "description": "Recipe (name or file) to inherit from."}
     for section in (*tree["$defs"].values(), tree["properties"]["deepspeed"]):
         section["type"] = ["object", "null"]  # a section without keys is null in YAML
     return {
@@ -52,13 +55,16 @@ def _finish(node: Any) -> None:
         _finish(value)
 
 
-def _deepspeed(keys: dict[str, Any]) -> dict[str, Any]:
+def _deepspeed(keys: dict[str, Any], section: str = "") -> dict[str, Any]:
     """Return the schema of a section of the DeepSpeed JSON."""
     properties = {
-        key: _value(rule) if isinstance(rule, Value) else {"type": "object", **_deepspeed(rule)}
+        key: _value(rule)
+        if isinstance(rule, Value)
+        else {"type": "object", **_deepspeed(rule, f"{section}.{key}".lstrip("."))}
         for key, rule in keys.items()
     }
-    return {"properties": properties, "additionalProperties": False}
+    accepted = dict.fromkeys((*UNSUPPORTED.get(section, ()), *IGNORED.get(section, ())), True)  # if switched off
+    return {"properties": {**properties, **accepted}, "additionalProperties": False}
 
 
 def _value(rule: Value) -> dict[str, Any]:

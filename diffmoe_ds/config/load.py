@@ -17,6 +17,8 @@ from diffmoe_ds.config.strict_yaml import MalformedValueError, parse_yaml
 from diffmoe_ds.errors import ConfigError
 
 DEFAULT_RECIPE = "fashion"
+BASE = "base"
+"""Key of a recipe with the name or path of the recipe from which it inherits."""
 
 
 def recipes() -> dict[str, Path]:
@@ -38,18 +40,10 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unknown file, section or key, wrong type, or values that do not fit together.
     """
-    path = recipe_path(recipe or DEFAULT_RECIPE)
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
-    for override in overrides:
-        _apply(tree, override)
-    return config_from_dict(tree, f"{path} with --set" if overrides else str(path))
+    recipe = recipe or DEFAULT_RECIPE
+    tree = _read(recipe_path(recipe))
+    changed = [_apply(tree, override) for override in overrides]
+    return _validated(tree, recipe, changed)
 
 
 def recipe_path(recipe: str) -> Path:
@@ -61,12 +55,55 @@ def recipe_path(recipe: str) -> Path:
     Raises:
         ConfigError: neither exists.
     """
+    return _find("--config", recipe, Path(recipe))
+
+
+def _find(what: str, recipe: str, path: Path) -> Path:
+    """Return a packaged recipe by its name, or else the path."""
     known = recipes()
     if recipe in known:
         return known[recipe]
-    if Path(recipe).is_file():
-        return Path(recipe)
-    raise ConfigError(unknown("--config", recipe, known) + " It can also be the path of a YAML file.")
+    if path.is_file():
+        return path
+    raise ConfigError(f"{unknown(what, recipe, known)} It can also be the path of a YAML file.")
+
+
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the content of a recipe, with that of the recipe that it inherits from (``base``).
+
+    Args:
+        path: the file.
+        heirs: the recipes that inherit from it.
+    """
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
+    base = tree.pop(BASE, None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: {BASE} must be the name or the path of a recipe, got {base!r}.")
+    found = _find(f"{path}: {BASE}", base, path.parent / base)
+    line = (*heirs, path)
+    if found.resolve() in [heir.resolve() for heir in line]:
+        raise ConfigError(f"{path}: {BASE}: {base} inherits from this recipe.")
+    return _merged(_read(found, line), tree)
+
+
+def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a recipe over that of its base; sections are merged, other values are replaced."""
+    merged = dict(base)
+    for key, value in tree.items():
+        inherited = base.get(key)
+        if isinstance(inherited, dict) and (value is None or isinstance(value, dict)):
+            value = _merged(inherited, value or {})  # an empty section is null
+        merged[key] = value
+    return merged
 
 
 def dump_config(config: Config) -> str:
@@ -84,12 +121,26 @@ def config_from_dict(tree: dict[str, Any], source: str) -> Config:
     Raises:
         ConfigError: unknown section or key, wrong type, or values that do not fit together.
     """
-    from diffmoe_ds.config.messages import sentence
+    return _validated(tree, source, ())
+
+
+def _validated(tree: dict[str, Any], source: str, changed: Sequence[str]) -> Config:
+    """Build a `Config`; errors name ``--set`` if the invalid key was set there.
+
+    Args:
+        tree: the content of a recipe.
+        source: its name.
+        changed: keys that ``--set`` has set.
+    """
+    from diffmoe_ds.config.messages import explain
 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {sentence(error)}") from None
+        key, sentence = explain(error)
+    if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in changed if key):
+        raise ConfigError(f"--set: {sentence}")
+    raise ConfigError(f"{source}{' with --set' if changed and not key else ''}: {sentence}")
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -112,8 +163,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one key of a recipe's content from ``section.key=value``."""
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Set one key of a recipe's content from ``section.key=value``, and return its name."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must have the form section.key=value, got {override!r}.")
@@ -131,6 +182,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section.")
         node = child
     node[last] = value
+    return key
 
 
 def _plain(value: Any) -> Any:

@@ -19,11 +19,14 @@ EXPECTED = {
 }
 
 
-def sentence(error: ValidationError) -> str:
-    """Return one sentence about the first error; unknown keys come first, as they often explain the others."""
+def explain(error: ValidationError) -> tuple[str, str]:
+    """Return the key of the first error, and one sentence; unknown keys come first, as they often explain the others.
+
+    The key is empty for values that do not fit together.
+    """
     details = error.errors(include_url=False)
     first = min(details, key=lambda detail: detail["type"] not in UNKNOWN_KEY)  # stable: else the first one
-    return _sentence(first)
+    return "" if first["type"] == "value_error" else _name(first["loc"]), _sentence(first)
 
 
 def _sentence(detail: ErrorDetails) -> str:

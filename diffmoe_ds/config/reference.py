@@ -62,6 +62,12 @@ def sections() -> dict[str, SectionKeys]:
     return found
 
 
+def keys_named(name: str) -> list[str]:
+    """Return the full names of the keys with this name, which may include the section; ``lr`` is ``optimizer.lr``."""
+    every = [key.name for section in sections().values() for key in section.keys]
+    return [key for key in every if name in (key, key.partition(".")[2])]
+
+
 def definition(section: str) -> dict[str, Any]:
     """Return the JSON schema of a section."""
     entry: dict[str, Any] = schema()["properties"][section]

@@ -5,10 +5,14 @@ The string below a field documents it: `diffmoe config`, the JSON schema and ``d
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
 
 from diffmoe_ds.config.fields import (
     Betas,
+    ClassCount,
     Flag,
     Fraction,
     Integer,
@@ -17,6 +21,7 @@ from diffmoe_ds.config.fields import (
     ModelName,
     NonNegativeInteger,
     NonNegativeNumber,
+    Number,
     PositiveInteger,
     PositiveNumber,
     Section,
@@ -24,9 +29,10 @@ from diffmoe_ds.config.fields import (
     Slack,
     Steps,
     Text,
+    router,
 )
 
-RoutingKind = Literal["dense", "token_choice", "expert_choice", "batch_pool"]
+RoutingKind = Annotated[Literal["dense", "token_choice", "expert_choice", "batch_pool"], BeforeValidator(router)]
 PoolScope = Literal["rank", "ep", "world"]
 
 
@@ -50,8 +56,9 @@ class ModelConfig(Section):
     """Channels of the network's input: 4 for Stable Diffusion latents, 3 for RGB images, 1 for grayscale."""
     patch_size: PositiveInteger = 2
     """Height and width of a patch, which becomes one token; must divide `input_size`."""
-    num_classes: PositiveInteger = 1000
-    """Number of class labels; 1 for a dataset without labels. The embedding has one extra row for "no label"."""
+    num_classes: ClassCount = Field(default="auto", validate_default=True)
+    """Number of class labels: `auto` is that of the training set, 1 without labels. The embedding has one extra row for
+    "no label"."""
     label_dropout: Fraction = 0.1
     """Fraction of training images whose label is dropped, as classifier-free guidance requires; 0 disables both."""
     mlp_ratio: PositiveNumber = 4.0
@@ -68,7 +75,8 @@ class RoutingConfig(Section):
     """How tokens are routed to experts."""
 
     kind: RoutingKind = "batch_pool"
-    """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts."""
+    """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts. The
+    short names `diffmoe`, `ec` and `tc` are also valid."""
     pool: PoolScope = "world"
     """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""
@@ -109,6 +117,16 @@ class ObjectiveConfig(Section):
     flow_time_scale: PositiveNumber = 1.0
     """Factor applied to the flow time, in [0, 1], before it is embedded. The reference implementation uses 1; 1000
     matches the range of DDPM time steps, for which the embedding was designed, and trains faster."""
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times of `flow`; `logit_normal` trains more at medium noise levels (arXiv
+    2403.03206)."""
+    time_mean: Number = 0.0
+    """Mean of the logit of the noise level under `logit_normal`; positive values mean more noise."""
+    time_std: PositiveNumber = 1.0
+    """Standard deviation of the logit of the noise level under `logit_normal`."""
+    time_shift: PositiveNumber = 1.0
+    """Factor for the odds of noise against data in the training times of `flow`; above 1, images are noisier. Common
+    for latents of high resolution, with values of about 3."""
 
 
 class DataConfig(Section):
@@ -116,8 +134,7 @@ class DataConfig(Section):
 
     path: Text | None = None
     """WebDataset shards (a file, a directory, a pattern such as `shards-{000..127}.tar`, URLs, `pipe:` commands) or a
-    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST. A dataset without
-    labels needs `model.num_classes: 1`."""
+    folder of images (`DIR/CLASS/*.jpg` or `DIR/*.jpg`). Defaults to the embedded Fashion-MNIST."""
     validation_path: Text | None = None
     """Held-out images for `eval.every_images`, in any form that `path` accepts; neither mirrored nor shuffled."""
     horizontal_flip: Flag = True
@@ -132,6 +149,9 @@ class DataConfig(Section):
     exactly."""
     shuffle_window: PositiveInteger = 16_384
     """Window size for `shuffle: window`, in images; larger windows mix better and read from more shards at a time."""
+    max_unreadable: Fraction = 0.01
+    """Largest fraction of the images that may be unreadable. Such an image is named and replaced by that of the next
+    position; if there are more, the run saves and stops (exit code 4). Prepared latents must all be readable."""
     vae: Text | None = None
     """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
     worth preparing."""
@@ -152,6 +172,11 @@ class OptimizerConfig(Section):
     """Adam's epsilon, added to the denominator."""
     weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay."""
+    warmup_images: NonNegativeInteger = 0
+    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. Ignored, like
+    `schedule`, if the DeepSpeed JSON has a scheduler."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at `run.total_images` along half a cosine."""
 
 
 class EMAConfig(Section):
@@ -159,6 +184,21 @@ class EMAConfig(Section):
 
     decay: Fraction = 0.9999
     """Decay per optimizer step; averages over roughly the last 1 / (1 - decay) steps."""
+    warmup: Flag = True
+    """Use a decay of at most (1 + n) / (10 + n) after n steps, so that the average of a short run forgets the initial
+    weights. Unless set, a resumed run does what its checkpoint did."""
+
+    def decay_after(self, steps: int) -> float:
+        """Return the decay of the update that follows this many others."""
+        return min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
+
+    def initial_share(self, steps: int) -> float:
+        """Return the share of the initial weights in the average after this many updates."""
+        # the decay of the warm-up is reached after this many
+        warming = min(steps, max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)))) if self.warmup else 0
+        # the product of (1 + n) / (10 + n) for n < N is N! 9! / (N + 9)!
+        log_share = math.lgamma(warming + 1) + math.lgamma(10) - math.lgamma(warming + 10)
+        return math.exp(log_share) * self.decay ** (steps - warming)
 
 
 class RunConfig(Section):
@@ -169,7 +209,10 @@ class RunConfig(Section):
     seed: Seed = 0
     """Seed of the initial weights, data order, noise, time steps, label dropout and flips."""
     save_every_images: NonNegativeInteger = 0
-    """Checkpoint interval in images; 0 saves only at the end."""
+    """Checkpoint interval in images; 0 does not save by images."""
+    save_every_minutes: NonNegativeNumber = 15.0
+    """Also save when this many minutes have passed since the last save, so that a crash loses no more than them; 0 does
+    not save by time. There is always a checkpoint at the end."""
     log_every_images: PositiveInteger = 2_000
     """Logging interval in images, for the console and TensorBoard."""
     sample_every_images: NonNegativeInteger = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from diffmoe_ds.config.fields import AUTO_CLASSES
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.reader import Dataset
@@ -44,8 +45,26 @@ def open_dataset(config: Config) -> Dataset:
     return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size, model.in_channels)
 
 
+def with_classes(config: Config, dataset: Dataset) -> Config:
+    """Return the configuration with the number of classes of the training set, if ``model.num_classes`` is ``auto``.
+
+    Raises:
+        ConfigError: the classes of the set have names, and the model has more.
+    """
+    model, names = config.model, dataset.classes
+    found = len(names or ()) or max(1, int(dataset.labels.max()) + 1)  # unlabelled images have the label -1
+    if model.num_classes == AUTO_CLASSES:
+        return config.model_copy(update={"model": model.model_copy(update={"num_classes": found})})
+    if names is not None and model.num_classes > found:  # fewer are found by `check_labels`
+        raise ConfigError(
+            f"model.num_classes is {model.num_classes}, but {config.data.path or 'the embedded set'} has "
+            f"{found} classes; set it to auto."
+        )
+    return config
+
+
 def check_first_image(config: Config, dataset: Dataset) -> None:
-    """Read the first image of a run, so that one which does not fit the model is found early; skip it behind a URL.
+    """Read the first image of a run, so that images which do not fit the model are found early; not behind a URL.
 
     Raises:
         DataError: the image cannot be read or does not fit the model.
@@ -63,6 +82,7 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
     settings = LoaderSettings(
         seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
         image_shape=image_shape(config), num_classes=model.num_classes,
+        replaces_unreadable=config.data.max_unreadable > 0,
     )  # fmt: skip
     loader = PositionLoader(dataset, settings, draws)
     try:

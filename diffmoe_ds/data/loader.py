@@ -41,10 +41,13 @@ class MicroBatch(NamedTuple):
     drop: torch.Tensor  # bool [B]: the label is dropped, for classifier-free guidance
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
+    unreadable: tuple[str, ...] = ()  # why images were replaced by those of later positions
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the batch on a device; the copies may still be running."""
-        fields = {name: field for name, field in self._asdict().items() if field is not None}
+        fields: dict[str, Any] = {
+            name: field for name, field in self._asdict().items() if isinstance(field, torch.Tensor)
+        }
         return self._replace(**{name: field.to(device, non_blocking=True) for name, field in fields.items()})
 
 
@@ -72,6 +75,8 @@ class LoaderSettings:
     """Images that the run has trained on already."""
     num_workers: int = 0
     """Loader processes of this rank; 0 reads in the training process."""
+    replaces_unreadable: bool = False
+    """Whether the image of the next position replaces one that cannot be read."""
     shuffle_window: int = 0
     """Images per window of a `WindowShuffle`; 0 shuffles across the whole dataset."""
 
@@ -113,6 +118,7 @@ class PositionLoader:
         self._shuffle = shuffle
         self._draws = draws
         self._num_workers = settings.num_workers
+        self._replaces = settings.replaces_unreadable
         first_position = settings.start_position + settings.rank * micro_batch
         self._positions = _Positions(first_position, micro_batch, stride)
         first = draws(settings.start_position)
@@ -128,7 +134,7 @@ class PositionLoader:
             atexit.register(_close, closing)  # runs before multiprocessing's handler, which was registered earlier
             values = sum(math.prod(shape) for shape in self._shapes)
             slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
-        reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots)
+        reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots, self._replaces)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             reader,  # type: ignore[arg-type]  # maps tasks, not indices, to items
             sampler=self._positions,
@@ -161,7 +167,7 @@ def to_micro_batch(reader: Reader, number: int, item: Packed) -> MicroBatch:
     x, noise, *posterior = reader.split(large)
     small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
     label, time, drop, position = small
-    return MicroBatch(x, label, noise, time, drop, position, *posterior)
+    return MicroBatch(x, label, noise, time, drop, position, posterior[0] if posterior else None, item.unreadable)
 
 
 @dataclass(frozen=True)

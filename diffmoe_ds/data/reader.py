@@ -18,6 +18,9 @@ from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
 from diffmoe_ds.text import counted
 
+MAX_REPLACED = 100
+"""Unreadable images in a row that are replaced by the same image; more mean that none can be read."""
+
 
 class Dataset(Protocol):
     """What the loader needs of a dataset; `ShardDataset` and `RawImages` implement it."""
@@ -60,6 +63,7 @@ class Packed(NamedTuple):
     time: np.ndarray
     drop: np.ndarray
     position: np.ndarray
+    unreadable: tuple[str, ...] = ()  # why images were replaced
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Reader:
     """Shapes of x, noise and, if x is not encoded yet, posterior."""
     slots: torch.Tensor | None
     """float32 [workers, slots per worker, values per micro-batch]; None without workers."""
+    replaces: bool = False
+    """Whether the image of the next position replaces one that cannot be read."""
 
     def __getitem__(self, task: Task) -> Packed | DataError:
         try:
@@ -108,8 +114,9 @@ class Reader:
         np.stack([each.noise for each in draws], out=noise)
         for out in posterior:
             np.stack(_posteriors(draws), out=out)
+        problems: list[str] = []
         if self.dataset.latents is None:
-            self._pixels(indices, draws, x)
+            indices, problems = self._pixels(task.positions, draws, x)
         else:
             self._latents(indices, draws, self.dataset.latents, x)
         labels = self.dataset.labels[indices]
@@ -119,6 +126,7 @@ class Reader:
             time=np.array([each.time for each in draws], np.float32),
             drop=np.array([each.drop for each in draws], bool),
             position=np.array(task.positions, np.int64),
+            unreadable=tuple(problems),
         )
 
     def _latents(self, indices: list[int], draws: list[TrainingDraws], latents: LatentFormat, out: np.ndarray) -> None:
@@ -130,12 +138,29 @@ class Reader:
             bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
             raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that contains NaN or Inf")
 
-    def _pixels(self, indices: list[int], draws: list[TrainingDraws], out: np.ndarray) -> None:
-        shape = self.shapes[0][1:]
-        for row, (index, each) in enumerate(zip(indices, draws, strict=True)):
-            image = self.dataset[index].image
-            self._check(image, index)
+    def _pixels(self, positions: range, draws: list[TrainingDraws], out: np.ndarray) -> tuple[list[int], list[str]]:
+        """Read images, and return their indices and the problems of those that were replaced."""
+        shape, indices, problems = self.shapes[0][1:], [], []
+        for row, (position, each) in enumerate(zip(positions, draws, strict=True)):
+            index, image, found = self._readable(position)
             out[row] = _model_range(image[:, :, ::-1] if each.flip else image, shape)
+            indices.append(index)
+            problems += found
+        return indices, problems
+
+    def _readable(self, position: int) -> tuple[int, np.ndarray, list[str]]:
+        """Return the image of a position, or of the next one with a readable image, and the problems of the others."""
+        problems: list[str] = []
+        while True:
+            index = self.shuffle(position + len(problems))
+            try:
+                image = self.dataset[index].image
+                self._check(image, index)
+                return index, image, problems
+            except DataError as error:
+                if not self.replaces or len(problems) == MAX_REPLACED:
+                    raise
+                problems.append(str(error))
 
     def _check(self, image: np.ndarray, index: int) -> None:
         expected = self.shapes[0][1:]
@@ -166,7 +191,7 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
         if num_classes > 1:
             raise DataError(
                 f"{dataset.describe(0)} and all others have no label, but the model has {num_classes} classes; "
-                "use labelled images, or a model without classes (model.num_classes=1)"
+                "use labelled images, or a model without classes (model.num_classes=auto)"
             )
     elif labels.max() >= num_classes:
         index = int(np.argmax(labels >= num_classes))

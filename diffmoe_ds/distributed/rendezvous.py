@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
 from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.shared_gpus import check_gpus, gpu_of
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, LaunchError
 
 START_TIMEOUT_S = 300.0
@@ -184,7 +185,7 @@ def join_ranks(
         error: an error that this rank has already hit; see `fail_together`.
 
     Raises:
-        LaunchError: a rank did not join, rank 0 cannot be reached, or a rank's fingerprint differs.
+        LaunchError: a rank did not join, rank 0 cannot be reached, a rank's fingerprint differs, or two share a GPU.
         DiffMoEError: on all ranks, if any rank passed an error; see `consensus.raise_agreed`.
     """
     launch = export_launch(launch)
@@ -192,6 +193,7 @@ def join_ranks(
         return Rendezvous(launch, (socket.gethostname(),), None, timeout_s)
     store, rank = _open(launch, timeout_s), launch.rank
     mine = {"host": socket.gethostname(), "fingerprint": fingerprint, "error": encode_error(error, rank)}
+    mine["gpu"] = gpu_of(launch)
     store.set(f"rank/{rank}", json.dumps(mine))
     if rank == 0:
         reports: list[dict[str, Any]] = []
@@ -200,6 +202,7 @@ def join_ranks(
             winner = max(report["error"] for report in reports)
             if not winner:
                 _check_fingerprints(reports)
+                check_gpus([report["host"] for report in reports], [report["gpu"] for report in reports])
         except LaunchError as failure:
             error, winner = failure, encode_error(failure, 0)
         store.set("joined", json.dumps({"error": winner, "hosts": [report["host"] for report in reports]}))

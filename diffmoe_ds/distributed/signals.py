@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SAME_PRESS_S = 0.3
@@ -23,6 +26,22 @@ def listen() -> None:
     """Record the signals from now on instead of exiting; a second Ctrl-C exits immediately."""
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Listen within the context, for a process that goes on afterwards; threads other than the main one cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received.clear()
 
 
 def ignore() -> None:

@@ -135,7 +135,7 @@ def calibrate(
         return Calibration(capacity, torch.full((len(layers), E), -torch.inf), capacity, 0)
     progress = progress or (lambda number, done, total: None)
     best: Calibration | None = None
-    with _unchanged(model):
+    with unchanged(model):
         calibration_round = _Round(model, settings, guide, calibration_batch(model, batch_size), ranks)
         _, histogram_LEN = calibration_round.generate(partial(progress, 1))
         logit_LE = quantile_logits(histogram_LEN, capacity / E)
@@ -186,7 +186,7 @@ def apply(model: DiT, calibration: Calibration) -> None:
 
 
 @contextmanager
-def _unchanged(model: DiT) -> Iterator[None]:
+def unchanged(model: DiT) -> Iterator[None]:
     """Restore the capacity and the thresholds on exit."""
     layers = list(model.moe_layers().values())
     before = [(layer.capacity, layer.logit_threshold_E) for layer in layers]

@@ -25,13 +25,13 @@ def to_uint8(images_NCHW: Tensor) -> Pixels:
 
 
 def grid_columns(num_images: int, num_classes: int | None) -> int:
-    """Return the number of columns: one per class if labels cycle over at most 16, otherwise nearly square.
+    """Return the number of columns: one per class if labels cycle over 2 to 16, otherwise for a nearly square grid.
 
     Args:
         num_images: number of images in the grid.
         num_classes: number of classes over which labels cycle; None if they do not cycle.
     """
-    if num_classes is not None and num_classes <= 16:
+    if num_classes is not None and 1 < num_classes <= 16:
         return num_classes
     return math.ceil(math.sqrt(num_images))
 

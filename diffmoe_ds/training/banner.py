@@ -7,11 +7,14 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+from diffmoe_ds.checkpoint.export import LARGE_SHARE
+from diffmoe_ds.checkpoint.metadata import CheckpointMetadata
 from diffmoe_ds.config.load import config_to_dict, differences
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
 from diffmoe_ds.planning.traffic import crossing_warning
 from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.resume import continued
 
 
 def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
@@ -108,13 +111,24 @@ def describe_start(plan: TrainPlan) -> str:
         text += f", resharding: {', '.join(changed)}"
     if saved.began_from:
         text += f", begun with --resume {saved.began_from}"
+    text += _changed_schedule(plan, saved)
     # compare the resolved DeepSpeed settings, because the recipe's section may contain "auto"
     resolved = settings.beside_layout()
     recorded = resolved if saved.deepspeed is None else saved.deepspeed
     before = {**config_to_dict(reader.config), "deepspeed": recorded}
-    after = {**config_to_dict(plan.config), "deepspeed": resolved}
+    after = {**config_to_dict(continued(plan.config, reader.config)), "deepspeed": resolved}
     other = [f"{key} {old} -> {new}" for key, (old, new) in differences(before, after).items()]
     return text + (f"; changed since it was saved: {', '.join(other)}" if other else "")
+
+
+def _changed_schedule(plan: TrainPlan, saved: CheckpointMetadata) -> str:
+    """Describe that a run has a learning-rate schedule and its checkpoint has none, or the other way round."""
+    schedule, lr = plan.settings.json.get("scheduler"), plan.settings.json["optimizer"]["params"]["lr"]
+    if schedule is None and saved.lr_scheduler is not None:
+        return f", without its learning-rate schedule: from {saved.lr_now.lr:g} to a constant {lr:g}"
+    if schedule is not None and saved.lr_scheduler is None:
+        return f", with a new learning-rate schedule: {schedule['type']} from step {saved.step} on"
+    return ""
 
 
 def _model(plan: TrainPlan) -> str:
@@ -157,4 +171,13 @@ def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
     crossing = crossing_warning(plan.config, plan.settings, hosts)
-    return [crossing] if crossing else []
+    return [warning for warning in (crossing, _average_warning(plan)) if warning]
+
+
+def _average_warning(plan: TrainPlan) -> str | None:
+    """Return a sentence if the average at the end of the run will still contain too much of the initial weights."""
+    ema = plan.config.ema if plan.reader is None else continued(plan.config, plan.reader.config).ema
+    share = ema.initial_share(-(-plan.config.run.total_images // plan.settings.global_batch))
+    if share <= LARGE_SHARE:
+        return None
+    return f"at the end, the averaged weights will contain {share:.0%} of the initial weights; lower ema.decay"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
@@ -20,6 +21,7 @@ from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, DiffMoEError
 from diffmoe_ds.rng import training_draws
+from diffmoe_ds.text import counted
 from diffmoe_ds.training.setup import Run
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class BatchSource:
         self._next: MicroBatch | None = None
         self._failure: DiffMoEError | None = None
         self._winner = 0
+        self._unreadable = Unreadable(run.config.data.max_unreadable, len(dataset))
         self.flags: tuple[bool, ...] = ()
         """For each flag of the last `agree`, whether any rank set it."""
         self.attachments_WX: Tensor | None = None
@@ -108,6 +111,7 @@ class BatchSource:
             if self._lock is not None:
                 self._lock.check()
             self._next = next(self._batches)
+            self._unreadable.add(self._next.unreadable)
         except DiffMoEError as error:
             self._failure = error
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
@@ -123,6 +127,35 @@ class BatchSource:
         """Return the seconds spent waiting for images since the last call."""
         seconds, self._waited_s = self._waited_s, 0.0
         return round(seconds, 6)
+
+
+class Unreadable:
+    """Counts and names the images that this rank could not read; images that occur again count once."""
+
+    def __init__(self, fraction: float, num_images: int) -> None:
+        """Allow a fraction of the images (``data.max_unreadable``)."""
+        self._fraction = fraction
+        self._num_images = num_images
+        self._problems: set[str] = set()
+
+    def add(self, problems: Iterable[str]) -> None:
+        """Print new problems.
+
+        Raises:
+            DataError: there are too many.
+        """
+        for problem in problems:
+            if problem in self._problems:
+                continue
+            self._problems.add(problem)
+            count, allowed = len(self._problems), int(self._fraction * self._num_images)
+            if count > allowed:
+                raise DataError(
+                    f"{problem}; {counted(count, 'unreadable image')} of {self._num_images:,}, but data.max_unreadable "
+                    f"{self._fraction:g} allows {allowed:,}"
+                )
+            where = f"rank {get_rank()}, {count} of {allowed:,} allowed"
+            print(f"*** WARNING: {problem}; the next image replaces it ({where}) ***", file=sys.stderr, flush=True)
 
 
 def as_data_error(error: Exception) -> DataError:
@@ -152,6 +185,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         image_shape=image_shape(run.config),
         num_classes=model.num_classes,
         num_workers=data.num_workers,
+        replaces_unreadable=data.max_unreadable > 0,
         shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,
     )
     loader = PositionLoader(dataset, reading, draws)

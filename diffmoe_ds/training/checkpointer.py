@@ -15,7 +15,7 @@ from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, Requeue
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue
 from diffmoe_ds.training.setup import Run
 
 
@@ -34,7 +34,8 @@ class Checkpointer:
         self._watchdog = watchdog
         self._lock = lock
         self._saver = CheckpointSaver(run.directory, run.config.checkpoint, run.device)
-        self._saved_images = run.images
+        self._saved_images = self._started_images = run.images
+        self._started_s = time.monotonic()
         self._pause_s = 0.0
         self.last: Path | None = None
         """The last complete checkpoint of this run."""
@@ -43,6 +44,13 @@ class Checkpointer:
     def is_writing(self) -> bool:
         """Whether this rank is still writing a checkpoint."""
         return self._saver.is_writing
+
+    @property
+    def is_due(self) -> bool:
+        """Whether ``run.save_every_minutes`` have passed since the last save; always False on ranks other than 0."""
+        minutes = self._run.config.run.save_every_minutes
+        passed = time.monotonic() - self._started_s
+        return self._run.is_main and minutes > 0 and passed >= 60 * minutes and not self.is_writing
 
     def start(self, wait: bool = False) -> None:
         """Start saving the current state; training continues meanwhile unless ``checkpoint.async_save`` is off.
@@ -53,10 +61,16 @@ class Checkpointer:
         self.complete()
         raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check())
         run, start = self._run, time.perf_counter()
+        self._started_images, self._started_s = run.images, time.monotonic()
         self._saver.start(run.ema.fragments, run.ema.values, _buffers(run), _metadata(run))
         self._pause_s = time.perf_counter() - start
         if wait or not run.config.checkpoint.async_save:
             self._finish(must_succeed=wait)
+
+    def start_if_new(self) -> None:
+        """Start saving, unless a save of this step has been started."""
+        if self._run.images > self._started_images:
+            self.start()
 
     def complete(self) -> None:
         """Finish the checkpoint in progress, if any; blocks until it is on disk."""
@@ -76,6 +90,14 @@ class Checkpointer:
         self.complete()
         if self._run.images > self._saved_images:
             self.start(wait=True)
+
+    def save_before_exit(self) -> None:
+        """Finish the checkpoint in progress and save any unsaved progress, before the run ends with another error."""
+        try:
+            self.save_rest()
+        except DiffMoEError as error:
+            if not isinstance(error, AlreadyReportedError):
+                print(f"\n*** WARNING: progress was not saved: {error} ***\n", file=sys.stderr, flush=True)
 
     def save_and_requeue(self, signal: str) -> NoReturn:
         """Save unsaved progress and exit with the requeue code.

@@ -15,24 +15,22 @@ from diffmoe_ds.model.dit import DiT
 class EMA:
     """Averages this rank's fragments in fp32: ema <- decay * ema + (1 - decay) * weights."""
 
-    def __init__(self, fragments: list[Fragment], parts: dict[str, Part], decay: float) -> None:
+    def __init__(self, fragments: list[Fragment], parts: dict[str, Part]) -> None:
         """Start from the current weights.
 
         Args:
             fragments: the pieces of the master weights that this rank keeps.
             parts: the part of every parameter that this rank computes with, by name.
-            decay: decay per optimizer step.
         """
         self.fragments = fragments
         self.parts = parts
-        self.decay = decay
         self.values = [fragment.fp32.clone() for fragment in fragments]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float) -> None:
         """Update the averages, after an optimizer step."""
         if self.values:
-            torch._foreach_lerp_(self.values, [fragment.fp32 for fragment in self.fragments], 1 - self.decay)
+            torch._foreach_lerp_(self.values, [fragment.fp32 for fragment in self.fragments], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: DiT, trained: DiT) -> None:

@@ -128,7 +128,7 @@ class Validate:
             row = self._validation.evaluate()
         except DiffMoEError:  # on all ranks
             self._log.settle()
-            self._checkpointer.save_rest()  # training itself has not failed
+            self._checkpointer.save_before_exit()  # training itself has not failed
             raise
         self._log.evaluation(row)
         self._log.pause()

@@ -10,7 +10,7 @@ from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import NonFiniteError
+from diffmoe_ds.errors import DataError, DiffMoEError, NonFiniteError
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.hooks import make_hooks
@@ -36,26 +36,48 @@ def train(
     skipped = SkippedSteps(run, log)
     hooks = make_hooks(run, log, batches, checkpointer, stragglers, watchdog)
 
-    def flags() -> tuple[bool, bool]:
-        return signals.received() != "", checkpointer.is_writing
+    def flags() -> tuple[bool, bool, bool]:
+        return signals.received() != "", checkpointer.is_writing, checkpointer.is_due
 
     batches.agree(flags(), torch.zeros(0, device=run.device))  # reads the first micro-batch
     while not run.is_complete:
         watchdog.tick(run.step)
-        stop, writing = batches.flags
-        if not writing:
-            checkpointer.complete_earlier()
-        if stop:
-            log.settle()
-            checkpointer.save_and_requeue(signals.received())
+        _save_as_agreed(batches.flags, checkpointer, log)
         try:
             result = train_step(run, batches, flags, watchdog, stragglers)
         except NonFiniteError as error:
             skipped.count(error, checkpointer)
             continue
+        except DiffMoEError as error:
+            if error.exit_code == DataError.exit_code:  # on all ranks, before the step
+                log.settle()
+                checkpointer.save_before_exit()
+            raise
         skipped.reset()
         run.advance()
         for hook in hooks:
             hook(result)
     checkpointer.save_rest()
     return checkpointer.last
+
+
+def _save_as_agreed(flags: tuple[bool, ...], checkpointer: Checkpointer, log: RunLog) -> None:
+    """Between two steps, finish, start or enforce a checkpoint, as the ranks have agreed.
+
+    Args:
+        flags: whether any rank was asked to stop, is still writing a checkpoint, and finds that one is due.
+        checkpointer: writes it.
+        log: the run log, which must be complete before.
+
+    Raises:
+        Requeue: the run was asked to stop.
+    """
+    stop, writing, due = flags
+    if not writing:
+        checkpointer.complete_earlier()
+    if stop or due:
+        log.settle()
+    if stop:
+        checkpointer.save_and_requeue(signals.received())
+    if due:
+        checkpointer.start_if_new()

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ds.config.schema import Config
+from diffmoe_ds.config.schema import Config, ObjectiveConfig
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import Objective
+from diffmoe_ds.diffusion.times import logit_normal, shifted
 from diffmoe_ds.model.dit import DiTOutput
 from diffmoe_ds.moe.capacity import capacity_loss
 from diffmoe_ds.training.setup import Run
@@ -33,8 +34,16 @@ class Losses(NamedTuple):
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
     """Return the model's inputs for a micro-batch: noisy images, times, labels and label-drop flags."""
-    t_B = run.objective.model_time(batch.time)
+    t_B = run.objective.model_time(training_times(batch.time, run.config.objective))
     return run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop
+
+
+def training_times(uniform_B: Tensor, objective: ObjectiveConfig) -> Tensor:
+    """Return the times at which images are trained, from uniform draws."""
+    times_B = uniform_B
+    if objective.time_distribution == "logit_normal":
+        times_B = logit_normal(times_B, objective.time_mean, objective.time_std)
+    return times_B if objective.time_shift == 1 else shifted(times_B, objective.time_shift)
 
 
 def forward(run: Run, model: nn.Module, batch: MicroBatch) -> tuple[DiTOutput, Losses, Tensor]:

@@ -103,7 +103,7 @@ class TrainPlan:
         """
         choices = resume_choices(self.resume, self.directory)
         path = _first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        reader = None if path is None else open_checkpoint(path, self.config)
         initial = _open_initial_weights(self.config) if reader is None else None
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
@@ -115,7 +115,7 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+        return replace(self, reader=open_checkpoint(path, self.config), initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -132,19 +132,22 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_first_image, open_dataset
+    from diffmoe_ds.data.dataset import check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
     from diffmoe_ds.planning.pool import pool_rows
 
+    dataset = open_dataset(config)
+    config = with_classes(config, dataset)
     _check_sampling(config)
     settings = resolve_deepspeed(
         config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
         device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
     directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
+        settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
     check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
-    dataset = open_dataset(config)
     held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
     check_first_image(config, dataset)
@@ -243,17 +246,16 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
     return found
 
 
-def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
+def open_checkpoint(path: Path, config: Config) -> CheckpointReader:
     """Open a checkpoint that this run can resume from.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not match the model.
     """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_schedule
+    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model
 
     reader = CheckpointReader(path)
     check_same_model(reader, config)
-    check_same_schedule(reader, settings.json.get("scheduler") is not None)
     return reader
 
 

@@ -9,9 +9,22 @@ import torch
 
 from diffmoe_ds.checkpoint.layout import checkpoint_images
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes, no_valid_one, shares, warn_skipped
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
+
+
+def continued(config: Config, saved: Config) -> Config:
+    """Return the configuration of a resumed run: ``ema.warmup``, unless set, is that of the checkpoint.
+
+    Args:
+        config: the recipe.
+        saved: the configuration in the checkpoint.
+    """
+    if "warmup" in config.ema.model_fields_set:
+        return config
+    return config.model_copy(update={"ema": config.ema.model_copy(update={"warmup": saved.ema.warmup})})
 
 
 def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,15 @@ SPEED_STEPS = 50
 """Recent steps over which the log line's throughput and ETA are averaged."""
 
 
+Monitor = Callable[[list[tuple[str, float, int]]], object]
+"""Takes (tag, value, images) of scalars, for Weights & Biases and CSV files."""
+
+
 class RunLog:
     """No-op log of all ranks but rank 0, which uses `MainLog`."""
+
+    monitor: Monitor | None = None
+    """Where scalars go besides TensorBoard."""
 
     def step(self, row: dict[str, Any]) -> None:
         """Record an optimizer step; its row is written once its numbers are on the host.
@@ -186,11 +193,9 @@ class MainLog(RunLog):
             speed = means["images_per_s"]
         if self._peak is not None:
             means["mfu"] = speed / self._peak
-        if self._board is not None:
-            for key, value in {**means, "images_per_s": speed}.items():
-                group = "loss" if key.endswith("loss") else "train"
-                self._board.add_scalar(f"{group}/{key}", value, last["images"])
-            self._board.flush()
+        values = {**means, "images_per_s": speed}
+        grouped = {f"{'loss' if key.endswith('loss') else 'train'}/{key}": values[key] for key in values}
+        self._scalars(grouped, last["images"])
         left = max(self._total - last["images"], 0) / speed
         parts = " ".join(f"{key.removesuffix('_loss')} {means[key]:.4f}" for key in means if key.endswith("_loss"))
         print(
@@ -202,28 +207,30 @@ class MainLog(RunLog):
         )
 
     def routing(self, report: RoutingReport, layers: Mapping[int, MoELayer], images: int) -> None:
-        if self._board is None:
+        if self._board is None and self.monitor is None:
             return
+        scalars, histograms = {}, {}
         for number, (index, layer) in enumerate(layers.items()):
             block = f"block_{index:02d}"
-            self._board.add_histogram(f"load/{block}", report.load_LE[number], images)
+            histograms[f"load/{block}"] = report.load_LE[number]
             for expert, load in enumerate(report.load_LE[number].tolist()):
-                self._board.add_scalar(f"load_per_expert/{block}/expert_{expert:02d}", load, images)
+                scalars[f"load_per_expert/{block}/expert_{expert:02d}"] = load
             for taken, share in enumerate(report.taken_LT[number].tolist()):
-                self._board.add_scalar(f"tokens_by_experts_taken/{block}/experts_{taken:02d}", share, images)
+                scalars[f"tokens_by_experts_taken/{block}/experts_{taken:02d}"] = share
             for level, capacity in enumerate(report.capacity_LN[number].tolist()):
                 if capacity == capacity:  # a bin without images is NaN
-                    middle = (level + 0.5) / NOISE_BINS
-                    self._board.add_scalar(f"capacity_by_noise_level/{block}/noise_{middle:.2f}", capacity, images)
+                    scalars[f"capacity_by_noise_level/{block}/noise_{(level + 0.5) / NOISE_BINS:.2f}"] = capacity
             if layer.capacity_predictor is not None:
-                self._board.add_histogram(f"thresholds/{block}", layer.expert_threshold, images)
+                histograms[f"thresholds/{block}"] = layer.expert_threshold
                 for expert, threshold in enumerate(layer.expert_threshold.tolist()):
-                    self._board.add_scalar(f"threshold/{block}/expert_{expert:02d}", threshold, images)
+                    scalars[f"threshold/{block}/expert_{expert:02d}"] = threshold
+        if self._board is not None:
+            for tag, values in histograms.items():
+                self._board.add_histogram(tag, values, images)
+        self._scalars(scalars, images)
 
     def ranks(self, comparison: Comparison, images: int) -> None:
-        if self._board is not None:
-            self._board.add_scalar("ranks/slowest_over_others", comparison.ratio, images)
-            self._board.add_scalar("ranks/slowest_rank", comparison.rank, images)
+        self._scalars({"ranks/slowest_over_others": comparison.ratio, "ranks/slowest_rank": comparison.rank}, images)
         if comparison.is_straggler:
             print(f"{'straggler':>11}  {comparison}", flush=True)
             if self._board is not None:
@@ -243,12 +250,20 @@ class MainLog(RunLog):
         for name, value in metrics.items():
             if isinstance(value, float):
                 scalars[f"metrics/{name}_{metrics['extractor']}"] = value
-        if self._board is not None:
-            for tag, value in scalars.items():
-                if value is not None:
-                    self._board.add_scalar(tag, value, row["images"])
-            self._board.flush()
+        self._scalars({tag: value for tag, value in scalars.items() if value is not None}, row["images"])
         print(f"{'validation':>11}  {_evaluation_line(row)}", flush=True)
+
+    def _scalars(self, values: Mapping[str, float], images: int) -> None:
+        """Write scalars to TensorBoard and the monitor; a full disk does not end the run."""
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, images)
+            self._board.flush()
+        if self.monitor is not None:
+            try:
+                self.monitor([(tag, value, images) for tag, value in values.items()])
+            except OSError as error:
+                print(f"*** WARNING: {error}; dropping values of other monitors ***", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.settle()

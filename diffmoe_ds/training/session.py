@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Session:
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
         # not earlier: a rejected run must not change the file
-        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, plan.config) if plan.is_main else None)
+        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, run.config) if plan.is_main else None)
         return run
 
     def open_log(self, run: Run) -> RunLog:
@@ -84,6 +85,10 @@ class Session:
                 evaluates=run.held_out is not None,
             ),
         )
+        if run.is_main and run.engine.monitor.enabled:  # the wandb and csv_monitor sections of the DeepSpeed JSON
+            log.monitor = run.engine.monitor.write_events
+            run.engine.monitor.enabled = False  # DeepSpeed's own values repeat ours, and would fail on a full disk
+            self.resources.callback(_finish_wandb)
         self.resources.callback(log.close)
         return log
 
@@ -134,6 +139,13 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             if lost is None:
                 raise
             raise lost from error
+
+
+def _finish_wandb() -> None:
+    """Upload or write what is left: the process may exit without Python's own cleanup."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None:
+        wandb.finish()
 
 
 def _write_resolved(directory: Path, config: Config) -> None:

@@ -24,6 +24,7 @@ from diffmoe_ds.moe.thresholds import Thresholds
 from diffmoe_ds.topology import Topology
 from diffmoe_ds.training.ema import EMA
 from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.resume import continued
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # at run time only the seam imports it, after choosing the accelerator
@@ -95,7 +96,8 @@ def setup_run(plan: TrainPlan) -> Run:
     Raises:
         CheckpointError: on all ranks, if any rank cannot read its part.
     """
-    config, settings, reader = plan.config, plan.settings, plan.reader
+    settings, reader = plan.settings, plan.reader
+    config = plan.config if reader is None else continued(plan.config, reader.config)
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
     device = local_device(plan.launch)
     model = build_model(config, topology, micro_batch=settings.micro_batch)
@@ -120,7 +122,7 @@ def setup_run(plan: TrainPlan) -> Run:
         engine=engine,
         model=model,
         objective=make_objective(config.objective.kind),
-        ema=EMA(fragments, seam.parts(engine), config.ema.decay),
+        ema=EMA(fragments, seam.parts(engine)),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         held_out=plan.held_out,
         began_from=plan.began_from,

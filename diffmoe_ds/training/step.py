@@ -102,7 +102,7 @@ def train_step(
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
     run.thresholds.update(agreed[SEARCH_INCONCLUSIVE] > 0, batches.attachments_WX)
-    run.ema.update()
+    run.ema.update(run.config.ema.decay_after(run.step))
     watchdog.tick()
     noise_level_B = run.objective.noise_level(passed.t_B)
     return StepResult(MeanLosses(*means), grad_norm, lr, passed.output.routing, noise_level_B, redone)
@@ -169,7 +169,8 @@ class SkippedSteps:
         self._in_a_row += 1
         allowed = self._run.config.run.nonfinite_skips
         if self._in_a_row > allowed:
-            checkpointer.complete()
+            self._log.settle()
+            checkpointer.save_before_exit()
             raise error
         self._run.images += self._run.settings.global_batch
         self._log.skipped(f"{error} ({self._in_a_row} of {allowed} in a row)")

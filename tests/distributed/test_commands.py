@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.verify import newest_valid
 from tests.helpers.data import numbered_shard
 from tests.helpers.processes import REPOSITORY, clean_environment, free_port, run_processes, run_ranks
 from tests.helpers.sampling import sample
@@ -16,13 +18,15 @@ from tests.helpers.training import SMALLEST_MODEL, read_metrics, training_argume
 
 
 def test_all_ranks_exit_when_one_cannot_read_its_images(tmp_path):
-    """One damaged image: exit code and file name, without a traceback or hung ranks."""
+    """One damaged image: exit code and file name, without a traceback or hung ranks. The steps before it are saved."""
     shard = numbered_shard(tmp_path / "broken.tar", 40, damaged=7)
-    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    config = write_json(tmp_path / "ds.json", ep=2, zero=2, gradient_accumulation_steps=2)
     arguments = training_arguments(config, tmp_path / "run", f"data.path={shard}")
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 4 and "Traceback" not in finished.output, finished.output
     assert "sample '0007'" in finished.output and finished.output.count("diffmoe: error: ") == 1, finished.output
+    images = read_metrics(tmp_path / "run")[-1]["images"]
+    assert 0 < images == CheckpointReader(newest_valid(tmp_path / "run", full=True)).images
 
 
 def test_an_error_that_every_rank_hits_before_joining_is_printed_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -31,9 +32,9 @@ SLOW = [pytest.param(zero, bf16, marks=pytest.mark.slow) for zero, bf16 in ((0, 
 
 @pytest.mark.parametrize(("zero", "bf16"), [(3, True), *SLOW])
 def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
-    """At step 3, with ZeRO 0, 2 and 3; the last checkpoint is that of step 2, with finite weights."""
+    """At step 3, with ZeRO 0, 2 and 3; what was trained before is saved, with finite weights."""
     changes = {"bf16": {"enabled": bf16}}
-    finished = poisoned(tmp_path, "gradient", "3", zero, "run.save_every_images=16", **changes)
+    finished = poisoned(tmp_path, "gradient", "3", zero, **changes)
     assert finished.code == 3, finished.output
     where = "on rank 1, first in the gradient of blocks.1.mlp.gate_weight, at step 3 (32 images seen)"
     assert where in finished.output, finished.output
@@ -41,6 +42,8 @@ def test_an_infinite_gradient_stops_before_the_update(tmp_path, zero, bf16):
     assert [row["step"] for row in rows] == [1, 2]
     reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
     assert reader.metadata.images == 32
+    for name, shape in reader.metadata.shapes.items():
+        assert reader.read("fp32", name, 0, math.prod(shape)).isfinite().all(), name
 
 
 @pytest.mark.slow
@@ -58,9 +61,7 @@ def test_allowed_skips_leave_no_trace(tmp_path, zero, bf16):
     reader = CheckpointReader(newest_valid(tmp_path / "run", full=True))
     assert reader.metadata.adam_step == 3 and reader.metadata.lr_scheduler["last_batch_iteration"] == 2
     for name, shape in reader.metadata.shapes.items():
-        numel = 1
-        for n in shape:
-            numel *= n
+        numel = math.prod(shape)
         for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):
             assert reader.read(kind, name, 0, numel).isfinite().all(), (kind, name)
 
@@ -82,6 +83,22 @@ def test_a_run_whose_last_step_is_skipped_is_saved(tmp_path, save_every):
     every = [CheckpointReader(path).metadata for path in candidates(tmp_path / "run")]
     expected = [(64, 3), (48, 3)] if save_every else [(64, 3)]
     assert [(saved.images, saved.step) for saved in every] == expected
+
+
+def test_checkpoints_by_time(tmp_path):
+    """Rank 0's clock decides, and another save postpones the next one."""
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    length = (
+        "run.total_images=64",
+        "run.save_every_minutes=1e-6",
+        "checkpoint.async_save=false",
+        "checkpoint.keep_last=0",
+    )
+    arguments = training_arguments(config, tmp_path / "run", *length)
+    finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
+    assert finished.code == 0, finished.output
+    every = [CheckpointReader(path).images for path in candidates(tmp_path / "run")]
+    assert every == [64, 48, 32, 16] and finished.output.count("training waited") == 4, finished.output
 
 
 @pytest.mark.slow

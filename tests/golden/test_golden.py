@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from diffmoe_ds.sampling.samplers import sample
 
 MODELS = ("dense_flow", "tc_flow", "ec_flow", "diffmoe_flow", "diffmoe_ddpm")
 FLOW = tuple(name for name in MODELS if name.endswith("flow"))
+RELEASED = ("reference_yaml_flow", "reference_ec_c2", "reference_tc_c2")
+"""16 heads and a variance that flow ignores, as in the reference's released configuration; capacity 2."""
 TOLERANCE = 1e-5
 
 
@@ -44,7 +47,7 @@ def assert_close(ours: torch.Tensor, theirs: np.ndarray, what: str) -> None:
     assert error < TOLERANCE, f"{what}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", (*MODELS, *RELEASED))
 def test_eval_output(name):
     file = golden(name)
     model = model_of(file).eval()
@@ -96,8 +99,9 @@ def test_train_step(name):
             assert_close(layer.expert_threshold, file[key], key)
 
 
-@pytest.mark.parametrize("name", FLOW)
-@pytest.mark.parametrize("sampler", ("euler", "heun"))
+@pytest.mark.parametrize(
+    ("name", "sampler"), [*product(FLOW, ("euler", "heun")), *((name, "euler") for name in RELEASED)]
+)
 @pytest.mark.parametrize("scale", (1.0, 1.5))
 def test_samples(name, sampler, scale):
     file = golden(name)

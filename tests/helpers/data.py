@@ -76,7 +76,7 @@ def by_position(batches) -> dict[int, list[torch.Tensor]]:
     for batch in batches:
         for row, position in enumerate(batch.position.tolist()):
             assert position not in images
-            images[position] = [field[row] for field in batch if field is not None]
+            images[position] = [field[row] for field in batch if isinstance(field, torch.Tensor)]
     return images
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -21,6 +22,7 @@ from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.topology import Topology
+from tests.helpers.checkpoints import flip
 
 
 def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
@@ -60,6 +62,22 @@ def test_export_reshard_and_inspect(run_directory, tmp_path, capsys):
     assert main(["checkpoint", "reshard", str(run_directory), "--world", "2", "--out", str(moved)]) == 5
     assert main(["checkpoint", "inspect", str(tmp_path / "nothing")]) == 5
     assert main(["checkpoint", "export", str(tmp_path), "--out", "x"]) == 5
+
+
+def test_inspect_finds_a_changed_byte_and_says_what_it_checked(run_directory, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(run_directory, tmp_path / "run")
+    flip(run / "checkpoints" / "images_000000000064" / "rank_00000.safetensors", -5)
+    for size, options, code, checked in (
+        (1 << 30, [], 5, "every byte"), (1 << 30, ["--no-full"], 0, "sizes"), (100, [], 0, "sizes"),
+        (100, ["--full"], 5, "every byte"),
+    ):  # fmt: skip
+        monkeypatch.setattr("diffmoe_ds.checkpoint.inspect.SMALL", size)
+        assert main(["checkpoint", "inspect", str(run), "--json", *options]) == code
+        captured = capsys.readouterr()
+        found = json.loads(captured.out)["checkpoints"]
+        assert [entry["checked"] for entry in found] == [checked] * 3
+        assert [bool(entry["problem"]) for entry in found] == [False, code == 5, False]
+        assert ("1 of 3 checkpoints damaged" in captured.err) == (code == 5)
 
 
 def test_export_holds_one_piece_in_memory(tmp_path):

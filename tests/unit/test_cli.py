@@ -46,7 +46,7 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
             2,
             "sample.sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddpm'",
         ),
-        (["--set", "sample.steps=0"], 2, "fashion.yaml with --set: sample.steps must be positive, got 0"),
+        (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (
             ["--set", "routing.pool_images=3"],
@@ -239,6 +239,22 @@ def test_empty_paths_are_refused(capsys, command, options):
             main([*command.split(), "" if option == "path" else f"{option}="])
         name = {"report": "RUN"}.get(command, "path") if option == "path" else option
         assert f"error: argument {name}: must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    (
+        ("train --lr 3", "unrecognized arguments: --lr 3; keys of the recipe are set with --set optimizer.lr=VALUE"),
+        ("train --total-images=9 --x", "--total-images=9 --x; keys of the recipe are set with --set run.total_images="),
+        ("train --model.depth 3", "are set with --set model.depth=VALUE"),
+        ("train --learning 3", "unrecognized arguments: --learning 3\n"),
+        ("doctor --seed 3", "unrecognized arguments: --seed 3\n"),
+    ),
+)
+def test_options_that_are_keys_of_the_recipe(capsys, command, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    assert message in capsys.readouterr().err
 
 
 def test_a_lost_rank_is_reported_by_rank_0_or_1(capsys, monkeypatch):

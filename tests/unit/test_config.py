@@ -110,6 +110,11 @@ def test_wrong_recipe_values_are_named(override, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_routers_have_short_names():
+    for name, kind in (("tc", "token_choice"), ("ec", "expert_choice"), ("diffmoe", "batch_pool")):
+        assert load_config("fashion", [f"routing.kind={name}"]) == load_config("fashion", [f"routing.kind={kind}"])
+
+
 def test_numbers_in_scientific_notation_are_numbers():
     assert load_config("fashion", ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
     assert load_config("fashion", ["run.total_images=2.0e+3"]).run.total_images == 2000
@@ -132,6 +137,59 @@ def test_an_empty_section_is_a_section_without_keys(tmp_path):
     path.write_text("run:\nmodel:\ndeepspeed:\n")
     config = load_config(str(path), ["run.total_images=5"])
     assert config.run.total_images == 5 and config.deepspeed == {}
+
+
+def test_a_recipe_inherits_from_another(tmp_path):
+    """Sections are merged, lists and values replaced; files are relative to the recipe that names them."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "small.yaml").write_text(
+        "base: fashion\nrun: {total_images: 64}\noptimizer: {betas: [0.5, 0.6]}\n"
+    )
+    child = tmp_path / "child.yaml"
+    child.write_text("base: mine/small.yaml\nrun: {seed: 5}\ndata:\ndeepspeed: {train_batch_size: 8}\n")
+    found = load_config(str(child), ["ema.decay=0.5"])
+    expected = load_config(
+        "fashion",
+        [
+            "run.total_images=64",
+            "run.seed=5",
+            "optimizer.betas=[0.5,0.6]",
+            "ema.decay=0.5",
+            "deepspeed.train_batch_size=8",
+        ],
+    )
+    assert found == expected and found.deepspeed["optimizer"]["type"] == "AdamW"
+    assert load_config(str(child)).ema.decay == load_config("fashion").ema.decay
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    (
+        ("base: fashon", "recipe.yaml: base: 'fashon' is not known; did you mean 'fashion'?"),
+        ("base: [fashion]", "recipe.yaml: base must be the name or the path of a recipe, got ['fashion']"),
+        ("base: recipe.yaml", "recipe.yaml: base: recipe.yaml inherits from this recipe"),
+        ("base: other.yaml", "other.yaml: base: ./recipe.yaml inherits from this recipe"),
+    ),
+)
+def test_wrong_bases_are_named(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("base: ./recipe.yaml")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "recipe.yaml"))
+    assert message in str(error.value)
+
+
+def test_an_error_names_set_only_if_its_key_was_set_there(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {seed: -1}")
+    for overrides, start in (
+        (["run.seed=-2"], "--set: run.seed"), (["run.seed=[1]"], "--set: run.seed"), (["model.depth=0"], "--set: "),
+        (["run.total_images=5"], f"{path}: run.seed"),
+        (["run.seed=0", "model.num_heads=7"], f"{path} with --set: model.hidden_size"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as error:
+            load_config(str(path), overrides)
+        assert str(error.value).startswith(start)
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -37,7 +37,8 @@ def test_shipped_json_resolves_for_many_world_sizes(path, world):
         ({"train_batch_sise": 4}, "'train_batch_sise' is not known; did you mean 'train_batch_size'?"),
         ({"zero_optimization": {"stge": 2}}, "zero_optimization: 'stge' is not known; did you mean 'stage'?"),
         ({"optimizer": {"params": {"learning_rate": 1}}}, "optimizer.params: 'learning_rate' is not known"),
-        ({"pipeline": {}}, "pipeline is a DeepSpeed setting that this project does not support"),
+        ({"pipeline": {"stages": 2}}, "pipeline is a DeepSpeed setting that this project does not support."),
+        ({"comet": {"enabled": True}}, "does not support; use tensorboard, wandb or csv_monitor"),
         ({}, "train_batch_size or train_micro_batch_size_per_gpu must be a number"),
         ({"train_batch_size": 0}, "train_batch_size must be a positive integer"),
         ({"train_batch_size": 6}, "train_batch_size must equal train_micro_batch_size_per_gpu (1) x"),
@@ -58,9 +59,9 @@ def test_shipped_json_resolves_for_many_world_sizes(path, world):
         ({"train_batch_size": 16, "zero_optimization": {"stage": "auto"}}, "stage must be 0, 1, 2"),
         ({"train_batch_size": 16, "zero_optimization": "auto"}, "zero_optimization must be an"),
         ({"train_batch_size": 16, "comms_logger": "auto"}, "comms_logger must be an object"),
-        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "got \"auto\"; recipes have no schedule"),
+        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "got \"auto\"."),
         ({"train_batch_size": 16, "scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps must be given for"),
-        ({"train_batch_size": 16, "zero_optimization": {"offload_param": {}}}, "offload_param is a DeepSpeed setting"),
+        ({"train_batch_size": 16, "zero_optimization": {"offload_param": {"device": "cpu"}}}, "only the optimizer can"),
         ({"train_batch_size": 16, "optimizer": {"params": {"lr": "fast"}}}, "lr must be a non-negative number"),
         ({"train_batch_size": 16, "optimizer": {"params": {"betas": [0.9]}}}, "betas must be a list"),
         ({"train_batch_size": 16, "scheduler": {"type": "WarmUpLR"}}, "did you mean 'WarmupLR'"),
@@ -234,3 +235,41 @@ def test_tensorboard_section_sets_the_directory():
     assert "tensorboard" not in settings.json, "DeepSpeed would write a second set of files"
     assert not resolve({"train_batch_size": 8, "tensorboard": {"enabled": False}}).tensorboard
     assert resolve({"train_batch_size": 8}).tensorboard_dir is None
+
+
+def test_all_invalid_keys_are_named_at_once():
+    zero = {"stage": 5, "cpu_offload": True}
+    with pytest.raises(ConfigError) as caught:
+        resolve({"train_batch_sise": 4, "amp": {"enabled": True}, "zero_optimization": zero})
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "ds.json: 4 keys are invalid:"
+    assert lines[0].startswith("top-level key: 'train_batch_sise' is not known; did you mean 'train_batch_size'?")
+    unsupported = "is a DeepSpeed setting that this project does not support"
+    assert lines[1:] == [
+        f"amp {unsupported}; use bf16.",
+        "zero_optimization.stage must be 0, 1, 2 or 3, got 5.",
+        f"zero_optimization.cpu_offload {unsupported}; use offload_optimizer.",
+    ]
+
+
+def test_settings_that_are_switched_off_are_dropped():
+    """As in DeepSpeed's own examples; what cannot have an effect is dropped, too."""
+    off = {
+        "prescale_gradients": False, "comet": {"enabled": False, "team": "x"}, "gradient_predivide_factor": 1.0,
+        "sparse_gradients": None, "zero_allow_untested_optimizer": True, "flops_profiler": {"enabled": False},
+        "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+        "zero_optimization": {
+            "stage": 1, "offload_param": {"device": "none", "pin_memory": True}, "mics_shard_size": -1,
+            "stage3_gather_16bit_weights_on_model_save": True, "offload_optimizer": {"device": "none", "ratio": 1.0},
+        },
+        "bf16": {"enabled": False, "immediate_grad_update": False},
+    }  # fmt: skip
+    plain = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}}
+    plain["flops_profiler"] = {"enabled": False}
+    found, expected = (resolve({"train_batch_size": 16, **tree}) for tree in (off, plain))
+    assert found.json == expected.json
+    (note,) = set(found.notes) - set(expected.notes)
+    assert note.startswith("without effect here, and dropped: prescale_gradients, comet, ") and "offload_param" in note
+    for key, value in (("gradient_predivide_factor", 2), ("activation_checkpointing", {"cpu_checkpointing": True})):
+        with pytest.raises(ConfigError, match=f"{key} is a DeepSpeed setting"):
+            resolve({"train_batch_size": 16, key: value})

@@ -148,6 +148,10 @@ def test_command_lines_parse(page: str, monkeypatch: pytest.MonkeyPatch) -> None
         parse(parser, *given, **named)  # type: ignore[call-overload]
         raise Parsed
 
+    def stop(args: argparse.Namespace) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(cli, "run_command", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     for words in commands(page):
         if words[0] == "make":

@@ -54,7 +54,8 @@ RULES = {
     # Entry points: `python -m diffmoe_ds`, the launchers' script, and what `import diffmoe_ds` offers.
     "__main__": "cli",
     "train": "cli",
-    "": "checkpoint sampling",
+    "api": "cli checkpoint config diffusion distributed sampling",
+    "": "api checkpoint",
 }
 
 # The files that may talk to other ranks directly; all others go through them.

@@ -134,7 +134,7 @@ def training_table(config: Config, history: History, reader: WeightsReader | Non
     rows = {
         "data": config.data.path or "embedded Fashion-MNIST",
         "optimizer": f"AdamW, lr {config.optimizer.lr:g}, betas {', '.join(f'{b:g}' for b in config.optimizer.betas)}",
-        "EMA decay": f"{config.ema.decay:g}",
+        "EMA decay": f"{config.ema.decay:g}{' with warm-up' if config.ema.warmup else ''}",
         "label dropout": f"{config.model.label_dropout:g}",
         "seed": str(config.run.seed),
         "planned length": f"{config.run.total_images:,} images",

@@ -1,0 +1,181 @@
+"""The configuration of a model of the reference implementation, from its own form or from its weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from diffmoe_ds.checkpoint.reference_weights import shape_of
+from diffmoe_ds.config.load import config_from_dict
+from diffmoe_ds.config.presets import SIZES
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import CheckpointError, ConfigError
+
+KINDS = {"dense": "dense", "tc": "token_choice", "ec": "expert_choice", "diffmoe": "batch_pool"}
+"""Model classes of the reference, and our routers."""
+CAPACITY_WEIGHT = 0.01
+"""Default weight of the capacity loss in the reference's class; its published configuration sets 1."""
+LABEL_DROPOUT = 0.1
+"""Default of ``class_dropout_prob`` in the reference's class."""
+BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.(mlp\.experts\.)?")
+"""Start of the name of a weight in a block; the second group matches experts only."""
+HEAD, PATCHES = "final_layer.linear.weight", "x_embedder.proj.weight"
+
+
+def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config:
+    """Return our configuration of a reference model.
+
+    Args:
+        config: the reference's configuration; see `load_official`.
+        state: its weights, which decide what the configuration leaves open.
+
+    Raises:
+        CheckpointError: the model class is unknown or not supported, or the weights are malformed.
+        ConfigError: the configuration is invalid or not supported.
+    """
+    model, moe = dict(config["model"]), dict(config.get("moe") or {})
+    if config.get("kind") not in KINDS:
+        raise CheckpointError(f"kind: unknown {config.get('kind')!r}; valid: {', '.join(KINDS)}.")
+    if model.get("head_dim") not in (None, model["hidden_size"] / model["num_heads"]):
+        raise CheckpointError("head_dim: a head width other than hidden_size / num_heads is not supported.")
+    kind = KINDS[config["kind"]]
+    ratio = model.get("mlp_ratio", 4)
+    tree = {
+        "model": {
+            "name": "nano-E1",
+            "hidden_size": model["hidden_size"],
+            "depth": model["depth"],
+            "num_heads": model["num_heads"],
+            "input_size": model["input_size"],
+            "in_channels": model.get("in_channels", shape_of(state, PATCHES, 4)[1]),
+            "patch_size": model["patch_size"],
+            "num_classes": model["num_classes"],
+            "label_dropout": model.get("class_dropout_prob", LABEL_DROPOUT),
+            "mlp_ratio": ratio,
+            "mlp": "swiglu" if model.get("use_swiglu") else "gelu",
+        },
+        "routing": {
+            "kind": kind,
+            "pool": "rank",
+            "num_experts": moe.get("num_experts"),
+            "capacity": moe.get("capacity", 1),
+            "interleave": moe.get("interleave", True),
+            "shared_experts": _shared_experts(state, int(model["hidden_size"] * ratio)),
+            "capacity_predictor": any(".capacity_predictor." in name for name in state),
+            "capacity_weight": model.get("CapacityPred_loss_weight", CAPACITY_WEIGHT),
+        },
+        "objective": {"kind": _objective(config, state)},
+    }
+    return config_from_dict(tree, "the reference's configuration")
+
+
+def infer_reference(
+    state: dict[str, Tensor], kind: str | None = None, num_heads: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Infer the reference's configuration from its weights.
+
+    Args:
+        state: the reference's ``state_dict``.
+        kind: one of `KINDS`; if None, a threshold means diffmoe, a gate module tc, and other experts ec.
+        num_heads: attention heads, which cannot be inferred; if None, those of the published size of that width.
+
+    Returns:
+        The configuration, as in `load_official`, and sentences that say what is a guess.
+
+    Raises:
+        CheckpointError: these are not weights of the reference, or the number of heads is unknown.
+        ConfigError: the width is not a multiple of ``num_heads``.
+    """
+    shape = partial(shape_of, state)
+    hidden, channels, patch, _ = shape(PATCHES, 4)
+    depth = len({match[1] for match in map(BLOCK.match, state) if match})
+    heads = _heads(depth, hidden) if num_heads is None else num_heads
+    if heads < 1 or hidden % heads:
+        raise ConfigError(f"--num-heads must divide the width {hidden} of the weights, got {heads}.")
+    routed = sorted({int(match[1]) for match in map(BLOCK.match, state) if match and match[2] == "mlp.experts."})
+    first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
+    one = f"{first}0." if routed else first
+    swiglu = f"{one}gate_proj.weight" in state
+    width = shape(f"{one}{'gate_proj' if swiglu else 'fc1'}.weight", 2)[0]
+    experts = {name.removeprefix(first).split(".")[0] for name in state if routed and name.startswith(first)}
+    found: dict[str, Any] = {
+        "kind": _kind(state, bool(routed)) if kind is None else kind,
+        "model": {
+            "input_size": math.isqrt(shape("pos_embed", 3)[1]) * patch,
+            "patch_size": patch,
+            "in_channels": channels,
+            "hidden_size": hidden,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": width / hidden,
+            "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+            "learn_sigma": shape(HEAD, 2)[0] == 2 * channels * patch * patch,
+            "use_swiglu": swiglu,
+        },
+        "moe": {"num_experts": len(experts), "interleave": 0 not in routed} if routed else {},
+    }
+    try:
+        reference_config(found, state)
+    except ConfigError as error:  # there is no configuration to correct: the weights are wrong
+        raise CheckpointError(str(error)) from None
+    return found, _guesses(found, num_heads is None)
+
+
+def _guesses(found: dict[str, Any], heads_too: bool) -> list[str]:
+    """Return sentences that say which values of an inferred configuration the weights do not determine."""
+    model = found["model"]
+    guesses = [f"{model['num_heads']} attention heads, as in the published model of this size"] if heads_too else []
+    if model["learn_sigma"]:
+        guesses.append("DDPM, because the output has twice the channels of the input; flow models can have them too")
+    else:
+        guesses.append("flow, because the output has as many channels as the input")
+    guesses.append(f"{model['num_classes']} classes, because the last label embedding is that of dropped labels")
+    if found["moe"]:
+        guesses.append("capacity 1")
+    return guesses
+
+
+def _objective(config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """Return ``flow`` or ``ddpm``; without ``rf``, a learned variance means DDPM."""
+    model = config["model"]
+    learned = model.get("learn_sigma")
+    if learned is None:
+        channels, patch = shape_of(state, PATCHES, 4)[1:3]
+        learned = shape_of(state, HEAD, 2)[0] == 2 * channels * patch * patch
+    if config.get("rf", not learned):
+        return "flow"
+    if not learned:
+        raise ConfigError("learn_sigma: DDPM models without learned variance are not supported.")
+    return "ddpm"
+
+
+def _heads(depth: int, hidden: int) -> int:
+    """Return the attention heads of the published size with this depth and width."""
+    heads = [size.num_heads for size in SIZES.values() if (size.depth, size.hidden_size) == (depth, hidden)]
+    if not heads:
+        raise CheckpointError(f"{depth} blocks of width {hidden} are not a published size; give --num-heads.")
+    return heads[0]
+
+
+def _kind(state: dict[str, Tensor], has_experts: bool) -> str:
+    """Infer the model class from the weights."""
+    if not has_experts:
+        return "dense"
+    if any(name.endswith(".mlp.gate.weight") for name in state):
+        return "tc"
+    return "diffmoe" if any(name.endswith(".expert_threshold") for name in state) else "ec"
+
+
+def _shared_experts(state: dict[str, Tensor], hidden: int) -> int:
+    """Return the number of shared experts; the reference's class builds them as one wide FFN."""
+    first = ("shared_experts.fc1.weight", "shared_experts.up_proj.weight")
+    widths = [shape_of(state, name, 2)[0] for name in state if name.endswith(first)]
+    if not widths:
+        return 0
+    if widths[0] % hidden:
+        raise CheckpointError(f"shared_experts: the width {widths[0]} is not a multiple of an expert's width {hidden}.")
+    return widths[0] // hidden

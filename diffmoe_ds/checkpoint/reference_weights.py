@@ -1,0 +1,80 @@
+"""Read weight files of the reference implementation, and check what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.errors import CheckpointError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that weights may have."""
+
+
+def read_reference(path: Path, weights: str) -> dict[str, Tensor]:
+    """Read the weights in a ``.pt`` file of the reference without executing anything in it.
+
+    Args:
+        path: a file of ``torch.save``: the weights, or a dictionary with them under ``ema`` or ``model``.
+        weights: ``ema`` or ``raw``, where the file holds both.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no weights, or anything but plain data and tensors.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
+            # Files of torch before 1.6 are not zip archives and cannot be memory-mapped.
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    except Exception as error:  # the type depends on the defect
+        # torch's own message advises loading the file without this protection
+        refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        found = f"holds {refused[1]}, which is neither a tensor nor plain data" if refused else "is not a tensor file"
+        raise CheckpointError(f"{path}: {found}, so it was not loaded.") from None
+    keys = ("ema", "ema_model", "model", "state_dict") if weights == "ema" else ("model", "state_dict")
+    for key in keys:
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+            break
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()) or not tree:
+        raise CheckpointError(f"{path}: holds no weights under {', '.join(keys)} or at its top level.")
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in tree.items()}
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Check that a tensor can be a weight: dense, real, floating-point and fully stored.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    plain = value.layout == torch.strided and not value.is_nested and value.dtype in DTYPES and not value.is_meta
+    # An expanded tensor takes one element on disk and could demand any amount of memory.
+    if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        kind = f"{value.dtype} {value.layout} on {value.device}".replace("torch.", "")
+        raise CheckpointError(f"{name!r} is {kind}, but a weight is a dense tensor of floating-point numbers.")
+
+
+def shape_of(state: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """Return the shape of a weight.
+
+    Args:
+        state: the weights.
+        name: that of the weight.
+        dimensions: the number of dimensions that it must have.
+
+    Raises:
+        CheckpointError: it is missing, has another number of dimensions, or is empty.
+    """
+    if name not in state:
+        raise CheckpointError(f"not weights of the reference: {name!r} is missing.")
+    check_plain(name, state[name])
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"{name!r} has shape {shape}, but it must have {dimensions} dimensions, none of them 0.")
+    return shape

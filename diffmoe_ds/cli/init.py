@@ -1,0 +1,141 @@
+"""``diffmoe init``: look at images and write a recipe that fits them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.text import counted
+
+if TYPE_CHECKING:
+    from diffmoe_ds.cli.init_recipe import Facts
+    from diffmoe_ds.data.survey import Survey
+
+EXAMPLES = """examples:
+  diffmoe init photographs --size 64
+  diffmoe init photographs --size 256 --vae sd-vae-ft-ema --out photographs-256.yaml
+  diffmoe init 'shards-{000..127}.tar'
+"""
+SIZES = (32, 64)
+"""Default sizes of pixel models: the largest that the smallest image has, or else the first."""
+MULTIPLE = 8
+"""Divisor of ``--size``, so that an image has whole tokens."""
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``diffmoe init``."""
+    add = parser.add_argument
+    text = "folder with one folder of images per class, folder of images without classes, or shards"
+    add("images", type=nonempty, metavar="IMAGES", help=text)
+    text = f"height and width in pixels, a multiple of {MULTIPLE} (default: {SIZES[1]}, or {SIZES[0]} for small images)"
+    add("--size", type=int, metavar="N", help=text)
+    text = "directory or hub ID of an AutoencoderKL: train on its latents instead of pixels"
+    add("--vae", type=nonempty, metavar="PATH|HUB_ID", help=text)
+    add("--out", type=nonempty_path, metavar="FILE.yaml", help="the recipe (default: the name of IMAGES)")
+
+
+def init_command(args: argparse.Namespace) -> None:
+    """Run ``diffmoe init``.
+
+    Raises:
+        DiffMoEError: an option is invalid, there are no images, or the recipe exists or cannot be written.
+    """
+    out = args.out or Path(f"{_name(args.images)}.yaml")
+    if out.suffix != ".yaml":
+        raise ConfigError(f"--out {out}: a recipe must end in .yaml.")
+    if out.exists():
+        raise ConfigError(f"{out} exists already; edit it, remove it, or pass another --out.")
+    if args.size is not None and (args.size < MULTIPLE or args.size % MULTIPLE):
+        raise ConfigError(f"--size must be a positive multiple of {MULTIPLE}, got {args.size}.")
+
+    from diffmoe_ds.cli.init_recipe import draft
+    from diffmoe_ds.data.survey import survey
+
+    found = survey(args.images)
+    facts = _facts(args, out, found)
+    text = draft(facts)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
+    for path in found.unreadable[:3]:
+        print(f"{'warning':>11}  {path} cannot be decoded; training stops at such images", file=sys.stderr)
+    print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  diffmoe train --config {out}")
+
+
+def _name(images: str) -> str:
+    """Return a name for the recipe and the run: that of the folder, or ``images``."""
+    name = Path(os.path.abspath(Path(images).expanduser())).name if Path(images).expanduser().is_dir() else ""
+    return name if name and all(c.isalnum() or c in "-_." for c in name) else "images"
+
+
+def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
+    """Combine the options with what the images contain.
+
+    Raises:
+        ConfigError: an option contradicts the images.
+    """
+    import torch
+
+    from diffmoe_ds.cli.init_recipe import Facts
+
+    channels, size = _input(args, found)
+    gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+    local = "://" not in args.images
+    return Facts(
+        path=os.path.abspath(os.path.expanduser(args.images)) if local else args.images,
+        title=_title(found),
+        num_images=found.num_images,
+        num_classes=found.num_classes,
+        class_names=found.class_names or (),
+        channels=channels,
+        size=size,
+        vae=args.vae if args.vae is None or not os.path.isdir(args.vae) else os.path.abspath(args.vae),
+        gpu_gb=gpu,
+        file=str(out),
+    )
+
+
+def _input(args: argparse.Namespace, found: Survey) -> tuple[int, int]:
+    """Return channels and size of the model's input."""
+    if found.latent_shape is not None:
+        for name in ("size", "vae"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} {getattr(args, name)}: {args.images} holds prepared latents; omit it.")
+        return found.latent_shape[0], found.latent_shape[1]
+    if args.vae is not None:
+        from diffmoe_ds.data.vae import downsampling, vae_settings
+
+        settings = vae_settings(args.vae)
+        factor = downsampling(settings)
+        pixels = args.size or 256
+        if pixels % (MULTIPLE * factor):
+            raise ConfigError(f"--size must be a multiple of {MULTIPLE * factor} with this VAE, got {pixels}.")
+        return int(settings["latent_channels"]), pixels // factor
+    default = SIZES[1] if found.smallest >= SIZES[1] else SIZES[0]
+    if not found.is_folder:  # shards are not resized
+        default = -(-found.largest // MULTIPLE) * MULTIPLE
+        if args.size is not None and args.size < found.largest:
+            raise ConfigError(
+                f"--size {args.size}: the images in {args.images} have up to {found.largest} pixels, and images in "
+                "shards are not resized; use at least that, or `diffmoe prepare images`."
+            )
+    return 1 if found.is_gray else 3, args.size or default
+
+
+def _title(found: Survey) -> str:
+    """Return one line about the images."""
+    parts = [counted(found.num_images, "image")]
+    if found.num_classes > 1:
+        parts[0] += f" in {found.num_classes:,} classes"
+    if found.latent_shape is not None:
+        return f"{parts[0]}, latents of {'x'.join(map(str, found.latent_shape))}"
+    same = found.smallest == found.largest
+    parts.append(f"{found.smallest:,} pixels" if same else f"{found.smallest:,} to {found.largest:,} pixels")
+    return ", ".join([*parts, "grayscale" if found.is_gray else "color"])

@@ -1,0 +1,145 @@
+"""The recipe that ``diffmoe init`` writes: a model, a length and intervals that fit the images and the device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe depends on."""
+
+    path: str
+    """The images, for ``data.path``."""
+    title: str
+    """One line about the images."""
+    num_images: int
+    num_classes: int
+    class_names: Sequence[str]
+    """Name of each class; empty if they have none."""
+    channels: int
+    """Channels C of the model's input."""
+    size: int
+    """Height and width of the model's input."""
+    vae: str | None
+    """The VAE that encodes the images during training."""
+    gpu_gb: float | None
+    """Memory of the GPU; None on a CPU."""
+    file: str
+    """The recipe's own name, for the commands in its comments."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model and how long it trains on a device."""
+
+    model: str
+    lr: float
+    betas: str
+    batch: int
+    """Images per optimizer step."""
+    total: int
+    """Images of the run."""
+    side: int
+    """Tokens per row and column of an image."""
+    workers: int
+    """Processes that read images."""
+    why: str
+    """Comment on the model."""
+
+
+CPU = Scale("tiny-E8", 2e-3, "[0.9, 0.99]", 32, 60_000, 8, 1, "for a CPU; use S-E8 or larger on a GPU")
+SMALL_GPU = Scale("S-E8", 3e-4, "[0.9, 0.99]", 256, 4_000_000, 16, 8, "for one GPU; B-E8 learns more, more slowly")
+LARGE_GPU = Scale("B-E8", 2e-4, "[0.9, 0.99]", 256, 10_000_000, 16, 8, "for a large GPU; S-E8 is three times as fast")
+DEEPSPEED = """\
+deepspeed:
+  train_batch_size: BATCH
+  train_micro_batch_size_per_gpu: auto
+  gradient_accumulation_steps: 1
+  optimizer: {type: AdamW, params: {lr: auto, betas: auto, eps: auto, weight_decay: auto, torch_adam: auto}}
+  gradient_clipping: 1.0
+  bf16: {enabled: auto}
+  zero_optimization: {stage: 1}
+  expert_parallel: {autoep_size: auto}
+  tensorboard: {enabled: true}
+"""
+LARGE_GB = 40
+"""Memory from which `LARGE_GPU` fits with its gradients and optimizer state."""
+
+
+def draft(facts: Facts) -> str:
+    """Return the recipe as YAML with comments."""
+    scale = CPU if facts.gpu_gb is None else (SMALL_GPU if facts.gpu_gb < LARGE_GB else LARGE_GPU)
+    steps = math.ceil(scale.total / scale.batch)
+    epochs = scale.total / facts.num_images
+    columns = min(facts.num_classes, 8)
+    grid = 4 * columns if facts.num_classes > 1 else 16
+    classes = f"  # {_names(facts.class_names)}" if facts.class_names else ""
+    vae = f"  vae: {_text(facts.vae)}  # encodes the images during training\n" if facts.vae else ""
+    kind = {1: "grayscale", 3: "color"}.get(facts.channels, "latents")
+    return f"""\
+# {facts.title}
+#   diffmoe train --config {facts.file}
+#   diffmoe sample --checkpoint runs/{facts.file.removesuffix(".yaml")} --cfg-scale {_guidance(facts)} --out samples
+# `diffmoe config SECTION.KEY` explains a key.
+model:
+  name: {scale.model}  # {scale.why}
+  input_size: {facts.size}  # height and width
+  in_channels: {facts.channels}  # {kind}
+  patch_size: {max(1, facts.size // scale.side)}  # {min(facts.size, scale.side) ** 2} tokens per image
+  num_classes: {facts.num_classes}{classes}
+  mlp_ratio: 2.0
+objective:
+  flow_time_scale: 1000
+data:
+  path: {_text(facts.path)}
+{vae}  horizontal_flip: true  # false if mirrored images would be wrong, such as letters
+  num_workers: {scale.workers}
+optimizer:
+  lr: {scale.lr:.1e}
+  betas: {scale.betas}
+  warmup_images: {_rounded(scale.total / 50):_}
+  schedule: cosine
+ema:
+  decay: {_decay(steps)}  # averages over the last twentieth of the run
+run:
+  total_images: {scale.total:_}  # {epochs:,.0f} passes over the images; with more, the model copies small sets
+  log_every_images: {_rounded(scale.total / 30):_}
+  sample_every_images: {_rounded(scale.total / 6):_}
+  save_every_images: {_rounded(scale.total / 6):_}
+sample:
+  num_images: {grid}
+  steps: 25
+  cfg_scale: {_guidance(facts)}
+""" + DEEPSPEED.replace("BATCH", str(scale.batch))
+
+
+def _guidance(facts: Facts) -> float:
+    """Return the guidance scale of samples; without classes, there is nothing to guide to."""
+    return 2.0 if facts.num_classes > 1 else 1.0
+
+
+def _decay(steps: int) -> float:
+    """Return the decay of an average over the last twentieth of the run, and at most the paper's."""
+    return min(0.9999, round(1 - 20 / max(steps, 40), 4))
+
+
+def _rounded(images: float) -> int:
+    """Return a number with one significant digit."""
+    magnitude = int(10 ** math.floor(math.log10(images)))
+    return round(images / magnitude) * magnitude
+
+
+def _text(value: str) -> str:
+    """Return text as YAML; JSON strings are valid YAML."""
+    plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
+    return value if plain.isascii() and plain.isalnum() and not plain.isdigit() else json.dumps(value)
+
+
+def _names(names: Sequence[str]) -> str:
+    """Return the first names, on one line of a comment."""
+    shown = ", ".join(" ".join(name.split()) for name in names[:6])
+    return shown + (", ..." if len(names) > 6 else "")

@@ -1,0 +1,89 @@
+"""Look at a folder of images or at shards, to write a recipe that fits them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffmoe_ds.data.dataset import open_source
+from diffmoe_ds.data.sources.folder import Source
+from diffmoe_ds.data.sources.images import open_rgb
+from diffmoe_ds.data.sources.shards import ShardDataset
+from diffmoe_ds.data.sources.tar_index import NO_LABEL
+from diffmoe_ds.errors import DataError
+
+LOOKED_AT = 200
+"""Largest number of images that are decoded."""
+
+
+def _decoded(source: ShardDataset | Source, index: int) -> np.ndarray:
+    """Return an image as training reads it, uint8 [H, W, C]; those in a folder are RGB before they are converted."""
+    if isinstance(source, ShardDataset):
+        image_CHW: np.ndarray = source[index].image
+        return image_CHW.transpose(1, 2, 0)
+    return np.asarray(open_rgb(source.image_bytes(index)))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a set of images contains."""
+
+    num_images: int
+    """Number of images."""
+    class_names: tuple[str, ...] | None
+    """Name of each label, if labels have names."""
+    num_classes: int
+    """Number of classes; 1 without labels."""
+    is_folder: bool
+    """Whether the images are files in a folder, which are resized and cropped; those in shards have a fixed size."""
+    latent_shape: tuple[int, int, int] | None
+    """(C, H, W) of prepared latents; None for pixels."""
+    is_gray: bool
+    """Whether all images that were looked at are grayscale."""
+    smallest: int
+    """Shorter side of the smallest of these images."""
+    largest: int
+    """Longer side of the largest of these images."""
+    unreadable: tuple[str, ...]
+    """Those of these images that cannot be decoded."""
+
+
+def survey(path: str) -> Survey:
+    """Look at up to `LOOKED_AT` images, evenly spaced.
+
+    Args:
+        path: a folder of images, or shards.
+
+    Raises:
+        DataError: there are no images, or none of them can be decoded.
+    """
+    source = open_source(path)
+    latents = source.latents if isinstance(source, ShardDataset) else None
+    has_labels = source.labels[0] != NO_LABEL
+    names = tuple(source.classes) if source.classes is not None and has_labels else None
+    sides: list[tuple[int, int]] = []
+    unreadable, is_gray = [], True
+    chosen = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT if latents is None else 0).astype(int))
+    for index in chosen.tolist():
+        try:
+            image_HWC = _decoded(source, index)
+        except Exception:  # decoders raise many types on damaged bytes
+            unreadable.append(source.describe(index))
+            continue
+        sides.append(image_HWC.shape[:2])
+        is_gray = is_gray and bool((image_HWC == image_HWC[..., :1]).all())
+    if latents is None and not sides:
+        raise DataError(f"{path}: none of the images can be decoded, such as {unreadable[0]}")
+    return Survey(
+        num_images=len(source),
+        class_names=names,
+        num_classes=max(len(names or ()), int(source.labels.max()) + 1) if has_labels else 1,
+        is_folder=Path(path).expanduser().is_dir() and not isinstance(source, ShardDataset),
+        latent_shape=None if latents is None else latents.shape,
+        is_gray=is_gray and latents is None,
+        smallest=min(map(min, sides), default=0),
+        largest=max(map(max, sides), default=0),
+        unreadable=tuple(unreadable),
+    )

@@ -1,0 +1,60 @@
+"""The number of classes: taken from the training set, or compared with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import config_to_dict, load_config
+from diffmoe_ds.data.dataset import open_dataset, with_classes
+from diffmoe_ds.errors import ConfigError
+from tests.helpers.data import numbered_shard
+from tests.helpers.training import training_arguments
+
+
+def classes(*overrides: str) -> int:
+    config = load_config("fashion", list(overrides))
+    return with_classes(config, open_dataset(config)).model.num_classes
+
+
+def test_auto_is_the_number_of_the_set(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "folder" / name / "0.png")
+    assert classes("model.num_classes=auto") == 10
+    assert classes("model.num_classes=auto", f"data.path={tmp_path / 'folder'}") == 3
+    assert classes("model.num_classes=auto", f"data.path={tmp_path / 'folder' / 'a'}") == 1, "no labels"
+    numbered_shard(tmp_path / "threes.tar", 4)
+    assert classes("model.num_classes=auto", f"data.path={tmp_path / 'threes.tar'}") == 4, "labels 0 to 3"
+    assert classes("model.num_classes=9", f"data.path={tmp_path / 'threes.tar'}") == 9, "which others may exist"
+    with pytest.raises(ConfigError, match=r"model\.num_classes is 4, but .*folder has 3 classes; set it to auto\."):
+        classes("model.num_classes=4", f"data.path={tmp_path / 'folder'}")
+    with pytest.raises(ConfigError, match="is 11, but the embedded set has 10 classes"):
+        classes("model.num_classes=11")
+
+
+@pytest.mark.parametrize("value", ("0", "-3", "1.5", "many", "true"))
+def test_wrong_numbers_are_named(value):
+    with pytest.raises(ConfigError, match=r'model\.num_classes must be a positive integer or "auto", got'):
+        load_config("fashion", [f"model.num_classes={value}"])
+
+
+def test_auto_survives_a_round_trip_and_is_resolved_in_a_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("base: fashion\nmodel: {num_classes: auto}\n")
+    config = load_config(str(tmp_path / "recipe.yaml"))
+    assert config_to_dict(config)["model"]["num_classes"] == "auto"
+    length = ("model.num_classes=auto", "run.total_images=32", "run.sample_every_images=0")
+    assert main(["train", *training_arguments(None, tmp_path / "run", *length)]) == 0
+    assert "num_classes: 10" in Path(tmp_path / "run" / "resolved.yaml").read_text()
+
+
+def test_a_plan_without_images_assumes_those_of_imagenet(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("base: imagenet-256\nmodel: {num_classes: auto}\n")
+    found = []
+    for recipe in ("imagenet-256", str(tmp_path / "recipe.yaml")):
+        assert main(["plan", "--config", recipe, "--json"]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]

@@ -1,0 +1,122 @@
+"""``diffmoe init``: what it finds in folders and shards, and recipes that train on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmoe_ds.cli import main
+from diffmoe_ds.cli.init_recipe import Facts, draft
+from diffmoe_ds.config.load import load_config
+from tests.helpers.data import numbered_shard, tiny_vae
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def pictures(folder: str, mode: str = "RGB", size: tuple[int, int] = (90, 70), count: int = 5) -> None:
+    Path(folder).mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(Path(folder) / f"{number}.png")
+
+
+def init(*arguments: str, code: int = 0) -> None:
+    assert main(["init", *arguments]) == code
+
+
+def test_a_folder_of_classes(capsys):
+    for name in ("cat", "dog", "wild boar"):
+        pictures(f"my pets/{name}")
+    init("my pets", "--out", "pets.yaml")
+    output = capsys.readouterr().out
+    assert "15 images in 3 classes, 70 to 90 pixels, color" in output and "diffmoe train --config pets.yaml" in output
+    assert "num_classes: 3  # cat, dog, wild boar\n" in Path("pets.yaml").read_text()
+    config = load_config("pets.yaml")
+    assert (config.model.input_size, config.model.in_channels, config.model.num_classes) == (64, 3, 3)
+    assert config.tokens_per_image == 64 and config.data.path == str(Path("my pets").resolve())
+    length = ["run.total_images=64", "deepspeed.train_batch_size=16", "sample.steps=1", "model.name=nano-E4"]
+    assert main(["train", "--config", "pets.yaml", "--set", *length]) == 0
+    assert Path("runs/pets/checkpoints/images_000000000064").is_dir()
+
+
+def test_small_grayscale_images_without_classes():
+    pictures("digits", "L", (28, 28))
+    init("digits")
+    config = load_config("digits.yaml")
+    assert (config.model.input_size, config.model.in_channels, config.model.num_classes) == (32, 1, 1)
+    assert config.sample.cfg_scale == 1 and main(["train", "--config", "digits.yaml", "--dry-run"]) == 0
+
+
+def test_shards_keep_their_size(capsys):
+    numbered_shard(Path("numbers.tar"), 20)
+    init("numbers.tar", "--out", "numbers.yaml")
+    config = load_config("numbers.yaml")
+    assert (config.model.input_size, config.model.in_channels, config.model.num_classes) == (32, 1, 4)
+    assert main(["train", "--config", "numbers.yaml", "--dry-run"]) == 0
+    init("numbers.tar", "--out", "other.yaml", "--size", "24", code=2)
+    assert "have up to 28 pixels, and images in shards are not resized" in capsys.readouterr().err
+
+
+def test_latents(capsys):
+    pictures("photos")
+    tiny_vae(Path("vae"))
+    init("photos", "--vae", "vae", "--size", "64", "--out", "online.yaml")
+    online = load_config("online.yaml")
+    assert (online.model.in_channels, online.model.input_size) == (4, 16) and online.data.vae == str(
+        Path("vae").resolve()
+    )
+    assert main(["train", "--config", "online.yaml", "--dry-run"]) == 0
+    arguments = ["--images", "photos", "--vae", "vae", "--size", "32", "--out", "latents"]
+    assert main(["prepare", "latents", *arguments]) == 0
+    init("latents")
+    prepared = load_config("latents.yaml")
+    assert (prepared.model.in_channels, prepared.model.input_size, prepared.data.vae) == (4, 8, None)
+    init("latents", "--size", "32", "--out", "x.yaml", code=2)
+    assert "--size 32: latents holds prepared latents; omit it" in capsys.readouterr().err
+
+
+def test_mistakes_write_nothing(capsys):
+    pictures("photos")
+    Path("photos.yaml").write_text("mine")
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/a.jpg").write_bytes(b"no picture")
+    for arguments, code, message in (
+        (["photos"], 2, "photos.yaml exists already"),
+        (["photos", "--out", "x.yml"], 2, "must end in .yaml"),
+        (["photos", "--size", "60", "--out", "x.yaml"], 2, "--size must be a positive multiple of 8, got 60"),
+        (["empty"], 4, "holds no images"),
+        (["nowhere"], 4, "nowhere"),
+        (["broken"], 4, "none of the images can be decoded, such as image broken/a.jpg"),
+        (["photos", "--out", "missing/x.yaml"], 5, "missing/x.yaml: cannot be written"),
+    ):
+        init(*arguments, code=code)
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert Path("photos.yaml").read_text() == "mine" and {path.suffix for path in Path().glob("*.y*ml")} == {".yaml"}
+
+
+def test_an_unreadable_image_is_named(capsys):
+    pictures("photos")
+    Path("photos/z.jpg").write_bytes(b"no picture")
+    init("photos")
+    assert "image photos/z.jpg cannot be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu_gb", (None, 16.0, 80.0))
+@pytest.mark.parametrize(("channels", "size"), ((1, 32), (3, 256), (4, 32)))
+@pytest.mark.parametrize(("images", "classes"), ((2, 1), (200, 3), (1_281_167, 1000)))
+def test_every_draft_is_a_valid_recipe(gpu_gb, channels, size, images, classes):
+    names = [f"class: {number} #'\"" for number in range(classes)]
+    facts = Facts("da ta/{0..3}.tar", "title", images, classes, names, channels, size, None, gpu_gb, "r.yaml")
+    Path("r.yaml").write_text(draft(facts))
+    config = load_config("r.yaml")
+    assert config.data.path == "da ta/{0..3}.tar" and config.model.num_classes == classes
+    assert config.tokens_per_image == (64 if gpu_gb is None else 256) and config.ema.initial_share(10_000) < 0.01
+    assert 0 < config.run.save_every_images < config.run.total_images
