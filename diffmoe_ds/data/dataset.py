@@ -46,21 +46,28 @@ def open_dataset(config: Config) -> Dataset:
 
 
 def with_classes(config: Config, dataset: Dataset) -> Config:
-    """Return the configuration with the number of classes of the training set, if ``model.num_classes`` is ``auto``.
+    """Return the configuration with the number of classes of the training set, if ``model.num_classes`` is ``auto``."""
+    if config.model.num_classes != AUTO_CLASSES:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": _classes(dataset)})})
+
+
+def check_classes(config: Config, dataset: Dataset) -> None:
+    """Check that a new model has no classes without images; too few are found by `check_labels`.
 
     Raises:
         ConfigError: the classes of the set have names, and the model has more.
     """
-    model, names = config.model, dataset.classes
-    found = len(names or ()) or max(1, int(dataset.labels.max()) + 1)  # unlabelled images have the label -1
-    if model.num_classes == AUTO_CLASSES:
-        return config.model_copy(update={"model": model.model_copy(update={"num_classes": found})})
-    if names is not None and model.num_classes > found:  # fewer are found by `check_labels`
+    count, found = config.model.num_classes, _classes(dataset)
+    if dataset.classes is not None and count > found:
         raise ConfigError(
-            f"model.num_classes is {model.num_classes}, but {config.data.path or 'the embedded set'} has "
-            f"{found} classes; set it to auto."
+            f"model.num_classes is {count}, but {config.data.path or 'the embedded set'} has {found} classes; "
+            "set it to auto."
         )
-    return config
+
+
+def _classes(dataset: Dataset) -> int:
+    return len(dataset.classes or ()) or max(1, int(dataset.labels.max()) + 1)  # unlabelled images have the label -1
 
 
 def check_first_image(config: Config, dataset: Dataset) -> None:

@@ -132,7 +132,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_first_image, open_dataset, with_classes
+    from diffmoe_ds.data.dataset import check_classes, check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
     from diffmoe_ds.planning.pool import pool_rows
 
@@ -150,6 +150,8 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     pool_rows(config, settings, launch.world)
     held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
+    if plan.reader is None:  # a run that began with more classes may continue
+        check_classes(config, dataset)
     check_first_image(config, dataset)
     return plan
 

@@ -28,10 +28,11 @@ def test_a_run_reads_only_the_micro_batches_of_its_steps(monkeypatch, seen, micr
     monkeypatch.setattr(batches, "agree", lambda values, error, flags, _: Agreement(0, flags, values.tolist(), nothing))
     monkeypatch.setattr(batches, "get_rank", lambda: 0)
     run = SimpleNamespace(
-        config=SimpleNamespace(run=SimpleNamespace(total_images=40)), images=seen, device=torch.device("cpu"),
+        config=SimpleNamespace(run=SimpleNamespace(total_images=40), data=SimpleNamespace(max_unreadable=0.01)),
+        images=seen, device=torch.device("cpu"),
         settings=SimpleNamespace(global_batch=16, accumulation=2),
     )  # fmt: skip
-    source = batches.BatchSource(run, dataset=None, watchdog=Watchdog(rank=0, world=1, timeout_s=1))
+    source = batches.BatchSource(run, dataset=range(40), watchdog=Watchdog(rank=0, world=1, timeout_s=1))
     source.agree((), torch.zeros(0))
     for _ in range(micro_steps):
         source.take()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import config_to_dict, load_config
-from diffmoe_ds.data.dataset import open_dataset, with_classes
+from diffmoe_ds.data.dataset import check_classes, open_dataset, with_classes
 from diffmoe_ds.errors import ConfigError
 from tests.helpers.data import numbered_shard
 from tests.helpers.training import training_arguments
@@ -17,7 +17,10 @@ from tests.helpers.training import training_arguments
 
 def classes(*overrides: str) -> int:
     config = load_config("fashion", list(overrides))
-    return with_classes(config, open_dataset(config)).model.num_classes
+    dataset = open_dataset(config)
+    config = with_classes(config, dataset)
+    check_classes(config, dataset)
+    return config.model.num_classes
 
 
 def test_auto_is_the_number_of_the_set(tmp_path):

@@ -30,7 +30,7 @@ from tests.helpers.syncs import SyncCounter
 
 def config_of(kind: str, objective: str = "flow", **model: object) -> Config:
     tree = {
-        "model": {"name": "nano-E4", "patch_size": 8, **model},
+        "model": {"name": "nano-E4", "patch_size": 8, "num_classes": 1000, **model},
         "routing": {"kind": kind},
         "objective": {"kind": objective},
     }

@@ -14,6 +14,7 @@ from diffmoe_ds.checkpoint.export import ModelFileReader, digest_of
 from diffmoe_ds.cli import main
 from diffmoe_ds.errors import CheckpointError
 from tests.helpers.checkpoints import export_untrained
+from tests.helpers.data import numbered_shard
 
 
 @pytest.fixture
@@ -117,7 +118,8 @@ def test_weights_of_another_model_are_refused(exported, capsys, case):
 
 def test_training_may_start_from_an_export_with_other_classes(exported, tmp_path, capsys):
     """`model.init_from` compares the file with its own description, not with the new run's classes."""
-    overrides = ["model.name=nano-E4", "model.patch_size=8", f"model.init_from={exported}", "data.horizontal_flip=true"]
+    shard = numbered_shard(tmp_path / "four.tar", 4)
+    overrides = ["model.name=nano-E4", "model.patch_size=8", f"model.init_from={exported}", f"data.path={shard}"]
     arguments = ["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", *overrides, "model.num_classes=12"]
     assert main(arguments) == 0, capsys.readouterr().err
     with pytest.raises(CheckpointError, match="depth is 2"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,6 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, capsys, monkeypatch):
     assert "No space left on device; dropping values of other monitors" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the extra wandb")
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
