@@ -140,7 +140,7 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
         if not 1 <= steps <= limit:
             raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {steps}.")
         if guidance_scale != 1 and not config.get("has_null_class", True):
-            raise ValueError(f"guidance_scale must be 1, because the model has no class 'none', got {guidance_scale}.")
+            raise ValueError(f"guidance_scale must be 1 for a model without label dropout, got {guidance_scale}.")
         if sampler not in SAMPLERS[self.objective]:
             raise ValueError(f"sampler must be {' or '.join(SAMPLERS[self.objective])}, got {sampler!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
