@@ -16,6 +16,7 @@ from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
 from diffmoe_ds.interop.folder import FolderExport
 from diffmoe_ds.interop.stock import FREQ_SHIFT_HINT, stock_problems
 from diffmoe_ds.planning.parameters import count_parameters
+from diffmoe_ds.text import counted
 
 FRONT_MATTER = """\
 ---
@@ -59,11 +60,12 @@ def notes(export: FolderExport) -> list[str]:
     if not export.obstacles:
         found.append(
             "DiTPipeline loads the model, but computes slightly different time embeddings, because its "
-            "downscale_freq_shift is 1 and no configuration changes it; the pipeline.py of the folder sets it to 0."
+            "downscale_freq_shift is 1 and no configuration changes it; README.md shows the two lines that set it to 0, "
+            "and the folder's pipeline.py does so by itself."
         )
     elif export.has_stock_transformer:
         found.append(
-            f"The transformer is diffusers' DiTTransformer2DModel, but DiTPipeline cannot use it, because "
+            "The transformer is diffusers' DiTTransformer2DModel, but DiTPipeline cannot use it, because "
             f"{' and '.join(export.obstacles)}; the folder has its own pipeline.py. If you load the transformer alone, "
             "set downscale_freq_shift to 0 in every block (block.norm1.emb.time_proj)."
         )
@@ -111,10 +113,9 @@ def _summary(export: FolderExport) -> str:
     config, size = export.config, export.config.model.input_size
     what = "latents" if export.is_latent else "images"
     kind = "rectified flow" if config.objective.kind == "flow" else "DDPM with learned variance"
-    channels = config.model.in_channels
     return (
         f"A diffusion transformer (router: {ROUTERS[config.routing.kind]}) that generates {what} of {size}x{size} with "
-        f"{channels} channel{'s' * (channels > 1)}. It was trained with diffmoe-ds: {kind}."
+        f"{counted(config.model.in_channels, 'channel')}. It was trained with diffmoe-ds: {kind}."
     )
 
 

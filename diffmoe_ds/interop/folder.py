@@ -98,12 +98,13 @@ class FolderExport:
         return found
 
 
-def read_vae(path: Path, config: Config) -> Vae:
+def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
     """Return a VAE that can be copied.
 
     Args:
         path: its folder, or that of a pipeline with a ``vae`` in it.
         config: the model whose latents it decodes.
+        name: the option or key that names it, for messages.
 
     Raises:
         ConfigError: it is not an `AutoencoderKL` with safetensors weights, or does not fit the model.
@@ -113,26 +114,30 @@ def read_vae(path: Path, config: Config) -> Vae:
         settings = json.loads((folder / VAE_CONFIG).read_text(encoding="utf-8"))
         channels, _ = settings["latent_channels"], settings["scaling_factor"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"--vae {path}: not a folder with a diffusers AutoencoderKL.") from None
+        raise ConfigError(f"{name} {path}: not a folder with a diffusers AutoencoderKL.") from None
     if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"--vae {path}: holds no weights in safetensors files.")
+        raise ConfigError(f"{name} {path}: holds no weights in safetensors files.")
     if config.model.in_channels in PIXEL_CHANNELS:
         raise ConfigError(
-            f"--vae {path}: the model generates pixels ({counted(config.model.in_channels, 'channel')}); omit it."
+            f"{name} {path}: the model generates pixels ({counted(config.model.in_channels, 'channel')}); omit it."
         )
     if channels != config.model.in_channels:
         raise ConfigError(
-            f"--vae {path} decodes latents of {channels} channels, but the model generates {config.model.in_channels}."
+            f"{name} {path} decodes latents of {channels} channels, but the model generates {config.model.in_channels}."
         )
     return Vae(folder, settings)
 
 
 def find_vae(config: Config) -> Vae | None:
-    """Return the VAE that a run's configuration names, if it is a folder on this machine; otherwise None."""
-    named = config.eval.vae or config.data.vae
-    if named is None or config.model.in_channels in PIXEL_CHANNELS or not os.path.isdir(os.path.expanduser(named)):
+    """Return the VAE that a run's configuration names, if it is a folder on this machine; otherwise None.
+
+    Raises:
+        ConfigError: it is a folder, but does not fit the model.
+    """
+    name, path = ("eval.vae", config.eval.vae) if config.eval.vae else ("data.vae", config.data.vae)
+    if path is None or config.model.in_channels in PIXEL_CHANNELS or not os.path.isdir(os.path.expanduser(path)):
         return None
-    return read_vae(Path(named).expanduser(), config)
+    return read_vae(Path(path).expanduser(), config, f"{name} of the run,")
 
 
 def write_folder(export: FolderExport, out: Path, card: str) -> None:

@@ -188,6 +188,8 @@ def test_mistakes_are_named_and_leave_nothing(exported, tmp_path, capsys):
         assert export(model, out, *options) == code
         assert message in capsys.readouterr().err
         assert not any("out" in path.name for path in tmp_path.iterdir())
+    named = write_random_model(tmp_path / "named", overrides=(*LATENT, f"data.vae={tmp_path}"))
+    assert export(named, out) == 2 and f"data.vae of the run, {tmp_path}: not a folder with" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert export(exported / "flow", tmp_path / "full") == 5
