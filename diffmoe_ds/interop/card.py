@@ -59,9 +59,9 @@ def notes(export: FolderExport) -> list[str]:
         )
     if not export.obstacles:
         found.append(
-            "DiTPipeline loads the model, but computes slightly different time embeddings, because its "
-            "downscale_freq_shift is 1 and no configuration changes it; README.md shows the two lines that set it to 0, "
-            "and the folder's pipeline.py does so by itself."
+            "DiTPipeline loads the model, but computes different time embeddings, because its downscale_freq_shift "
+            "is 1 and no configuration changes it; README.md shows the two lines that set it to 0, and the "
+            "pipeline.py of the folder does so by itself."
         )
     elif export.has_stock_transformer:
         found.append(
