@@ -12,11 +12,14 @@ from diffmoe_ds.cli.arguments import nonempty_path
 from diffmoe_ds.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from diffmoe_ds.checkpoint.load import CheckpointReader
 
 EXAMPLES = """examples:
   diffmoe checkpoint inspect runs/fashion
   diffmoe checkpoint export runs/fashion --out exported
+  diffmoe checkpoint export runs/fashion --format diffusers --out for-diffusers
   diffmoe checkpoint reshard runs/fashion --world 24 --ep 8 --out runs/moved/checkpoints/images_000000030016
   diffmoe checkpoint import-official DiffMoE-L-E8.pt --out imported
   diffmoe sample --checkpoint exported --out samples
@@ -47,15 +50,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the new checkpoint"
     )
 
-    export = command("export", "write one model.safetensors and a config.json, for sampling and fine-tuning", _export)
-    export.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
-    export.add_argument(
-        "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
-    )
-    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
-    export.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (default: %(default)s)"
-    )
+    _add_export(command("export", "write a model for sampling and fine-tuning, or for diffusers", _export))
 
     reference = command("import-official", "convert the reference's .pt file to an exported model", _import)
     reference.add_argument("path", type=nonempty_path, help="the .pt file")
@@ -70,6 +65,24 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "attention heads (default: as in the YAML, or as published)"
     reference.add_argument("--num-heads", type=int, metavar="N", help=text)
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("path", type=nonempty_path, help="a checkpoint or a run directory")
+    export.add_argument(
+        "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
+    )
+    text = (
+        "native: model.safetensors and config.json; diffusers: a folder that diffusers loads, also from an exported "
+        "model (default: %(default)s)"
+    )
+    export.add_argument("--format", choices=("native", "diffusers"), default="native", help=text)
+    text = "with --format diffusers: folder of the AutoencoderKL to copy (default: eval.vae or data.vae of the run)"
+    export.add_argument("--vae", type=nonempty_path, metavar="DIR", help=text)
+    export.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (default: %(default)s)"
+    )
 
 
 def checkpoint_command(args: argparse.Namespace) -> None:
@@ -103,12 +116,34 @@ def _export(args: argparse.Namespace) -> None:
 
     from diffmoe_ds.checkpoint.export import export, initial_weights_warning
 
-    reader = _checkpoint(args.path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    if args.format == "diffusers":
+        _export_diffusers(args, dtype)
+        return
+    if args.vae is not None:
+        raise ConfigError(f"--vae {args.vae} needs --format diffusers; omit it.")
+    reader = _checkpoint(args.path)
     print(f"{reader.path} -> {export(reader, args.weights, args.out, dtype)} ({args.weights} weights)")
     warning = initial_weights_warning(reader, args.weights)
     if warning is not None:
         print(f"diffmoe: warning: {warning}", file=sys.stderr)
+
+
+def _export_diffusers(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    from diffmoe_ds.checkpoint.export import open_weights
+    from diffmoe_ds.interop.card import model_card, notes
+    from diffmoe_ds.interop.folder import FolderExport, check_new, find_vae, read_vae, write_folder
+
+    check_new(args.out)
+    reader = open_weights(args.path)
+    if reader is None:
+        raise CheckpointError(f"{args.path}: not a checkpoint, run directory or exported model.")
+    vae = find_vae(reader.config) if args.vae is None else read_vae(args.vae, reader.config)
+    plan = FolderExport(reader, args.weights, dtype, vae)
+    write_folder(plan, args.out, model_card(plan))
+    print(f"{reader.path} -> {args.out} ({args.weights} weights); README.md says how to load it")
+    for note in notes(plan):
+        print(f"diffmoe: note: {note}", file=sys.stderr)
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -27,17 +27,20 @@ def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def write_random_model(folder: Path, class_names: Sequence[str] | None = None, seed: int = 0) -> Path:
+def write_random_model(
+    folder: Path, class_names: Sequence[str] | None = None, seed: int = 0, overrides: Sequence[str] = ()
+) -> Path:
     """Export a tiny model of Fashion-MNIST with random weights, whose images depend on their class; return its folder.
 
     A model that was trained for a few steps still predicts nearly 0, whatever the class.
     """
     torch.manual_seed(seed)
-    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
+    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8", *overrides]))
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape))
     for layer in model.moe_layers().values():
-        layer.expert_threshold.fill_(0.5)
+        if layer.capacity_predictor is not None:
+            layer.expert_threshold.fill_(0.5)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
     write_model(folder, entries, model.config, "ema", images=16, class_names=class_names)
     return folder

@@ -45,11 +45,14 @@ RULES = {
         "config diffusion model model.conditioning moe moe.expert_parallel distributed data sampling planning"
         " checkpoint evaluation"
     ),
+    "interop": "config model sampling planning checkpoint evaluation",
+    # What an export copies into the folder: nothing of the package, so that it runs without it.
+    "interop.standalone": "",
     "doctor": "config distributed",
     "evaluation": "config diffusion model distributed data sampling planning checkpoint",
     "cli": (
         "config diffusion model model.conditioning moe distributed data data.prepare sampling planning checkpoint"
-        " training doctor evaluation"
+        " training doctor evaluation interop"
     ),
     # Entry points: `python -m diffmoe_ds`, the launchers' script, and what `import diffmoe_ds` offers.
     "__main__": "cli",

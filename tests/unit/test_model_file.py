@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from diffmoe_ds.checkpoint.export import ModelFileReader, digest_of
 from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.model.dit import empty_model
 from tests.helpers.checkpoints import export_untrained
 from tests.helpers.data import numbered_shard
+from tests.helpers.sources import ROOT
 
 
 @pytest.fixture
@@ -125,3 +129,26 @@ def test_training_may_start_from_an_export_with_other_classes(exported, tmp_path
     with pytest.raises(CheckpointError, match="depth is 2"):
         edit(exported, lambda description: description["config"]["model"].update(depth=2))
         ModelFileReader(exported)
+
+
+def documented_names() -> list[str]:
+    """Return the names in the table of tensors; one that begins with a dot replaces the end of the one before."""
+    page = (ROOT / "docs" / "checkpoints-and-recovery.md").read_text(encoding="utf-8")
+    table = page.split("| tensor | shape | meaning |")[1].split("\n\n")[0]
+    names: list[str] = []
+    for cell in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE):
+        for name in re.findall(r"`([^`]+)`", cell):
+            parts = name.removeprefix(".").split(".")
+            names.append(".".join(names[-1].split(".")[: -len(parts)] + parts) if name.startswith(".") else name)
+    return names
+
+
+def test_the_documented_names_are_those_of_models():
+    names = documented_names()
+    patterns = [
+        re.compile(re.escape(name).replace("blocks\\.b", r"blocks\.\d+").replace(r"\*", ".*")) for name in names
+    ]
+    overrides = (["routing.shared_experts=1"], ["model.mlp=swiglu"])
+    found = {name for given in overrides for name in empty_model(load_config("fashion", given)).state_dict()}
+    assert not [name for name in found if not any(pattern.fullmatch(name) for pattern in patterns)]
+    assert not [pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, found))]

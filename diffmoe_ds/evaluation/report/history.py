@@ -80,7 +80,7 @@ def read_history(run: Path) -> History:
     columns: dict[str, list[float]] = defaultdict(list)
     last: dict[str, Any] = {}
     seconds, before = 0.0, 0.0
-    for row in _rows(run / "metrics.jsonl"):
+    for row in log_rows(run / "metrics.jsonl"):
         for key in ("images", *CURVES):
             columns[key].append(_number(row.get(key)))
         speed = _number(row.get("images_per_s"))
@@ -93,12 +93,12 @@ def read_history(run: Path) -> History:
         rows=len(columns["images"]),
         seconds=seconds,
         last=last,
-        validation=_validation(list(_rows(run / "validation.jsonl"))),
+        validation=_validation(list(log_rows(run / "validation.jsonl"))),
         thresholds=_thresholds(run / "tensorboard"),
     )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def log_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file that have an image count; nothing if the file cannot be read."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:

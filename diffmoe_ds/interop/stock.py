@@ -1,8 +1,9 @@
 """Convert a dense DDPM model to diffusers' own `DiTTransformer2DModel`, and describe it for `DiTPipeline`.
 
 diffusers keeps a copy of the time and label embedders in every block, splits qkv, and computes the frequencies of the
-time embedding with a ``downscale_freq_shift`` of 1, which its configuration cannot change; ours, as DiT's, is 0. After
-loading, set it in every block (`FREQ_SHIFT_HINT`).
+time embedding with a ``downscale_freq_shift`` of 1, which its configuration cannot change; ours, as DiT's, is 0. The
+frequencies differ by so much that no weights could undo it. Our pipeline sets the shift; with diffusers' own classes,
+users do so after loading (`FREQ_SHIFT_HINT`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import ConfigError
 
 FREQ_SHIFT_HINT = """\
 for block in pipe.transformer.transformer_blocks:
@@ -40,12 +40,8 @@ OUTSIDE = {
 """Our layers outside the blocks, and diffusers' names."""
 
 
-def check_stock(config: Config) -> None:
-    """Check that diffusers' own classes can represent a model.
-
-    Raises:
-        ConfigError: they cannot.
-    """
+def stock_problems(config: Config) -> list[str]:
+    """Return why `DiTTransformer2DModel` cannot represent a model, as phrases; an empty list if it can."""
     model = config.model
     problems = [
         f"{key} is {value}" for key, value, expected in (
@@ -57,12 +53,11 @@ def check_stock(config: Config) -> None:
     ]  # fmt: skip
     if model.label_dropout == 0:
         problems.append("model.label_dropout is 0")
-    if problems:
-        raise ConfigError(f"DiTTransformer2DModel is a dense DDPM model, but {', '.join(problems)}.")
+    return problems
 
 
 def transformer_config(config: Config) -> dict[str, Any]:
-    """Return ``transformer/config.json`` of a model that passes `check_stock`."""
+    """Return ``transformer/config.json`` of a model without `stock_problems`."""
     size, model = config.size, config.model
     return {
         "_class_name": "DiTTransformer2DModel",
@@ -94,6 +89,7 @@ def scheduler_config() -> dict[str, Any]:
         "clip_sample": False,
         "set_alpha_to_one": True,
         "steps_offset": 0,
+        "timestep_spacing": "trailing",  # starts at pure noise, however few the steps
     }
 
 
@@ -101,7 +97,7 @@ def transformer_weights(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]
     """Yield diffusers' names and weights.
 
     Args:
-        state: our ``state_dict`` of a model that passes `check_stock`.
+        state: our ``state_dict`` of a model without `stock_problems`.
     """
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")

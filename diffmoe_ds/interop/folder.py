@@ -1,0 +1,273 @@
+"""Export a model as a folder that diffusers loads: its own classes where they fit, otherwise our two files.
+
+model_index.json
+README.md               model card
+pipeline.py             our pipeline
+transformer/            config.json, the weights and, unless diffusers has the class, diffmoe_transformer.py
+scheduler/              for `DiTPipeline`, if it can generate with the model
+vae/                    copy of the VAE of a latent model, if it is known
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe_ds.checkpoint.export import WEIGHTS
+from diffmoe_ds.checkpoint.layout import BUFFER
+from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.files import TMP_PREFIX, remove_tree, sync_directory, write_error, write_json, write_text
+from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
+from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+from diffmoe_ds.text import counted
+
+STANDALONE = Path(__file__).parent / "standalone"
+"""The files that are copied into the folder."""
+VAE_CONFIG = "config.json"
+STOCK_CLASSES = 1000
+"""Number of classes of `DiTPipeline`, which takes the label after them for "no label"."""
+OLDEST_DIFFUSERS = "0.35.0"
+"""Version named in the files; the ``vae`` extra's minimum."""
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE's folder that can be copied."""
+
+    folder: Path
+    """The folder with its ``config.json`` and weights."""
+    settings: dict[str, Any]
+    """Its ``config.json``."""
+
+
+@dataclass(frozen=True)
+class FolderExport:
+    """What an export contains, decided before anything is written."""
+
+    reader: WeightsReader
+    """The model."""
+    weights: str
+    """``ema`` or ``raw``."""
+    dtype: torch.dtype
+    """Type of the weights in the file; thresholds stay fp32."""
+    vae: Vae | None
+    """The VAE to copy, if any."""
+
+    @property
+    def config(self) -> Config:
+        """The model's configuration."""
+        return self.reader.config
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the model generates latents."""
+        return self.config.model.in_channels not in PIXEL_CHANNELS
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class; empty if they are unknown."""
+        return (self.reader.class_names or ())[: self.config.model.num_classes]
+
+    @property
+    def has_stock_transformer(self) -> bool:
+        """Whether the transformer is diffusers' `DiTTransformer2DModel`."""
+        return not stock_problems(self.config)
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Why `DiTPipeline` cannot generate with the model, as phrases; an empty list if it can."""
+        found = stock_problems(self.config)
+        if not self.is_latent:
+            found.append("the model generates pixels")
+        if self.config.model.num_classes != STOCK_CLASSES:
+            found.append(f"model.num_classes is {self.config.model.num_classes}")
+        if self.vae is not None and self.vae.settings.get("shift_factor"):
+            found.append("the VAE has a shift_factor")
+        return found
+
+
+def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
+    """Return a VAE that can be copied.
+
+    Args:
+        path: its folder, or that of a pipeline with a ``vae`` in it.
+        config: the model whose latents it decodes.
+        name: the option or key that names it, for messages.
+
+    Raises:
+        ConfigError: it is not an `AutoencoderKL` with safetensors weights, or does not fit the model.
+    """
+    folder = path / "vae" if os.path.isdir(path / "vae") else path
+    try:
+        settings = json.loads((folder / VAE_CONFIG).read_text(encoding="utf-8"))
+        channels, _ = settings["latent_channels"], settings["scaling_factor"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{name} {path}: not a folder with a diffusers AutoencoderKL.") from None
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"{name} {path}: holds no weights in safetensors files.")
+    if config.model.in_channels in PIXEL_CHANNELS:
+        raise ConfigError(
+            f"{name} {path}: the model generates pixels ({counted(config.model.in_channels, 'channel')}); omit it."
+        )
+    if channels != config.model.in_channels:
+        raise ConfigError(
+            f"{name} {path} decodes latents of {channels} channels, but the model generates {config.model.in_channels}."
+        )
+    return Vae(folder, settings)
+
+
+def find_vae(config: Config) -> Vae | None:
+    """Return the VAE that a run's configuration names, if it is a folder on this machine; otherwise None.
+
+    Raises:
+        ConfigError: it is a folder, but does not fit the model.
+    """
+    name, path = ("eval.vae", config.eval.vae) if config.eval.vae else ("data.vae", config.data.vae)
+    if path is None or config.model.in_channels in PIXEL_CHANNELS or not os.path.isdir(os.path.expanduser(path)):
+        return None
+    return read_vae(Path(path).expanduser(), config, f"{name} of the run,")
+
+
+def write_folder(export: FolderExport, out: Path, card: str) -> None:
+    """Write the folder; it appears when it is complete.
+
+    Args:
+        export: what it contains.
+        out: the folder; must not exist, or be empty.
+        card: contents of ``README.md``.
+
+    Raises:
+        CheckpointError: ``out`` exists, the model cannot be read, or the folder cannot be written; nothing of it is
+            left.
+    """
+    check_new(out)
+    out = Path(os.path.abspath(out))  # "." has no name
+    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
+    try:
+        remove_tree(tmp)  # left by a killed process
+        (tmp / "transformer").mkdir(parents=True)
+        write_text(tmp / "README.md", card)
+        write_json(tmp / "model_index.json", _model_index(export))
+        write_text(tmp / "pipeline.py", (STANDALONE / "pipeline.py").read_text(encoding="utf-8"))
+        _write_transformer(export, tmp / "transformer")
+        if not export.obstacles:
+            (tmp / "scheduler").mkdir()
+            write_json(tmp / "scheduler" / "scheduler_config.json", _versioned(scheduler_config()))
+        if export.vae is not None:
+            (tmp / "vae").mkdir()
+            for file in (export.vae.folder / VAE_CONFIG, *export.vae.folder.glob("*.safetensors*")):
+                shutil.copyfile(file, tmp / "vae" / file.name)
+        tmp.rename(out)
+        sync_directory(out.parent)
+    except OSError as error:
+        raise write_error(out, error) from None
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """Check that a folder can be created.
+
+    Raises:
+        CheckpointError: something is there already.
+    """
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise CheckpointError(f"--out {out}: already exists; pass a new folder.")
+
+
+def _model_index(export: FolderExport) -> dict[str, Any]:
+    if export.has_stock_transformer:
+        transformer = ["diffusers", "DiTTransformer2DModel"]
+    else:
+        transformer = ["diffmoe_transformer", "DiffMoETransformer2DModel"]
+    tree: dict[str, Any] = {
+        "_class_name": ["pipeline", "DiffMoEPipeline"] if export.obstacles else "DiTPipeline",
+        "transformer": transformer,
+    }
+    if not export.obstacles:
+        tree["scheduler"] = ["diffusers", "DDIMScheduler"]
+    if export.vae is not None:
+        tree["vae"] = ["diffusers", "AutoencoderKL"]
+    if export.class_names:
+        tree["id2label"] = {str(label): name for label, name in enumerate(export.class_names)}
+    return _versioned(tree)
+
+
+def _versioned(tree: dict[str, Any]) -> dict[str, Any]:
+    return {"_class_name": tree["_class_name"], "_diffusers_version": OLDEST_DIFFUSERS, **tree}
+
+
+def _write_transformer(export: FolderExport, folder: Path) -> None:
+    is_stock = export.has_stock_transformer
+    tree = transformer_config(export.config) if is_stock else diffmoe_config(export.config)
+    write_json(folder / "config.json", _versioned(tree))
+    if not is_stock:
+        name = "diffmoe_transformer.py"
+        write_text(folder / name, (STANDALONE / name).read_text(encoding="utf-8"))
+    entries = list(_stock_entries(export) if is_stock else _entries(export))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", entries, {"format": "pt"})
+
+
+def diffmoe_config(config: Config) -> dict[str, Any]:
+    """Return ``transformer/config.json`` of any model as our `DiffMoETransformer2DModel`."""
+    size, model, routing, objective = config.size, config.model, config.routing, config.objective
+    return {
+        "_class_name": "DiffMoETransformer2DModel",
+        "sample_size": model.input_size,
+        "in_channels": model.in_channels,
+        "patch_size": model.patch_size,
+        "num_classes": model.num_classes,
+        "has_null_class": model.label_dropout > 0,
+        "objective": {
+            "kind": objective.kind,
+            "time_scale": objective.flow_time_scale if objective.kind == "flow" else 1.0,
+        },
+        "size": {
+            "hidden_size": size.hidden_size,
+            "depth": size.depth,
+            "num_heads": size.num_heads,
+            "ffn": model.mlp,
+            "ffn_hidden_size": int(size.hidden_size * model.mlp_ratio),
+        },
+        "routing": {
+            "kind": routing.kind,
+            "num_experts": config.num_experts,
+            "capacity": routing.capacity,
+            "interleave": routing.interleave,
+            "shared_experts": routing.shared_experts,
+            "capacity_predictor": config.has_capacity_predictor,
+            "rules": list(config.inference_choices),
+        },
+    }
+
+
+def _entries(export: FolderExport) -> Iterator[Entry]:
+    """Yield the tensors under our names; each is read when it is written."""
+    model = empty_model(export.config)
+    buffers = dict(model.named_buffers())
+    for name, tensor in model.state_dict().items():
+        kind, dtype = (BUFFER, torch.float32) if name in buffers else (WEIGHTS[export.weights], export.dtype)
+        yield Entry(name, tuple(tensor.shape), dtype, _read_lazily(export.reader, kind, name, dtype, tensor.numel()))
+
+
+def _read_lazily(reader: WeightsReader, kind: str, name: str, dtype: torch.dtype, numel: int) -> Iterator[Tensor]:
+    yield reader.read(kind, name, 0, numel).to(dtype)
+
+
+def _stock_entries(export: FolderExport) -> Iterator[Entry]:
+    """Yield the tensors under diffusers' names."""
+    read = {entry.name: torch.cat(list(entry.pieces)).view(entry.shape) for entry in _entries(export)}
+    for name, tensor in transformer_weights(read):
+        yield Entry(name, tuple(tensor.shape), export.dtype, [tensor])
