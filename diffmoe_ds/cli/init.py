@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.text import counted
 
@@ -64,8 +65,9 @@ def init_command(args: argparse.Namespace) -> None:
             file.write(text)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
+    rule = f", up to {DataConfig().max_unreadable:.0%} of all (data.max_unreadable), by the next ones"
     for path in found.unreadable[:3]:
-        print(f"{'warning':>11}  {path} cannot be decoded; training stops at such images", file=sys.stderr)
+        print(f"{'warning':>11}  {path} cannot be decoded; training replaces such images{rule}", file=sys.stderr)
     print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  diffmoe train --config {out}")
 
 
