@@ -65,9 +65,15 @@ def init_command(args: argparse.Namespace) -> None:
             file.write(text)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
-    rule = f", up to {DataConfig().max_unreadable:.0%} of all (data.max_unreadable), by the next ones"
     for path in found.unreadable[:3]:
-        print(f"{'warning':>11}  {path} cannot be decoded; training replaces such images{rule}", file=sys.stderr)
+        print(f"{'warning':>11}  {path} cannot be decoded", file=sys.stderr)
+    if found.unreadable:
+        print(
+            f"{'':>11}  training replaces unreadable images, and stops if they are more than "
+            f"{DataConfig().max_unreadable:.0%} of all (data.max_unreadable); `diffmoe train --config {out} --dry-run "
+            "--thorough` names them all",
+            file=sys.stderr,
+        )
     print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  diffmoe train --config {out}")
 
 

@@ -84,9 +84,13 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     try:
         text = deepspeed_json_path(path).read_text(encoding="utf-8")
         tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        names = shipped_jsons()
+        if Path(path).name == str(path) and not Path(path).suffix:
+            raise ConfigError(f"{unknown('--deepspeed_config', path, names)} It can also be a path.") from None
         raise ConfigError(
-            f"{unknown('--deepspeed_config', str(path), shipped_jsons())} It can also be a path."
+            f"--deepspeed_config {path}: cannot be read: {error.strerror}; files that come with the package have "
+            f"names: {', '.join(names)}."
         ) from None
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read: {error.strerror}.") from None
