@@ -24,7 +24,12 @@ command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --launche
   --master_port "${MASTER_PORT:-29500}")
 [[ -z ${LAUNCHER_ARGS:-} ]] || command+=("--launcher_args=$LAUNCHER_ARGS")
 [[ -z ${NODES:-} ]] || command+=(--num_nodes "$NODES")
-command+=(--module diffmoe_ds.train "${options[@]}")
+if [[ $launcher == slurm ]]; then # DeepSpeed ignores --module there
+  command+=("$("$python" -c 'from importlib.util import find_spec; print(find_spec("diffmoe_ds.train").origin)')")
+else
+  command+=(--module diffmoe_ds.train)
+fi
+command+=("${options[@]}")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo

@@ -50,7 +50,7 @@ def test_memory_is_that_of_the_planner_and_compared_with_this_host(tmp_path, cap
 def test_thorough_names_unreadable_images_within_the_limit(tmp_path, capsys, photos):
     limit = [f"data.path={photos}", "data.max_unreadable=0.1"]
     assert dry_run(tmp_path, *limit) == 0
-    assert "unreadable" not in capsys.readouterr().out, "nothing is read without --thorough"
+    assert "cannot be decoded" not in capsys.readouterr().out, "nothing is read without --thorough"
     assert dry_run(tmp_path, *limit, options=["--thorough"]) == 0
     printed = capsys.readouterr()
     assert f"{photos}: 3 unreadable images of 40; data.max_unreadable 0.1 allows 4" in printed.out

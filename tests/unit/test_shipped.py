@@ -34,7 +34,9 @@ def test_a_name_is_a_shipped_json_unless_a_file_has_it(tmp_path, monkeypatch):
     assert read_deepspeed_json("zero1") == {"train_batch_size": 8}
     with pytest.raises(ConfigError, match=r"'zero4' is not known; did you mean 'zero\d'\? valid: cpu, zero0, .*a path"):
         read_deepspeed_json("zero4")
-    with pytest.raises(ConfigError, match=r"zero2\.json: cannot be read: No such file or directory; .* names: cpu, zero0"):
+    with pytest.raises(
+        ConfigError, match=r"zero2\.json: cannot be read: No such file or directory; .* names: cpu, zero0"
+    ):
         read_deepspeed_json("ds_configs/zero2.json")
 
 
@@ -123,6 +125,13 @@ def test_launchers_run_where_the_user_is(tmp_path, name, before):
     dry = run([script, *options[:before], "--dry-run", *options[before:]], tmp_path)
     words = shlex.split(dry.stdout)
     assert dry.returncode == 0 and words[-3:] == ["diffmoe_ds.train", *options] and "--dry-run" not in words
+
+
+def test_deepspeed_with_slurm_gets_the_file_because_it_ignores_module(tmp_path):
+    dry = run(
+        [str(REPOSITORY / "launchers/deepspeed.sh"), "--dry-run"], tmp_path, LAUNCHER="slurm", PYTHON=sys.executable
+    )
+    assert shlex.split(dry.stdout)[-1] == str(REPOSITORY / "diffmoe_ds/train.py"), dry.stderr
 
 
 PLAN = 'echo "        run  $PWD/run"; echo "$WORLD_SIZE ranks: $@"'
