@@ -41,8 +41,6 @@ class MemoryEstimate:
 
     memory: StepMemory
     """Of one rank, at the peak of a step."""
-    needed: int
-    """Bytes of one rank; without a GPU, with those that ranks on GPUs keep in host memory."""
     device: str
     """The GPU, or the host."""
     available: int
@@ -86,11 +84,11 @@ def estimate_memory(plan: TrainPlan) -> MemoryEstimate:
     device = local_device(launch)
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        return MemoryEstimate(memory, memory.total, gpu.name, gpu.total_memory, fits_in(gpu.total_memory, memory.total))
-    needed = memory.total + memory.host_checkpoint + memory.host_optimizer
+        return MemoryEstimate(memory, gpu.name, gpu.total_memory, fits_in(gpu.total_memory, memory.total))
     available = psutil.virtual_memory().total // launch.local_world
+    needed = memory.total + memory.host_checkpoint + memory.host_optimizer  # there is no other memory for these
     fits = fits_in(available, needed, HOST_RESERVED_BYTES)
-    return MemoryEstimate(memory, needed, "this host without a GPU", available, fits)
+    return MemoryEstimate(memory, "this host without a GPU", available, fits)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from diffmoe_ds.cli import main
+from diffmoe_ds.training import dry_run as dry_run_module
 from tests.helpers.data import image_file
 from tests.helpers.training import training_arguments
 
@@ -83,3 +85,12 @@ def test_thorough_names_few_of_many_and_reads_held_out_images(tmp_path, capsys, 
 def test_thorough_needs_a_dry_run(tmp_path, capsys):
     assert main(["train", "--thorough", "--run-dir", str(tmp_path / "run")]) == 2
     assert "--thorough needs --dry-run." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("memory", "verdict"), ((80e9, "fits"), (3e9, "does not fit")))
+def test_memory_is_compared_with_the_gpu_if_there_is_one(tmp_path, capsys, monkeypatch, memory, verdict):
+    gpu = SimpleNamespace(name="H100", total_memory=int(memory))
+    monkeypatch.setattr(dry_run_module, "local_device", lambda launch: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert main(["train", "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    assert f"    verdict  {verdict} on H100 with {memory / 1e9:.1f} GB per rank;" in capsys.readouterr().out
