@@ -179,7 +179,7 @@ def test_a_job_finds_env_sh_where_it_was_submitted_or_beside_the_original_script
             (tmp_path / folder / "env.sh").write_text(f"[[ $NOT_SET == x ]]\nexport PYTHON=my-{text}\n")
     submit = tmp_path / "submit"
     command = f"   Command={tmp_path}/tools/slurm/{name}.sbatch --set a=b"
-    stub(submit / "bin", "scontrol", f"printf '%s\\n' 'JobId=7' '{command}' '   WorkDir=x'")
+    stub(submit / "bin", "scontrol", f"printf '%s\\n' 'JobId=7' '{command}' '   WorkDir=x' 'JobId=8' '{command}'")
     for text in ("beside", "submitted"):
         stub(submit / "bin", f"my-{text}", PLAN)
     spool = shutil.copy(REPOSITORY / f"slurm/{name}.sbatch", tmp_path / "slurm_script")
