@@ -253,7 +253,8 @@ def fit(
         recipe: name of a packaged recipe, or a YAML file.
         settings: keys of the recipe, such as ``{"run.total_images": 10_000}``; see ``docs/configuration.md``.
         run_dir: the run directory; ``runs/RECIPE`` if None.
-        deepspeed_config: DeepSpeed JSON that replaces the recipe's ``deepspeed`` section.
+        deepspeed_config: DeepSpeed JSON, or the name of a shipped one such as ``zero2``; replaces the recipe's
+            ``deepspeed`` section.
         resume: ``auto``, ``none`` or a path.
 
     Raises:
@@ -268,7 +269,7 @@ def fit(
         config=str(recipe),
         overrides=[f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()],
         deepspeed_config=None if deepspeed_config is None else str(deepspeed_config),
-        run_dir=directory, resume=resume, dry_run=False, json=False,
+        run_dir=directory, resume=resume, dry_run=False, thorough=False, json=False,
     )  # fmt: skip
     try:
         with signals.listening():

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Train on the hosts of a hostfile with Open MPI's mpirun; ranks rendezvous through mpi4py.
 #
-#   launchers/mpirun.sh [--dry-run] [options of diffmoe train]
+#   launchers/mpirun.sh [options of diffmoe train]
 #
+# --dry-run, anywhere on the line, prints the command.
 # Variables:
 #   HOSTFILE      file with lines "HOST slots=GPUS" (/job/hostfile; see hostfile.example)
 #   RANKS         number of ranks (all slots)
@@ -10,7 +11,10 @@
 #   CHECK         0 to skip the ssh check of every host before the start (1)
 #   PYTHON        the interpreter, at the same path on all hosts (python)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+dry_run="" options=()
+for option; do
+  if [[ $option == --dry-run ]]; then dry_run=yes; else options+=("$option"); fi
+done
 python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 command=(mpirun --hostfile "$hostfile" --map-by slot --bind-to none -x OMP_NUM_THREADS)
@@ -20,12 +24,11 @@ done
 [[ -z ${RANKS:-} ]] || command+=(-n "$RANKS")
 [[ $EUID -ne 0 ]] || command+=(--allow-run-as-root)
 read -ra more <<<"${MPI_OPTIONS:-}"
-command+=("${more[@]}" "$python" -u diffmoe_ds/train.py)
-if [[ ${1:-} == --dry-run ]]; then
-  shift
-  printf '%q ' "${command[@]}" "$@"
+command+=("${more[@]}" "$python" -u -m diffmoe_ds.train "${options[@]}")
+if [[ -n $dry_run ]]; then
+  printf '%q ' "${command[@]}"
   echo
   exit
 fi
 [[ ${CHECK:-1} == 0 ]] || "$python" -m diffmoe_ds.cli doctor --hostfile "$hostfile" --quiet
-exec "${command[@]}" "$@"
+exec "${command[@]}"

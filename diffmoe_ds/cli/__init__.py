@@ -1,5 +1,5 @@
 """The command line: ``diffmoe init``, ``train``, ``sample``, ``evaluate``, ``report``, ``prepare``, ``checkpoint``,
-``plan``, ``config`` and ``doctor``."""
+``plan``, ``config``, ``doctor`` and ``scripts``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "plan parameters, memory, traffic and time of a run",
     "config": "document the keys of a recipe",
     "report": "describe a run on one HTML page with figures",
+    "scripts": "copy the launchers, Slurm scripts and DeepSpeed JSON files that come with the package",
 }
 """Command NAME is the module `diffmoe_ds.cli.NAME` with ``add_NAME_arguments``, ``NAME_command`` and ``EXAMPLES``."""
 

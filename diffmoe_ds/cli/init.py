@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path
+from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.text import counted
 
@@ -65,7 +66,14 @@ def init_command(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
     for path in found.unreadable[:3]:
-        print(f"{'warning':>11}  {path} cannot be decoded; training stops at such images", file=sys.stderr)
+        print(f"{'warning':>11}  {path} cannot be decoded", file=sys.stderr)
+    if found.unreadable:
+        print(
+            f"{'':>11}  training replaces unreadable images, and stops if they are more than "
+            f"{DataConfig().max_unreadable:.0%} of all (data.max_unreadable); `diffmoe train --config {out} --dry-run "
+            "--thorough` names them all",
+            file=sys.stderr,
+        )
     print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  diffmoe train --config {out}")
 
 

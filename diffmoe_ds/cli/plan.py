@@ -28,7 +28,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe plan``."""
     add = parser.add_argument
     add("--config", default=RECIPE, metavar="RECIPE", help="packaged recipe or YAML file (default: %(default)s)")
-    add("--deepspeed_config", metavar="JSON", help="DeepSpeed JSON (default: the recipe's deepspeed section)")
+    add(
+        "--deepspeed_config",
+        metavar="JSON|NAME",
+        help="DeepSpeed JSON, or the name of a shipped one, such as zero2 (default: the recipe's deepspeed section)",
+    )
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
     add("--model", metavar="NAME", help="model.name, such as L-E16 or Dense-L (default: the recipe's)")
     add("--pool", choices=("rank", "ep", "world"), help="routing.pool (default: the recipe's)")
@@ -66,7 +70,9 @@ def plan_command(args: argparse.Namespace) -> None:
     elif config.deepspeed:
         raw, source = config.deepspeed, f"{args.config}: deepspeed"
     else:
-        raise ConfigError(f"{args.config}: the recipe has no deepspeed section; pass --deepspeed_config JSON.")
+        raise ConfigError(
+            f"{args.config}: the recipe has no deepspeed section; pass --deepspeed_config, such as zero2."
+        )
 
     # imported lazily so that typos fail fast
     from diffmoe_ds.distributed.quiet import quiet_deepspeed

@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   diffmoe train
   diffmoe train --set routing.kind=expert_choice --set run.total_images=10_000 --run-dir runs/ec
   diffmoe train --dry-run --json
-  torchrun --nproc_per_node 2 diffmoe_ds/train.py --set objective.kind=ddpm --run-dir runs/ddpm
-  deepspeed --num_nodes 4 diffmoe_ds/train.py --deepspeed_config ds_configs/zero2.json
+  torchrun --nproc_per_node 2 -m diffmoe_ds.train --set objective.kind=ddpm --run-dir runs/ddpm
+  deepspeed --num_nodes 4 --module diffmoe_ds.train --deepspeed_config zero2
 """
 
 
@@ -25,8 +25,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=nonempty, metavar="RECIPE", help="packaged recipe or YAML file (default: %(default)s)")
     parser.set_defaults(config=DEFAULT_RECIPE)
-    text = "DeepSpeed JSON (default: the recipe's deepspeed section)"
-    add("--deepspeed_config", type=nonempty, metavar="JSON", help=text)
+    text = "DeepSpeed JSON, or the name of a shipped one, such as zero2 (default: the recipe's deepspeed section)"
+    add("--deepspeed_config", type=nonempty, metavar="JSON|NAME", help=text)
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
     add("--run-dir", type=nonempty_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     add(
@@ -34,12 +34,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="resume from the newest checkpoint of the run directory, start from scratch, or resume from PATH "
         "(default: %(default)s)",
     )  # fmt: skip
-    add("--dry-run", action="store_true", help="check everything, print the banner and exit; writes nothing")
+    text = "check everything, print the banner and an estimate of the memory, and exit; writes nothing"
+    add("--dry-run", action="store_true", help=text)
+    text = "with --dry-run: also read all images of the run, and name those that cannot be read"
+    add("--thorough", action="store_true", help=text)
     add(
         "--json", action="store_true",
         help="with --dry-run: print one JSON object instead, with run_dir, checkpoint (path and images, or null), "
         "total_images, complete, world, ep_size, zero_stage, bf16, global_batch, micro_batch, accumulation, "
-        "dataset_images, params_total, params_activated, notes and warnings",
+        "dataset_images, params_total, params_activated, notes and warnings; memory_per_rank_gb, memory_parts_gb, "
+        "memory_peak_phase, device, device_gb, fits; with --thorough: unreadable and unreadable_allowed",
     )  # fmt: skip
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
 
@@ -51,12 +55,14 @@ def train_command(args: argparse.Namespace) -> None:
         DiffMoEError: see `resolve_plan`, `session.join` and `loop.train`. Before the ranks join, errors of a
             single rank are reported through the rendezvous.
     """
-    if args.json and not args.dry_run:
-        raise ConfigError("--json needs --dry-run.")
+    for name in ("json", "thorough"):
+        if getattr(args, name) and not args.dry_run:
+            raise ConfigError(f"--{name} needs --dry-run.")
     launch = resolve_launch()
     plan = _resolve(args, launch)
     if args.dry_run:
-        _print_plan(plan, args.json)
+        if plan.is_main:
+            _dry_run(plan, args.json, args.thorough)
         return
 
     # imported lazily so that typos fail fast: these load DeepSpeed
@@ -82,11 +88,24 @@ def _resolve(args: argparse.Namespace, launch: Launch) -> TrainPlan:
         raise
 
 
-def _print_plan(plan: TrainPlan, as_json: bool) -> None:
-    if not plan.is_main:
-        return
+def _dry_run(plan: TrainPlan, as_json: bool, thorough: bool) -> None:
+    """Print the plan, the memory that it needs and, if asked, whether its images can be read."""
     from diffmoe_ds.planning.traffic import assumed_hosts
-    from diffmoe_ds.training.banner import banner, summary
+    from diffmoe_ds.training.banner import aligned, banner, summary
+    from diffmoe_ds.training.dry_run import estimate_memory, read_all_images
 
     hosts = assumed_hosts(plan.launch.world, plan.launch.local_world)
-    print(json.dumps(summary(plan, hosts)) if as_json else banner(plan, hosts), flush=True)
+    memory = estimate_memory(plan)
+    if not as_json:
+        print(f"{banner(plan, hosts)}\n{aligned(memory.lines())}", flush=True)
+    sets = read_all_images(plan) if thorough else []
+    if as_json:
+        unreadable = {each.key: each.problems for each in sets}
+        allowed = {each.key: each.allowed for each in sets}
+        read = {"unreadable": unreadable, "unreadable_allowed": allowed} if thorough else {}
+        print(json.dumps({**summary(plan, hosts), **memory.summary(), **read}), flush=True)
+    for each in sets:
+        if not as_json:
+            print(aligned(each.lines()), flush=True)
+    for each in sets:
+        each.check()

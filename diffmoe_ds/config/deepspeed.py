@@ -18,7 +18,9 @@ from typing import Any
 from diffmoe_ds.config import deepspeed_sections as sections
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.deepspeed_optimizer import resolve_optimizer
+from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.config.shipped import deepspeed_json_path, shipped_jsons
 from diffmoe_ds.errors import ConfigError
 
 
@@ -62,8 +64,11 @@ class DeepSpeedSettings:
 def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file; duplicate keys and NaN are errors.
 
+    Args:
+        path: the file, or the name of a shipped one, such as ``zero2``.
+
     Raises:
-        ConfigError: the file cannot be read or is invalid.
+        ConfigError: the file does not exist, cannot be read or is invalid.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -77,8 +82,16 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {name} is not a JSON number.")
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = deepspeed_json_path(path).read_text(encoding="utf-8")
         tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except FileNotFoundError as error:
+        names = shipped_jsons()
+        if Path(path).name == str(path) and not Path(path).suffix:
+            raise ConfigError(f"{unknown('--deepspeed_config', path, names)} It can also be a path.") from None
+        raise ConfigError(
+            f"--deepspeed_config {path}: cannot be read: {error.strerror}; files that come with the package have "
+            f"names: {', '.join(names)}."
+        ) from None
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read: {error.strerror}.") from None
     except ConfigError:

@@ -65,7 +65,10 @@ def _find(what: str, recipe: str, path: Path) -> Path:
         return known[recipe]
     if path.is_file():
         return path
-    raise ConfigError(f"{unknown(what, recipe, known)} It can also be the path of a YAML file.")
+    raise ConfigError(
+        f"{unknown(what, recipe, known)} It can also be the path of a YAML file; `diffmoe init IMAGES` writes one that "
+        "fits your images."
+    )
 
 
 def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:

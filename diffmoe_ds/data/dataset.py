@@ -13,10 +13,17 @@ from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.folder import ImageFolder, Source, images_below
 from diffmoe_ds.data.sources.index_files import refuse_unfinished
 from diffmoe_ds.data.sources.raw import RawImages
+from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import expand, is_shard
 from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.rng import training_draws
+
+PREPARED_BY = {
+    "emoji": "in a checkout, `npm pack emoji-datasource-google@16.0.0` and `python -m examples.emoji.prepare_emoji "
+    "emoji-datasource-google-16.0.0.tgz` make the set of this recipe",
+}
+"""How to make the data of packaged recipes that `diffmoe prepare` alone does not, by ``data.path``."""
 
 
 def open_dataset(config: Config) -> Dataset:
@@ -27,6 +34,7 @@ def open_dataset(config: Config) -> Dataset:
         ConfigError: the settings do not fit the images.
     """
     data, model = config.data, config.model
+    _refuse_missing(config)
     source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
@@ -43,6 +51,25 @@ def open_dataset(config: Config) -> Dataset:
             )
         return RawImages(source, model.input_size * downsampling(settings))
     return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size, model.in_channels)
+
+
+def _refuse_missing(config: Config) -> None:
+    """Raise DataError with the command that makes ``data.path`` if it is a local path that does not exist."""
+    path, model = config.data.path, config.model
+    if path is None or is_url(path) or any(character in path for character in "*?[{"):
+        return
+    if Path(path).expanduser().exists():
+        return
+    if path in PREPARED_BY:
+        remedy = PREPARED_BY[path]
+    elif config.data.vae is None and model.in_channels > 3:
+        size = 8 * model.input_size  # of latents of the Stable Diffusion VAEs
+        remedy = f"`diffmoe prepare latents --images IMAGES --vae VAE --size {size} --out {path}` makes it"
+    else:
+        remedy = (
+            "set it to a folder of images or to shards, or run `diffmoe init IMAGES`, which writes a recipe for them"
+        )
+    raise DataError(f"data.path {path} does not exist; {remedy}")
 
 
 def with_classes(config: Config, dataset: Dataset) -> Config:

@@ -73,6 +73,20 @@ class StepMemory:
         """Peak of the rank's GPU memory."""
         return self.weights + self.master + self.moments + self.ema + self.phase.total
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes of `total` by what they hold."""
+        return {
+            "weights": self.weights,
+            "master_weights": self.master,
+            "adam_moments": self.moments,
+            "ema": self.ema,
+            "gradients": self.phase.gradients,
+            "buckets": self.phase.buckets,
+            "activations": self.phase.activations,
+            "temporary": self.phase.temporary,
+        }
+
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -115,9 +129,9 @@ def step_memory(layout: Layout, passes: Passes) -> StepMemory:
     )
 
 
-def fits_in(memory_bytes: int, needed: int) -> bool:
-    """Return whether a GPU has enough memory, with room for what is not counted."""
-    return needed * FRAGMENTATION + RESERVED_BYTES <= memory_bytes
+def fits_in(memory_bytes: int, needed: int, reserved: int = RESERVED_BYTES) -> bool:
+    """Return whether a device has enough memory, with room for what is not counted."""
+    return needed * FRAGMENTATION + reserved <= memory_bytes
 
 
 def _sizes(layout: Layout) -> _Sizes:

@@ -90,19 +90,9 @@ def _model(layout: Layout) -> dict[str, Any]:
 
 def _memory(layout: Layout, memory: StepMemory, passes: dict[bool, Passes]) -> dict[str, Any]:
     phase = memory.phase
-    parts = {
-        "weights": memory.weights,
-        "master_weights": memory.master,
-        "adam_moments": memory.moments,
-        "ema": memory.ema,
-        "gradients": phase.gradients,
-        "buckets": phase.buckets,
-        "activations": phase.activations,
-        "temporary": phase.temporary,
-    }
     return {
         "memory_per_rank_gb": memory.total / GB,
-        "memory_parts_gb": {name: size / GB for name, size in parts.items()},
+        "memory_parts_gb": {name: size / GB for name, size in memory.parts.items()},
         "memory_peak_phase": phase.name,
         "memory_phases_gb": {p.name: (memory.total - phase.total + p.total) / GB for p in _highest(memory)},
         "activations_gb": passes[False].saved / GB,

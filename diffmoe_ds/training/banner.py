@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -55,6 +56,11 @@ def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
         *(("note", note) for note in settings.notes),
         *(("warning", warning) for warning in _warnings(plan, hosts)),
     ]
+    return aligned(lines)
+
+
+def aligned(lines: Iterable[tuple[str, str]]) -> str:
+    """Return (label, text) as lines of the banner."""
     return "\n".join(f"{name:>11}  {text}" for name, text in lines)
 
 

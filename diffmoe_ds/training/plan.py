@@ -36,7 +36,7 @@ class TrainRequest:
     overrides: list[str]
     """``section.key=value``."""
     deepspeed_json: str | None
-    """DeepSpeed JSON that replaces the recipe's ``deepspeed`` section."""
+    """DeepSpeed JSON, or the name of a shipped one, that replaces the recipe's ``deepspeed`` section."""
     run_dir: Path | None
     """Run directory; ``runs/RECIPE`` if None."""
     resume: str
@@ -160,7 +160,9 @@ def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Co
     """Return the configuration with the effective DeepSpeed section, and the name of its source."""
     if request.deepspeed_json is None:
         if not config.deepspeed:
-            raise ConfigError(f"{request.recipe}: the recipe has no deepspeed section; pass --deepspeed_config JSON.")
+            raise ConfigError(
+                f"{request.recipe}: the recipe has no deepspeed section; pass --deepspeed_config, such as zero2."
+            )
         return config, f"{request.recipe}: deepspeed"
     if any(override.startswith("deepspeed.") for override in request.overrides):
         raise ConfigError(

@@ -81,7 +81,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
-RANKS = "'^[^ ]*python[^ ]* -u [d]iffmoe_ds/train.py'"
+RANKS = "'^[^ ]*python[^ ]* -u (-m )?[d]iffmoe_ds.train'"
 """Pattern of the command lines of ranks; not of the srun that starts them, nor of the shell that searches for them."""
 
 

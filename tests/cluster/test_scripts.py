@@ -32,20 +32,23 @@ def test_every_script_passes_shellcheck():
     assert finished.returncode == 0, finished.stdout
 
 
+@pytest.mark.parametrize("before", (0, 1, 2))
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
-def test_dry_run_prints_the_command_and_documents_every_variable(path: Path):
+def test_dry_run_prints_the_command_and_documents_every_variable(path: Path, before: int):
     """Scripts are short, run from any directory, and pass options on unchanged."""
     variables = {
         "HOSTFILE": "my hosts", "NODES": "3", "NODE_RANK": "1", "PROCESSES": "5", "MASTER_ADDR": "node7",
         "MASTER_PORT": "29999", "PYTHON": "/opt/py thon", "LAUNCHER": "openmpi", "RANKS": "6",
         "LAUNCHER_ARGS": "--a --b", "MPI_OPTIONS": "--mca x y",
     }  # fmt: skip
+    options = ["--set", "data.path=a b"]
+    options.insert(before, "--dry-run")
     finished = subprocess.run(
-        [str(path), "--dry-run", "--set", "data.path=a b"], env=clean_environment(**variables), cwd="/",
+        [str(path), *options], env=clean_environment(**variables), cwd="/",
         capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     words = shlex.split(finished.stdout)
-    assert words[-2:] == ["--set", "data.path=a b"] and "diffmoe_ds/train.py" in words and "/opt/py thon" in words
+    assert words[-2:] == ["--set", "data.path=a b"] and "diffmoe_ds.train" in words and "/opt/py thon" in words
     text = path.read_text()
     assert text.count("\n") < 50
     head = text.partition("set -euo")[0]
@@ -86,12 +89,12 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, silent, stat
     )  # fmt: skip
     script = [str(REPOSITORY / "slurm/train.sbatch"), *resume.split()]
     finished = subprocess.run(
-        ["bash", *script], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", *script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     calls = (tmp_path / "calls").read_text().splitlines()
     assert finished.returncode == 85 and finished.stderr == "", finished.stdout + finished.stderr
     again = "" if resume.endswith("1") else " --resume auto"
-    assert calls[0].endswith(f"train.py {resume}{again}"), "a restart resumes from the checkpoint"
+    assert calls[0].endswith(f"-m diffmoe_ds.train {resume}{again}"), "a restart resumes from the checkpoint"
     assert all("36_1" in call for call in calls[1:]) and any("squeue" in call for call in calls)
     assert (calls[-1] == "scontrol requeue 36_1") == requeued
 

@@ -128,6 +128,8 @@ def parsed_by(words: list[str]) -> tuple[str, list[str]] | None:
             command = {"slurm/sample.sbatch": ["sample"], "slurm/prepare.sbatch": ["prepare"]}.get(word, ["train"])
             assert (ROOT / word).is_file(), text
             return "diffmoe_ds.cli", [*command, *(arg for arg in rest if arg != "...")]
+        if word in ("-m", "--module") and rest and rest[0] == "diffmoe_ds.train":
+            return "diffmoe_ds.cli", ["train", *rest[1:]]
         if word in ("-m", "--module") and rest and rest[0].split(".")[0] in OURS:
             return rest[0], rest[1:]
     return None

@@ -106,7 +106,8 @@ def test_an_unreadable_image_is_named(capsys):
     pictures("photos")
     Path("photos/z.jpg").write_bytes(b"no picture")
     init("photos")
-    assert "image photos/z.jpg cannot be decoded" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "image photos/z.jpg cannot be decoded\n" in printed and "stops if they are more than 1% of all" in printed
 
 
 @pytest.mark.parametrize("gpu_gb", (None, 16.0, 80.0))

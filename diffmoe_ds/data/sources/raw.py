@@ -18,7 +18,7 @@ IMAGES_TOGETHER = 1000
 class RawImages:
     """The images of a source as uint8 [C, size, size], C 1 or 3; implements `reader.Dataset`.
 
-    Reading an invalid image raises `DataError`: training does not skip images.
+    Reading an invalid image raises `DataError`; training replaces up to ``data.max_unreadable`` of them.
     """
 
     latents = None
