@@ -61,15 +61,19 @@ def resolve_start(recipe: Recipe, checkpoint: Path | None = None) -> Start:
     return Start(config, initial, _changes(recipe, inherited))
 
 
-def open_initial(path: str) -> WeightsReader:
-    """Open the model of ``model.init_from``.
+def open_initial(path: str, what: str = "model.init_from") -> WeightsReader:
+    """Open the model to start from.
+
+    Args:
+        path: an exported model, a checkpoint or a run directory.
+        what: the key or the option, for messages.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
     initial = open_weights(Path(path))
     if initial is None:
-        raise CheckpointError(f"model.init_from {path}: not an exported model, a checkpoint or a run directory.")
+        raise CheckpointError(f"{what} {path}: not an exported model, a checkpoint or a run directory.")
     return initial
 
 
