@@ -152,12 +152,10 @@ class Model:
             NonFiniteError: an image contains NaN or Inf.
         """
         settings = SamplingSettings(sampler or make_objective(self.config.objective.kind).samplers[0], steps, cfg_scale)
-        labels = self._labels(classes, _checked(seeds))
+        labels = self._labels(classes, _checked(seeds, batch_size))
         choice = routing or self.config.inference_choices[0]
         with _named_as_arguments():
             settings.check(self.config)
-            if batch_size < 1:
-                raise ConfigError(f"batch_size must be positive, got {batch_size}.")
             if capacity is not None:
                 check_capacity(capacity, choice, self.config)
             self.network.set_inference(choice)
@@ -295,12 +293,14 @@ def fit(
     return load(directory)
 
 
-def _checked(seeds: Sequence[int]) -> int:
+def _checked(seeds: Sequence[int], batch_size: int) -> int:
     """Return the number of seeds.
 
     Raises:
-        ConfigError: they are not seeds.
+        ConfigError: they are not seeds, or the batch size is not positive.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be positive, got {batch_size}.")
     try:
         valid = len(seeds) > 0 and all(0 <= index(seed) < 2**64 for seed in seeds)
     except TypeError:  # a number instead of a list, or fractions
