@@ -17,7 +17,7 @@ INHERITED = {
         "mlp_ratio", "mlp",
     ),
     "routing": ("kind", "num_experts", "capacity", "interleave", "shared_experts", "capacity_predictor"),
-    "objective": ("kind", "flow_time_scale"),
+    "objective": ("kind", "flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift"),
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
 ADAPTABLE = ("num_classes", "label_dropout")
@@ -56,7 +56,7 @@ def resolve_start(recipe: Recipe, checkpoint: Path | None = None) -> Start:
         key, old, new = different
         raise ConfigError(
             f"model.init_from {recipe.init_from}: {key} is {old!r} in that model and {new!r} in this run; omit "
-            f"{_cause(recipe, key, initial.config)} to take it over."
+            f"{_cause(recipe, key, initial.config, config)} to take it over."
         )
     return Start(config, initial, _changes(recipe, inherited))
 
@@ -89,18 +89,16 @@ def _inherited(recipe: Recipe, model: Config) -> dict[str, Any]:
     return found
 
 
-def _cause(recipe: Recipe, key: str, model: Config) -> str:
+def _cause(recipe: Recipe, key: str, saved: Config, wanted: Config) -> str:
     """Return the key that the user must omit; a size may follow from ``model.name``."""
-    if recipe.sets(key):
-        return key
-    values, wanted = config_to_dict(model), recipe.own
+    was, now = config_to_dict(saved), config_to_dict(wanted)
     names = [(section, name) for section, keys in INHERITED.items() for name in keys]
     causes = (
         f"{section}.{name}"
         for section, name in names
-        if recipe.sets(f"{section}.{name}") and wanted[section][name] != values[section][name]
+        if recipe.sets(f"{section}.{name}") and now[section][name] != was[section][name]
     )
-    return next(causes, key)
+    return key if recipe.sets(key) else next(causes, key)
 
 
 def _changes(recipe: Recipe, inherited: dict[str, Any]) -> tuple[str, ...]:
