@@ -78,7 +78,7 @@ def class_grid(images_NHWC: Pixels, classes: Sequence[int], names: Sequence[str]
     grid_HWC = make_grid(images_NHWC, columns)
     scale = max(1, math.ceil(MIN_WIDTH / grid_HWC.shape[1]))
     enlarged = grid_HWC.repeat(scale, 0).repeat(scale, 1)
-    if columns != len(classes):
+    if len(classes) < 2 or columns != len(classes):
         return enlarged
     heads = [names[label] if label < len(names) else str(label) for label in classes[: len(images_NHWC)]]
     return np.concatenate([_heads(heads, enlarged.shape[1]), enlarged])

@@ -46,7 +46,7 @@ def test_long_names_end_with_an_ellipsis():
     assert all((part[:, 0] == 255).all() for part in edges), "names do not touch the next column"
 
 
-@pytest.mark.parametrize(("count", "classes"), ((20, range(17)), (8, (3,)), (5, ())))
+@pytest.mark.parametrize(("count", "classes"), ((20, range(17)), (8, (3,)), (1, (3,)), (5, ())))
 def test_other_grids_have_no_heads(count, classes):
     picture = class_grid(black(count), classes, ["name"] * 17)
     columns = grid_columns(count, len(classes))
