@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import find_class
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_plan import DTYPES, WEIGHTS_NAMES, default_dtype
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
@@ -35,7 +37,7 @@ from diffmoe_ds.distributed import signals
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.sampling.capacity import Calibration, apply, calibrate, check_capacity, unchanged
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
-from diffmoe_ds.sampling.grid import Pixels, make_grid
+from diffmoe_ds.sampling.grid import Pixels, class_grid
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.text import counted
 from diffmoe_ds.topology import Topology
@@ -46,7 +48,7 @@ OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images. Notebooks show them as a grid.
+    """Generated images. Notebooks show them as a grid, with one column per class if the classes repeat.
 
     >>> samples = diffmoe_ds.load("runs/demo").sample(classes=["bag"], seeds=range(2), steps=2)
     >>> samples.images.shape, samples.labels.tolist()
@@ -59,14 +61,24 @@ class Samples:
     """uint8 [N, H, W, C], C 1 or 3."""
     labels: np.ndarray
     """int64 [N]: the class of each image."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class, if the training set had names."""
+
+    def __repr__(self) -> str:
+        """Return one line: interactive sessions would print all pixels."""
+        count, height, width, channels = self.images.shape
+        return f"Samples({counted(count, 'image')}, {height}x{width}x{channels})"
 
     def to_pil(self) -> list[Image.Image]:
         """Return the images as Pillow images, gray or RGB."""
         return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in self.images]
 
     def _repr_png_(self) -> bytes:
-        file = BytesIO()
-        Image.fromarray(make_grid(self.images, min(10, len(self.images)))).save(file, "PNG")
+        file, labels = BytesIO(), self.labels.tolist()
+        classes = list(dict.fromkeys(labels))
+        cycle = all(label == classes[image % len(classes)] for image, label in enumerate(labels))
+        grid = class_grid(self.images, classes if cycle else (), self.class_names or ())
+        Image.fromarray(grid).save(file, "PNG")
         return file.getvalue()
 
 
@@ -97,6 +109,13 @@ class Model:
         H, W], times t [N] and labels y [N]."""
         self._vae = vae
         self._calibrations: dict[object, Calibration] = {}
+
+    def __repr__(self) -> str:
+        model = self.config.model
+        classes = f", {model.num_classes} classes" if model.num_classes > 1 else ""
+        shape = f"{model.input_size}x{model.input_size}x{model.in_channels}"
+        trained = f", trained on {counted(self.trained_images, 'image')}" if self.trained_images else ""
+        return f"Model({model.name}, {shape}{classes}{trained})"
 
     def sample(
         self,
@@ -133,10 +152,10 @@ class Model:
             NonFiniteError: an image contains NaN or Inf.
         """
         settings = SamplingSettings(sampler or make_objective(self.config.objective.kind).samplers[0], steps, cfg_scale)
-        labels = self._labels(classes, len(seeds))
+        labels = self._labels(classes, _checked(seeds, batch_size))
         choice = routing or self.config.inference_choices[0]
         with _named_as_arguments():
-            self._check(settings, seeds, batch_size)
+            settings.check(self.config)
             if capacity is not None:
                 check_capacity(capacity, choice, self.config)
             self.network.set_inference(choice)
@@ -146,14 +165,8 @@ class Model:
             batches = generate_batches(
                 self.network, labels_N, seeds, settings, self._decode, batch_size, lambda done, total: bar.update()
             )
-            return Samples(np.concatenate([pixels for _, pixels in batches]), labels_N.numpy())
-
-    def _check(self, settings: SamplingSettings, seeds: Sequence[int], batch_size: int) -> None:
-        settings.check(self.config)
-        if len(seeds) == 0 or min(seeds) < 0 or max(seeds) >= 2**64:
-            raise ConfigError(f"seeds must be one or more integers from 0 to 2^64 - 1, got {seeds!r}.")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be positive, got {batch_size}.")
+            images = np.concatenate([pixels for _, pixels in batches])
+        return Samples(images, labels_N.numpy(), self.class_names)
 
     def _labels(self, classes: Sequence[int | str] | None, count: int) -> list[int]:
         """Return the label of each image."""
@@ -267,7 +280,7 @@ def fit(
     directory = Path("runs") / Path(recipe).stem if run_dir is None else Path(run_dir)
     args = argparse.Namespace(
         config=str(recipe),
-        overrides=[f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()],
+        overrides=[f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()],
         deepspeed_config=None if deepspeed_config is None else str(deepspeed_config),
         run_dir=directory, resume=resume, dry_run=False, thorough=False, json=False,
     )  # fmt: skip
@@ -279,6 +292,24 @@ def fit(
     finally:
         shutdown()
     return load(directory)
+
+
+def _checked(seeds: Sequence[int], batch_size: int) -> int:
+    """Return the number of seeds.
+
+    Raises:
+        ConfigError: they are not seeds, or the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be positive, got {batch_size}.")
+    try:
+        valid = len(seeds) > 0 and all(0 <= index(seed) < 2**64 for seed in seeds)
+    except TypeError:  # a number instead of a list, or fractions
+        valid = False
+    if not valid:
+        got = short_repr(seeds)
+        raise ConfigError(f"seeds must be one or more integers from 0 to 2^64 - 1, such as range(8), got {got}.")
+    return len(seeds)
 
 
 @contextmanager

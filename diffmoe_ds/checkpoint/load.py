@@ -155,20 +155,28 @@ def best_kind(reader: WeightsReader) -> str:
     return "ema" if "ema" in reader.kinds() else "fp32"
 
 
-def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[str, ...] = ()) -> None:
+def check_same_model(reader: WeightsReader, config: Config) -> None:
     """Check that weights belong to the model of a configuration.
-
-    Args:
-        reader: the weights.
-        config: the run that wants them.
-        except_for: keys of the model that may differ.
 
     Raises:
         CheckpointError: names the first key that differs, and both values.
     """
-    saved, wanted = reader.config, config
+    different = first_difference(reader.config, config)
+    if different is not None:
+        key, old, new = different
+        raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
+
+
+def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """Return the first key in which two models differ, and its value in each; None if weights of one fit the other.
+
+    Args:
+        saved: the one model.
+        wanted: the other one.
+        except_for: keys of the model that may differ.
+    """
     size = vars(saved.size)
-    pairs: list[tuple[str, object, object]] = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
+    pairs: list[tuple[str, Any, Any]] = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
     pairs += [(f"model.{key}", getattr(saved.size, key), getattr(wanted.size, key)) for key in size]
     was, now = config_to_dict(saved), config_to_dict(wanted)
     pairs += [
@@ -180,9 +188,7 @@ def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[st
     if "label_dropout" not in except_for and _has_null(saved) != _has_null(wanted):
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))
-    for key, old, new in pairs:
-        if old != new:
-            raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
 
 
 @torch.no_grad()

@@ -14,13 +14,15 @@ from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.text import counted
 
 if TYPE_CHECKING:
-    from diffmoe_ds.cli.init_recipe import Facts
+    from diffmoe_ds.cli.init_recipe import Facts, Initial
+    from diffmoe_ds.config.schema import Config
     from diffmoe_ds.data.survey import Survey
 
 EXAMPLES = """examples:
   diffmoe init photographs --size 64
   diffmoe init photographs --size 256 --vae sd-vae-ft-ema --out photographs-256.yaml
   diffmoe init 'shards-{000..127}.tar'
+  diffmoe init photographs --init-from runs/pets --out tuned.yaml
 """
 SIZES = (32, 64)
 """Default sizes of pixel models: the largest that the smallest image has, or else the first."""
@@ -37,6 +39,8 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="N", help=text)
     text = "directory or hub ID of an AutoencoderKL: train on its latents instead of pixels"
     add("--vae", type=nonempty, metavar="PATH|HUB_ID", help=text)
+    text = "model to fine-tune: an exported model, a checkpoint or a run directory; sets the size and the channels"
+    add("--init-from", type=nonempty, metavar="PATH", help=text)
     add("--out", type=nonempty_path, metavar="FILE.yaml", help="the recipe (default: the name of IMAGES)")
 
 
@@ -92,8 +96,10 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
     import torch
 
     from diffmoe_ds.cli.init_recipe import Facts
+    from diffmoe_ds.training.fine_tuning import open_initial
 
-    channels, size = _input(args, found)
+    initial = None if args.init_from is None else open_initial(args.init_from, "--init-from")
+    channels, size = _input(args, found) if initial is None else _input_of(args, found, initial.config)
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     local = "://" not in args.images
     return Facts(
@@ -107,7 +113,39 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
         vae=args.vae if args.vae is None or not os.path.isdir(args.vae) else os.path.abspath(args.vae),
         gpu_gb=gpu,
         file=str(out),
+        initial=None if initial is None else _initial(args.init_from, initial.config),
     )
+
+
+def _initial(path: str, config: Config) -> Initial:
+    from diffmoe_ds.cli.init_recipe import Initial
+
+    return Initial(os.path.abspath(path), config.model.name, config.objective.kind, config.model.label_dropout > 0)
+
+
+def _input_of(args: argparse.Namespace, found: Survey, config: Config) -> tuple[int, int]:
+    """Return channels and size of the input of a model to fine-tune.
+
+    Raises:
+        ConfigError: the images or the options do not fit the model.
+    """
+    channels, size = config.model.in_channels, config.model.input_size
+    pixels = size
+    if args.vae is not None:
+        from diffmoe_ds.data.vae import downsampling, vae_settings
+
+        pixels *= downsampling(vae_settings(args.vae))
+    if args.size is not None and args.size != pixels:
+        raise ConfigError(
+            f"--size {args.size}: the model of --init-from {args.init_from} is for {pixels} pixels; omit it."
+        )
+    is_latent = args.vae is not None or found.latent_shape is not None
+    if channels not in (1, 3) and not is_latent:
+        raise ConfigError(
+            f"--init-from {args.init_from}: the model generates latents ({channels} channels); pass --vae, or prepare "
+            "latents with `diffmoe prepare latents`."
+        )
+    return channels, size
 
 
 def _input(args: argparse.Namespace, found: Survey) -> tuple[int, int]:

@@ -9,6 +9,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Initial:
+    """A model to fine-tune, whose architecture the run takes over."""
+
+    path: str
+    """For ``model.init_from``."""
+    name: str
+    """The model's name, such as ``S-E8``."""
+    objective: str
+    """``flow`` or ``ddpm``."""
+    has_guidance: bool
+    """Whether it was trained with label dropout, which guidance requires."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a recipe depends on."""
 
@@ -30,6 +44,8 @@ class Facts:
     """Memory of the GPU; None on a CPU."""
     file: str
     """The recipe's own name, for the commands in its comments."""
+    initial: Initial | None = None
+    """The model to fine-tune."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Scale:
     """A model and how long it trains on a device."""
 
     model: str
+    width: int
+    """Width D of a token."""
     lr: float
     betas: str
     batch: int
@@ -44,16 +62,30 @@ class Scale:
     total: int
     """Images of the run."""
     side: int
-    """Tokens per row and column of an image."""
+    """Tokens per row and column of an image, at least."""
     workers: int
     """Processes that read images."""
     why: str
     """Comment on the model."""
 
 
-CPU = Scale("tiny-E8", 2e-3, "[0.9, 0.99]", 32, 60_000, 8, 1, "for a CPU; use S-E8 or larger on a GPU")
-SMALL_GPU = Scale("S-E8", 3e-4, "[0.9, 0.99]", 256, 4_000_000, 16, 8, "for one GPU; B-E8 learns more, more slowly")
-LARGE_GPU = Scale("B-E8", 2e-4, "[0.9, 0.99]", 256, 10_000_000, 16, 8, "for a large GPU; S-E8 is three times as fast")
+# Small batches: in a short run, the number of steps matters more than the noise of the gradient.
+CPU = Scale("tiny-E8", 256, 1e-3, "[0.9, 0.99]", 8, 30_000, 8, 1, "for a CPU; use S-E8 or larger on a GPU")
+SMALL_GPU = Scale("S-E8", 384, 3e-4, "[0.9, 0.99]", 256, 4_000_000, 16, 8, "for one GPU; B-E8 learns more, more slowly")
+LARGE_GPU = Scale(
+    "B-E8", 768, 2e-4, "[0.9, 0.99]", 256, 10_000_000, 16, 8, "for a large GPU; S-E8 is three times as fast"
+)
+PATCH_SHARE = 0.75
+"""Largest number of values in a patch, as a share of the width: narrower tokens cannot carry the noise that the network
+predicts, and images stay noisy."""
+SLOW_TOKENS = 576
+"""Tokens per image above which training on pixels is a bad choice."""
+MAX_PASSES = 1_000
+"""Passes over a small set after which more training only copies it."""
+MIN_IMAGES = 100_000
+"""Images that a GPU trains on, however small the set is."""
+FINE_TUNING = 0.3
+"""Learning rate of fine-tuning, relative to that of training from scratch."""
 DEEPSPEED = """\
 deepspeed:
   train_batch_size: BATCH
@@ -73,53 +105,87 @@ LARGE_GB = 40
 def draft(facts: Facts) -> str:
     """Return the recipe as YAML with comments."""
     scale = CPU if facts.gpu_gb is None else (SMALL_GPU if facts.gpu_gb < LARGE_GB else LARGE_GPU)
-    steps = math.ceil(scale.total / scale.batch)
-    epochs = scale.total / facts.num_images
+    total = min(scale.total, max(MAX_PASSES * facts.num_images, MIN_IMAGES))
+    steps = math.ceil(total / scale.batch)
     columns = min(facts.num_classes, 8)
     grid = 4 * columns if facts.num_classes > 1 else 16
-    classes = f"  # {_names(facts.class_names)}" if facts.class_names else ""
     vae = f"  vae: {_text(facts.vae)}  # encodes the images during training\n" if facts.vae else ""
-    kind = {1: "grayscale", 3: "color"}.get(facts.channels, "latents")
+    sampler = "  sampler: ddim\n" if facts.initial and facts.initial.objective == "ddpm" else ""
     return f"""\
 # {facts.title}
 #   diffmoe train --config {facts.file}
 #   diffmoe sample --checkpoint runs/{facts.file.removesuffix(".yaml")} --cfg-scale {_guidance(facts)} --out samples
 # `diffmoe config SECTION.KEY` explains a key.
-model:
-  name: {scale.model}  # {scale.why}
-  input_size: {facts.size}  # height and width
-  in_channels: {facts.channels}  # {kind}
-  patch_size: {max(1, facts.size // scale.side)}  # {min(facts.size, scale.side) ** 2} tokens per image
-  num_classes: {facts.num_classes}{classes}
-  mlp_ratio: 2.0
-objective:
-  flow_time_scale: 1000
-data:
+{_model(facts, scale)}data:
   path: {_text(facts.path)}
 {vae}  horizontal_flip: true  # false if mirrored images would be wrong, such as letters
   num_workers: {scale.workers}
 optimizer:
-  lr: {scale.lr:.1e}
+  lr: {scale.lr * (FINE_TUNING if facts.initial else 1):.1e}
   betas: {scale.betas}
-  warmup_images: {_rounded(scale.total / 50):_}
+  warmup_images: {_rounded(total / 50):_}
   schedule: cosine
 ema:
   decay: {_decay(steps)}  # averages over the last twentieth of the run
 run:
-  total_images: {scale.total:_}  # {epochs:,.0f} passes over the images; with more, the model copies small sets
-  log_every_images: {_rounded(scale.total / 30):_}
-  sample_every_images: {_rounded(scale.total / 6):_}
-  save_every_images: {_rounded(scale.total / 6):_}
+  total_images: {total:_}  # {_passes(total, facts.num_images)}
+  log_every_images: {_rounded(total / 30):_}
+  sample_every_images: {_rounded(total / 6):_}
+  save_every_images: {_rounded(total / 6):_}
 sample:
   num_images: {grid}
   steps: 25
-  cfg_scale: {_guidance(facts)}
+{sampler}  cfg_scale: {_guidance(facts)}
 """ + DEEPSPEED.replace("BATCH", str(scale.batch))
+
+
+def _model(facts: Facts, scale: Scale) -> str:
+    """Return the sections that describe the model."""
+    classes = f"  # {_names(facts.class_names)}" if facts.class_names else ""
+    kind = {1: "grayscale", 3: "color"}.get(facts.channels, "latents")
+    if facts.initial is not None:
+        what = f"{facts.initial.name}, {facts.size}x{facts.size}, {kind}"
+        return f"""\
+model:
+  init_from: {_text(facts.initial.path)}  # weights and architecture: {what}
+  num_classes: {facts.num_classes}{classes}
+"""
+    patch = _patch(facts.size, facts.channels, scale)
+    tokens = (facts.size // patch) ** 2
+    slow = "" if tokens <= SLOW_TOKENS else ", which is slow; for large images, use --vae"
+    width = f"  hidden_size: {scale.width}\n" if scale is CPU else ""  # the others are those of the name
+    return f"""\
+model:
+  name: {scale.model}  # {scale.why}
+{width}  input_size: {facts.size}  # height and width
+  in_channels: {facts.channels}  # {kind}
+  patch_size: {patch}  # {tokens} tokens per image{slow}
+  num_classes: {facts.num_classes}{classes}
+  mlp_ratio: 2.0
+objective:
+  flow_time_scale: 1000
+  time_distribution: logit_normal
+  time_mean: 0.4  # more noise, at which the layout of an image is decided
+"""
+
+
+def _patch(size: int, channels: int, scale: Scale) -> int:
+    """Return the largest patch that divides an image into enough tokens and fits into a token."""
+    limit = min(size / scale.side, math.sqrt(PATCH_SHARE * scale.width / channels))
+    return max(patch for patch in range(1, size + 1) if size % patch == 0 and patch <= max(1, limit))
+
+
+def _passes(total: int, images: int) -> str:
+    """Return a comment on the length of the run."""
+    passes = total / images
+    more = "with more, the model copies small sets" if passes > 100 else "more give better images"
+    return f"{passes:,.{0 if passes >= 10 else 1}f} passes over the images; {more}"
 
 
 def _guidance(facts: Facts) -> float:
     """Return the guidance scale of samples; without classes, there is nothing to guide to."""
-    return 2.0 if facts.num_classes > 1 else 1.0
+    has_guidance = facts.initial is None or facts.initial.has_guidance
+    return 2.0 if facts.num_classes > 1 and has_guidance else 1.0
 
 
 def _decay(steps: int) -> float:

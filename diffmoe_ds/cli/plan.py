@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
 from diffmoe_ds.config.fields import AUTO_CLASSES
-from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.load import read_recipe
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -62,7 +64,7 @@ def plan_command(args: argparse.Namespace) -> None:
     require_positive(args, "world", "gpus_per_node", *given)
     named = {"model.name": args.model, "routing.pool": args.pool}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
-    config = load_config(args.config, overrides)
+    config = _read_recipe(args.config, overrides)
     if config.model.num_classes == AUTO_CLASSES:  # planning needs no images
         config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     if args.deepspeed_config is not None:
@@ -90,3 +92,13 @@ def plan_command(args: argparse.Namespace) -> None:
     quiet_deepspeed()
     plan = plan_summary(layout, device, args.simulate)
     print(json.dumps(plan) if args.json else plan_table(plan), flush=True)
+
+
+def _read_recipe(name: str, overrides: Sequence[str]) -> Config:
+    """Return the configuration; with ``model.init_from``, the model is that of a run that starts from it."""
+    recipe = read_recipe(name, overrides)
+    if recipe.init_from is None:
+        return recipe.config()
+    from diffmoe_ds.training.fine_tuning import resolve_start
+
+    return resolve_start(recipe).config

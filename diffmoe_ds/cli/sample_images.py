@@ -37,6 +37,8 @@ class ImageSet:
     """The output directory."""
     format: str
     """``npz``, ``png`` or ``both``."""
+    class_names: Sequence[str] = ()
+    """Name of each label; empty if they are unknown."""
 
     def seeds_of(self, images: range) -> range:
         """Return the seeds of images."""
@@ -79,7 +81,7 @@ def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
     if not 0 <= args.seed <= last_seed:
         images = counted(num_images, "image")
         raise ConfigError(f"--seed must be from 0 to {last_seed} with {images}, got {args.seed}.")
-    return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format)
+    return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format, names)
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
-from diffmoe_ds.sampling.grid import Pixels, grid_columns, make_grid, save_png
+from diffmoe_ds.sampling.grid import Pixels, class_grid, save_png
 from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import (
     GRID,
@@ -209,8 +209,8 @@ class ShardedSet:
             if shard.images.start < GRID_IMAGES:
                 shown.append(self.files.read(shard))
         pixels = np.concatenate(shown)[:GRID_IMAGES]
-        columns = grid_columns(len(pixels), len(images.classes) if images.labels == "cycle" else None)
-        save_png(make_grid(pixels, columns), folder / GRID)
+        classes = images.classes if images.labels == "cycle" else ()
+        save_png(class_grid(pixels, classes, images.class_names), folder / GRID)
 
     def _with_bar(self, shards: Sequence[Shard], what: str) -> Iterator[Shard]:
         hidden = self.launch.rank != 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,45 @@ from diffmoe_ds.errors import ConfigError
 DEFAULT_RECIPE = "fashion"
 BASE = "base"
 """Key of a recipe with the name or path of the recipe from which it inherits."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The content of a recipe with its ``base`` and ``--set``, not validated yet."""
+
+    source: str
+    """The recipe's name, for errors."""
+    tree: dict[str, Any]
+    """Sections with their keys."""
+    own: dict[str, Any]
+    """The part that the user has set, in files or with ``--set``: the tree without the packaged recipes."""
+    changed: list[str]
+    """Keys that ``--set`` has set."""
+
+    @property
+    def init_from(self) -> str | None:
+        """The value of ``model.init_from``; None if it is invalid, which `config` reports."""
+        model = self.tree.get("model")
+        found = model.get("init_from") if isinstance(model, dict) else None
+        return found if isinstance(found, str) else None
+
+    def sets(self, key: str) -> bool:
+        """Return whether the user has set a key, ``section.key``."""
+        section, _, name = key.partition(".")
+        values = self.own.get(section)
+        return isinstance(values, dict) and name in values
+
+    def config(self, inherited: Mapping[str, Any] | None = None) -> Config:
+        """Return the validated configuration.
+
+        Args:
+            inherited: sections with values for the keys that the user has not set.
+
+        Raises:
+            ConfigError: unknown file, section or key, wrong type, or values that do not fit together.
+        """
+        tree = _merged(_merged(self.tree, dict(inherited or {})), self.own)
+        return _validated(tree, self.source, self.changed)
 
 
 def recipes() -> dict[str, Path]:
@@ -40,10 +80,21 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: unknown file, section or key, wrong type, or values that do not fit together.
     """
+    return read_recipe(recipe, overrides).config()
+
+
+def read_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and ``--set`` as `load_config` does, without validating the values.
+
+    Raises:
+        ConfigError: a file does not exist or is not YAML, or ``--set`` has the wrong form.
+    """
     recipe = recipe or DEFAULT_RECIPE
-    tree = _read(recipe_path(recipe))
+    tree, own = _read(recipe_path(recipe))
     changed = [_apply(tree, override) for override in overrides]
-    return _validated(tree, recipe, changed)
+    for override in overrides:
+        _apply(own, override)
+    return Recipe(recipe, tree, own, changed)
 
 
 def recipe_path(recipe: str) -> Path:
@@ -71,8 +122,8 @@ def _find(what: str, recipe: str, path: Path) -> Path:
     )
 
 
-def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the content of a recipe, with that of the recipe that it inherits from (``base``).
+def _read(path: Path, heirs: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a recipe over that of its ``base``, and the part of it that is not packaged.
 
     Args:
         path: the file.
@@ -86,16 +137,18 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
+    own = {} if path in recipes().values() else tree
     base = tree.pop(BASE, None)
     if base is None:
-        return tree
+        return _merged({}, tree), _merged({}, own)
     if not isinstance(base, str):
         raise ConfigError(f"{path}: {BASE} must be the name or the path of a recipe, got {base!r}.")
     found = _find(f"{path}: {BASE}", base, path.parent / base)
     line = (*heirs, path)
     if found.resolve() in [heir.resolve() for heir in line]:
         raise ConfigError(f"{path}: {BASE}: {base} inherits from this recipe.")
-    return _merged(_read(found, line), tree)
+    inherited, inherited_own = _read(found, line)
+    return _merged(inherited, tree), _merged(inherited_own, own)
 
 
 def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
@@ -103,8 +156,10 @@ def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in tree.items():
         inherited = base.get(key)
-        if isinstance(inherited, dict) and (value is None or isinstance(value, dict)):
-            value = _merged(inherited, value or {})  # an empty section is null
+        if isinstance(value, dict):
+            value = _merged(inherited if isinstance(inherited, dict) else {}, value)
+        elif value is None and isinstance(inherited, dict):
+            value = inherited  # an empty section is null
         merged[key] = value
     return merged
 

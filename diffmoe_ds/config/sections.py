@@ -43,7 +43,8 @@ class ModelConfig(Section):
     """Model size and number of experts as `SIZE-E<experts>`, such as `S-E16` or `L-E8`; `Dense-L`, the same as `L-E1`,
     has no experts. Sizes: `nano`, `tiny`, `S`, `B`, `L`, `XL`; numbers of experts: 1, 2, 4, 8, 16."""
     init_from: Text | None = None
-    """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning)."""
+    """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning), and its
+    architecture, except for keys that your own recipe or `--set` sets."""
     hidden_size: PositiveInteger | None = None
     """Width D of a token; defaults to that of the named size. Must be divisible by 4 and by `num_heads`."""
     depth: PositiveInteger | None = None

@@ -53,7 +53,7 @@ def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
             f"diffmoe_ds {version('diffmoe_ds')}, deepspeed {version('deepspeed')}, torch {version('torch')}, "
             f"python {platform.python_version()} on {sys.platform}",
         ),
-        *(("note", note) for note in settings.notes),
+        *(("note", note) for note in _notes(plan)),
         *(("warning", warning) for warning in _warnings(plan, hosts)),
     ]
     return aligned(lines)
@@ -94,7 +94,7 @@ def summary(plan: TrainPlan, hosts: tuple[str, ...]) -> dict[str, Any]:
         "dataset_images": len(plan.dataset),
         "params_total": counts.total,
         "params_activated": counts.activated,
-        "notes": list(settings.notes),
+        "notes": _notes(plan),
         "warnings": _warnings(plan, hosts),
     }
 
@@ -173,6 +173,13 @@ def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
     if config.metrics:
         text += f"; {', '.join(config.metrics)} of {config.metric_images:,} images by {config.extractor}"
     return [("validation", text)]
+
+
+def _notes(plan: TrainPlan) -> list[str]:
+    notes = list(plan.settings.notes)
+    if plan.reader is None and plan.inherited:
+        notes.append(f"from model.init_from {plan.config.model.init_from}: {', '.join(plan.inherited)}")
+    return notes
 
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
-from diffmoe_ds.config.load import config_to_dict, load_config
+from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch, local_device
 from diffmoe_ds.errors import CheckpointError, ConfigError
@@ -67,6 +67,8 @@ class TrainPlan:
     """The first choice whose files are all present; None for a new run."""
     initial: WeightsReader | None = None
     """The model of ``model.init_from``, for a new run only."""
+    inherited: tuple[str, ...] = ()
+    """What a new run takes over from `initial`, as ``section.key value``."""
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +106,11 @@ class TrainPlan:
         choices = resume_choices(self.resume, self.directory)
         path = _first_complete(choices)
         reader = None if path is None else open_checkpoint(path, self.config)
-        initial = _open_initial_weights(self.config) if reader is None else None
+        initial, name = self.initial if reader is None else None, self.config.model.init_from
+        if reader is None and initial is None and name is not None:  # the checkpoint is gone
+            from diffmoe_ds.training.fine_tuning import open_initial
+
+            initial = open_initial(name)
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
     def with_checkpoint(self, path: Path | None) -> TrainPlan:
@@ -126,7 +132,8 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         CheckpointError: the checkpoint to resume from is missing, damaged or does not match the model.
         DataError: the dataset is missing or damaged.
     """
-    config = load_config(request.recipe, request.overrides)
+    directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    config, initial, inherited = _read_recipe(request, directory)
     config, source = _choose_deepspeed_section(config, request)
 
     # Everything below needs torch or DeepSpeed.
@@ -143,17 +150,28 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
         device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
-    directory = request.run_dir or Path("runs") / Path(request.recipe).stem
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
     check_adaptive_previews(config, settings.ep_size, launch.world)
     pool_rows(config, settings, launch.world)
     held_out = open_held_out(config, local_device(launch))
-    plan = TrainPlan(launch, config, settings, directory, request.resume, dataset, held_out).with_start()
+    plan = TrainPlan(
+        launch, config, settings, directory, request.resume, dataset, held_out, initial=initial, inherited=inherited
+    ).with_start()
     if plan.reader is None:  # a run that began with more classes may continue
         check_classes(config, dataset)
     check_first_image(config, dataset)
     return plan
+
+
+def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
+    """Return the configuration, and the model of ``model.init_from`` with what a new run takes over from it."""
+    recipe = read_recipe(request.recipe, request.overrides)
+    if recipe.init_from is None:
+        return recipe.config(), None, ()
+    from diffmoe_ds.training.fine_tuning import resolve_start
+
+    return resolve_start(recipe, _first_complete(resume_choices(request.resume, directory)))
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
@@ -272,19 +290,3 @@ def _first_complete(choices: list[Path]) -> Path | None:
             check_sizes(path)
             return path
     return None
-
-
-def _open_initial_weights(config: Config) -> WeightsReader | None:
-    """Open the model of ``model.init_from``."""
-    from diffmoe_ds.checkpoint.export import open_weights
-    from diffmoe_ds.checkpoint.load import check_same_model
-
-    if config.model.init_from is None:
-        return None
-    reader: Any = open_weights(Path(config.model.init_from))
-    if reader is None:
-        raise CheckpointError(
-            f"model.init_from {config.model.init_from}: not an exported model, a checkpoint or a run directory."
-        )
-    check_same_model(reader, config, except_for=("num_classes", "label_dropout"))
-    return reader  # type: ignore[no-any-return]

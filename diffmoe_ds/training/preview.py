@@ -8,7 +8,7 @@ import torch
 from diffmoe_ds.distributed.collectives import all_gather
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, share_of_rank
-from diffmoe_ds.sampling.grid import grid_columns, make_grid, to_uint8
+from diffmoe_ds.sampling.grid import class_grid, to_uint8
 from diffmoe_ds.sampling.labels import cycle_labels
 from diffmoe_ds.training.averaged import averaged_model
 from diffmoe_ds.training.setup import Run
@@ -33,5 +33,4 @@ class Preview:
         every = all_gather(images)
         if not run.is_main:
             return None
-        pixels = to_uint8(torch.cat(every))
-        return make_grid(pixels, grid_columns(len(pixels), run.config.model.num_classes))
+        return class_grid(to_uint8(torch.cat(every)), range(run.config.model.num_classes), run.class_names or ())

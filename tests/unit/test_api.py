@@ -8,9 +8,12 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import diffmoe_ds
 from diffmoe_ds import api
@@ -64,13 +67,26 @@ def test_the_images_are_those_of_the_command(demo, arguments, options):
     assert samples._repr_png_().startswith(b"\x89PNG") and samples.to_pil()[0].mode == "L"
 
 
+def test_what_sessions_print_and_show(demo):
+    model = diffmoe_ds.load(demo)
+    assert repr(model) == "Model(nano-E4, 32x32x1, 10 classes, trained on 96 images)"
+    samples = model.sample(classes=["Bag", 3], seeds=range(4), steps=1)
+    assert repr(samples) == "Samples(4 images, 32x32x1)"
+    for shown, columns in ((samples, 2), (replace(samples, labels=samples.labels[[0, 0, 0, 1]]), 2)):
+        with Image.open(BytesIO(shown._repr_png_())) as picture:
+            assert picture.width % (34 * columns + 2) == 0
+            assert (picture.height > picture.width) == (shown is samples), "names above the columns of classes"
+
+
 def test_mistakes_are_named(demo):
     model = diffmoe_ds.load(demo)
     for arguments, message in (
         ({"classes": ["Bga"]}, "classes: 'Bga' is not known; did you mean 'bag'?"),
         ({"classes": [10]}, "classes must be from 0 to 9 for this model, got 10"),
         ({"classes": "Bag"}, "classes must be a list of labels or names, got 'Bag'"),
-        ({"seeds": []}, "seeds must be one or more integers from 0 to 2^64 - 1, got []"),
+        ({"seeds": []}, "seeds must be one or more integers from 0 to 2^64 - 1, such as range(8), got []"),
+        ({"seeds": 8}, "got 8"),
+        ({"seeds": [0.5]}, "got [0.5]"),
         ({"seeds": [-1]}, "got [-1]"),
         ({"steps": 0}, "steps must be a positive integer for the sampler euler, got 0"),
         ({"sampler": "ddim"}, "sampler"),

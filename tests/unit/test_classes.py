@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffmoe_ds.checkpoint.export import open_weights
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import config_to_dict, load_config
 from diffmoe_ds.data.dataset import check_classes, open_dataset, with_classes
@@ -61,3 +62,29 @@ def test_a_plan_without_images_assumes_those_of_imagenet(tmp_path, capsys):
         assert main(["plan", "--config", recipe, "--json"]) == 0
         found.append(capsys.readouterr().out)
     assert found[0] == found[1]
+
+
+def test_names_travel_from_prepare_to_the_report(tmp_path, monkeypatch):
+    """Through shards, checkpoint and export, to the names of `--classes`, the grids and the report."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "wild boar"):
+        Path("photos", name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (32, 32), 60 * number).save(Path("photos", name, f"{number}.png"))
+    assert main(["prepare", "images", "--images", "photos", "--size", "32", "--out", "shards"]) == 0
+    overrides = ("data.path=shards", "model.num_classes=auto", "model.in_channels=3", "run.total_images=16")
+    preview = ("run.sample_every_images=16", "sample.num_images=4", "sample.steps=1")
+    assert main(["train", *training_arguments(None, "run", *overrides, *preview, "deepspeed.train_batch_size=16")]) == 0
+    assert main(["checkpoint", "export", "run", "--out", "exported"]) == 0
+    sample = ["--num-images", "4", "--steps", "1", "--classes", "wild boar,cat"]
+    for path in ("run", "exported"):
+        reader = open_weights(Path(path))
+        assert reader is not None and reader.class_names == ("cat", "wild boar")
+        assert main(["sample", "--checkpoint", path, *sample, "--out", f"{path}-samples"]) == 0
+    grids = [*Path("run/samples").glob("*.png"), Path("run-samples/grid.png"), Path("exported-samples/grid.png")]
+    assert len(grids) == 3
+    for path in grids:
+        with Image.open(path) as grid:
+            assert grid.height > grid.width, "two rows of two images, and the names"
+    assert main(["report", "run", "--out", "report", "--steps", "1", "--images", "4"]) == 0
+    assert "wild boar" in Path("report/report.html").read_text()

@@ -1,14 +1,57 @@
-"""Image grids: their shape."""
+"""Image grids: their shape, and the heads of the columns."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from diffmoe_ds.sampling.grid import grid_columns
+from diffmoe_ds.sampling.grid import class_grid, grid_columns
 
 
 @pytest.mark.parametrize(
-    ("images", "classes", "columns"), ((20, 10, 10), (12, 1, 4), (12, None, 4), (20, 17, 5), (9, 2, 2), (32, 16, 16))
+    ("images", "classes", "columns"), ((20, 10, 10), (12, 1, 4), (12, 0, 4), (20, 17, 5), (9, 2, 2), (32, 16, 16))
 )
 def test_a_column_for_each_class_or_a_square(images, classes, columns):
     assert grid_columns(images, classes) == columns
+
+
+def black(count: int) -> np.ndarray:
+    return np.zeros((count, 32, 32, 1), np.uint8)
+
+
+def ink(picture_HWC: np.ndarray, columns: int) -> list[int]:
+    """The dark pixels in the head of each column; an image starts where a column has a long dark line."""
+    first = int(np.flatnonzero((picture_HWC[..., 0] == 0).mean(1) > 0.5)[0])
+    return [int((part < 128).any(2).sum()) for part in np.array_split(picture_HWC[:first], columns, axis=1)]
+
+
+def test_columns_of_classes_have_heads():
+    """Names are inside their column; classes without a name have their label."""
+    plain = class_grid(black(4), ())
+    assert plain.shape == (9 * 70, 9 * 70, 3), "a square without heads, 600 pixels or more"
+    named = class_grid(black(6), (0, 2, 1), ("cat", "i", "a rather large animal from the south of the north"))
+    assert named.shape[1] == 6 * 104 and named.shape[0] > 6 * 70
+    cat, animal, short = ink(named, 3)
+    assert animal > cat > short > 0, "in the order of the classes"
+    assert all(ink(class_grid(black(3), (0, 1, 2)), 3)), "labels"
+    assert ink(class_grid(black(4), (0, 1), ("1", "")), 2)[1] == 0, "an empty name"
+
+
+def test_long_names_end_with_an_ellipsis():
+    long, cut = "wild boar of the Carpathian mountains, asleep" * 3, 100
+    both = [class_grid(black(10), range(10), [name] * 10) for name in (long, long[:cut])]
+    assert np.array_equal(*both), "what is beyond the column does not matter"
+    assert all(ink(both[0], 10))
+    edges = np.array_split(both[0][:18], 10, axis=1)
+    assert all((part[:, 0] == 255).all() for part in edges), "names do not touch the next column"
+
+
+@pytest.mark.parametrize(("count", "classes"), ((20, range(17)), (8, (3,)), (1, (3,)), (5, ())))
+def test_other_grids_have_no_heads(count, classes):
+    picture = class_grid(black(count), classes, ["name"] * 17)
+    columns = grid_columns(count, len(classes))
+    assert picture.shape[0] == picture.shape[1] * (-(-count // columns) * 34 + 2) // (columns * 34 + 2)
+
+
+def test_fewer_images_than_classes():
+    assert class_grid(black(3), range(10), [str(label) for label in range(10)]).shape[1] == 6 * 104

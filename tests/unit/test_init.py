@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffmoe_ds.cli import main
-from diffmoe_ds.cli.init_recipe import Facts, draft
+from diffmoe_ds.cli.init_recipe import Facts, Initial, draft
 from diffmoe_ds.config.load import load_config
 from tests.helpers.data import numbered_shard, tiny_vae
 
@@ -119,5 +119,44 @@ def test_every_draft_is_a_valid_recipe(gpu_gb, channels, size, images, classes):
     Path("r.yaml").write_text(draft(facts))
     config = load_config("r.yaml")
     assert config.data.path == "da ta/{0..3}.tar" and config.model.num_classes == classes
-    assert config.tokens_per_image == (64 if gpu_gb is None else 256) and config.ema.initial_share(10_000) < 0.01
+    tokens = 1024 if (size, channels) == (256, 3) else 64 if gpu_gb is None else 256
+    assert config.tokens_per_image == tokens and config.ema.initial_share(10_000) < 0.01
     assert 0 < config.run.save_every_images < config.run.total_images
+
+
+def test_a_model_to_fine_tune(run_directory, capsys):
+    """The recipe leaves the architecture to the model; images are converted to its size and channels."""
+    pictures("pets/cat")
+    pictures("pets/dog")
+    init("pets", "--init-from", str(run_directory), "--out", "tuned.yaml")
+    text = Path("tuned.yaml").read_text()
+    assert "# weights and architecture: nano-E4, 32x32, grayscale" in text and "flow_time_scale" not in text
+    assert load_config("tuned.yaml").optimizer.lr < 1e-3
+    short = ["run.total_images=16", "deepspeed.train_batch_size=16", "sample.steps=1"]
+    assert main(["train", "--config", "tuned.yaml", "--set", *short]) == 0
+    assert "starting from the weights of" in capsys.readouterr().out
+    init("pets", "--init-from", str(run_directory), "--size", "64", "--out", "no.yaml", code=2)
+    assert "--size 64: the model of --init-from" in capsys.readouterr().err
+    init("pets", "--init-from", "nowhere", "--out", "no.yaml", code=5)
+    assert "--init-from nowhere: not an exported model" in capsys.readouterr().err and not Path("no.yaml").exists()
+
+
+@pytest.mark.parametrize("initial", (None, Initial("runs/ddpm", "S-E8", "ddpm", False)))
+@pytest.mark.parametrize("gpu_gb", (None, 16, 80))
+@pytest.mark.parametrize(("size", "channels"), ((32, 1), (32, 3), (56, 3), (64, 3), (128, 3), (256, 3), (32, 4)))
+def test_a_token_can_carry_its_patch(gpu_gb, size, channels, initial):
+    """Narrower ones cannot predict the noise: images of 8x8 color patches at width 96 stayed noise."""
+    facts = Facts(
+        path="images", title="images", num_images=200, num_classes=3, class_names=(), channels=channels, size=size,
+        vae=None, gpu_gb=gpu_gb, file="r.yaml", initial=initial,
+    )  # fmt: skip
+    Path("r.yaml").write_text(draft(facts))
+    config = load_config("r.yaml")
+    if initial is None:
+        model = config.model
+        assert model.patch_size**2 * channels <= 0.75 * config.size.hidden_size
+        assert model.input_size // model.patch_size >= (8 if gpu_gb is None else 16)
+        assert config.tokens_per_image <= 1024
+    else:
+        assert config.sample.cfg_scale == 1 and config.sample.sampler == "ddim", "no label dropout, no guidance"
+    assert config.run.total_images == (30_000 if gpu_gb is None else 200_000), "a small set is not copied for hours"
