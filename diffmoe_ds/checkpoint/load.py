@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import BUFFER, parse_key, rank_file
 from diffmoe_ds.checkpoint.metadata import read_metadata
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
@@ -183,6 +184,24 @@ def check_same_model(reader: WeightsReader, config: Config, except_for: tuple[st
     for key, old, new in pairs:
         if old != new:
             raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
+
+
+def check_same_moments(reader: CheckpointReader, optimizer: str) -> None:
+    """Check that a run can continue with the moments of a checkpoint; those of Adam and AdamW are the same.
+
+    Args:
+        reader: the checkpoint.
+        optimizer: type of the optimizer that wants them.
+
+    Raises:
+        CheckpointError: names both optimizers.
+    """
+    saved = reader.metadata.optimizer
+    if MOMENTS[saved] != MOMENTS[optimizer]:
+        raise CheckpointError(
+            f"{reader.path}: has the moments of {saved}, but optimizer.type is {optimizer}; set {saved}, or start a "
+            "new run from its weights with model.init_from."
+        )
 
 
 @torch.no_grad()
