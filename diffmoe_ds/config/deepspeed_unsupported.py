@@ -34,6 +34,7 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
         "prescale_gradients": 'use "communication_data_type": "fp32"',
         "progressive_layer_drop": "",
         "seq_parallel_communication_data_type": "sequences are not split; see communication_data_type",
+        "quantize_training": "weights are neither quantized nor pruned",
         "sequence_parallel_size": "sequences are not split; use activation checkpointing for long ones",
         "sparse_attention": "attention is dense",
         "sparse_gradients": "gradients are dense",
