@@ -210,11 +210,11 @@ def _problems(tree: dict[str, Any], keys: dict[str, Any], section: str) -> Itera
 
 def _schedule_problems(section: Any) -> Iterator[str]:
     """Yield a sentence for each problem of the scheduler section that depends on its type."""
-    if not isinstance(section, dict):
+    if not isinstance(section, dict) or not isinstance(section.get("type", ""), str):
         return  # absent, or reported already
     kind, params = section.get("type"), section.get("params", {})
-    if kind == AUTO:
-        yield f'scheduler.type must be one of {", ".join(SCHEDULES)}, got "auto".'
+    if kind in (None, AUTO):
+        yield f"scheduler.type must be one of {', '.join(SCHEDULES)}, got {'nothing' if kind is None else kind!r}."
     elif kind not in SCHEDULES:
         yield unknown("scheduler.type", kind, SCHEDULES)
     elif isinstance(params, dict):

@@ -100,6 +100,26 @@ def test_every_layout_resumes_from_every_other(train_tiny, tmp_path, pairs):
         assert_same(moved, straight)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_torchs_and_deepspeeds_adam_continue_each_other(train_tiny, tmp_path):
+    """On other layouts, too: both keep the same moments and step count."""
+    pytest.importorskip("deepspeed.ops.op_builder").CPUAdamBuilder().load()  # compiles for minutes, once
+
+    def settings(torch_adam: bool, zero: int) -> dict:
+        offload = {"stage": zero, "offload_optimizer": {"device": "cpu"}}
+        optimizer = {"type": "AdamW", "params": {"torch_adam": torch_adam}}
+        return {"optimizer": optimizer, "zero_optimization": offload, "zero_force_ds_cpu_optimizer": False}
+
+    straight = train_tiny(1, 1, 1, "run.total_images=96", **settings(True, 1))
+    for first, before, after in ((True, (2, 2, 2), (2, 1, 3)), (False, (2, 1, 3), (1, 1, 1))):
+        directory = tmp_path / f"torch_first_{first}"
+        train_tiny(*before, "run.total_images=48", directory=directory, **settings(first, before[2]))
+        moved = train_tiny(*after, "run.total_images=96", directory=directory, **settings(not first, after[2]))
+        assert "at 48 images, resharding: " in moved.output
+        assert_same(moved, straight)
+
+
 def lion(zero: int) -> dict:
     return {
         "optimizer": {"type": "Lion", "params": {"lr": 1e-4}},
