@@ -214,7 +214,8 @@ def _schedule_problems(section: Any) -> Iterator[str]:
         return  # absent, or reported already
     kind, params = section.get("type"), section.get("params", {})
     if kind in (None, AUTO):
-        yield f"scheduler.type must be one of {', '.join(SCHEDULES)}, got {'nothing' if kind is None else kind!r}."
+        found = "nothing" if kind is None else repr(kind)
+        yield f"scheduler.type must be one of {', '.join(SCHEDULES)}, got {found}."
     elif kind not in SCHEDULES:
         yield unknown("scheduler.type", kind, SCHEDULES)
     elif isinstance(params, dict):
