@@ -35,6 +35,7 @@ from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.checkpoint.verify import check_contents, check_sizes
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.fragments import Fragment
@@ -135,7 +136,7 @@ def _ours(tensors: Tensors, run_directory: Path, wait: bool) -> Save:
     shapes = {name: tuple(kinds["fp32"].shape) for name, kinds in tensors.items()}
     metadata = CheckpointMetadata(1, 0, 0, 0, shapes, Config(), ScheduledValues(0.0, ()))
     fragments = [
-        Fragment(name, 0, 0, kinds["fp32"], {key: kinds[key] for key in seam.MOMENTS}, True)
+        Fragment(name, 0, 0, kinds["fp32"], {key: kinds[key] for key in MOMENTS["AdamW"]}, True)
         for name, kinds in tensors.items()
     ]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 FORMAT = 1
 """Number of the format described here; increased when readers of the previous one cannot read the new one."""
 KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
-"""Master weights, Adam's moments, averaged weights."""
+"""Master weights, moments (Lion has only the first), averaged weights."""
 BUFFER = "buffer"
 """Kind of the tensors that are replicated on every rank: the thresholds."""
 META = "meta.json"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import BUFFER, parse_key, rank_file
 from diffmoe_ds.checkpoint.metadata import read_metadata
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
@@ -189,6 +190,24 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def check_same_moments(reader: CheckpointReader, optimizer: str) -> None:
+    """Check that a run can continue with the moments of a checkpoint; those of Adam and AdamW are the same.
+
+    Args:
+        reader: the checkpoint.
+        optimizer: type of the optimizer that wants them.
+
+    Raises:
+        CheckpointError: names both optimizers.
+    """
+    saved = reader.metadata.optimizer
+    if MOMENTS[saved] != MOMENTS[optimizer]:
+        raise CheckpointError(
+            f"{reader.path}: has the moments of {saved}, but optimizer.type is {optimizer}; set {saved}, or start a "
+            "new run from its weights with model.init_from."
+        )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
@@ -59,7 +60,7 @@ class ScheduledValues:
     lr: float
     """Learning rate."""
     betas: tuple[float, ...]
-    """Adam's two decay rates."""
+    """The optimizer's two decay rates."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ class CheckpointMetadata:
     """Resolved DeepSpeed settings besides the layout; None in checkpoints of versions that did not save them."""
     class_names: tuple[str, ...] | None = None
     """Name of each label; None if labels have no names."""
+
+    @property
+    def optimizer(self) -> str:
+        """Type of the optimizer; AdamW if the checkpoint does not record a supported one."""
+        section = (self.deepspeed or {}).get("optimizer")
+        kind = section.get("type") if isinstance(section, dict) else None
+        return kind if isinstance(kind, str) and kind in MOMENTS else "AdamW"
 
     @property
     def initial_share(self) -> float:

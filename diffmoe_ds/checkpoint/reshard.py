@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, META, fragment_key, rank_file
+from diffmoe_ds.checkpoint.layout import BUFFER, META, fragment_key, rank_file
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.metadata import write_manifest
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import TMP_PREFIX, Digest, remove_tree, sync_directory, write_error, write_json
 from diffmoe_ds.topology import Topology
@@ -62,9 +63,10 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
 def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:
     """Write one rank's file: its part of every tensor when everything is partitioned (ZeRO 3)."""
     entries = []
+    kinds = ("fp32", *MOMENTS[reader.metadata.optimizer], "ema")
     for name in reader.metadata.shapes:
         start, numel = _part(reader.shape(name), ".experts." in name, topology)
-        for kind in KINDS if numel else ():
+        for kind in kinds if numel else ():
             pieces = _read_lazily(reader, kind, name, start, numel)
             entries.append(Entry(fragment_key(kind, name, start), (numel,), torch.float32, pieces))
     if topology.rank == 0:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from diffmoe_ds.config.deepspeed_unsupported import is_known, refusal
+from diffmoe_ds.config.deepspeed_unsupported import PAGE, is_known, refusal
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.errors import ConfigError
@@ -28,6 +28,8 @@ class Value(NamedTuple):
     """The same as JSON schema."""
     auto: bool = True
     """Whether ``"auto"`` is valid, too; `diffmoe_ds.config.deepspeed` resolves it."""
+    refused: tuple[tuple[Any, str], ...] = ()
+    """Values that DeepSpeed has and this project refuses, each with the reason and what to use instead."""
 
     @property
     def in_words(self) -> str:
@@ -58,9 +60,14 @@ def _are_betas(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
 
 
-def _one_of(*values: str, auto: bool = True) -> Value:
+def _one_of(*values: str, auto: bool = True, refused: tuple[tuple[Any, str], ...] = ()) -> Value:
     words = f"{', '.join(values[:-1])} or {values[-1]}"
-    return Value(words, lambda value: value in values, {"enum": list(values)}, auto)
+    return Value(words, lambda value: value in values, {"enum": list(values)}, auto, refused)
+
+
+def _always(value: bool, why: str) -> Value:
+    schema = {"type": "boolean", "const": value}
+    return Value(str(value).lower(), lambda found: found is value, schema, refused=((not value, why),))
 
 
 LARGEST = 3e38
@@ -87,9 +94,22 @@ STAGE = Value(
     {"type": "integer", "minimum": 0, "maximum": 3}, auto=False,
 )  # fmt: skip
 
-OFFLOAD = {"device": _one_of("none", "cpu"), "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG}
+MOMENTS = {"Adam": ("exp_avg", "exp_avg_sq"), "AdamW": ("exp_avg", "exp_avg_sq"), "Lion": ("exp_avg",)}
+"""The supported optimizers, and what DeepSpeed and checkpoints call the moments of each."""
+OTHER_OPTIMIZERS = tuple(
+    (name, f"checkpoints cannot hold the state of other optimizers (see {PAGE})")
+    for name in (
+        "Adagrad", "Lamb", "Muon", "MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", "OneBitLamb", "SGD", "ZeroOneAdam",
+    )
+)  # fmt: skip
+OFFLOAD = {
+    "device": _one_of("none", "cpu", refused=(("nvme", f"NVMe offload is not supported; see {PAGE}"),)),
+    "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG,
+}  # fmt: skip
 ZERO = {
-    "stage": STAGE, "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "reduce_bucket_size": SIZE,
+    "stage": STAGE, "contiguous_gradients": FLAG,
+    "reduce_scatter": _always(True, "otherwise DeepSpeed sums the gradients of different experts"),
+    "reduce_bucket_size": SIZE,
     "use_multi_rank_bucket_allreduce": FLAG,
     "allgather_partitions": FLAG, "allgather_bucket_size": SIZE, "overlap_comm": FLAG, "offload_optimizer": OFFLOAD,
     "sub_group_size": SIZE, "round_robin_gradients": FLAG, "stage3_prefetch_bucket_size": NON_NEGATIVE,
@@ -99,7 +119,7 @@ ZERO = {
 KEYS: dict[str, Any] = {
     "train_batch_size": BATCH, "train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": BATCH,
     "optimizer": {
-        "type": TEXT,
+        "type": _one_of(*MOMENTS, refused=OTHER_OPTIMIZERS),
         "params": {
             "lr": NON_NEGATIVE, "betas": BETAS, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE, "torch_adam": FLAG,
             "foreach": FLAG, "fused": FLAG,
@@ -108,7 +128,7 @@ KEYS: dict[str, Any] = {
     "scheduler": {"type": TEXT, "params": SECTION},
     "gradient_clipping": NON_NEGATIVE,
     "bf16": {"enabled": FLAG},
-    "fp16": SECTION,
+    "fp16": {"enabled": _always(False, f"fp16 is not supported (see {PAGE}); use bf16, or neither for fp32")},
     "zero_optimization": ZERO,
     "expert_parallel": {"autoep_size": Value("an integer", _is_int, {"type": "integer"}), "enabled": FLAG},
     "tensorboard": {"enabled": FLAG, "output_path": TEXT, "job_name": TEXT},
@@ -158,7 +178,7 @@ def check_keys(tree: dict[str, Any], source: str) -> None:
         ConfigError: unknown keys, each with the nearest valid one; invalid values, each with the valid ones; settings
             of DeepSpeed that are not supported, each with what to use instead. All of them at once.
     """
-    problems = list(_problems(tree, KEYS, ""))
+    problems = [*_problems(tree, KEYS, ""), *_schedule_problems(tree.get("scheduler"))]
     if len(problems) == 1:
         raise ConfigError(f"{source}: {problems[0]}")
     if problems:
@@ -167,6 +187,7 @@ def check_keys(tree: dict[str, Any], source: str) -> None:
 
 def _problems(tree: dict[str, Any], keys: dict[str, Any], section: str) -> Iterator[str]:
     """Yield a sentence for each problem of a section and those inside it."""
+    is_listed = False
     for key, value in tree.items():
         name = f"{section}.{key}" if section else key
         rule = keys.get(key)
@@ -175,11 +196,28 @@ def _problems(tree: dict[str, Any], keys: dict[str, Any], section: str) -> Itera
             if problem is not None:
                 yield problem
         elif rule is None:
-            yield unknown(section or "top-level key", key, keys)
+            yield unknown(section or "top-level key", key, keys, lists_valid=not is_listed)
+            is_listed = True
         elif isinstance(rule, dict):
             if isinstance(value, dict):
                 yield from _problems(value, rule, name)
             else:
                 yield f"{name} must be an object, got {short_repr(value)}."
         elif not (rule.fits(value) or (rule.auto and value == AUTO)):
-            yield f"{name} must be {rule.in_words}, got {short_repr(value)}."
+            why = next((f"; {why}" for refused, why in rule.refused if value == refused), "")
+            yield f"{name} must be {rule.in_words}, got {short_repr(value)}{why}."
+
+
+def _schedule_problems(section: Any) -> Iterator[str]:
+    """Yield a sentence for each problem of the scheduler section that depends on its type."""
+    if not isinstance(section, dict) or not isinstance(section.get("type", ""), str):
+        return  # absent, or reported already
+    kind, params = section.get("type"), section.get("params", {})
+    if kind in (None, AUTO):
+        found = "nothing" if kind is None else repr(kind)
+        yield f"scheduler.type must be one of {', '.join(SCHEDULES)}, got {found}."
+    elif kind not in SCHEDULES:
+        yield unknown("scheduler.type", kind, SCHEDULES)
+    elif isinstance(params, dict):
+        valid = SCHEDULES[kind]
+        yield from (unknown("scheduler.params", key, valid) for key in params if key not in valid)

@@ -1,4 +1,4 @@
-"""The optimizer section of the DeepSpeed JSON: whose Adam, which implementation, and the recipe's values."""
+"""The optimizer section of the DeepSpeed JSON: its type, whose Adam, which implementation, and the recipe's values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from diffmoe_ds.config.deepspeed_keys import AUTO
 from diffmoe_ds.config.deepspeed_sections import Resolution
-from diffmoe_ds.config.nearest import unknown
 
-OPTIMIZERS = ("Adam", "AdamW")
+ADAM_ONLY = ("eps", "torch_adam", "foreach", "fused")
+"""Parameters of Adam that Lion does not have."""
 OPERATORS = {"FusedAdam": "fused_adam", "DeepSpeedCPUAdam": "cpu_adam"}
 """DeepSpeed's own Adam on GPUs and, for an offloaded optimizer, on the CPU, with the compiled operator of each."""
 
@@ -18,15 +18,15 @@ def resolve_optimizer(job: Resolution) -> None:
     """Fill in the optimizer; values in the JSON take precedence over the recipe's.
 
     Raises:
-        ConfigError: an unknown optimizer.
+        ConfigError: options that the optimizer does not have or that exclude each other, or Lion where it cannot run.
     """
     optimizer = job.tree.setdefault("optimizer", {})
     job.fill(optimizer, "type", "AdamW", "optimizer.")
-    kind = optimizer.setdefault("type", "AdamW")
-    if kind not in OPTIMIZERS:
-        raise job.error(unknown("optimizer.type", kind, OPTIMIZERS))
+    is_lion = optimizer.setdefault("type", "AdamW") == "Lion"
     params = optimizer.setdefault("params", {})
-    for key in ("lr", "betas", "eps", "weight_decay"):
+    if is_lion:
+        _check_lion(job, params)
+    for key in ("lr", "betas", "weight_decay") if is_lion else ("lr", "betas", "eps", "weight_decay"):
         ours = getattr(job.config.optimizer, key)
         ours = list(ours) if isinstance(ours, tuple) else ours
         if params.get(key, AUTO) == AUTO:
@@ -35,7 +35,22 @@ def resolve_optimizer(job: Resolution) -> None:
             params[key] = ours
         elif params[key] != ours:
             job.notes.append(f"optimizer.params.{key} is {params[key]} from {job.source}, not the recipe's {ours}")
-    _choose_adam(job, params)
+    if not is_lion:
+        _choose_adam(job, params)
+
+
+def _check_lion(job: Resolution, params: dict[str, Any]) -> None:
+    """Check that DeepSpeed has a Lion for this device and stage, and drop Adam's options that are "auto"."""
+    for key in ADAM_ONLY:
+        if params.pop(key, AUTO) != AUTO:
+            raise job.error(f"optimizer.params.{key} is an option of Adam; Lion has lr, betas and weight_decay.")
+    if job.tree["zero_optimization"]["stage"] == 0:  # where DeepSpeed's bf16 wrapper begins with a zero-gradient step
+        raise job.error('optimizer.type "Lion" needs zero_optimization.stage 1, 2 or 3, got 0.')
+    if job.device == "cpu" and not job.offloads_optimizer:
+        raise job.error(
+            'optimizer.type "Lion" on a CPU needs zero_optimization.offload_optimizer.device "cpu", because '
+            "DeepSpeed's other Lion runs on GPUs only; or use AdamW."
+        )
 
 
 def _choose_adam(job: Resolution, params: dict[str, Any]) -> None:

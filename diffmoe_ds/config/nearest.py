@@ -13,6 +13,7 @@ def did_you_mean(name: object, valid: Collection[str]) -> str:
     return f"did you mean {folded[nearest[0]]!r}? " if nearest else ""
 
 
-def unknown(where: str, name: object, valid: Collection[str]) -> str:
-    """Return one sentence with the key, the value found, the nearest valid value and all valid ones."""
-    return f"{where}: {name!r} is not known; {did_you_mean(name, valid)}valid: {', '.join(sorted(valid))}."
+def unknown(where: str, name: object, valid: Collection[str], *, lists_valid: bool = True) -> str:
+    """Return one sentence with the key, the value found, the nearest valid value and, unless switched off, all."""
+    listed = f"valid: {', '.join(sorted(valid))}." if lists_valid else ""
+    return f"{where}: {name!r} is not known; {did_you_mean(name, valid)}{listed}".rstrip("; ")

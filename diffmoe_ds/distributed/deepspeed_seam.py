@@ -4,7 +4,7 @@ After an upgrade of DeepSpeed, `tests/distributed/test_seam.py` reports those th
 
 - `AutoEPMoELayer`: a layer of this class gets expert gradients reduced over its replicas only, expert
   optimizer state partitioned over them, and is allowed under ZeRO 3.
-- `_hp_mapping` (ZeRO 1, 2) and `grad_position` (ZeRO 3): where the fp32 master weights and Adam moments of a
+- `_hp_mapping` (ZeRO 1, 2) and `grad_position` (ZeRO 3): where the fp32 master weights and moments of a
   parameter are in a rank's flat partition; our checkpoints and the EMA are made of these fragments.
 - `ALL_OPS`, `installed_ops`: which compiled operators exist, and which of them were built with DeepSpeed.
 - `groups`: the EP and EDP process groups, created by DeepSpeed so that there is only one of each.
@@ -43,12 +43,14 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.comm import comm as deepspeed_comm
 from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.distributed.clipping import clip_gradients
 from diffmoe_ds.distributed.fragments import Fragment, Part
 from diffmoe_ds.distributed.rejection import rejection
@@ -131,12 +133,12 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedE
         config: the resolved DeepSpeed JSON.
 
     Raises:
-        ConfigError: DeepSpeed rejects the configuration, or cannot compile its own Adam.
+        ConfigError: DeepSpeed rejects the configuration, or cannot compile its own optimizer.
     """
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
     except Exception as error:
-        rejected = rejection(error)
+        rejected = rejection(error, config["optimizer"]["type"])
         if rejected is None:
             raise
         raise rejected from error
@@ -212,25 +214,27 @@ def _pieces(engine: deepspeed.DeepSpeedEngine, parameter: Any, group: dist.Proce
         start = dist.get_rank(group) * parameter.partition_numel()
         numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # the last partition is padded
         if numel > 0:
-            yield start, flat.data.narrow(0, offset, numel), _moments(_adam(engine), flat, offset, numel), True
+            yield start, flat.data.narrow(0, offset, numel), _moments(_inner(engine), flat, offset, numel), True
     elif stage in (1, 2):
         mapping = parameter._hp_mapping
         if mapping is not None:
             address = mapping.lp_fragment_address
-            moments = {key: mapping.get_optim_state_fragment(key) for key in MOMENTS}
+            moments = {key: mapping.get_optim_state_fragment(key) for key in _moment_names(_inner(engine))}
             yield address.start, mapping.hp_fragment.data.view(-1), moments, True
     else:
         is_owner = dist.get_rank(group) == 0
         flat, offset = _unpartitioned_master(engine, parameter)
         numel = parameter.numel()
-        yield 0, flat.data.view(-1).narrow(0, offset, numel), _moments(_adam(engine), flat, offset, numel), is_owner
+        yield 0, flat.data.view(-1).narrow(0, offset, numel), _moments(_inner(engine), flat, offset, numel), is_owner
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+def _moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return MOMENTS["Lion" if isinstance(optimizer, (DeepSpeedCPULion, FusedLion)) else "AdamW"]
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor, offset: int, numel: int) -> dict[str, Tensor]:
-    return {key: optimizer.state[flat][key].view(-1).narrow(0, offset, numel) for key in MOMENTS}
+    names = _moment_names(optimizer)
+    return {key: optimizer.state[flat][key].view(-1).narrow(0, offset, numel) for key in names}
 
 
 def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -250,30 +254,31 @@ def _unpartitioned_master(engine: deepspeed.DeepSpeedEngine, parameter: nn.Param
 
 
 def _ensure_moments(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Create Adam's moments now instead of at the first step, so that a checkpoint can be loaded into them."""
-    inner = _adam(engine)
+    """Create the moments now instead of at the first step, so that a checkpoint can be loaded into them."""
+    inner = _inner(engine)
     for flat in _masters(engine):
         state = inner.state[flat]
         if "exp_avg" not in state:
             # torch's Adam counts steps in a tensor, the fused one on the weights' device; DeepSpeed's in a number
             device = flat.device if inner.defaults.get("fused") else "cpu"
             state["step"] = torch.zeros((), device=device) if isinstance(inner, torch.optim.Adam) else 0
-            state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in MOMENTS})
+            names = _moment_names(inner)
+            state.update({key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in names})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     set_adam_step(engine, 0)  # DeepSpeed's bf16 wrapper takes a zero-gradient step to create its state
 
 
-def _adam(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
 
 
 def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """Return the tensors that Adam updates on this rank: flat fp32 partitions, or the parameters (ZeRO 0, fp32)."""
-    if engine.zero_optimization_stage() == 3:  # where Adam's groups are filled only during a step
+    """Return the tensors that the optimizer updates: flat fp32 partitions, or the parameters (ZeRO 0, fp32)."""
+    if engine.zero_optimization_stage() == 3:  # where the optimizer's groups are filled only during a step
         return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [flat for group in _adam(engine).param_groups for flat in group["params"]]
+    return [flat for group in _inner(engine).param_groups for flat in group["params"]]
 
 
 def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> Tensor | float | None:
@@ -313,28 +318,28 @@ def _clip_unpartitioned(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> f
 
 def scheduled(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     """Return the values that a scheduler has set in the optimizer; its own state does not contain them."""
-    group = _adam(engine).param_groups[0]
+    group = _inner(engine).param_groups[0]
     return {"lr": float(group["lr"]), "betas": list(group["betas"])}
 
 
 def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
     """Restore a scheduler and the values it had set in the optimizer."""
     engine.lr_scheduler.load_state_dict(state)
-    for optimizer in {id(o): o for o in (engine.optimizer, _adam(engine))}.values():
+    for optimizer in {id(o): o for o in (engine.optimizer, _inner(engine))}.values():
         for group in optimizer.param_groups:
             group["lr"], group["betas"] = now["lr"], tuple(now["betas"])
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Return Adam's number of updates, which its bias correction uses."""
-    steps = [_adam(engine).state[flat]["step"] for flat in _masters(engine)]
+    """Return the optimizer's number of updates, which Adam's bias correction uses."""
+    steps = [_inner(engine).state[flat]["step"] for flat in _masters(engine)]
     return int(torch.stack(steps).max() if torch.is_tensor(steps[0]) else max(steps))  # copies from the device once
 
 
 def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-    """Set Adam's number of updates, which its bias correction uses."""
+    """Set the optimizer's number of updates, which Adam's bias correction uses."""
     for flat in _masters(engine):
-        state = _adam(engine).state[flat]
+        state = _inner(engine).state[flat]
         state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 

@@ -35,6 +35,6 @@ class Fragment:
     fp32: Tensor
     """The master weights of the piece: a flat view into what the optimizer updates."""
     moments: dict[str, Tensor]
-    """Adam's ``exp_avg`` and ``exp_avg_sq`` of the piece, flat views; both exist from the start."""
+    """The optimizer's moments of the piece by name, such as ``exp_avg``: flat views that exist from the start."""
     is_owner: bool
     """False where another rank keeps the same piece (ZeRO 0) and writes it to checkpoints."""

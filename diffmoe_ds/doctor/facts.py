@@ -23,6 +23,8 @@ ENVIRONMENT = ("NCCL_", "GLOO_", "MASTER_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEV
 OPS: dict[str, str] = {
     "fused_adam": 'on a GPU with "torch_adam": false',
     "cpu_adam": 'with offload_optimizer and "torch_adam": false',
+    "fused_lion": 'on a GPU with "type": "Lion"',
+    "cpu_lion": 'with offload_optimizer and "type": "Lion"',
 }
 """DeepSpeed's compiled operators that a configuration of this project can use, and when it uses them."""
 

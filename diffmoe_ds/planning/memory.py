@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.planning.messages import ALLREDUCE_ELEMENTS, communication_bytes, routed_rows
 from diffmoe_ds.planning.simulate import Passes
@@ -54,7 +55,7 @@ class StepMemory:
     master: int
     """fp32 master weights; 0 if the weights themselves are updated."""
     moments: int
-    """Adam's two moments, fp32."""
+    """The optimizer's moments, fp32: two of Adam, one of Lion."""
     ema: int
     """The averaged weights, fp32."""
     phase: Phase
@@ -114,18 +115,19 @@ def step_memory(layout: Layout, passes: Passes) -> StepMemory:
     phases = {0: _stage_0, 1: _stage_1_and_2, 2: _stage_1_and_2, 3: _stage_3}[stage](layout, sizes, passes)
     offload = layout.zero("offload_optimizer", {}).get("device", "none") == "cpu"
     state = FP32 * sizes.updated
+    moments = len(MOMENTS[layout.settings.json["optimizer"]["type"]])
     positions = FP32 * layout.config.tokens_per_image * layout.config.size.hidden_size
     has_master = stage > 0 or layout.settings.bf16
     return StepMemory(
         weights=_weights(layout, sizes) + positions,
         master=state if has_master and not offload else 0,
-        moments=0 if offload else 2 * state,
+        moments=0 if offload else moments * state,
         ema=0 if offload else state,
         phase=max(phases, key=lambda phase: phase.total),
         phases=tuple(phases),
         dispatch=_dispatch(layout),
-        host_checkpoint=4 * state,
-        host_optimizer=5 * state if offload else 0,  # the gradient, too
+        host_checkpoint=(2 + moments) * state,
+        host_optimizer=(3 + moments) * state if offload else 0,  # the gradient, too
     )
 
 
@@ -174,9 +176,10 @@ def _dispatch(layout: Layout) -> int:
 
 
 def _adam_temporaries(layout: Layout, elements: int) -> int:
-    """Return the bytes of Adam's intermediate results for the largest tensor that it updates."""
-    params = layout.settings.json["optimizer"]["params"]
-    return 0 if params.get("fused") is True else 2 * FP32 * elements
+    """Return the bytes of Adam's intermediate results for the largest tensor that it updates; Lion has none."""
+    optimizer = layout.settings.json["optimizer"]
+    in_place = optimizer["type"] == "Lion" or optimizer["params"].get("fused") is True
+    return 0 if in_place else 2 * FP32 * elements
 
 
 def _bucket(layout: Layout) -> int:

@@ -105,7 +105,7 @@ class TrainPlan:
         """
         choices = resume_choices(self.resume, self.directory)
         path = _first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config)
+        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.training.fine_tuning import open_initial
@@ -121,7 +121,7 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config), initial=None)
+        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -268,16 +268,22 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
     return found
 
 
-def open_checkpoint(path: Path, config: Config) -> CheckpointReader:
+def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
     """Open a checkpoint that this run can resume from.
 
+    Args:
+        path: the checkpoint's directory.
+        config: the run's configuration.
+        settings: its DeepSpeed settings.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or does not match the model.
+        CheckpointError: the checkpoint is damaged or does not match the model or the optimizer.
     """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model
+    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
 
     reader = CheckpointReader(path)
     check_same_model(reader, config)
+    check_same_moments(reader, settings.json["optimizer"]["type"])
     return reader
 
 

@@ -7,6 +7,7 @@ import torch
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from tests.helpers.data import numbered_shard
 from tests.helpers.training import Trained, read_metrics
 
@@ -22,7 +23,7 @@ def tensors(run: Trained) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(newest_valid(run.directory, full=True))
     found = {}
     for name, shape in reader.metadata.shapes.items():
-        for kind in ("fp32", "exp_avg", "exp_avg_sq", "ema"):
+        for kind in ("fp32", *MOMENTS[reader.metadata.optimizer], "ema"):
             found[f"{kind}/{name}"] = reader.read(kind, name, 0, torch.Size(shape).numel())
     if reader.config.has_capacity_predictor:
         for block in (1, 3):

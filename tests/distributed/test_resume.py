@@ -101,6 +101,60 @@ def test_every_layout_resumes_from_every_other(train_tiny, tmp_path, pairs):
 
 
 @pytest.mark.slow
+@pytest.mark.long
+def test_torchs_and_deepspeeds_adam_continue_each_other(train_tiny, tmp_path):
+    """On other layouts, too: both keep the same moments and step count."""
+    pytest.importorskip("deepspeed.ops.op_builder").CPUAdamBuilder().load()  # compiles for minutes, once
+
+    def settings(torch_adam: bool, zero: int) -> dict:
+        offload = {"stage": zero, "offload_optimizer": {"device": "cpu"}}
+        optimizer = {"type": "AdamW", "params": {"torch_adam": torch_adam}}
+        return {"optimizer": optimizer, "zero_optimization": offload, "zero_force_ds_cpu_optimizer": False}
+
+    straight = train_tiny(1, 1, 1, "run.total_images=96", **settings(True, 1))
+    for first, before, after in ((True, (2, 2, 2), (2, 1, 3)), (False, (2, 1, 3), (1, 1, 1))):
+        directory = tmp_path / f"torch_first_{first}"
+        train_tiny(*before, "run.total_images=48", directory=directory, **settings(first, before[2]))
+        moved = train_tiny(*after, "run.total_images=96", directory=directory, **settings(not first, after[2]))
+        assert "at 48 images, resharding: " in moved.output
+        assert_same(moved, straight)
+
+
+def lion(zero: int) -> dict:
+    return {
+        "optimizer": {"type": "Lion", "params": {"lr": 1e-4}},
+        "zero_optimization": {"stage": zero, "offload_optimizer": {"device": "cpu"}},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.long  # compiles an operator
+def test_lion_resumes_and_reshards_like_adam(train_tiny, tmp_path):
+    """In its own layout bit for bit, in others within the tolerance; never with the moments of another optimizer."""
+    pytest.importorskip("deepspeed.ops.op_builder").CPULionBuilder().load()  # compiles for minutes, once
+    straight = train_tiny(1, 1, 2, "run.total_images=96", **lion(2))
+    assert straight.column("loss")[-1] < straight.column("loss")[0]
+    half = train_tiny(2, 2, 1, "run.total_images=48", **lion(1))
+    copies = [shutil.copytree(half.directory, tmp_path / f"moved_{number}") for number in range(3)]
+    same = train_tiny(2, 2, 1, "run.total_images=96", directory=half.directory, **lion(1))
+    unbroken = train_tiny(2, 2, 1, "run.total_images=96", **lion(1))
+    ours, theirs = tensors(same), tensors(unbroken)
+    assert same.column("loss") == unbroken.column("loss")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any(name.startswith("exp_avg_sq") for name in ours) and any(name.startswith("exp_avg/") for name in ours)
+
+    out = tmp_path / "resharded"
+    assert main(["checkpoint", "reshard", str(copies[0]), "--world", "4", "--ep", "2", "--out", str(out)]) == 0
+    assert CheckpointReader(out).kinds() == ["buffer", "ema", "exp_avg", "fp32"]
+    for directory, layout in zip(copies, ((2, 1, 3), (1, 1, 1)), strict=False):
+        moved = train_tiny(*layout, "run.total_images=96", directory=directory, **lion(layout[2]))
+        assert "at 48 images, resharding: " in moved.output
+        assert_same(moved, straight)
+    refused = train_tiny(1, 1, 1, "run.total_images=96", directory=copies[2], code=5)
+    assert "has the moments of Lion, but optimizer.type is AdamW; set Lion, or start a new run" in refused.output
+
+
+@pytest.mark.slow
 def test_batch_sizes_and_ranks_may_change_on_resume(train_tiny, tmp_path):
     """Resume with 4 x 4 images per rank, then 1 x 16: the pools and losses change, but the image count continues."""
     directory = tmp_path / "run"

@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from diffmoe_ds.config.deepspeed_keys import SCHEDULES
+from diffmoe_ds.config.deepspeed_keys import KEYS, SCHEDULES
+from diffmoe_ds.config.deepspeed_unsupported import is_known
 
 seam = pytest.importorskip("diffmoe_ds.distributed.deepspeed_seam")
 
@@ -111,3 +112,25 @@ def test_schedules_have_the_parameters_that_the_configuration_knows():
         parameters = inspect.signature(getattr(lr_schedules, name)).parameters.values()
         found[name] = {p.name: p.default is p.empty for p in parameters if p.name != "optimizer"}
     assert found == SCHEDULES
+
+
+def test_deepspeeds_keys_are_known_to_the_configuration():
+    """A key that a release adds must be passed on, ignored or refused with an alternative."""
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config
+
+    sections = {
+        "zero_optimization": (zero.DeepSpeedZeroConfig, KEYS["zero_optimization"]),
+        "zero_optimization.offload_optimizer": (
+            offload_config.DeepSpeedZeroOffloadOptimizerConfig, KEYS["zero_optimization"]["offload_optimizer"],
+        ),
+        "bf16": (precision_config.DeepSpeedBF16Config, KEYS["bf16"]),
+        "fp16": (precision_config.DeepSpeedFP16Config, KEYS["fp16"]),
+    }  # fmt: skip
+    for section, (model, keys) in sections.items():
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        unknown = [name for name in names if name not in keys and not is_known(section, name)]
+        assert not unknown, f"{section}: {unknown}"
+    assert all(is_known("", key) for key in config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert all(is_known("zero_optimization", key) for key in config._REMOVED_ZERO_CONFIG_KEYS)

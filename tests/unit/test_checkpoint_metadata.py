@@ -141,3 +141,9 @@ def test_manifests_are_read_back(tmp_path_factory, files):
     files = {**files, META: Digest(1, "00")}
     write_manifest(path, files)
     assert read_manifest(path) == files
+
+
+def test_the_optimizer_is_adamw_unless_a_supported_one_is_recorded():
+    for recorded in ({}, {"optimizer": []}, {"optimizer": {"type": []}}, {"optimizer": {"type": "Adan"}}):
+        assert parse_metadata({**TREE, "deepspeed": recorded}, META).optimizer == "AdamW"
+    assert parse_metadata({**TREE, "deepspeed": {"optimizer": {"type": "Lion"}}}, META).optimizer == "Lion"

@@ -37,7 +37,7 @@ def test_shipped_json_resolves_for_many_world_sizes(path, world):
         ({"train_batch_sise": 4}, "'train_batch_sise' is not known; did you mean 'train_batch_size'?"),
         ({"zero_optimization": {"stge": 2}}, "zero_optimization: 'stge' is not known; did you mean 'stage'?"),
         ({"optimizer": {"params": {"learning_rate": 1}}}, "optimizer.params: 'learning_rate' is not known"),
-        ({"pipeline": {"stages": 2}}, "pipeline is a DeepSpeed setting that this project does not support."),
+        ({"pipeline": {"stages": 2}}, "pipeline is a DeepSpeed setting that this project does not support; use "),
         ({"comet": {"enabled": True}}, "does not support; use tensorboard, wandb or csv_monitor"),
         ({}, "train_batch_size or train_micro_batch_size_per_gpu must be a number"),
         ({"train_batch_size": 0}, "train_batch_size must be a positive integer"),
@@ -49,21 +49,23 @@ def test_shipped_json_resolves_for_many_world_sizes(path, world):
         ({"train_batch_size": 16, "zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3"),
         ({"train_batch_size": 16, "zero_optimization": 2}, "zero_optimization must be an object"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "reduce_scatter": False}}, "must be true"),
-        ({"train_batch_size": 16, "fp16": {"enabled": True}}, "fp16 is not supported; use bf16"),
+        ({"train_batch_size": 16, "fp16": {"enabled": True}}, "enabled must be false or \"auto\", got True; fp16 is"),
         ({"train_batch_size": 16, "bf16": {"enabled": "yes"}}, 'true, false or "auto", got'),
-        ({"train_batch_size": 16, "optimizer": {"type": "Adan"}}, "'Adan' is not known; did you mean 'Adam'"),
-        ({"train_batch_size": 16, "optimizer": {"type": "adamw"}}, "'adamw' is not known; did you mean 'AdamW'"),
+        ({"train_batch_size": 16, "optimizer": {"type": "Adan"}}, "type must be Adam, AdamW, Lion or \"auto\""),
+        ({"train_batch_size": 16, "optimizer": {"type": "Lamb"}}, "got 'Lamb'; checkpoints cannot hold the state of"),
         ({"train_batch_size": 16, "gradient_clipping": -1}, "gradient_clipping must be a"),
         ({"train_batch_size": 16, "tensorboard": {"enabled": 1}}, "tensorboard.enabled must be true"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "must be true at"),
         ({"train_batch_size": 16, "zero_optimization": {"stage": "auto"}}, "stage must be 0, 1, 2"),
         ({"train_batch_size": 16, "zero_optimization": "auto"}, "zero_optimization must be an"),
         ({"train_batch_size": 16, "comms_logger": "auto"}, "comms_logger must be an object"),
-        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "got \"auto\"."),
+        ({"train_batch_size": 16, "scheduler": {"type": "auto"}}, "got 'auto'."),
         ({"train_batch_size": 16, "scheduler": {"type": "WarmupDecayLR"}}, "total_num_steps must be given for"),
         ({"train_batch_size": 16, "zero_optimization": {"offload_param": {"device": "cpu"}}}, "only the optimizer can"),
         ({"train_batch_size": 16, "optimizer": {"params": {"lr": "fast"}}}, "lr must be a non-negative number"),
         ({"train_batch_size": 16, "optimizer": {"params": {"betas": [0.9]}}}, "betas must be a list"),
+        ({"train_batch_size": 16, "scheduler": {"type": ["WarmupLR"]}}, "scheduler.type must be a string"),
+        ({"train_batch_size": 16, "scheduler": {}}, "WarmupCosineLR, got nothing."),
         ({"train_batch_size": 16, "scheduler": {"type": "WarmUpLR"}}, "did you mean 'WarmupLR'"),
         (
             {"train_batch_size": 16, "scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
@@ -273,3 +275,74 @@ def test_settings_that_are_switched_off_are_dropped():
     for key, value in (("gradient_predivide_factor", 2), ("activation_checkpointing", {"cpu_checkpointing": True})):
         with pytest.raises(ConfigError, match=f"{key} is a DeepSpeed setting"):
             resolve({"train_batch_size": 16, key: value})
+
+
+COPIED = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto",
+    "fp16": {
+        "enabled": "auto", "auto_cast": False, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16,
+        "hysteresis": 2, "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"}, "amp": {"enabled": "auto", "opt_level": "auto"}, "fp32_allreduce": False,
+    "optimizer": {
+        "type": "AdamW",
+        "params": {
+            "lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "adam_w_mode": True,
+            "bias_correction": True,
+        },
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR", "params": dict.fromkeys(
+            ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto",
+        ),
+    },
+    "zero_optimization": {
+        "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "none"},
+        "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True, "zero_quantized_weights": False,
+    },
+    "gradient_clipping": "auto", "steps_per_print": 2000, "wall_clock_breakdown": False, "dump_state": False,
+    "zero_allow_untested_optimizer": True, "wandb": {"enabled": False}, "aio": {"block_size": 1048576},
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": False},
+    "flops_profiler": {"enabled": False, "profile_step": 1}, "comms_logger": {"enabled": False, "prof_all": True},
+    "data_efficiency": {"enabled": False, "data_sampling": {"num_epochs": 1000}}, "elasticity": {"enabled": False},
+    "progressive_layer_drop": {"enabled": False}, "checkpoint": {"load_universal": False},
+}  # fmt: skip
+"""A file with the sections that examples of DeepSpeed, transformers and accelerate have."""
+
+
+def test_a_copied_json_is_accepted_where_nothing_unsupported_is_switched_on():
+    settings = resolve(COPIED, world=2, device="cuda")
+    assert (settings.zero_stage, settings.bf16, settings.offloads_optimizer) == (3, True, True)
+    assert '"auto"' not in json.dumps(settings.json)
+    dropped = next(note for note in settings.notes if note.startswith("without effect here"))
+    for key in ("fp16.loss_scale", "amp", "aio", "elasticity", "optimizer.params.adam_w_mode"):
+        assert f" {key}" in dropped
+
+
+def test_what_a_copied_json_asks_for_is_refused_at_once():
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "cpu"}}
+    changes = {
+        "fp16": {"enabled": True},
+        "zero_optimization": zero,
+        "optimizer": {"type": "Lamb"},
+        "scheduler": {"type": "Warmup", "params": {}},
+        "moe": {"enabled": True},
+        "tensorbord": {"enabled": True},
+    }
+    with pytest.raises(ConfigError) as caught:
+        resolve({**COPIED, **changes})
+    first, *lines = str(caught.value).split("\n  ")
+    assert first == "ds.json: 7 keys are invalid:" and sum("valid: bf16, comms_logger" in line for line in lines) == 1
+    for text in (
+        'fp16.enabled must be false or "auto", got True; fp16 is not supported (see docs/deepspeed.md); use bf16',
+        "offload_optimizer.device must be none, cpu or \"auto\", got 'nvme'; NVMe offload is not supported; see docs/",
+        "offload_param is a DeepSpeed setting that this project does not support; only the optimizer can be offloaded",
+        "optimizer.type must be Adam, AdamW, Lion or \"auto\", got 'Lamb'; checkpoints cannot hold",
+        "scheduler.type: 'Warmup' is not known; did you mean 'WarmupLR'? valid:",
+        "top-level key: 'moe' is not known; valid: bf16,",
+        "top-level key: 'tensorbord' is not known; did you mean 'tensorboard'?",
+    ):
+        assert sum(text in line for line in lines) == 1, text

@@ -73,7 +73,7 @@ def test_options_that_exclude_each_other(params, message):
 def test_deepspeeds_names_of_a_missing_compiler_exist(name):
     from deepspeed.ops.op_builder import builder
 
-    found = rejection(getattr(builder, name)("CUDA_HOME does not exist, unable to compile CUDA op(s)"))
+    found = rejection(getattr(builder, name)("CUDA_HOME does not exist, unable to compile CUDA op(s)"), "AdamW")
     assert "torch_adam in the DeepSpeed JSON must be true" in str(found) and "CUDA_HOME does not exist" in str(found)
     assert not found.same_on_all_ranks, "the rank on the host without a compiler must report it"
 
@@ -86,10 +86,15 @@ def test_what_counts_as_a_rejection():
         OSError("CUDA_HOME environment variable is not set."),
         ImportError("fused_adam.so: undefined symbol"),
     ):
-        assert "torch_adam" in str(rejection(error))
-    assert "rejected the configuration: TypeError" in str(rejection(TypeError("unexpected keyword argument")))
-    assert rejection(RuntimeError("Connection closed by peer")) is None
-    assert rejection(OSError("No space left on device")) is None
+        assert "torch_adam" in str(rejection(error, "AdamW"))
+        lion = str(rejection(error, "Lion"))
+        assert (
+            lion.startswith("optimizer.type in the DeepSpeed JSON must be AdamW on this host")
+            and "torch_adam" not in lion
+        )
+    assert "rejected the configuration: TypeError" in str(rejection(TypeError("unexpected keyword argument"), "AdamW"))
+    assert rejection(RuntimeError("Connection closed by peer"), "AdamW") is None
+    assert rejection(OSError("No space left on device"), "AdamW") is None
 
 
 @pytest.mark.parametrize("fused", (True, False))
@@ -121,3 +126,54 @@ def test_moments_made_ahead_train_like_those_that_adam_makes(fused):
         trained.append(weight.detach())
         assert seam.adam_step(engine) == 2
     assert torch.equal(*trained)
+
+
+def resolve_lion(params: dict, zero: dict, device: str = "cpu"):
+    raw = {"train_batch_size": 8, "optimizer": {"type": "Lion", "params": params}, "zero_optimization": zero}
+    return resolve_deepspeed(raw, load_config("fashion", []), "ds.json", world=1, local_world=1, device=device)
+
+
+def test_lion_gets_the_recipes_values_and_none_of_adams_options():
+    adams = dict.fromkeys(("eps", "torch_adam", "foreach", "fused"), "auto")
+    for device, zero in (("cpu", OFFLOAD), ("cuda", OFFLOAD), ("cuda", {"stage": 1})):
+        found = resolve_lion({"lr": 1e-4, "weight_decay": "auto", **adams}, zero, device).json["optimizer"]
+        assert found == {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.99]}}
+
+
+@pytest.mark.parametrize(
+    ("params", "zero", "device", "message"),
+    (
+        (
+            {"eps": 1e-8},
+            OFFLOAD,
+            "cpu",
+            "optimizer.params.eps is an option of Adam; Lion has lr, betas and weight_decay",
+        ),
+        ({"fused": True}, OFFLOAD, "cuda", "optimizer.params.fused is an option of Adam"),
+        ({}, {"stage": 2}, "cpu", r"on a CPU needs zero_optimization.offload_optimizer.device .*; or use AdamW"),
+        ({}, {"stage": 0}, "cuda", "needs zero_optimization.stage 1, 2 or 3, got 0"),
+    ),
+)
+def test_where_lion_cannot_run(params, zero, device, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_lion(params, zero, device)
+
+
+def test_lion_has_one_moment():
+    """The state that is made ahead is all that DeepSpeed's Lion reads, so a second moment is never allocated."""
+    seam = pytest.importorskip("diffmoe_ds.distributed.deepspeed_seam")
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = seam.DeepSpeedCPULion.__new__(seam.DeepSpeedCPULion)  # without compiling its operator
+    torch.optim.Optimizer.__init__(optimizer, [weight], {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0})
+    used = []
+    optimizer.opt_id, optimizer.ds_opt_lion = (
+        0,
+        SimpleNamespace(lion_update=lambda *arguments: used.append(arguments), destroy_lion=lambda number: None),
+    )
+    engine = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 0)
+    seam._ensure_moments(engine)
+    seam.set_adam_step(engine, 7)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert set(optimizer.state[weight]) == {"step", "exp_avg"} and seam.adam_step(engine) == 8
+    assert used[0][-1] is optimizer.state[weight]["exp_avg"]

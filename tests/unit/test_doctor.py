@@ -46,7 +46,7 @@ def test_report_of_two_ranks(report):
     assert report["world"] == 2 and [rank["rank"] for rank in report["ranks"]] == [0, 1]
     for rank in report["ranks"]:
         assert rank["versions"]["deepspeed"] != "missing" and rank["shared"] == {"reads": True, "writes": True}
-        assert set(rank["ops"]) == {"fused_adam", "cpu_adam"} and rank["interface"] != "none"
+        assert set(rank["ops"]) == {"fused_adam", "cpu_adam", "fused_lion", "cpu_lion"} and rank["interface"] != "none"
     for name in ("all_reduce", "all_to_all"):
         assert report[name]["ms"] > 0 and report[name]["gb_per_s"] > 0
     assert report["sent_mb"] and all(sum(sent.values()) > 1 for sent in report["sent_mb"].values())

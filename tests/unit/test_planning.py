@@ -79,10 +79,10 @@ def test_sizes_have_a_unit_and_three_digits():
     assert {size: size_text(size) for size in sizes} == sizes
 
 
-def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="imagenet-256"):
+def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="imagenet-256", deepspeed=None):
     config = load_config(recipe, overrides)
     request = LayoutRequest(world, 8, ep, zero, micro_batch, 1, bf16)
-    return resolve_layout(request, config, config.deepspeed, recipe)
+    return resolve_layout(request, config, deepspeed or config.deepspeed, recipe)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,16 @@ def test_zero_stages_partition_the_state():
         assert found[zero].moments == pytest.approx(held, rel=0.001)  # an eighth
     assert found[2].weights == pytest.approx(2 * held, rel=0.02)
     assert found[3].weights < found[2].weights / 2
+
+
+def test_lion_has_one_moment():
+    passes = Passes(saved=0, temporary=0, operators=0)
+    section = {"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}
+    adam, lion = (
+        step_memory(layout("model.name=S-E8", deepspeed={**section, "optimizer": {"type": kind}}), passes)
+        for kind in ("AdamW", "Lion")
+    )
+    assert lion.moments == adam.moments / 2 and lion.host_checkpoint == adam.host_checkpoint * 3 / 4
 
 
 def test_a_model_that_does_not_fit_is_reported_with_the_reason():

@@ -131,9 +131,10 @@ def training_table(config: Config, history: History, reader: WeightsReader | Non
         history: of the run.
         reader: the run's checkpoint; None without one.
     """
+    kind = reader.metadata.optimizer if isinstance(reader, CheckpointReader) else "AdamW"
     rows = {
         "data": config.data.path or "embedded Fashion-MNIST",
-        "optimizer": f"AdamW, lr {config.optimizer.lr:g}, betas {', '.join(f'{b:g}' for b in config.optimizer.betas)}",
+        "optimizer": f"{kind}, lr {config.optimizer.lr:g}, betas {', '.join(f'{b:g}' for b in config.optimizer.betas)}",
         "EMA decay": f"{config.ema.decay:g}{' with warm-up' if config.ema.warmup else ''}",
         "label dropout": f"{config.model.label_dropout:g}",
         "seed": str(config.run.seed),
