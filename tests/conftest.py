@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,14 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest tests, so that processes that share the tests finish at about the same time."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/faults/"))
+
+
+@pytest.fixture(autouse=True)
+def diffusers_log_to_an_open_stream() -> None:
+    """Its handler keeps the `sys.stderr` of its first import, which may be that of a test and closed."""
+    for handler in logging.getLogger("diffusers").handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
 
 
 @pytest.fixture

@@ -34,7 +34,6 @@ def open_dataset(config: Config) -> Dataset:
         ConfigError: the settings do not fit the images.
     """
     data, model = config.data, config.model
-    _refuse_missing(config)
     source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
@@ -53,8 +52,12 @@ def open_dataset(config: Config) -> Dataset:
     return source if isinstance(source, ShardDataset) else RawImages(source, model.input_size, model.in_channels)
 
 
-def _refuse_missing(config: Config) -> None:
-    """Raise DataError with the command that makes ``data.path`` if it is a local path that does not exist."""
+def check_exists(config: Config) -> None:
+    """Check that the training images exist, unless they are remote.
+
+    Raises:
+        DataError: they do not; names the command that makes them.
+    """
     path, model = config.data.path, config.model
     if path is None or is_url(path) or any(character in path for character in "*?[{"):
         return

@@ -139,10 +139,11 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_classes, check_first_image, open_dataset, with_classes
+    from diffmoe_ds.data.dataset import check_classes, check_exists, check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
     from diffmoe_ds.planning.pool import pool_rows
 
+    check_exists(config)
     dataset = open_dataset(config)
     config = with_classes(config, dataset)
     _check_sampling(config)

@@ -206,6 +206,7 @@ def test_nothing_of_a_preview_stays_alive(monkeypatch):
     monkeypatch.setattr(preview, "all_gather", lambda images: [images])
     run = SimpleNamespace(
         config=config,
+        class_names=None,
         topology=SimpleNamespace(rank=0, world=1),
         device=torch.device("cpu"),
         objective=make_objective("flow"),

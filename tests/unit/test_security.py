@@ -103,6 +103,12 @@ UNSAFE = re.compile(
 )
 
 
+ADVICE = (
+    "trust_remote_code=True, because",
+    "trust_remote_code=True{vae}",
+    'from_pretrained("DIR", trust_remote_code=True)',
+)
+"""Sentences about exported models for diffusers, which contain our pipeline."""
 PIPE = 'subprocess.run(url.removeprefix("pipe:"), shell=True'
 """A command that the user passes as `data.path`, never the contents of a file."""
 
@@ -113,7 +119,7 @@ def test_no_source_line_could_execute_what_it_reads():
     for path in sorted((REPOSITORY / "diffmoe_ds").rglob("*.py")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             call = line.split("#")[0]
-            if UNSAFE.search(call) and ".eval()" not in call and PIPE not in call:
+            if UNSAFE.search(call) and ".eval()" not in call and not any(text in call for text in (PIPE, *ADVICE)):
                 found.append(f"{path.name}:{number}: {line.strip()}")
             if "torch.load(" in call and "weights_only=True" not in call:
                 found.append(f"{path.name}:{number}: {line.strip()}")
