@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-cluster test-long gpu-check lint docs clean
+.PHONY: help demo test test-fast test-cluster test-torch test-long gpu-check lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,14 @@ test-cluster: $(VENV)/installed-cluster  ## tests on four simulated hosts: ssh, 
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs -m "cluster and not long"
 
+# The environment stays; `make clean` removes it.
+test-torch:  ## golden, seam and layout tests with another torch: make test-torch TORCH=2.15.0
+	$(if $(TORCH),,$(error set TORCH, for example TORCH=2.15.0))
+	$(PYTHON) -m venv $(VENV)-torch-$(TORCH)
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet -c constraints.txt torch==$(TORCH) -e '.[dev]'
+	$(VENV)-torch-$(TORCH)/bin/python -m pytest -m "not long" tests/golden tests/distributed/test_seam.py \
+		tests/distributed/test_layout.py
+
 test-long: $(VENV)/installed-dev  ## tests that take an hour: faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
 
@@ -71,4 +79,4 @@ docs: $(VENV)/installed  ## regenerate docs/configuration.md
 	mv docs/configuration.md.tmp docs/configuration.md
 
 clean:  ## remove the environment, build products and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

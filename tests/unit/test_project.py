@@ -20,7 +20,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-TARGETS = {"help", "demo", "test", "test-fast", "test-cluster", "test-long", "gpu-check", "lint", "docs", "clean"}
+TARGETS = {
+    "help", "demo", "test", "test-fast", "test-cluster", "test-torch", "test-long", "gpu-check", "lint", "docs", "clean",
+}  # fmt: skip
 
 
 def read_yaml(path):
@@ -83,6 +85,17 @@ def test_the_workflow_calls_ci_run_on_pushes_and_pull_requests():
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     assert any(step.get("run", "").split()[-1:] == [".ci/run"] for step in steps)
     assert any(step.get("with", {}).get("python-version") == "3.11" for step in steps)
+
+
+def test_the_workflow_tests_every_supported_minor_release_of_torch():
+    dependencies = [Requirement(line) for line in read_toml("pyproject.toml")["project"]["dependencies"]]
+    (supported,) = [requirement.specifier for requirement in dependencies if requirement.name == "torch"]
+    pinned = re.findall(r"^torch==(.*)$", (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    tested = [*read_yaml(".github/workflows/ci.yml")["jobs"]["torch"]["strategy"]["matrix"]["torch"], *pinned]
+    minors = sorted(int(version.split(".")[1]) for version in tested)
+    assert all(version in supported for version in tested)
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert f"2.{minors[0] - 1}.99" not in supported and f"2.{minors[-1] + 1}" not in supported
 
 
 def test_pre_commit_hooks_run_the_commands_of_make_lint():
