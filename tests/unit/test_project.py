@@ -21,7 +21,8 @@ else:
     import tomli as tomllib
 
 TARGETS = {
-    "help", "demo", "test", "test-fast", "test-cluster", "test-torch", "test-long", "gpu-check", "lint", "docs", "clean",
+    "help", "demo", "test", "test-fast", "test-cluster", "test-torch", "test-long", "gpu-check", "lint", "docs",
+    "clean",
 }  # fmt: skip
 
 
