@@ -176,8 +176,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay."""
     warmup_images: NonNegativeInteger = 0
-    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. Ignored, like
-    `schedule`, if the DeepSpeed JSON has a scheduler."""
+    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. As in all of
+    DeepSpeed's warm-ups, it is 0 in the first two steps, which initialize Adam's moments, and reaches `lr` two steps
+    after the warm-up. Ignored, like `schedule`, if the DeepSpeed JSON has a scheduler."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at `run.total_images` along half a cosine."""
 

@@ -93,6 +93,17 @@ def check_classes(config: Config, dataset: Dataset) -> None:
         )
 
 
+def missing_classes(config: Config, dataset: Dataset) -> str | None:
+    """Return a sentence if classes of the model have no images; classes without names may legitimately have none."""
+    count, found = config.model.num_classes, _classes(dataset)
+    if count <= found:
+        return None
+    return (
+        f"model.num_classes is {count}, but the labels of {config.data.path or 'the embedded set'} end at {found - 1}; "
+        "the other classes remain untrained, unless model.num_classes is auto"
+    )
+
+
 def _classes(dataset: Dataset) -> int:
     return len(dataset.classes or ()) or max(1, int(dataset.labels.max()) + 1)  # unlabelled images have the label -1
 

@@ -145,7 +145,9 @@ class Reader:
             bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
             raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that contains NaN or Inf")
 
-    def _pixels(self, positions: range, draws: list[TrainingDraws], out: np.ndarray) -> tuple[list[int], list[Unreadable]]:
+    def _pixels(
+        self, positions: range, draws: list[TrainingDraws], out: np.ndarray
+    ) -> tuple[list[int], list[Unreadable]]:
         """Read images, and return their indices and those that they replace."""
         shape, indices, problems = self.shapes[0][1:], [], []
         for row, (position, each) in enumerate(zip(positions, draws, strict=True)):

@@ -46,6 +46,12 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
             2,
             "sample.sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddpm'",
         ),
+        (
+            ["--set", "deepspeed.zero_optimization.stage=7"],
+            2,
+            "error: --set: deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got 7.",
+        ),
+        (["--set", "deepspeed.train_batch_size=auto"], 2, "error: fashion with --set: deepspeed: train_batch_size or"),
         (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (
