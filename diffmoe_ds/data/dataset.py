@@ -56,9 +56,7 @@ def open_dataset(config: Config) -> Dataset:
 def _refuse_missing(config: Config) -> None:
     """Raise DataError with the command that makes ``data.path`` if it is a local path that does not exist."""
     path, model = config.data.path, config.model
-    if path is None or is_url(path) or any(character in path for character in "*?[{"):
-        return
-    if Path(path).expanduser().exists():
+    if path is None or not is_missing(path):
         return
     if path in PREPARED_BY:
         remedy = PREPARED_BY[path]
@@ -70,6 +68,12 @@ def _refuse_missing(config: Config) -> None:
             "set it to a folder of images or to shards, or run `diffmoe init IMAGES`, which writes a recipe for them"
         )
     raise DataError(f"data.path {path} does not exist; {remedy}")
+
+
+def is_missing(path: str) -> bool:
+    """Return whether a path of images is neither a URL nor a pattern, and does not exist."""
+    is_plain = not is_url(path) and not any(character in path for character in "*?[{")
+    return is_plain and not Path(path).expanduser().exists()
 
 
 def with_classes(config: Config, dataset: Dataset) -> Config:

@@ -140,11 +140,9 @@ def _changed_schedule(plan: TrainPlan, saved: CheckpointMetadata) -> str:
     if schedule is not None and saved.lr_scheduler is None:
         return f", with a new learning-rate schedule: {schedule['type']} from step {saved.step} on"
     before = (saved.deepspeed or {}).get("scheduler")
-    if schedule is not None and before is not None and schedule["type"] != before["type"]:
-        return (
-            f", with another learning-rate schedule: {schedule['type']} instead of {before['type']}, from step "
-            f"{saved.step} on"
-        )
+    was = before.get("type") if isinstance(before, dict) else None
+    if schedule is not None and was is not None and schedule["type"] != was:
+        return f", with another learning-rate schedule: {schedule['type']} instead of {was}, from step {saved.step} on"
     return ""
 
 

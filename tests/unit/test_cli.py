@@ -261,6 +261,10 @@ def test_empty_paths_are_refused(capsys, command, options):
         ("train --total-images=9 --x", "--total-images=9 --x; keys of the recipe are set with --set run.total_images="),
         ("train --model.depth 3", "are set with --set model.depth=VALUE"),
         ("train --learning 3", "unrecognized arguments: --learning 3\n"),
+        ("train --batch-size 4", "--set deepspeed.train_batch_size=N (images per step)"),
+        ("train --epochs=3", "the length of a run is a number of images: --set run.total_images=N"),
+        ("train --x", "usage: diffmoe train [-h]"),
+        ("checkpoint inspect a --x", "usage: diffmoe checkpoint "),
         ("doctor --seed 3", "unrecognized arguments: --seed 3\n"),
     ),
 )
