@@ -27,7 +27,7 @@ from diffmoe_ds.files import Digest, write_json
 BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For machines that other jobs use at the same time."""
 COUNTS = st.integers(0, 2**63 - 1)
-NUMBERS = st.floats(0, 1e6)
+NUMBERS = st.floats(0, 3e38)  # whatever learning rate a run accepts
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

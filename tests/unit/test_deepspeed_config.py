@@ -323,11 +323,8 @@ def test_a_copied_json_is_accepted_where_nothing_unsupported_is_switched_on():
 
 
 def test_what_a_copied_json_asks_for_is_refused_at_once():
-    zero = {
-        "stage": 3,
-        "offload_optimizer": {"device": "nvme", "nvme_path": "/ssd"},
-        "offload_param": {"device": "cpu"},
-    }
+    nvme = {"device": "nvme", "nvme_path": "/ssd"}
+    zero = {"stage": 3, "offload_optimizer": nvme, "offload_param": {"device": "cpu"}}
     changes = {
         "fp16": {"enabled": True},
         "zero_optimization": zero,
