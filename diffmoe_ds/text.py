@@ -11,3 +11,8 @@ def counted(count: int, noun: str) -> str:
         noun: in the singular, with a plural in -s.
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def reason(error: Exception) -> str:
+    """Return the message of another library's error without its full stop, to continue a sentence."""
+    return str(error).strip().rstrip(".")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -256,7 +255,7 @@ def restore_engine(
     Raises:
         CheckpointError: the checkpoint lacks a part of a fragment.
     """
-    from diffmoe_ds.distributed.deepspeed_seam import restore_schedule, set_adam_step
+    from diffmoe_ds.distributed.deepspeed_seam import set_adam_step
 
     for fragment, averaged in zip(fragments, ema, strict=True):
         targets = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
@@ -268,10 +267,8 @@ def restore_engine(
     engine.global_samples = saved.images
     if engine.lr_scheduler is None:  # or no longer: the learning rate is that of the optimizer's settings
         return
-    if saved.lr_scheduler is None:  # added since
-        engine.lr_scheduler.step(saved.step - 1)
-    else:
-        restore_schedule(engine, saved.lr_scheduler, asdict(saved.lr_now))
+    if saved.step:  # computed, not restored: the schedule may have been added or changed since
+        engine.lr_scheduler.step((saved.lr_scheduler or {}).get("last_batch_iteration", saved.step - 1))
 
 
 def _has_null(config: Config) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
-from diffmoe_ds.config.deepspeed_keys import MOMENTS
+from diffmoe_ds.config.deepspeed_keys import LARGEST, MOMENTS
 from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
@@ -304,7 +304,7 @@ def _scheduled(now: _Object) -> ScheduledValues:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return type(value) in (int, float) and abs(cast(float, value)) <= MAX_INT
+    return type(value) in (int, float) and abs(cast(float, value)) <= LARGEST
 
 
 def _shown(value: Any) -> str:

@@ -34,6 +34,17 @@ COMMANDS = {
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Names under which torch looks for settings of its GPU allocator; it reads only one of them."""
 
+BATCH_SIZE = (
+    "the batch size is in the DeepSpeed section or JSON: --set deepspeed.train_batch_size=N (images per step) or "
+    "deepspeed.train_micro_batch_size_per_gpu=N"
+)
+LENGTH = "the length of a run is a number of images: --set run.total_images=N"
+ADVICE = {
+    **dict.fromkeys(("batch_size", "train_batch_size", "micro_batch", "micro_batch_size"), BATCH_SIZE),
+    **dict.fromkeys(("epochs", "num_epochs", "steps", "max_steps", "num_steps", "iterations"), LENGTH),
+}
+"""Options that other programs have for training, and what to use here."""
+
 
 def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = None) -> int:
     """Run a command and return its exit code; user errors are one sentence on stderr, without a traceback.
@@ -47,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
     parser = _parser()
     args, surplus = parser.parse_known_args(argv)
     if surplus:
-        parser.error(f"unrecognized arguments: {' '.join(surplus)}{_advice(args.command, surplus)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(surplus)}{_advice(args.command, surplus)}")
     args.command_line = shlex.join(["diffmoe", *(sys.argv[1:] if argv is None else argv)])
     if handle_signals is None:
         handle_signals = argv is None
@@ -104,6 +115,9 @@ def _advice(command: str, surplus: Sequence[str]) -> str:
     from diffmoe_ds.config.reference import keys_named
 
     options = [text.partition("=")[0].lstrip("-").replace("-", "_") for text in surplus if text.startswith("--")]
+    for option in options:
+        if option in ADVICE:
+            return f"; {ADVICE[option]}"
     keys = [key for option in options for key in keys_named(option)]
     return f"; keys of the recipe are set with --set {keys[0]}=VALUE" if keys else ""
 
@@ -126,7 +140,7 @@ class _CommandParser(argparse.ArgumentParser):
         module = import_module(f"diffmoe_ds.cli.{name}")
         self.epilog = module.EXAMPLES
         getattr(module, f"add_{name}_arguments")(self)
-        self.set_defaults(command=name, run=getattr(module, f"{name}_command"))
+        self.set_defaults(command=name, parser=self, run=getattr(module, f"{name}_command"))
         return super().parse_known_args(args, namespace)
 
     def add_subparsers(self, **kwargs: Any) -> Any:

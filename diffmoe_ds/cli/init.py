@@ -69,16 +69,26 @@ def init_command(args: argparse.Namespace) -> None:
             file.write(text)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
-    for path in found.unreadable[:3]:
-        print(f"{'warning':>11}  {path} cannot be decoded", file=sys.stderr)
+    too_many = _warn(out, found, facts)
+    first = "repair or remove unreadable images, or raise data.max_unreadable; then " if too_many else ""
+    print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  {first}diffmoe train --config {out}")
+
+
+def _warn(out: Path, found: Survey, facts: Facts) -> bool:
+    """Print what is lost of the images, and return whether so many are unreadable that training will stop."""
+    if facts.initial is not None and facts.channels == 1 and not found.is_gray:
+        print(f"{'warning':>11}  the model of --init-from is grayscale: the images lose their color", file=sys.stderr)
+    for problem in found.unreadable[:3]:
+        print(f"{'warning':>11}  {problem}", file=sys.stderr)
+    limit = DataConfig().max_unreadable
     if found.unreadable:
         print(
-            f"{'':>11}  training replaces unreadable images, and stops if they are more than "
-            f"{DataConfig().max_unreadable:.0%} of all (data.max_unreadable); `diffmoe train --config {out} --dry-run "
-            "--thorough` names them all",
+            f"{'':>11}  {len(found.unreadable)} of the {counted(found.looked_at, 'image')} that were read; training "
+            f"replaces unreadable images, and stops if they are more than {limit:.0%} of all (data.max_unreadable); "
+            f"`diffmoe train --config {out} --dry-run --thorough` names them all",
             file=sys.stderr,
         )
-    print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  diffmoe train --config {out}")
+    return len(found.unreadable) > limit * found.looked_at
 
 
 def _name(images: str) -> str:

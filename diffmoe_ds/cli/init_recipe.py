@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def draft(facts: Facts) -> str:
     return f"""\
 # {facts.title}
 #   diffmoe train --config {facts.file}
-#   diffmoe sample --checkpoint runs/{facts.file.removesuffix(".yaml")} --cfg-scale {_guidance(facts)} --out samples
+#   diffmoe sample --checkpoint runs/{Path(facts.file).stem} --cfg-scale {_guidance(facts)} --out samples
 # `diffmoe config SECTION.KEY` explains a key.
 {_model(facts, scale)}data:
   path: {_text(facts.path)}

@@ -103,7 +103,7 @@ OTHER_OPTIMIZERS = tuple(
     )
 )  # fmt: skip
 OFFLOAD = {
-    "device": _one_of("none", "cpu", refused=(("nvme", f"NVMe offload is not supported; see {PAGE}"),)),
+    "device": _one_of("none", "cpu", refused=(("nvme", f"NVMe offload is not supported (see {PAGE}); use cpu"),)),
     "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG,
 }  # fmt: skip
 ZERO = {

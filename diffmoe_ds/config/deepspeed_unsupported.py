@@ -7,7 +7,6 @@ from typing import Any
 PAGE = "docs/deepspeed.md"
 """Says which of DeepSpeed's features are supported, and why others are not."""
 SAVED_OTHERWISE = "checkpoints have a format of their own; see the checkpoint section of the recipe"
-NO_NVME = f'NVMe offload is not supported (see {PAGE}); the device can be "cpu"'
 FEWER_GATHERS = "parameters are partitioned by stage 3 alone"
 UNSUPPORTED: dict[str, dict[str, str]] = {
     "": {
@@ -82,9 +81,6 @@ UNSUPPORTED: dict[str, dict[str, str]] = {
     },
     "zero_optimization.offload_optimizer": {
         "cpuadam_cores_perc": "set OMP_NUM_THREADS",
-        "nvme_path": NO_NVME,
-        "pipeline_read": NO_NVME,
-        "pipeline_write": NO_NVME,
         "ratio": "all of the optimizer is offloaded",
         "super_offload": "",
     },
@@ -104,6 +100,7 @@ IGNORED: dict[str, tuple[str, ...]] = {
         "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
         "load_from_fp32_weights", "ignore_unused_parameters",
     ),
+    "zero_optimization.offload_optimizer": ("nvme_path", "pipeline_read", "pipeline_write"),
     "bf16": ("check_grad_overflow",),
     "fp16": (
         "auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads", "hysteresis", "initial_scale_power",

@@ -116,6 +116,11 @@ def _find(what: str, recipe: str, path: Path) -> Path:
         return known[recipe]
     if path.is_file():
         return path
+    if len(Path(recipe).parts) > 1 or recipe.startswith("./") or path.suffix in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{what} {recipe}: the file does not exist; `diffmoe init IMAGES` writes one that fits your images, and "
+            f"packaged recipes have names: {', '.join(known)}."
+        )
     raise ConfigError(
         f"{unknown(what, recipe, known)} It can also be the path of a YAML file; `diffmoe init IMAGES` writes one that "
         "fits your images."
@@ -138,16 +143,17 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
     own = {} if path in recipes().values() else tree
-    base = tree.pop(BASE, None)
-    if base is None:
+    if BASE not in tree:
         return _merged({}, tree), _merged({}, own)
+    base = tree.pop(BASE)
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: {BASE} must be the name or the path of a recipe, got {base!r}.")
-    found = _find(f"{path}: {BASE}", base, path.parent / base)
+        found = "nothing" if base is None else repr(base)
+        raise ConfigError(f"{path}: {BASE} must be the name or the path of a recipe, got {found}.")
+    parent = _find(f"{path}: {BASE}", base, path.parent / base)
     line = (*heirs, path)
-    if found.resolve() in [heir.resolve() for heir in line]:
+    if parent.resolve() in [heir.resolve() for heir in line]:
         raise ConfigError(f"{path}: {BASE}: {base} inherits from this recipe.")
-    inherited, inherited_own = _read(found, line)
+    inherited, inherited_own = _read(parent, line)
     return _merged(inherited, tree), _merged(inherited_own, own)
 
 

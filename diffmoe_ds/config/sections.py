@@ -152,7 +152,9 @@ class DataConfig(Section):
     """Window size for `shuffle: window`, in images; larger windows mix better and read from more shards at a time."""
     max_unreadable: Fraction = 0.01
     """Largest fraction of the images that may be unreadable. Such an image is named and replaced by that of the next
-    position; if there are more, the run saves and stops (exit code 4). Prepared latents must all be readable."""
+    position; if there are more, the run saves and stops (exit code 4). All ranks count together, each image once; the
+    count starts again when a run resumes, because images may have been repaired. Prepared latents must all be
+    readable."""
     vae: Text | None = None
     """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
     worth preparing."""
@@ -174,8 +176,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay."""
     warmup_images: NonNegativeInteger = 0
-    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. Ignored, like
-    `schedule`, if the DeepSpeed JSON has a scheduler."""
+    """Images over which the learning rate rises linearly from 0; rounded up to whole optimizer steps. As in all of
+    DeepSpeed's warm-ups, it is 0 in the first two steps, which initialize Adam's moments, and reaches `lr` two steps
+    after the warm-up. Ignored, like `schedule`, if the DeepSpeed JSON has a scheduler."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at `run.total_images` along half a cosine."""
 

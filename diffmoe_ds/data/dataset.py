@@ -59,9 +59,7 @@ def check_exists(config: Config) -> None:
         DataError: they do not; names the command that makes them.
     """
     path, model = config.data.path, config.model
-    if path is None or is_url(path) or any(character in path for character in "*?[{"):
-        return
-    if Path(path).expanduser().exists():
+    if path is None or not is_missing(path):
         return
     if path in PREPARED_BY:
         remedy = PREPARED_BY[path]
@@ -73,6 +71,12 @@ def check_exists(config: Config) -> None:
             "set it to a folder of images or to shards, or run `diffmoe init IMAGES`, which writes a recipe for them"
         )
     raise DataError(f"data.path {path} does not exist; {remedy}")
+
+
+def is_missing(path: str) -> bool:
+    """Return whether a path of images is neither a URL nor a pattern, and does not exist."""
+    is_plain = not is_url(path) and not any(character in path for character in "*?[{")
+    return is_plain and not Path(path).expanduser().exists()
 
 
 def with_classes(config: Config, dataset: Dataset) -> Config:
@@ -94,6 +98,17 @@ def check_classes(config: Config, dataset: Dataset) -> None:
             f"model.num_classes is {count}, but {config.data.path or 'the embedded set'} has {found} classes; "
             "set it to auto."
         )
+
+
+def missing_classes(config: Config, dataset: Dataset) -> str | None:
+    """Return a sentence if classes of the model have no images; classes without names may legitimately have none."""
+    count, found = config.model.num_classes, _classes(dataset)
+    if count <= found:
+        return None
+    return (
+        f"model.num_classes is {count}, but the labels of {config.data.path or 'the embedded set'} end at {found - 1}; "
+        "the other classes remain untrained, unless model.num_classes is auto"
+    )
 
 
 def _classes(dataset: Dataset) -> int:

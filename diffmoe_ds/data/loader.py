@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, Unreadable, check_labels, check_latents
 from diffmoe_ds.data.shuffle import Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
@@ -41,7 +41,7 @@ class MicroBatch(NamedTuple):
     drop: torch.Tensor  # bool [B]: the label is dropped, for classifier-free guidance
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
-    unreadable: tuple[str, ...] = ()  # why images were replaced by those of later positions
+    unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the batch on a device; the copies may still be running."""

@@ -55,6 +55,13 @@ class Task(NamedTuple):
     positions: range
 
 
+class Unreadable(NamedTuple):
+    """An image that cannot be read."""
+
+    image: int  # its index in the dataset
+    problem: str  # a sentence
+
+
 class Packed(NamedTuple):
     """A micro-batch as the reader returns it."""
 
@@ -63,7 +70,7 @@ class Packed(NamedTuple):
     time: np.ndarray
     drop: np.ndarray
     position: np.ndarray
-    unreadable: tuple[str, ...] = ()  # why images were replaced
+    unreadable: tuple[Unreadable, ...] = ()  # images that were replaced
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class Reader:
         np.stack([each.noise for each in draws], out=noise)
         for out in posterior:
             np.stack(_posteriors(draws), out=out)
-        problems: list[str] = []
+        problems: list[Unreadable] = []
         if self.dataset.latents is None:
             indices, problems = self._pixels(task.positions, draws, x)
         else:
@@ -138,8 +145,10 @@ class Reader:
             bad = int(np.argmin(np.isfinite(out).all(axis=(1, 2, 3))))
             raise DataError(f"{self.dataset.describe(indices[bad])} has a latent that contains NaN or Inf")
 
-    def _pixels(self, positions: range, draws: list[TrainingDraws], out: np.ndarray) -> tuple[list[int], list[str]]:
-        """Read images, and return their indices and the problems of those that were replaced."""
+    def _pixels(
+        self, positions: range, draws: list[TrainingDraws], out: np.ndarray
+    ) -> tuple[list[int], list[Unreadable]]:
+        """Read images, and return their indices and those that they replace."""
         shape, indices, problems = self.shapes[0][1:], [], []
         for row, (position, each) in enumerate(zip(positions, draws, strict=True)):
             index, image, found = self._readable(position)
@@ -148,9 +157,9 @@ class Reader:
             problems += found
         return indices, problems
 
-    def _readable(self, position: int) -> tuple[int, np.ndarray, list[str]]:
-        """Return the image of a position, or of the next one with a readable image, and the problems of the others."""
-        problems: list[str] = []
+    def _readable(self, position: int) -> tuple[int, np.ndarray, list[Unreadable]]:
+        """Return the image of a position, or of the next one with a readable image, and those before it."""
+        problems: list[Unreadable] = []
         while True:
             index = self.shuffle(position + len(problems))
             try:
@@ -160,7 +169,7 @@ class Reader:
             except DataError as error:
                 if not self.replaces or len(problems) == MAX_REPLACED:
                     raise
-                problems.append(str(error))
+                problems.append(Unreadable(index, str(error)))
 
     def _check(self, image: np.ndarray, index: int) -> None:
         expected = self.shapes[0][1:]

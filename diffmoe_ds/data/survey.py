@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from diffmoe_ds.data.dataset import open_source
+from diffmoe_ds.data.dataset import is_missing, open_source
 from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.images import open_rgb
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text import reason
 
 LOOKED_AT = 200
 """Largest number of images that are decoded."""
@@ -47,7 +48,9 @@ class Survey:
     largest: int
     """Longer side of the largest of these images."""
     unreadable: tuple[str, ...]
-    """Those of these images that cannot be decoded."""
+    """Why some of these images cannot be read, one sentence each."""
+    looked_at: int
+    """Number of these images."""
 
 
 def survey(path: str) -> Survey:
@@ -59,6 +62,8 @@ def survey(path: str) -> Survey:
     Raises:
         DataError: there are no images, or none of them can be decoded.
     """
+    if is_missing(path):
+        raise DataError(f"{path} does not exist; expected a folder of images, or shards")
     source = open_source(path)
     latents = source.latents if isinstance(source, ShardDataset) else None
     has_labels = source.labels[0] != NO_LABEL
@@ -69,13 +74,16 @@ def survey(path: str) -> Survey:
     for index in chosen.tolist():
         try:
             image_HWC = _decoded(source, index)
-        except Exception:  # decoders raise many types on damaged bytes
-            unreadable.append(source.describe(index))
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
+        except Exception as error:  # decoders raise many types on damaged bytes
+            unreadable.append(f"{source.describe(index)} cannot be decoded: {reason(error)}")
             continue
         sides.append(image_HWC.shape[:2])
         is_gray = is_gray and bool((image_HWC == image_HWC[..., :1]).all())
     if latents is None and not sides:
-        raise DataError(f"{path}: none of the images can be decoded, such as {unreadable[0]}")
+        raise DataError(f"{path}: none of the images can be read; {unreadable[0]}")
     return Survey(
         num_images=len(source),
         class_names=names,
@@ -86,4 +94,5 @@ def survey(path: str) -> Survey:
         smallest=min(map(min, sides), default=0),
         largest=max(map(max, sides), default=0),
         unreadable=tuple(unreadable),
+        looked_at=len(chosen),
     )

@@ -21,7 +21,7 @@ from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.evaluation.npz import NpzReader
-from diffmoe_ds.text import counted
+from diffmoe_ds.text import counted, reason
 
 MAX_SIDE = 4096
 MAX_BATCH_BYTES = 256 << 20
@@ -143,7 +143,7 @@ class FileImages:
                 return image if size is None or found == size else _padded(image, size)
             return centre_crop(picture, size[0])
         except Exception as error:  # decoders raise many types on damaged bytes
-            raise DataError(f"{self._source.describe(index)} cannot be decoded: {error}") from error
+            raise DataError(f"{self._source.describe(index)} cannot be decoded: {reason(error)}") from error
 
 
 def open_images(path: str, size: tuple[int, int] | None = None, option: str = "--samples") -> Images:

@@ -11,11 +11,16 @@ from typing import Any
 from diffmoe_ds.checkpoint.export import LARGE_SHARE
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata
 from diffmoe_ds.config.load import config_to_dict, differences
+from diffmoe_ds.data.dataset import missing_classes
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
 from diffmoe_ds.planning.traffic import crossing_warning
+from diffmoe_ds.text import counted
 from diffmoe_ds.training.plan import TrainPlan
 from diffmoe_ds.training.resume import continued
+
+DEFAULT_WARMUP_STEPS = 1000
+"""DeepSpeed's ``warmup_num_steps``."""
 
 
 def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
@@ -41,12 +46,12 @@ def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
         ("launch", launch.describe()),
         (
             "batch",
-            f"{settings.global_batch} images = {settings.micro_batch} per rank x {settings.accumulation} "
+            f"{counted(settings.global_batch, 'image')} = {settings.micro_batch} per rank x {settings.accumulation} "
             f"micro-step(s) x {world} rank(s)",
         ),
-        ("data", f"{config.data.path or 'embedded Fashion-MNIST'}, {len(plan.dataset):,} images"),
+        ("data", f"{config.data.path or 'embedded Fashion-MNIST'}, {counted(len(plan.dataset), 'image')}"),
         *_evaluation(plan),
-        ("length", f"{config.run.total_images:,} images; {describe_start(plan)}"),
+        ("length", f"{counted(config.run.total_images, 'image')}; {describe_start(plan)}"),
         ("run", str(plan.directory)),  # slurm/train.sbatch, and copies of it on clusters, parse this line
         (
             "versions",
@@ -128,12 +133,16 @@ def describe_start(plan: TrainPlan) -> str:
 
 
 def _changed_schedule(plan: TrainPlan, saved: CheckpointMetadata) -> str:
-    """Describe that a run has a learning-rate schedule and its checkpoint has none, or the other way round."""
+    """Describe that a run has a learning-rate schedule and its checkpoint has none or another one, or vice versa."""
     schedule, lr = plan.settings.json.get("scheduler"), plan.settings.json["optimizer"]["params"]["lr"]
     if schedule is None and saved.lr_scheduler is not None:
         return f", without its learning-rate schedule: from {saved.lr_now.lr:g} to a constant {lr:g}"
     if schedule is not None and saved.lr_scheduler is None:
         return f", with a new learning-rate schedule: {schedule['type']} from step {saved.step} on"
+    before = (saved.deepspeed or {}).get("scheduler")
+    was = before.get("type") if isinstance(before, dict) else None
+    if schedule is not None and was is not None and schedule["type"] != was:
+        return f", with another learning-rate schedule: {schedule['type']} instead of {was}, from step {saved.step} on"
     return ""
 
 
@@ -169,7 +178,8 @@ def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
     if plan.held_out is None:
         return []
     config = plan.config.eval
-    text = f"{plan.config.data.validation_path}, {len(plan.held_out):,} images, every {config.every_images:,} images"
+    text = f"{plan.config.data.validation_path}, {counted(len(plan.held_out), 'image')}, "
+    text += f"every {config.every_images:,} images"
     if config.metrics:
         text += f"; {', '.join(config.metrics)} of {config.metric_images:,} images by {config.extractor}"
     return [("validation", text)]
@@ -184,7 +194,23 @@ def _notes(plan: TrainPlan) -> list[str]:
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
     crossing = crossing_warning(plan.config, plan.settings, hosts)
-    return [warning for warning in (crossing, _average_warning(plan)) if warning]
+    found = crossing, _average_warning(plan), _warmup_warning(plan), missing_classes(plan.config, plan.dataset)
+    return [warning for warning in found if warning]
+
+
+def _warmup_warning(plan: TrainPlan) -> str | None:
+    """Return a sentence if the learning rate still rises when the run ends."""
+    schedule = plan.settings.json.get("scheduler", {"type": "none"})
+    if not schedule["type"].startswith("Warmup"):
+        return None
+    warmup = schedule.get("params", {}).get("warmup_num_steps", DEFAULT_WARMUP_STEPS)
+    steps = -(-plan.config.run.total_images // plan.settings.global_batch)
+    if warmup < steps:
+        return None
+    return (
+        f"the warm-up of the learning rate takes {counted(warmup, 'step')}, but the run has {counted(steps, 'step')}; "
+        "lower optimizer.warmup_images, or scheduler.params.warmup_num_steps if the DeepSpeed JSON has a scheduler"
+    )
 
 
 def _average_warning(plan: TrainPlan) -> str | None:

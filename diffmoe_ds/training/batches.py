@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffmoe_ds.data.dataset import image_shape
 from diffmoe_ds.data.loader import LoaderSettings, MicroBatch, PositionLoader
-from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.distributed.collectives import get_rank
-from diffmoe_ds.distributed.consensus import agree, raise_agreed
+from diffmoe_ds.data.reader import Dataset, Unreadable
+from diffmoe_ds.distributed.collectives import all_gather, all_reduce, get_rank
+from diffmoe_ds.distributed.consensus import agree, raise_agreed, vote
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DataError, DiffMoEError
@@ -50,7 +51,8 @@ class BatchSource:
         self._next: MicroBatch | None = None
         self._failure: DiffMoEError | None = None
         self._winner = 0
-        self._unreadable = Unreadable(run.config.data.max_unreadable, len(dataset))
+        self._unreadable = UnreadableImages(run.config.data.max_unreadable, len(dataset), run.device)
+        self._has_new = self._any_has_new = False
         self.flags: tuple[bool, ...] = ()
         """For each flag of the last `agree`, whether any rank set it."""
         self.attachments_WX: Tensor | None = None
@@ -74,7 +76,10 @@ class BatchSource:
             The mean of each value over the ranks.
         """
         self._read()
-        self._winner, self.flags, means, self.attachments_WX = agree(values_N, self._failure, flags, attachment_X)
+        answers = (self._has_new, *flags)
+        self._winner, answers, means, self.attachments_WX = agree(values_N, self._failure, answers, attachment_X)
+        self._any_has_new, *others = answers
+        self.flags = tuple(others)
         return means
 
     def agree_again(self, values_N: Tensor, attachment_X: Tensor | None) -> list[float]:
@@ -94,10 +99,13 @@ class BatchSource:
         """Return the micro-batch that the last `agree` read, on the run's device.
 
         Raises:
-            DataError: on all ranks, if any could not read its images.
+            DataError: on all ranks, if any could not read its images, or too many images are unreadable.
             RunDirectoryBusyError: on all ranks, if another job has taken over the run directory.
         """
         raise_agreed(self._winner, self._failure, get_rank())
+        if self._any_has_new:
+            self._unreadable.exchange()
+            self._has_new = self._any_has_new = False
         assert self._next is not None, "without an error there is a micro-batch"
         batch, self._next = self._next, None
         return batch.to(self._device)
@@ -111,7 +119,7 @@ class BatchSource:
             if self._lock is not None:
                 self._lock.check()
             self._next = next(self._batches)
-            self._unreadable.add(self._next.unreadable)
+            self._has_new = self._unreadable.add(self._next.unreadable)
         except DiffMoEError as error:
             self._failure = error
         except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
@@ -129,33 +137,52 @@ class BatchSource:
         return round(seconds, 6)
 
 
-class Unreadable:
-    """Counts and names the images that this rank could not read; images that occur again count once."""
+class UnreadableImages:
+    """Counts and names the images that cannot be read; each counts once, however often and on which ranks it occurs."""
 
-    def __init__(self, fraction: float, num_images: int) -> None:
-        """Allow a fraction of the images (``data.max_unreadable``)."""
+    def __init__(self, fraction: float, num_images: int, device: torch.device) -> None:
+        """Allow a fraction of the images (``data.max_unreadable``); the device is that of the collectives."""
         self._fraction = fraction
         self._num_images = num_images
-        self._problems: set[str] = set()
+        self._device = device
+        self._known: set[int] = set()
+        self._new: dict[int, str] = {}
 
-    def add(self, problems: Iterable[str]) -> None:
-        """Print new problems.
+    def add(self, found: Iterable[Unreadable]) -> bool:
+        """Note what this rank has found, and return whether any of it is new."""
+        self._new = {image: problem for image, problem in found if image not in self._known}
+        return bool(self._new)
+
+    def exchange(self) -> None:
+        """Count and print what all ranks have noted. Every rank must call this if any has found something new.
 
         Raises:
-            DataError: there are too many.
+            DataError: on all ranks, if there are too many.
         """
-        for problem in problems:
-            if problem in self._problems:
-                continue
-            self._problems.add(problem)
-            count, allowed = len(self._problems), int(self._fraction * self._num_images)
-            if count > allowed:
-                raise DataError(
-                    f"{problem}; {counted(count, 'unreadable image')} of {self._num_images:,}, but data.max_unreadable "
-                    f"{self._fraction:g} allows {allowed:,}"
-                )
-            where = f"rank {get_rank()}, {count} of {allowed:,} allowed"
-            print(f"*** WARNING: {problem}; the next image replaces it ({where}) ***", file=sys.stderr, flush=True)
+        mine_N = torch.tensor(sorted(self._new), dtype=torch.int64, device=self._device)
+        most = int(all_reduce(torch.tensor(len(mine_N), device=self._device), "max"))
+        every_WN = torch.stack(all_gather(pad(mine_N, (0, most - len(mine_N)), value=-1))).tolist()
+        failure = None
+        for rank, images in enumerate(every_WN):
+            for image in images:
+                if image < 0 or image in self._known:
+                    continue
+                self._known.add(image)
+                if rank == get_rank():
+                    failure = failure or self._report(self._new[image])
+        vote(self._device, failure)
+
+    def _report(self, problem: str) -> DataError | None:
+        """Print the problem of the image that was counted last, or return an error if it is one too many."""
+        count, allowed = len(self._known), int(self._fraction * self._num_images)
+        if count > allowed:
+            return DataError(
+                f"{problem}; {counted(count, 'unreadable image')} of {self._num_images:,}, but data.max_unreadable "
+                f"{self._fraction:g} allows {allowed:,}"
+            )
+        where = f"rank {get_rank()}, {count} of {allowed:,} allowed"
+        print(f"*** WARNING: {problem}; the next image replaces it ({where}) ***", file=sys.stderr, flush=True)
+        return None
 
 
 def as_data_error(error: Exception) -> DataError:

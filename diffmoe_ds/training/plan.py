@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
+from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch, local_device
@@ -182,13 +183,35 @@ def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Co
             raise ConfigError(
                 f"{request.recipe}: the recipe has no deepspeed section; pass --deepspeed_config, such as zero2."
             )
-        return config, f"{request.recipe}: deepspeed"
-    if any(override.startswith("deepspeed.") for override in request.overrides):
+        return config, _source_of_section(config, request)
+    if any(map(_is_deepspeed, request.overrides)):
         raise ConfigError(
             "--set deepspeed... changes the recipe's deepspeed section, which --deepspeed_config replaces; omit either."
         )
     raw = read_deepspeed_json(request.deepspeed_json)
     return config.model_copy(update={"deepspeed": raw}), str(request.deepspeed_json)
+
+
+def _is_deepspeed(override: str) -> bool:
+    return override.startswith("deepspeed.")
+
+
+def _source_of_section(config: Config, request: TrainRequest) -> str:
+    """Return a name for the recipe's ``deepspeed`` section, for errors.
+
+    Raises:
+        ConfigError: ``--set`` makes its keys invalid.
+    """
+    source = f"{request.recipe}: deepspeed"
+    if not any(map(_is_deepspeed, request.overrides)):
+        return source
+    own = read_recipe(request.recipe, [text for text in request.overrides if not _is_deepspeed(text)]).tree
+    try:
+        check_keys(own.get("deepspeed") or {}, source)
+    except ConfigError:
+        return f"{request.recipe} with --set: deepspeed"
+    check_keys(config.deepspeed, "--set: deepspeed")
+    return f"{request.recipe} with --set: deepspeed"
 
 
 def _is_prebuilt(operator: str) -> bool:

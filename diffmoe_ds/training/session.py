@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,8 @@ class Session:
         self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
         if self.plan is not plan and plan.is_main:
             print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
+        if "wandb" in self.plan.settings.json:
+            os.environ.setdefault("WANDB_DIR", str(plan.directory))  # otherwise it writes into the current directory
         run = setup_run(self.plan)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)

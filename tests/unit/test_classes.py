@@ -55,6 +55,16 @@ def test_auto_survives_a_round_trip_and_is_resolved_in_a_run(tmp_path):
     assert "num_classes: 10" in Path(tmp_path / "run" / "resolved.yaml").read_text()
 
 
+def test_unnamed_classes_without_images_draw_a_warning(tmp_path, capsys):
+    numbered_shard(tmp_path / "fours.tar", 4)
+    path = ("--dry-run", "--set", f"data.path={tmp_path / 'fours.tar'}")
+    said = f"model.num_classes is 10, but the labels of {tmp_path / 'fours.tar'} end at 3; the other classes"
+    for count, warns in (("10", True), ("4", False), ("auto", False)):
+        overrides = (*path, f"model.num_classes={count}")
+        assert main(["train", *training_arguments(None, tmp_path / "run"), *overrides]) == 0
+        assert (said in capsys.readouterr().out) == warns
+
+
 def test_a_plan_without_images_assumes_those_of_imagenet(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("base: imagenet-256\nmodel: {num_classes: auto}\n")
     found = []

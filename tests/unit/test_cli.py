@@ -46,6 +46,12 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
             2,
             "sample.sampler must be euler, heun, dopri5 or sde for a flow model, got 'ddpm'",
         ),
+        (
+            ["--set", "deepspeed.zero_optimization.stage=7"],
+            2,
+            "error: --set: deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got 7.",
+        ),
+        (["--set", "deepspeed.train_batch_size=auto"], 2, "error: fashion with --set: deepspeed: train_batch_size or"),
         (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (
@@ -255,6 +261,10 @@ def test_empty_paths_are_refused(capsys, command, options):
         ("train --total-images=9 --x", "--total-images=9 --x; keys of the recipe are set with --set run.total_images="),
         ("train --model.depth 3", "are set with --set model.depth=VALUE"),
         ("train --learning 3", "unrecognized arguments: --learning 3\n"),
+        ("train --batch-size 4", "--set deepspeed.train_batch_size=N (images per step)"),
+        ("train --epochs=3", "the length of a run is a number of images: --set run.total_images=N"),
+        ("train --x", "usage: diffmoe train [-h]"),
+        ("checkpoint inspect a --x", "usage: diffmoe checkpoint "),
         ("doctor --seed 3", "unrecognized arguments: --seed 3\n"),
     ),
 )

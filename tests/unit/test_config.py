@@ -167,6 +167,8 @@ def test_a_recipe_inherits_from_another(tmp_path):
     (
         ("base: fashon", "recipe.yaml: base: 'fashon' is not known; did you mean 'fashion'?"),
         ("base: [fashion]", "recipe.yaml: base must be the name or the path of a recipe, got ['fashion']"),
+        ("base:", "recipe.yaml: base must be the name or the path of a recipe, got nothing."),
+        ("base: missing.yaml", "recipe.yaml: base missing.yaml: the file does not exist; `diffmoe init IMAGES` writes"),
         ("base: recipe.yaml", "recipe.yaml: base: recipe.yaml inherits from this recipe"),
         ("base: other.yaml", "other.yaml: base: ./recipe.yaml inherits from this recipe"),
     ),
@@ -195,3 +197,5 @@ def test_an_error_names_set_only_if_its_key_was_set_there(tmp_path):
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="'fashon' is not known; did you mean 'fashion'"):
         load_config("fashon")
+    with pytest.raises(ConfigError, match=r"--config \./fashion: the file does not exist; .* names: .*fashion"):
+        load_config("./fashion")

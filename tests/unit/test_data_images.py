@@ -20,6 +20,7 @@ from diffmoe_ds.data.dataset import check_first_image, open_dataset, open_source
 from diffmoe_ds.data.sources import images
 from diffmoe_ds.data.sources.folder import ImageFolder
 from diffmoe_ds.data.sources.images import centre_crop, decode_pixels, open_rgb
+from diffmoe_ds.data.sources.raw import RawImages
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
@@ -309,3 +310,11 @@ def test_a_latent_shard_is_not_a_source_of_images(tmp_path, capsys):
     arguments = ["prepare", "images", "--images", str(tmp_path / "in.tar"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 4
     assert "1 of 1 images could not be read" in capsys.readouterr().err
+
+
+def test_a_reason_is_part_of_a_sentence(tmp_path, monkeypatch):
+    """Pillow's own sentences end with a full stop."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    put(tmp_path, "a.png")
+    with pytest.raises(DataError, match=r"could be decompression bomb DOS attack$"):
+        RawImages(ImageFolder(tmp_path), 8)[0]

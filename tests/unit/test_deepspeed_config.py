@@ -323,7 +323,8 @@ def test_a_copied_json_is_accepted_where_nothing_unsupported_is_switched_on():
 
 
 def test_what_a_copied_json_asks_for_is_refused_at_once():
-    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "cpu"}}
+    nvme = {"device": "nvme", "nvme_path": "/ssd"}
+    zero = {"stage": 3, "offload_optimizer": nvme, "offload_param": {"device": "cpu"}}
     changes = {
         "fp16": {"enabled": True},
         "zero_optimization": zero,
@@ -338,7 +339,7 @@ def test_what_a_copied_json_asks_for_is_refused_at_once():
     assert first == "ds.json: 7 keys are invalid:" and sum("valid: bf16, comms_logger" in line for line in lines) == 1
     for text in (
         'fp16.enabled must be false or "auto", got True; fp16 is not supported (see docs/deepspeed.md); use bf16',
-        "offload_optimizer.device must be none, cpu or \"auto\", got 'nvme'; NVMe offload is not supported; see docs/",
+        "offload_optimizer.device must be none, cpu or \"auto\", got 'nvme'; NVMe offload is not supported (see docs/",
         "offload_param is a DeepSpeed setting that this project does not support; only the optimizer can be offloaded",
         "optimizer.type must be Adam, AdamW, Lion or \"auto\", got 'Lamb'; checkpoints cannot hold",
         "scheduler.type: 'Warmup' is not known; did you mean 'WarmupLR'? valid:",

@@ -86,14 +86,16 @@ def test_mistakes_write_nothing(capsys):
     Path("photos.yaml").write_text("mine")
     Path("empty").mkdir()
     Path("broken").mkdir()
+    pictures("nested/a/b")
     Path("broken/a.jpg").write_bytes(b"no picture")
     for arguments, code, message in (
         (["photos"], 2, "photos.yaml exists already"),
         (["photos", "--out", "x.yml"], 2, "must end in .yaml"),
         (["photos", "--size", "60", "--out", "x.yaml"], 2, "--size must be a positive multiple of 8, got 60"),
         (["empty"], 4, "holds no images"),
-        (["nowhere"], 4, "nowhere"),
-        (["broken"], 4, "none of the images can be decoded, such as image broken/a.jpg"),
+        (["nowhere"], 4, "nowhere does not exist; expected a folder of images, or shards"),
+        (["broken"], 4, "none of the images can be read; image broken/a.jpg cannot be decoded: it does not start"),
+        (["nested"], 4, "use nested/a itself, or move them; `diffmoe prepare images --unlabelled` takes all images"),
         (["photos", "--out", "missing/x.yaml"], 5, "missing/x.yaml: cannot be written"),
     ):
         init(*arguments, code=code)
@@ -106,8 +108,18 @@ def test_an_unreadable_image_is_named(capsys):
     pictures("photos")
     Path("photos/z.jpg").write_bytes(b"no picture")
     init("photos")
-    printed = capsys.readouterr().err
-    assert "image photos/z.jpg cannot be decoded\n" in printed and "stops if they are more than 1% of all" in printed
+    output, error = capsys.readouterr()
+    assert "image photos/z.jpg cannot be decoded: it does not start like an image file\n" in error
+    assert "1 of the 6 images that were read; " in error and "stops if they are more than 1% of all" in error
+    assert "next  repair or remove unreadable images, or raise data.max_unreadable; then diffmoe train" in output
+
+
+def test_the_command_in_a_recipe_names_the_run_of_train():
+    """Whatever the folder of the recipe."""
+    pictures("photos")
+    Path("recipes").mkdir()
+    init("photos", "--out", "recipes/one.yaml")
+    assert "--checkpoint runs/one --cfg-scale" in Path("recipes/one.yaml").read_text()
 
 
 @pytest.mark.parametrize("gpu_gb", (None, 16.0, 80.0))
@@ -129,6 +141,7 @@ def test_a_model_to_fine_tune(run_directory, capsys):
     pictures("pets/cat")
     pictures("pets/dog")
     init("pets", "--init-from", str(run_directory), "--out", "tuned.yaml")
+    assert "the model of --init-from is grayscale: the images lose their color" in capsys.readouterr().err
     text = Path("tuned.yaml").read_text()
     assert "# weights and architecture: nano-E4, 32x32, grayscale" in text and "flow_time_scale" not in text
     assert load_config("tuned.yaml").optimizer.lr < 1e-3

@@ -56,3 +56,29 @@ def test_a_schedule_is_added_and_removed_when_a_run_resumes(tmp_path, capsys, ze
     rates = [row["lr"] for row in read_metrics(run)]
     cosine = [LR * (1 + math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3)]  # steps after the warm-up of 2, of 4
     assert rates[:3] == [LR] * 3 and rates[3:6] == pytest.approx(cosine) and rates[7] == LR
+
+
+@pytest.mark.parametrize("zero", (0, 1))
+def test_a_schedule_is_replaced_when_a_run_resumes(tmp_path, capsys, zero):
+    """From the first step on, the learning rate is that of the new schedule."""
+    config, run = write_json(tmp_path / "ds.json", ep=1, zero=zero), tmp_path / "run"
+    warmup = "optimizer.warmup_images=32"
+    assert main(["train", *training_arguments(config, run, "run.total_images=80", warmup)]) == 0
+    longer = ("run.total_images=160", warmup, "optimizer.schedule=cosine")
+    assert main(["train", *training_arguments(config, run, *longer)]) == 0
+    said = ", with another learning-rate schedule: WarmupCosineLR instead of WarmupLR, from step 5 on"
+    assert said in capsys.readouterr().out
+    cosine = [LR * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(3, 8)]  # steps after the warm-up of 2, of 8
+    assert [row["lr"] for row in read_metrics(run)] == pytest.approx([0, 0, LR / 2, LR, LR, *cosine])
+
+
+def test_a_warmup_longer_than_the_run_draws_a_warning(tmp_path, capsys):
+    """Of the recipe or of the JSON, whose default is 1,000 steps."""
+    sentence = "the warm-up of the learning rate takes {} steps, but the run has 5 steps; lower optimizer.warmup_images"
+    unset = write_json(tmp_path / "unset.json", ep=1, zero=0, scheduler={"type": "WarmupLR", "params": {}})
+    for config, images, expected in ((None, 80, "5"), (None, 64, ""), (unset, 0, "1,000")):
+        config = config or write_json(tmp_path / "ds.json", ep=1, zero=0)
+        arguments = training_arguments(config, tmp_path / "run", f"optimizer.warmup_images={images}")
+        assert main(["train", *arguments, "--dry-run"]) == 0
+        output = capsys.readouterr().out
+        assert sentence.format(expected) in output if expected else "the warm-up of" not in output

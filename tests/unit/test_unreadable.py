@@ -13,9 +13,11 @@ from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
+from diffmoe_ds.data.reader import Unreadable
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import training_draws
+from diffmoe_ds.training import batches
 from tests.helpers.data import image_file, write_tar
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
@@ -31,7 +33,7 @@ def shard(path: Path, count: int, damaged: tuple[int, ...]) -> Path:
     return write_tar(path, members)
 
 
-def read(path: Path, world: int, workers: int = 0, batches: int = 3) -> tuple[torch.Tensor, list[int], list[str]]:
+def read(path: Path, world: int, workers: int = 0, count: int = 3) -> tuple[torch.Tensor, list[int], list[str]]:
     """Return pixels and labels by position, over all ranks, and the problems."""
     x, labels, problems = {}, {}, []
     for rank in range(world):
@@ -41,13 +43,13 @@ def read(path: Path, world: int, workers: int = 0, batches: int = 3) -> tuple[to
         )  # fmt: skip
         draws = partial(training_draws, 5, shape=SHAPE, label_dropout=0.1, flip=False)
         loader = iter(PositionLoader(ShardDataset([path]), settings, draws))
-        for _ in range(batches):
+        for _ in range(count):
             batch = next(loader)
-            problems += batch.unreadable
+            problems += [each.problem for each in batch.unreadable]
             for row, position in enumerate(batch.position.tolist()):
                 x[position], labels[position] = batch.x[row], int(batch.label[row])
     order = sorted(x)
-    assert order == list(range(8 * batches))
+    assert order == list(range(8 * count))
     return torch.stack([x[position] for position in order]), [labels[position] for position in order], problems
 
 
@@ -95,3 +97,28 @@ def test_few_unreadable_images_are_named_once_and_many_stop_the_run(tmp_path, ca
     assert saved == read_metrics(tmp_path / "many")[-1]["images"]
     assert main(["train", *arguments, "data.max_unreadable=0.02"]) == 0
     assert main(["train", *arguments, "data.max_unreadable=0", "run.total_images=400"]) == 4
+
+
+def test_ranks_count_distinct_unreadable_images_together(monkeypatch, capsys):
+    """Rank 0 of two finds images 3 and 9, rank 1 finds 3 and 5: three, of which rank 0 names two."""
+    failures: list[DataError | None] = []
+    monkeypatch.setattr(batches, "get_rank", lambda: 0)
+    monkeypatch.setattr(batches, "all_reduce", lambda tensor, op: tensor.clamp(min=2))
+    monkeypatch.setattr(batches, "all_gather", lambda mine: [mine, others])
+    monkeypatch.setattr(batches, "vote", lambda device, failure: failures.append(failure))
+    images = batches.UnreadableImages(0.04, 100, torch.device("cpu"))
+    others = torch.tensor([3, 5])
+    assert images.add((Unreadable(9, "nine"), Unreadable(3, "three"), Unreadable(9, "nine")))
+    images.exchange()
+    printed = capsys.readouterr().err
+    assert "three; the next image replaces it (rank 0, 1 of 4 allowed)" in printed
+    assert "nine; the next image replaces it (rank 0, 2 of 4 allowed)" in printed and printed.count("WARNING") == 2
+
+    assert not images.add((Unreadable(5, "five"),)), "rank 1 found it"
+    others = torch.tensor([6, 7])
+    images.exchange()
+    assert images.add((Unreadable(8, "eight"),))
+    others = torch.tensor([-1, -1])
+    images.exchange()
+    assert failures[:2] == [None, None]
+    assert str(failures[2]) == "eight; 6 unreadable images of 100, but data.max_unreadable 0.04 allows 4"

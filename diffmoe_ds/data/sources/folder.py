@@ -40,6 +40,9 @@ class Source(Protocol):
     def image_bytes(self, index: int) -> bytes: ...
 
 
+UNLABELLED = "`diffmoe prepare images --unlabelled` takes all images, at any depth, without labels"
+
+
 class ImageFolder:
     """The image files of a folder, sorted by name."""
 
@@ -113,7 +116,7 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
     if flat:
         raise DataError(
             f"{folder} holds images, such as {min(flat)}, next to the folders {', '.join(sorted(classes)[:3])}; "
-            "expected either images or class folders, or --unlabelled to take all images without labels"
+            f"expected either images or class folders; {UNLABELLED}"
         )
     classes.sort()
     seen: dict[str, str] = {}
@@ -135,7 +138,7 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
                 if entry.is_dir() and any(images_below(folder / name / entry.name)):
                     raise DataError(
                         f"{folder / name} holds images in a nested folder, {entry.name}, so their class is "
-                        f"ambiguous; use {folder / name} itself, or --unlabelled"
+                        f"ambiguous; use {folder / name} itself, or move them; {UNLABELLED}"
                     )
                 if not entry.is_dir() and _is_image(entry.name):
                     found.append(f"{name}/{entry.name}")

@@ -10,6 +10,7 @@ from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.images import centre_crop, open_rgb
 from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text import reason
 
 IMAGES_TOGETHER = 1000
 """Images of a folder that count as one shard for shuffling in windows."""
@@ -44,7 +45,7 @@ class RawImages:
             picture = open_rgb(data)  # first to RGB, which composites alpha; grayscale pixels survive unchanged
             image = centre_crop(picture.convert("L") if self._is_grey else picture, self._size)
         except Exception as error:  # decoders raise many types on damaged bytes
-            raise DataError(f"{self.describe(index)} cannot be decoded: {error}") from error
+            raise DataError(f"{self.describe(index)} cannot be decoded: {reason(error)}") from error
         return Sample(image, int(self.labels[index]), self._source.key(index))
 
     @property

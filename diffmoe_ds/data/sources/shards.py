@@ -33,6 +33,7 @@ from diffmoe_ds.data.sources.tar_index import (
     without_labels,
 )
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text import reason
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
 EMBEDDED_CLASSES = (
@@ -110,7 +111,9 @@ class ShardDataset:
         try:
             image = _decode_latent(data) if suffix == "npy" else decode_pixels(data, suffix)
         except Exception as error:  # decoders raise many types on damaged bytes
-            raise DataError(f"{self.describe(index)} has a .{suffix} that cannot be decoded: {error}") from error
+            raise DataError(
+                f"{self.describe(index)} has a .{suffix} that cannot be decoded: {reason(error)}"
+            ) from error
         return Sample(image, entry.label, self.key(index))
 
     @property
