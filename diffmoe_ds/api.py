@@ -115,7 +115,7 @@ class Model:
         classes = f", {model.num_classes} classes" if model.num_classes > 1 else ""
         shape = f"{model.input_size}x{model.input_size}x{model.in_channels}"
         trained = f", trained on {counted(self.trained_images, 'image')}" if self.trained_images else ""
-        return f"Model({model.name}, {shape}{classes}{trained})"
+        return f"Model({self.config.model_name}, {shape}{classes}{trained})"
 
     def sample(
         self,
