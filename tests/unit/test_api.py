@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -41,6 +43,18 @@ def test_the_examples_run(demo, module):
     names = {"diffmoe_ds": diffmoe_ds, "model": model, "samples": model.sample(seeds=[0], steps=1)}
     found = doctest.testmod(module, globs=names)
     assert found.failed == 0 and found.attempted >= 3
+
+
+def test_the_code_of_the_page_runs(demo):
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec("".join(blocks).replace("10_000", "64").replace("steps=50", "steps=2"), names)
+    assert names["samples"].labels.tolist() == [8, 3] * 4 and names["velocity"].shape == (2, 1, 32, 32)
+    assert names["model"].trained_images == 64 and os.path.isfile("bag.png")
+    for function in (diffmoe_ds.load, diffmoe_ds.fit, diffmoe_ds.Model.sample):
+        for argument in set(inspect.signature(function).parameters) - {"self"}:
+            assert f"\n| `{argument}` |" in page
 
 
 def test_the_example_of_the_reference_runs():
