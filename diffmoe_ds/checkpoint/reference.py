@@ -42,7 +42,8 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         reference (``dynamic`` for DiffMoE).
 
     Raises:
-        CheckpointError: a weight is missing, unknown, has another shape, or is not a dense finite tensor.
+        CheckpointError: the weights are of another model class, or one is missing, unknown, has another shape, or is
+            not a dense finite tensor.
         ConfigError: the configuration is invalid or not supported.
     """
     left = {name: value for name, value in state.items() if name.rpartition(".")[2] not in IGNORED}

@@ -152,10 +152,12 @@ def _objective(config: dict[str, Any], state: dict[str, Tensor]) -> str:
     channels, patch = shape_of(state, PATCHES, 4)[1:3]
     has_variance = shape_of(state, HEAD, 2)[0] == 2 * channels * patch * patch
     learned = config["model"].get("learn_sigma")
-    is_flow = config.get("rf", not (has_variance if learned is None else learned))
-    if not is_flow and learned is False:
+    if learned is None:
+        learned = has_variance
+    is_flow = config.get("rf", not learned)
+    if not is_flow and not learned:
         raise ConfigError("learn_sigma: DDPM models without learned variance are not supported.")
-    if learned is not None and bool(learned) != has_variance:
+    if bool(learned) != has_variance:
         outputs = f"{2 * channels if has_variance else channels} channels for inputs of {channels}"
         raise CheckpointError(f"learn_sigma is {bool(learned)}, but the weights have an output of {outputs}.")
     return "flow" if is_flow else "ddpm"

@@ -199,7 +199,10 @@ def _import_notes(model: DiT, state: dict[str, Tensor], taken: str | None) -> It
         taken: ``ema`` or ``raw``, if the user has not said which weights to take.
     """
     if taken == "raw":
-        yield "The file does not say that it holds averaged weights, so they count as raw (if not so: --weights ema)."
+        yield (
+            "The file does not say that its weights are averaged, so they count as raw; if it holds nothing but averaged "
+            "weights, pass --weights ema."
+        )
     config = model.config
     if len(state["final_layer.linear.weight"]) > len(model.final_layer.linear.weight):
         channels = counted(config.model.in_channels, "channel")
