@@ -200,8 +200,8 @@ def _import_notes(model: DiT, state: dict[str, Tensor], taken: str | None) -> It
     """
     if taken == "raw":
         yield (
-            "The file does not say that its weights are averaged, so they count as raw; if it holds nothing but averaged "
-            "weights, pass --weights ema."
+            "The file does not say that its weights are averaged, so they count as raw; if it holds averaged weights "
+            "only, pass --weights ema."
         )
     config = model.config
     if len(state["final_layer.linear.weight"]) > len(model.final_layer.linear.weight):
