@@ -6,14 +6,11 @@ Legend: N images, H, W height and width, C channels.
 from __future__ import annotations
 
 import argparse
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,17 +20,27 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffmoe_ds.api_arguments import (
+    Classes,
+    Integers,
+    check_numbers,
+    checked_classes,
+    checked_seeds,
+    named_as_arguments,
+    overrides_of,
+    usable_device,
+)
 from diffmoe_ds.checkpoint.export import WEIGHTS, initial_weights_warning, open_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import find_class
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_plan import DTYPES, WEIGHTS_NAMES, default_dtype
-from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed import signals
+from diffmoe_ds.distributed.launch import restored_environment
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.sampling.capacity import Calibration, apply, calibrate, check_capacity, unchanged
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
@@ -42,8 +49,8 @@ from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.text import counted
 from diffmoe_ds.topology import Topology
 
-OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
-"""An option of the command line in an error message."""
+FIT_OPTIONS = ("config", "set", "deepspeed", "run-dir", "resume")
+"""Options of ``diffmoe train`` that are arguments of `fit`; ``deepspeed`` is the start of ``--deepspeed_config``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,10 @@ class Samples:
         return f"Samples({counted(count, 'image')}, {height}x{width}x{channels})"
 
     def to_pil(self) -> list[Image.Image]:
-        """Return the images as Pillow images, gray or RGB."""
+        """Return the images as Pillow images, gray or RGB.
+
+        >>> samples.to_pil()[0].save("first.png")
+        """
         return [Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in self.images]
 
     def _repr_png_(self) -> bytes:
@@ -115,12 +125,12 @@ class Model:
         classes = f", {model.num_classes} classes" if model.num_classes > 1 else ""
         shape = f"{model.input_size}x{model.input_size}x{model.in_channels}"
         trained = f", trained on {counted(self.trained_images, 'image')}" if self.trained_images else ""
-        return f"Model({model.name}, {shape}{classes}{trained})"
+        return f"Model({self.config.model_name}, {shape}{classes}{trained})"
 
     def sample(
         self,
-        classes: Sequence[int | str] | None = None,
-        seeds: Sequence[int] = range(8),
+        classes: Classes | None = None,
+        seeds: Integers = range(8),
         steps: int = 50,
         cfg_scale: float = 1.0,
         sampler: str | None = None,
@@ -151,33 +161,31 @@ class Model:
             ConfigError: an argument is invalid or does not fit the model.
             NonFiniteError: an image contains NaN or Inf.
         """
+        check_numbers(batch_size, cfg_scale, capacity)
         settings = SamplingSettings(sampler or make_objective(self.config.objective.kind).samplers[0], steps, cfg_scale)
-        labels = self._labels(classes, _checked(seeds, batch_size))
+        seeds = checked_seeds(seeds)
+        labels_N = torch.tensor(self._labels(classes, len(seeds)))
         choice = routing or self.config.inference_choices[0]
-        with _named_as_arguments():
+        with named_as_arguments():
             settings.check(self.config)
             if capacity is not None:
                 check_capacity(capacity, choice, self.config)
             self.network.set_inference(choice)
         bar = tqdm(total=steps * -(-len(seeds) // batch_size), desc="sample", unit="step", leave=False)
-        labels_N = torch.tensor(labels)
         with bar, self._at(capacity, settings, choice, batch_size):
             batches = generate_batches(
                 self.network, labels_N, seeds, settings, self._decode, batch_size, lambda done, total: bar.update()
             )
-            images = np.concatenate([pixels for _, pixels in batches])
-        return Samples(images, labels_N.numpy(), self.class_names)
+            return Samples(np.concatenate([pixels for _, pixels in batches]), labels_N.numpy(), self.class_names)
 
-    def _labels(self, classes: Sequence[int | str] | None, count: int) -> list[int]:
+    def _labels(self, classes: Classes | None, count: int) -> list[int]:
         """Return the label of each image."""
         num_classes = self.config.model.num_classes
         if classes is None:
             chosen = list(range(num_classes))
-        elif isinstance(classes, str) or len(classes) == 0:
-            raise ConfigError(f"classes must be a list of labels or names, got {classes!r}.")
         else:
             names = (self.class_names or ())[:num_classes]
-            chosen = [find_class(str(word), num_classes, names, "classes") for word in classes]
+            chosen = [find_class(word, num_classes, names, "classes") for word in checked_classes(classes)]
         return [chosen[image % len(chosen)] for image in range(count)]
 
     @cached_property
@@ -235,10 +243,13 @@ def load(
     if reader is None:
         raise CheckpointError(f"{path}: not a checkpoint, run directory or exported model.")
     kind = best_kind(reader) if weights is None else WEIGHTS[weights]
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if vae is not None and reader.config.model.in_channels in PIXEL_CHANNELS:
+        channels = counted(reader.config.model.in_channels, "channel")
+        raise ConfigError(f"vae {vae}: the model generates pixels ({channels}); omit it.")
+    place = usable_device(device)
     warning = initial_weights_warning(reader, WEIGHTS_NAMES[kind])
     if warning is not None:
-        tqdm.write(f"warning: {warning}")
+        tqdm.write("warning: " + warning.replace("--weights raw", "weights='raw'"))
     return Model(
         reader, kind, place, DTYPES[dtype] if dtype else default_dtype(place), None if vae is None else str(vae)
     )
@@ -264,7 +275,8 @@ def fit(
 
     Args:
         recipe: name of a packaged recipe, or a YAML file.
-        settings: keys of the recipe, such as ``{"run.total_images": 10_000}``; see ``docs/configuration.md``.
+        settings: keys of the recipe, ``{"run.total_images": 10_000}`` or ``{"run": {"total_images": 10_000}}``; see
+            ``docs/configuration.md``.
         run_dir: the run directory; ``runs/RECIPE`` if None.
         deepspeed_config: DeepSpeed JSON, or the name of a shipped one such as ``zero2``; replaces the recipe's
             ``deepspeed`` section.
@@ -280,42 +292,15 @@ def fit(
     directory = Path("runs") / Path(recipe).stem if run_dir is None else Path(run_dir)
     args = argparse.Namespace(
         config=str(recipe),
-        overrides=[f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items()],
+        overrides=overrides_of(settings or {}),
         deepspeed_config=None if deepspeed_config is None else str(deepspeed_config),
         run_dir=directory, resume=resume, dry_run=False, thorough=False, json=False,
     )  # fmt: skip
     try:
-        with signals.listening():
+        with restored_environment(), signals.listening(), named_as_arguments(FIT_OPTIONS):
             train_command(args)
     except Requeue as stop:
         tqdm.write(str(stop))
     finally:
         shutdown()
     return load(directory)
-
-
-def _checked(seeds: Sequence[int], batch_size: int) -> int:
-    """Return the number of seeds.
-
-    Raises:
-        ConfigError: they are not seeds, or the batch size is not positive.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be positive, got {batch_size}.")
-    try:
-        valid = len(seeds) > 0 and all(0 <= index(seed) < 2**64 for seed in seeds)
-    except TypeError:  # a number instead of a list, or fractions
-        valid = False
-    if not valid:
-        got = short_repr(seeds)
-        raise ConfigError(f"seeds must be one or more integers from 0 to 2^64 - 1, such as range(8), got {got}.")
-    return len(seeds)
-
-
-@contextmanager
-def _named_as_arguments() -> Iterator[None]:
-    """Within the context, errors about options name the arguments instead: ``cfg_scale``, not ``--cfg-scale``."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(OPTION.sub(lambda match: match[1].replace("-", "_"), str(error))) from None

@@ -186,6 +186,17 @@ def initial_weights_warning(reader: WeightsReader, weights: str) -> str | None:
     )
 
 
+def check_no_model(out: Path) -> None:
+    """Check that a directory holds no exported model, which a new one would replace.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if os.path.lexists(out / name):
+            raise CheckpointError(f"--out {out}: already holds {name}; pass a new folder.")
+
+
 def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a checkpoint's model into one file, holding one piece of one tensor at a time; needs no process group.
 

@@ -78,7 +78,7 @@ def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
 
 def _model(config: Config) -> dict[str, Any]:
     return {
-        "name": config.model.name,
+        "name": config.model_name,
         "routing": config.routing.kind,
         "experts": config.num_experts,
         "objective": config.objective.kind,

@@ -26,6 +26,12 @@ IGNORED = ("ema_decay",)
 def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
     """Build our model from the reference's configuration and weights.
 
+    >>> config["kind"], config["model"]["hidden_size"], config["moe"]["num_experts"]
+    ('diffmoe', 32, 4)
+    >>> model = load_official(config, state).eval()
+    >>> model(x, t, y).prediction.shape
+    torch.Size([4, 4, 8, 8])
+
     Args:
         config: ``kind`` (dense, tc, ec or diffmoe), the arguments of its class under ``model`` and ``moe``, and
             optionally ``rf``, whether it is a flow model; otherwise, one without a learned variance is.
@@ -36,7 +42,8 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         reference (``dynamic`` for DiffMoE).
 
     Raises:
-        CheckpointError: a weight is missing, unknown, has another shape, or is not a dense finite tensor.
+        CheckpointError: the weights are of another model class, or one is missing, unknown, has another shape, or is
+            not a dense finite tensor.
         ConfigError: the configuration is invalid or not supported.
     """
     left = {name: value for name, value in state.items() if name.rpartition(".")[2] not in IGNORED}

@@ -17,6 +17,13 @@ from diffmoe_ds.errors import CheckpointError, ConfigError
 
 KINDS = {"dense": "dense", "tc": "token_choice", "ec": "expert_choice", "diffmoe": "batch_pool"}
 """Model classes of the reference, and our routers."""
+EVIDENCE = {
+    "dense": "no experts",
+    "tc": "linear gates (mlp.gate)",
+    "ec": "experts without capacity predictors",
+    "diffmoe": "capacity predictors",
+}
+"""What tells the weights of a model class from those of the others."""
 CAPACITY_WEIGHT = 0.01
 """Default weight of the capacity loss in the reference's class; its published configuration sets 1."""
 LABEL_DROPOUT = 0.1
@@ -42,6 +49,7 @@ def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config
         raise CheckpointError(f"kind: unknown {config.get('kind')!r}; valid: {', '.join(KINDS)}.")
     if model.get("head_dim") not in (None, model["hidden_size"] / model["num_heads"]):
         raise CheckpointError("head_dim: a head width other than hidden_size / num_heads is not supported.")
+    _check_kind(config["kind"], state)
     kind = KINDS[config["kind"]]
     ratio = model.get("mlp_ratio", 4)
     tree = {
@@ -64,7 +72,7 @@ def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config
             "num_experts": moe.get("num_experts"),
             "capacity": moe.get("capacity", 1),
             "interleave": moe.get("interleave", True),
-            "shared_experts": _shared_experts(state, int(model["hidden_size"] * ratio)),
+            "shared_experts": _shared_experts(state, int(model["hidden_size"] * ratio), moe.get("n_shared_experts")),
             "capacity_predictor": any(".capacity_predictor." in name for name in state),
             "capacity_weight": model.get("CapacityPred_loss_weight", CAPACITY_WEIGHT),
         },
@@ -141,16 +149,18 @@ def _guesses(found: dict[str, Any], heads_too: bool) -> list[str]:
 
 def _objective(config: dict[str, Any], state: dict[str, Tensor]) -> str:
     """Return ``flow`` or ``ddpm``; without ``rf``, a learned variance means DDPM."""
-    model = config["model"]
-    learned = model.get("learn_sigma")
+    channels, patch = shape_of(state, PATCHES, 4)[1:3]
+    has_variance = shape_of(state, HEAD, 2)[0] == 2 * channels * patch * patch
+    learned = config["model"].get("learn_sigma")
     if learned is None:
-        channels, patch = shape_of(state, PATCHES, 4)[1:3]
-        learned = shape_of(state, HEAD, 2)[0] == 2 * channels * patch * patch
-    if config.get("rf", not learned):
-        return "flow"
-    if not learned:
+        learned = has_variance
+    is_flow = config.get("rf", not learned)
+    if not is_flow and not learned:
         raise ConfigError("learn_sigma: DDPM models without learned variance are not supported.")
-    return "ddpm"
+    if bool(learned) != has_variance:
+        outputs = f"{2 * channels if has_variance else channels} channels for inputs of {channels}"
+        raise CheckpointError(f"learn_sigma is {bool(learned)}, but the weights have an output of {outputs}.")
+    return "flow" if is_flow else "ddpm"
 
 
 def _heads(depth: int, hidden: int) -> int:
@@ -167,15 +177,37 @@ def _kind(state: dict[str, Tensor], has_experts: bool) -> str:
         return "dense"
     if any(name.endswith(".mlp.gate.weight") for name in state):
         return "tc"
-    return "diffmoe" if any(name.endswith(".expert_threshold") for name in state) else "ec"
+    predicts = any(name.endswith(".expert_threshold") or ".capacity_predictor." in name for name in state)
+    return "diffmoe" if predicts else "ec"
 
 
-def _shared_experts(state: dict[str, Tensor], hidden: int) -> int:
-    """Return the number of shared experts; the reference's class builds them as one wide FFN."""
+def _check_kind(kind: str, state: dict[str, Tensor]) -> None:
+    """Check that weights are of a model class, as most of them have the same names in several.
+
+    Raises:
+        CheckpointError: they are of another one.
+    """
+    found = _kind(state, any(".mlp.experts." in name for name in state))
+    if found != kind:
+        raise CheckpointError(
+            f"the weights are those of a {found!r} model ({EVIDENCE[found]}), but the configuration is for {kind!r}."
+        )
+
+
+def _shared_experts(state: dict[str, Tensor], hidden: int, expected: int | None) -> int:
+    """Return the number of shared experts; the reference's class builds them as one wide FFN.
+
+    Args:
+        state: the weights.
+        hidden: hidden width of an expert.
+        expected: what the configuration says, if it says so.
+    """
     first = ("shared_experts.fc1.weight", "shared_experts.up_proj.weight")
     widths = [shape_of(state, name, 2)[0] for name in state if name.endswith(first)]
-    if not widths:
-        return 0
-    if widths[0] % hidden:
-        raise CheckpointError(f"shared_experts: the width {widths[0]} is not a multiple of an expert's width {hidden}.")
-    return widths[0] // hidden
+    width = widths[0] if widths else 0
+    if width % hidden:
+        raise CheckpointError(f"shared_experts: the width {width} is not a multiple of an expert's width {hidden}.")
+    found = width // hidden
+    if expected not in (None, found):
+        raise CheckpointError(f"n_shared_experts is {expected}, but the weights have {found}.")
+    return found

@@ -14,14 +14,19 @@ from diffmoe_ds.errors import CheckpointError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
+KEYS = {"ema": "ema", "ema_model": "ema", "model": "raw", "state_dict": "raw"}
+"""Keys of a file under which weights can be, and which weights those are; the first one is taken."""
 
 
-def read_reference(path: Path, weights: str) -> dict[str, Tensor]:
+def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], str]:
     """Read the weights in a ``.pt`` file of the reference without executing anything in it.
 
     Args:
         path: a file of ``torch.save``: the weights, or a dictionary with them under ``ema`` or ``model``.
-        weights: ``ema`` or ``raw``, where the file holds both.
+        weights: ``ema`` or ``raw``; None is ``ema`` if the file holds both.
+
+    Returns:
+        The weights, and whether they are ``ema`` or ``raw``. Those at the top level are what `weights` says, or raw.
 
     Raises:
         CheckpointError: the file cannot be read, or holds no weights, or anything but plain data and tensors.
@@ -37,14 +42,16 @@ def read_reference(path: Path, weights: str) -> dict[str, Tensor]:
         refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
         found = f"holds {refused[1]}, which is neither a tensor nor plain data" if refused else "is not a tensor file"
         raise CheckpointError(f"{path}: {found}, so it was not loaded.") from None
-    keys = ("ema", "ema_model", "model", "state_dict") if weights == "ema" else ("model", "state_dict")
+    keys = [key for key, kind in KEYS.items() if weights in (kind, None)]
+    found = weights or "raw"
     for key in keys:
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
-            tree = tree[key]
+            tree, found = tree[key], KEYS[key]
             break
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()) or not tree:
         raise CheckpointError(f"{path}: holds no weights under {', '.join(keys)} or at its top level.")
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in tree.items()}
+    names = {name: str(name).removeprefix("module.").removeprefix("_orig_mod.") for name in tree}
+    return {names[name]: value for name, value in tree.items()}, found
 
 
 def check_plain(name: str, value: Tensor) -> None:

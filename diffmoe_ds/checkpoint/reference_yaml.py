@@ -62,9 +62,11 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(basic, dict) or basic.get("rf_ori"):
         raise ConfigError(f"{path}: basic.rf_ori: this flow is not supported; valid: rf: true, or neither (DDPM).")
     moe = {} if TARGETS[target] == "dense" else experts
-    for key in ("num_experts", "capacity"):
-        if moe and not _is_number(moe.get(key)):
-            raise ConfigError(f"{path}: model.params.MoE_config.{key}: must be a number, got {moe.get(key)!r}.")
+    for key in ("num_experts", "capacity") if TARGETS[target] != "dense" else ():
+        if key not in moe:
+            raise ConfigError(f"{path}: model.params.MoE_config.{key} is missing.")
+        if not _is_number(moe[key]):
+            raise ConfigError(f"{path}: model.params.MoE_config.{key}: must be a number, got {moe[key]!r}.")
     model = DEFAULTS | params
     for key in DEFAULTS:
         if not (_is_number(model[key]) or isinstance(model[key], bool)):

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from diffmoe_ds.distributed import signals
@@ -150,6 +151,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('diffmoe_ds')}")
     # `deepspeed --module diffmoe_ds.cli` passes it before the command; LOCAL_RANK has the same value
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)

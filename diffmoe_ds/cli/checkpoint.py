@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmoe_ds.cli.arguments import nonempty_path
 from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.text import counted
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from diffmoe_ds.checkpoint.load import CheckpointReader
+    from diffmoe_ds.model.dit import DiT
 
 EXAMPLES = """examples:
   diffmoe checkpoint inspect runs/fashion
@@ -57,7 +61,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     reference.add_argument(
         "--out", type=nonempty_path, required=True, metavar="DIR", help="directory of the exported model"
     )
-    reference.add_argument("--weights", choices=("ema", "raw"), default="ema", help=WEIGHTS_HELP)
+    text = "EMA or last weights (default: ema if the file has them)"
+    reference.add_argument("--weights", choices=("ema", "raw"), help=text)
     text = "the reference's YAML (default: the one beside the file or its directory checkpoints/, if there is one)"
     reference.add_argument("--reference-config", type=nonempty_path, metavar="YAML", help=text)
     reference.add_argument(
@@ -114,7 +119,7 @@ def _reshard(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
-    from diffmoe_ds.checkpoint.export import export, initial_weights_warning
+    from diffmoe_ds.checkpoint.export import check_no_model, export, initial_weights_warning
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.format == "diffusers":
@@ -122,6 +127,7 @@ def _export(args: argparse.Namespace) -> None:
         return
     if args.vae is not None:
         raise ConfigError(f"--vae {args.vae} needs --format diffusers; omit it.")
+    check_no_model(args.out)
     reader = _checkpoint(args.path)
     print(f"{reader.path} -> {export(reader, args.weights, args.out, dtype)} ({args.weights} weights)")
     warning = initial_weights_warning(reader, args.weights)
@@ -149,7 +155,7 @@ def _export_diffusers(args: argparse.Namespace, dtype: torch.dtype) -> None:
 def _import(args: argparse.Namespace) -> None:
     import torch
 
-    from diffmoe_ds.checkpoint.export import write_model
+    from diffmoe_ds.checkpoint.export import check_no_model, write_model
     from diffmoe_ds.checkpoint.reference import load_official
     from diffmoe_ds.checkpoint.reference_config import infer_reference
     from diffmoe_ds.checkpoint.reference_weights import read_reference
@@ -159,7 +165,7 @@ def _import(args: argparse.Namespace) -> None:
     chosen = [f"--{name}" for name in ("kind", "num-heads") if getattr(args, name.replace("-", "_")) is not None]
     if args.reference_config is not None and chosen:
         raise ConfigError(f"{chosen[0]}: --reference-config {args.reference_config} says so already; omit one.")
-    state = read_reference(args.path, args.weights)
+    state, weights = read_reference(args.path, args.weights)
     path = args.reference_config or (None if chosen else find_reference_yaml(args.path))
     found = None if path is None else read_reference_yaml(path)
     guesses: list[str] = []
@@ -170,15 +176,39 @@ def _import(args: argparse.Namespace) -> None:
     except (CheckpointError, ConfigError) as error:
         configuration = "" if path is None else f", configured by {path}"
         raise type(error)(f"{args.path}{configuration}: {error}") from None
+    check_no_model(args.out)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
-    written = write_model(args.out, entries, model.config, args.weights, images=0)
+    written = write_model(args.out, entries, model.config, weights, images=0)
     if path is not None:
         print(f"configuration of {path}")
     for guess in guesses:
         print(f"guessed: {guess}")
     if guesses:
         print("If a guess is wrong, import again with --reference-config and the YAML of the training.")
-    print(f"{args.path} -> {written}")
+    for note in _import_notes(model, state, None if args.weights else weights):
+        print(note)
+    print(f"{args.path} -> {written} ({weights} weights)")
+
+
+def _import_notes(model: DiT, state: dict[str, Tensor], taken: str | None) -> Iterator[str]:
+    """Yield what the import has decided, in sentences.
+
+    Args:
+        model: the model.
+        state: the reference's weights.
+        taken: ``ema`` or ``raw``, if the user has not said which weights to take.
+    """
+    if taken == "raw":
+        yield (
+            "The file does not say that its weights are averaged, so they count as raw; if it holds averaged weights "
+            "only, pass --weights ema."
+        )
+    config = model.config
+    if len(state["final_layer.linear.weight"]) > len(model.final_layer.linear.weight):
+        channels = counted(config.model.in_channels, "channel")
+        yield f"Dropped the output's {channels} for the variance, which flow models do not use."
+    if config.inference_choices[0] == "per_token":
+        yield "The default routing is per_token; for the reference's numbers, pass --routing dynamic to sample."
 
 
 def _checkpoint(path: Path) -> CheckpointReader:

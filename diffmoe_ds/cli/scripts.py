@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import uuid
 from pathlib import Path
@@ -37,10 +38,12 @@ def scripts_command(args: argparse.Namespace) -> None:
         if (out / name).exists():
             raise ConfigError(f"{out / name} exists already; remove it, or pass another --out.")
     copy_scripts(out)
+    quoted = shlex.quote(str(out))
     print(
         f"{'scripts':>11}  {', '.join(str(out / name) for name in FOLDERS)}\n"
-        f"{'next':>11}  {out}/launchers/local.sh --dry-run; on a Slurm cluster, copy {out}/slurm/env.example to "
-        f"{out}/slurm/env.sh, edit it, and run: bash {out}/slurm/train.sbatch --dry-run"
+        f"{'next':>11}  {quoted}/launchers/local.sh --dry-run; on a Slurm cluster, copy "
+        f"{quoted}/slurm/env.example to {quoted}/slurm/env.sh, edit it, and run: "
+        f"bash {quoted}/slurm/train.sbatch --dry-run"
     )
 
 

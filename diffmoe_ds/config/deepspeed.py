@@ -18,7 +18,7 @@ from typing import Any
 from diffmoe_ds.config import deepspeed_sections as sections
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.deepspeed_optimizer import resolve_optimizer
-from diffmoe_ds.config.nearest import unknown
+from diffmoe_ds.config.nearest import did_you_mean, unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.config.shipped import deepspeed_json_path, shipped_jsons
 from diffmoe_ds.errors import ConfigError
@@ -88,8 +88,9 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         names = shipped_jsons()
         if Path(path).name == str(path) and not Path(path).suffix:
             raise ConfigError(f"{unknown('--deepspeed_config', path, names)} It can also be a path.") from None
+        hint = did_you_mean(Path(path).stem, names)
         raise ConfigError(
-            f"--deepspeed_config {path}: cannot be read: {error.strerror}; files that come with the package have "
+            f"--deepspeed_config {path}: cannot be read: {error.strerror}; {hint}files that come with the package have "
             f"names: {', '.join(names)}."
         ) from None
     except OSError as error:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from diffmoe_ds.config.checks import check_experts, check_shapes, check_times
 from diffmoe_ds.config.fields import Mapping, Section
-from diffmoe_ds.config.presets import Size, parse_name
+from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -99,6 +99,15 @@ class Config(Section):
             hidden_size=named.hidden_size if model.hidden_size is None else model.hidden_size,
             num_heads=named.num_heads if model.num_heads is None else model.num_heads,
         )
+
+    @property
+    def model_name(self) -> str:
+        """What the model is: ``model.name``, or ``SIZE-E<experts>`` if other keys change the size or the experts, where
+        SIZE is ``custom`` if no size in the table has this depth, width and number of heads."""
+        if (self.size, self.num_experts) == parse_name(self.model.name):
+            return self.model.name
+        size = next((name for name, size in SIZES.items() if size == self.size), "custom")
+        return f"{size}-E{self.num_experts}"
 
     @property
     def num_experts(self) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ DEFAULT_PORT = 29_500
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Set by torchrun and by deepspeed's launcher, perhaps inside a Slurm step or batch script, whose variables then do not
 describe this process."""
+EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torch.distributed's ``env://`` reads."""
 OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 """Set if an MPI launcher started this process; mpi4py provides the rest."""
 
@@ -126,6 +129,19 @@ def cores_of_rank(launch: Launch, environ: Mapping[str, str] | None = None) -> i
     if launch.source.startswith("srun") and bound.isdecimal():  # each task sees its own cores, or those of all
         return max(1, min(visible, int(bound)))
     return max(1, visible // launch.local_world)
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Restore at the end of the context what `export_launch` sets: programs started later would take it as theirs."""
+    before = {name: os.environ.get(name) for name in EXPORTED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def export_launch(launch: Launch) -> Launch:

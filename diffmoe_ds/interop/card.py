@@ -36,7 +36,7 @@ def model_card(export: FolderExport) -> str:
     tags += ["diffmoe", "mixture-of-experts"] if export.config.num_experts > 1 else ["dit"]
     sections = [
         FRONT_MATTER.format(tags=", ".join(tags)),
-        f"# {export.config.model.name}\n\n{_summary(export)}\n",
+        f"# {export.config.model_name}\n\n{_summary(export)}\n",
         f"## Use\n\n{_usage(export)}\n",
         f"## Model\n\n{_table(_facts(export))}\n",
     ]
@@ -60,24 +60,29 @@ def notes(export: FolderExport) -> list[str]:
     if not export.obstacles:
         found.append(
             "DiTPipeline loads the model, but computes different time embeddings, because its downscale_freq_shift "
-            "is 1 and no configuration changes it; README.md shows the two lines that set it to 0, and the "
+            "is 1 and no configuration changes it. The model card shows under Use the two lines that set it to 0; the "
             "pipeline.py of the folder does so by itself."
         )
     elif export.has_stock_transformer:
         found.append(
             "The transformer is diffusers' DiTTransformer2DModel, but DiTPipeline cannot use it, because "
-            f"{' and '.join(export.obstacles)}; the folder has its own pipeline.py. If you load the transformer alone, "
+            f"{_listed(export.obstacles)}; the folder has its own pipeline.py. If you load the transformer alone, "
             "set downscale_freq_shift to 0 in every block (block.norm1.emb.time_proj)."
         )
     else:
         found.append(
             "The folder has its own transformer and pipeline, which need trust_remote_code=True, because diffusers' "
-            f"DiT cannot represent the model: {' and '.join(stock_problems(export.config))}."
+            f"DiT cannot represent the model: {_listed(stock_problems(export.config))}."
         )
     warning = initial_weights_warning(export.reader, export.weights)
     if warning is not None:
         found.append(warning[0].upper() + warning[1:] + ".")
     return found
+
+
+def _listed(phrases: list[str]) -> str:
+    """Return phrases as an English list: "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
 
 
 def _vae_argument(export: FolderExport) -> str:
@@ -111,7 +116,9 @@ def _metrics(found: dict[str, Any], is_inception: bool) -> dict[str, str]:
 
 def _summary(export: FolderExport) -> str:
     config, size = export.config, export.config.model.input_size
-    what = "latents" if export.is_latent else "images"
+    what = "images"
+    if export.is_latent:
+        what = "latents" if export.vae is None else "images, with a VAE that decodes its latents"
     kind = "rectified flow" if config.objective.kind == "flow" else "DDPM with learned variance"
     return (
         f"A diffusion transformer (router: {ROUTERS[config.routing.kind]}) that generates {what} of {size}x{size} with "

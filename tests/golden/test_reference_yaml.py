@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import diffmoe_ds
 from diffmoe_ds.checkpoint.export import WEIGHTS, ModelFileReader
 from diffmoe_ds.checkpoint.load import restore_weights
 from diffmoe_ds.cli import main
@@ -118,6 +119,15 @@ def test_ddpm_and_defaults_of_the_class(tmp_path):
         ({"depth": 6}, "lack 'blocks.4."),
         ({"num_classes": 12}, "has shape (11, 64), but the model's is (13, 64)"),
         ({"mlp_ratio": 4}, "has shape"),
+        (
+            {"model_target": "models.models_ECDiT.DiT"},
+            "those of a 'diffmoe' model (capacity predictors), but the configuration is for 'ec'",
+        ),
+        ({"model_target": "models.models_DiT.DiT"}, "but the configuration is for 'dense'"),
+        ({"experts_n_shared_experts": 2}, "n_shared_experts is 2, but the weights have 0"),
+        ({"learn_sigma": False}, "learn_sigma is False, but the weights have an output of 8 channels for inputs of 4"),
+        ({"experts_capacity": None}, "model.params.MoE_config.capacity is missing"),
+        ({"MoE_config": None}, "model.params.MoE_config.num_experts is missing"),
     ),
 )
 def test_configurations_that_do_not_fit_are_refused(tmp_path, capsys, changes, message):
@@ -126,6 +136,58 @@ def test_configurations_that_do_not_fit_are_refused(tmp_path, capsys, changes, m
     captured = capsys.readouterr()
     assert message in captured.err and "config_2025-02-08T10-14-26.yaml" in captured.err, captured.err
     assert captured.err.count("\n") == 1 and not captured.out and not (path.parent / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), (("reference_ec_c2", "ec"), ("reference_tc_c2", "tc")))
+def test_weights_without_capacity_predictors_are_not_a_diffmoe(tmp_path, capsys, name, kind):
+    path = experiment(tmp_path, name, model_target="models.models_DiffMoE.DiT")
+    assert convert(path) == 5
+    assert f"those of a {kind!r} model" in capsys.readouterr().err and not (path.parent / "out").exists()
+
+
+def test_an_output_without_variance_does_not_learn_it(tmp_path, capsys):
+    path = experiment(tmp_path)
+    state = {name: value[:16] if "final_layer.linear" in name else value for name, value in state_of(
+        golden("reference_yaml_flow")).items()}  # fmt: skip
+    torch.save({"ema": state}, path)
+    assert convert(path) == 5
+    assert "learn_sigma is True, but the weights have an output of 4 channels" in capsys.readouterr().err
+
+
+def test_what_the_import_decides_is_printed(tmp_path, capsys):
+    path = experiment(tmp_path)
+    assert convert(path) == 0
+    output = capsys.readouterr().out
+    assert "Dropped the output's 4 channels for the variance" in output and "--routing dynamic" in output
+    assert output.endswith("(ema weights)\n") and "count as raw" not in output
+    assert diffmoe_ds.load(path.parent / "out").config.model_name == "custom-E8"
+    model = (path.parent / "out" / "model.safetensors").read_bytes()
+    assert convert(path, "--weights", "raw") == 5
+    assert f"--out {path.parent / 'out'}: already holds model.safetensors" in capsys.readouterr().err
+    assert (path.parent / "out" / "model.safetensors").read_bytes() == model
+    torch.save(state_of(golden("dense_flow")), tmp_path / "dense.pt")
+    assert convert(tmp_path / "dense.pt", "--num-heads", "4") == 0
+    output = capsys.readouterr().out
+    assert "Dropped" not in output and "--routing" not in output
+
+
+def test_weights_are_averaged_only_if_the_file_or_the_user_says_so(tmp_path, capsys):
+    state = state_of(golden("dense_flow"))
+    for number, (tree, options, weights, hint) in enumerate((
+        (state, [], "raw", True), ({"model": state}, [], "raw", True), ({"model": {}, "ema": state}, [], "ema", False),
+        (state, ["--weights", "ema"], "ema", False), ({"model": state}, ["--weights", "raw"], "raw", False),
+    )):  # fmt: skip
+        path, out = tmp_path / f"{number}.pt", tmp_path / str(number)
+        torch.save(tree, path)
+        assert main(
+            ["checkpoint", "import-official", str(path), "--num-heads", "4", "--out", str(out), *options]
+        ) == 0  # fmt: skip
+        assert json.loads((out / "config.json").read_text())["weights"] == weights
+        output = capsys.readouterr().out
+        assert f"({weights} weights)" in output and ("count as raw" in output) == hint
+    torch.save({"model": state}, path)
+    assert convert(path, "--num-heads", "4", "--weights", "ema") == 5
+    assert "holds no weights under ema, ema_model or at its top level" in capsys.readouterr().err
 
 
 def test_which_yaml_is_meant(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Load exported folders with diffusers, as a user without this package does; run as a script.
 
-Its argument is a folder with ``jobs.json``, a list of {"folder", "class", "load", "call", "inputs"}; the results go to
-``0.npz``, ``1.npz``, ... in it: images, and outputs of the transformer for the inputs x, t and y of the npz file.
+Its argument is a folder with ``jobs.json``, a list of {"folder", "class", "load", "call", "inputs"} and optionally
+"save", a folder through which the pipeline goes before the call. The results go to ``0.npz``, ``1.npz``, ... in it:
+images, and outputs of the transformer for the inputs x, t and y of the npz file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ sys.modules["diffmoe_ds"] = None  # type: ignore[assignment]  # any import of it
 def run(job: dict) -> dict[str, np.ndarray]:
     """Return the results of one job."""
     pipe = getattr(diffusers, job["class"]).from_pretrained(job["folder"], **job["load"])
+    if "save" in job:
+        pipe.save_pretrained(job["save"])
+        pipe = diffusers.DiffusionPipeline.from_pretrained(job["save"], trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     if "generator" in job["call"]:
         job["call"]["generator"] = torch.Generator().manual_seed(job["call"]["generator"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import inspect
+import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -13,12 +16,17 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import diffmoe_ds
 from diffmoe_ds import api
+from diffmoe_ds.api_arguments import overrides_of
+from diffmoe_ds.checkpoint import reference
 from diffmoe_ds.cli import main
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.distributed.launch import EXPORTED
+from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError
+from tests.helpers.processes import REPOSITORY
 
 
 @pytest.fixture
@@ -31,15 +39,38 @@ def demo(run_directory, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module", (diffmoe_ds, api))
 def test_the_examples_run(demo, module):
-    names = {"diffmoe_ds": diffmoe_ds, "model": diffmoe_ds.load(demo)}
+    model = diffmoe_ds.load(demo)
+    names = {"diffmoe_ds": diffmoe_ds, "model": model, "samples": model.sample(seeds=[0], steps=1)}
     found = doctest.testmod(module, globs=names)
     assert found.failed == 0 and found.attempted >= 3
 
 
+def test_the_code_of_the_page_runs(demo):
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec("".join(blocks).replace("10_000", "64").replace("steps=50", "steps=2"), names)
+    assert names["samples"].labels.tolist() == [8, 3] * 4 and names["velocity"].shape == (2, 1, 32, 32)
+    assert names["model"].trained_images == 64 and os.path.isfile("bag.png")
+    for function in (diffmoe_ds.load, diffmoe_ds.fit, diffmoe_ds.Model.sample):
+        for argument in set(inspect.signature(function).parameters) - {"self"}:
+            assert f"\n| `{argument}` |" in page
+
+
+def test_the_example_of_the_reference_runs():
+    with np.load(REPOSITORY / "tests" / "golden" / "diffmoe_flow.npz") as file:
+        names = {name: torch.from_numpy(file[f"in/{name}"]) for name in "xty"}
+        state = {key[6:]: torch.from_numpy(file[key]) for key in file if key.startswith("state/")}
+        names |= {"config": json.loads(str(file["config"])), "state": state}
+    found = doctest.testmod(reference, extraglobs=names)
+    assert found.failed == 0 and found.attempted == 3
+
+
 def test_every_public_name_has_an_example_and_a_type():
-    for name in set(diffmoe_ds.__all__) - {"__version__", "load_official"}:
+    for name in set(diffmoe_ds.__all__) - {"__version__"}:
         assert ">>>" in getattr(diffmoe_ds, name).__doc__, name
-    assert ">>>" in api.Model.sample.__doc__
+    assert ">>>" in api.Model.sample.__doc__ and ">>>" in api.Samples.to_pil.__doc__
+    assert {*diffmoe_ds.__all__, "api"} <= {*dir(diffmoe_ds)}
     assert diffmoe_ds.__version__.count(".") == 2
     assert os.path.isfile(os.path.join(os.path.dirname(diffmoe_ds.__file__), "py.typed"))
     with pytest.raises(AttributeError, match="no attribute 'train_it'"):
@@ -92,7 +123,16 @@ def test_mistakes_are_named(demo):
         ({"sampler": "ddim"}, "sampler"),
         ({"routing": "best"}, "'best' is not known"),
         ({"capacity": 99}, "capacity must"),
-        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
+        ({"classes": 3}, "classes must be a list of labels or names, got 3"),
+        ({"classes": []}, "classes must be a list of labels or names, got []"),
+        ({"classes": {1, 2}}, "classes must be a list of labels or names, got {1, 2}"),
+        ({"seeds": {1, 2}}, "such as range(8), got {1, 2}"),
+        ({"seeds": "12"}, "got '12'"),
+        ({"cfg_scale": "2"}, "cfg_scale must be a finite number of at least 0, got '2'"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number of at least 0, got nan"),
+        ({"capacity": "1"}, "capacity must be a finite number, got '1'"),
     ):
         with pytest.raises(ConfigError) as error:
             model.sample(**{"steps": 1, **arguments})
@@ -102,13 +142,48 @@ def test_mistakes_are_named(demo):
     for name in ("weights", "dtype"):
         with pytest.raises(ConfigError, match=f"{name}: 'best' is not known; valid:"):
             diffmoe_ds.load(demo, **{name: "best"})
-    with pytest.raises(ConfigError, match=r"run\.total_images must be positive"):
-        diffmoe_ds.fit(settings={"run.total_images": -1})
+    for device in ("gpu", "cuda:99", "meta2"):
+        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used: "):
+            diffmoe_ds.load(demo, device=device)
+    with pytest.raises(ConfigError, match=r"vae x: the model generates pixels \(1 channel\); omit it"):
+        diffmoe_ds.load(demo, vae="x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"settings": {"run.total_images": -1}}, "settings: run.total_images must be positive"),
+        ({"settings": {"run": {"total_images": -1}}}, "settings: run.total_images must be positive"),
+        ({"settings": {"run": {"totl_images": 1}}}, "settings: run.totl_images: 'totl_images' is not known"),
+        ({"recipe": "fashon"}, "recipe: 'fashon' is not known; did you mean 'fashion'?"),
+        ({"deepspeed_config": "zero9"}, "deepspeed_config: 'zero9' is not known"),
+        ({"run_dir": "runs/demo", "resume": "none"}, "use another run_dir, or use resume auto"),
+        ({"resume": "nowhere"}, "resume nowhere: not a checkpoint"),
+    ),
+)
+def test_mistakes_of_fit_name_the_arguments(demo, arguments, message):
+    with pytest.raises(DiffMoEError) as error:
+        diffmoe_ds.fit(**arguments)
+    assert message in str(error.value) and "--" not in str(error.value)
+
+
+def test_nested_settings_change_only_their_keys():
+    assert overrides_of({"run": {"seed": 1, "total_images": 64}, "model.name": "nano-E4"}) == [
+        "run.seed=1", "run.total_images=64", 'model.name="nano-E4"',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("convert", (np.array, torch.tensor, lambda values: [torch.tensor(v) for v in values]))
+def test_classes_and_seeds_may_be_arrays_and_tensors(demo, convert):
+    model = diffmoe_ds.load(demo)
+    samples = model.sample(classes=convert([1, 2]), seeds=convert([5, 6]), steps=1)
+    assert np.array_equal(samples.images, model.sample(classes=[1, 2], seeds=[5, 6], steps=1).images)
+    assert samples.labels.tolist() == [1, 2]
 
 
 def test_an_interrupted_fit_saves_and_goes_on(demo, capsys):
     """The handlers of the notebook are restored."""
-    before = signal.getsignal(signal.SIGINT)
+    before, environment = signal.getsignal(signal.SIGINT), {name: os.environ.get(name) for name in EXPORTED}
     settings = {"run.total_images": 16_000, "model.name": "nano-E4", "run.sample_every_images": 0}
 
     def interrupt() -> None:
@@ -121,5 +196,6 @@ def test_an_interrupted_fit_saves_and_goes_on(demo, capsys):
     images = model.trained_images
     assert 0 < images < 16_000 and "asked to stop (SIGINT)" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is before
+    assert {name: os.environ.get(name) for name in EXPORTED} == environment
     longer = diffmoe_ds.fit("fashion", {**settings, "run.total_images": images + 64}, run_dir="runs/tiny")
     assert longer.trained_images == images + 64

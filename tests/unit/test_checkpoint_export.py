@@ -108,11 +108,15 @@ def test_export_holds_one_piece_in_memory(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].shape == (1000, 100)
 
 
-def test_a_header_that_lies_is_refused(tmp_path, run_directory):
+def test_an_export_replaces_no_model_and_a_header_that_lies_is_refused(tmp_path, run_directory, capsys):
     """safetensors checks offsets itself; a checkpoint of ours must not be read past its end."""
     out = tmp_path / "lie"
     assert main(["checkpoint", "export", str(run_directory), "--out", str(out)]) == 0
     path = out / "model.safetensors"
+    before = path.read_bytes()
+    assert main(["checkpoint", "export", str(run_directory), "--out", str(out), "--weights", "raw"]) == 5
+    assert "already holds model.safetensors; pass a new folder" in capsys.readouterr().err
+    assert path.read_bytes() == before
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
     with pytest.raises(CheckpointError, match="cannot be read"):
         ModelFileReader(out)

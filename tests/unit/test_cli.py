@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffmoe_ds
 from diffmoe_ds import cli
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
@@ -252,6 +253,12 @@ def test_empty_paths_are_refused(capsys, command, options):
             main([*command.split(), "" if option == "path" else f"{option}="])
         name = {"report": "RUN"}.get(command, "path") if option == "path" else option
         assert f"error: argument {name}: must not be empty" in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"diffmoe {diffmoe_ds.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def results(exported) -> list[dict[str, np.ndarray]]:
     jobs.append(job(exported, "stock", stock, "DiTPipeline"))
     named = {"class_labels": ["BAG", "3"], "seeds": [0, 1], "num_inference_steps": 1}
     jobs.append(job(exported, "flow", named, trust_remote_code=True))
+    jobs[-1]["save"] = str(exported / "saved-flow")
+    jobs[len(CALLS) - 1]["save"] = str(exported / "saved-stock")
     (exported / "jobs.json").write_text(json.dumps(jobs))
     environment = clean_environment(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(exported / "cache"))
     command = [sys.executable, str(WORKER), str(exported)]
@@ -118,6 +120,7 @@ def test_the_stock_pipeline_and_names(exported, results):
     assert stock["images"].shape == (2, 32, 32, 3) and stock["images"].std() > 5
     expected = diffmoe_ds.load(exported / "flow").sample(classes=["bag", 3], seeds=[0, 1], steps=1).images
     assert np.abs(named["images"].astype(int) - expected[..., 0]).max() <= 1
+    assert "generates images, with a VAE" in (folder_of(exported / "stock") / "README.md").read_text()
     # only the pipeline of the folder corrects the time embedding
     ours = results[[name for name, _ in CALLS].index("stock")]["outputs"]
     assert np.abs(stock["outputs"] - ours).max() > 1e-3 * np.abs(ours).max()
@@ -137,6 +140,7 @@ def test_the_card_of_a_run_has_its_figures_and_warnings(run_copy, tmp_path, caps
     (run_copy / "validation.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert export(run_copy, tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "model: objective.kind is flow, routing.kind is batch_pool and model.mlp_ratio is 2." in card
     for part in (
         "library_name: diffusers", "| trained on | 96 images |", "| weights | averaged (EMA) |", "bag", "per_token",
         "| validation loss | 0.2500 (7 held-out images) |", "which need trust_remote_code=True",
@@ -210,6 +214,8 @@ def test_mistakes_in_a_call_are_named(exported):
         ("flow", {"class_labels": [10]}, "got '10'"),
         ("flow", {"class_labels": []}, "at least one class"),
         ("flow", {"seeds": [-1]}, "seeds must be one or more integers"),
+        ("flow", {"seeds": 5}, "such as range(8), got 5"),
+        ("flow", {"seeds": [0.5]}, "such as range(8), got [0.5]"),
         ("flow", {"num_inference_steps": 0}, "num_inference_steps must be from 1"),
         ("flow", {"sampler": "ddim"}, "sampler must be euler or heun, got 'ddim'"),
         ("flow", {"routing": "best"}, "routing must be per_token or dynamic or static for this model, got 'best'"),
@@ -222,5 +228,7 @@ def test_mistakes_in_a_call_are_named(exported):
             load(name)(**{"class_labels": 1, **call})
         assert message in str(error.value)
     pipe = load("flow")
+    with pytest.raises(ValueError, match="without its code"):
+        pipe.save_pretrained(exported / "hub", push_to_hub=True)
     same = [pipe("bag", generator=torch.Generator().manual_seed(1), output_type="pt").images for _ in range(2)]
     assert torch.equal(*same) and same[0].shape == (1, 1, 32, 32)

@@ -57,7 +57,8 @@ RULES = {
     # Entry points: `python -m diffmoe_ds`, the launchers' script, and what `import diffmoe_ds` offers.
     "__main__": "cli",
     "train": "cli",
-    "api": "cli checkpoint config diffusion distributed sampling",
+    "api_arguments": "config",
+    "api": "api_arguments cli checkpoint config diffusion distributed sampling",
     "": "api checkpoint",
 }
 

@@ -67,7 +67,7 @@ def build_page(contents: Contents) -> Page:
     return Page(
         title=Path(contents.source).resolve().name,
         subtitle=(
-            f"{config.model.name}, {ROUTERS[config.routing.kind]}, "
+            f"{config.model_name}, {ROUTERS[config.routing.kind]}, "
             f"{'rectified flow' if config.objective.kind == 'flow' else 'DDPM'} on {size} by {size} {kind}, "
             f"trained on {shorten(config.data.path or 'the embedded Fashion-MNIST', 80)}"
         ),

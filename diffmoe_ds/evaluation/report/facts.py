@@ -101,7 +101,7 @@ def model_table(config: Config) -> dict[str, str]:
     counts, flops = count_parameters(config), flops_per_image(config)
     shape = f"{model.input_size} by {model.input_size}, patch {model.patch_size}"
     rows = {
-        "model": model.name,
+        "model": config.model_name,
         "blocks, width, heads": f"{size.depth}, {size.hidden_size}, {size.num_heads}",
         "input": f"{counted(model.in_channels, 'channel')}, {shape}",
         "tokens per image": f"{config.tokens_per_image:,}",

@@ -8,7 +8,12 @@ This file needs torch, numpy, Pillow and diffusers only. It was exported by diff
 Legend: B images, C channels, H, W height and width.
 """
 
+import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -59,6 +64,24 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             # diffusers computes the frequencies of the time embedding differently than DiT and diffmoe-ds
             block.norm1.emb.time_proj.downscale_freq_shift = 0
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline together with its code, without which diffusers could not load it again."""
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub would upload the pipeline without its code; use pipe.push_to_hub(NAME).")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = os.path.join(save_directory, "model_index.json")
+        with open(path, encoding="utf-8") as file:
+            tree = json.load(file)
+        # diffusers names the modules under which it has imported the files
+        for key, part, folder in (("_class_name", self, ""), ("transformer", self.transformer, "transformer")):
+            if not type(part).__module__.startswith("diffusers."):
+                source = inspect.getfile(type(part))
+                name = os.path.basename(source)
+                shutil.copyfile(source, os.path.join(save_directory, folder, name))
+                tree[key] = [name.removesuffix(".py"), type(part).__name__]
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(tree, file, indent=1)
+
     @property
     def objective(self) -> str:
         """``flow`` or ``ddpm``."""
@@ -101,9 +124,10 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
         labels = self._labels(class_labels)
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (len(labels),), generator=generator).tolist()
+        _check_seeds(seeds)
         label_B = torch.tensor([labels[i % len(labels)] for i in range(len(seeds))], device=self._execution_device)
         sampler = SAMPLERS[self.objective][0] if sampler is None else sampler
-        self._check(seeds, num_inference_steps, guidance_scale, sampler, output_type)
+        self._check(num_inference_steps, guidance_scale, sampler, output_type)
         if hasattr(self.transformer, "set_routing"):
             self.transformer.set_routing(routing or self.transformer.config.routing["rules"][0])
         elif routing not in (None, "static"):
@@ -132,11 +156,9 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             raise ValueError(f"class_labels must be from 0 to {self.num_classes - 1}{names}, got {word!r}.")
         return label
 
-    def _check(self, seeds: Sequence[int], steps: int, guidance_scale: float, sampler: str, output_type: str) -> None:
+    def _check(self, steps: int, guidance_scale: float, sampler: str, output_type: str) -> None:
         """Check the arguments of a call."""
         config, limit = self.transformer.config, TRAIN_STEPS if self.objective == "ddpm" else 2**31
-        if len(seeds) == 0 or not all(0 <= seed < 2**64 for seed in seeds):
-            raise ValueError(f"seeds must be one or more integers from 0 to 2^64 - 1, got {seeds!r}.")
         if not 1 <= steps <= limit:
             raise ValueError(f"num_inference_steps must be from 1 to {limit}, got {steps}.")
         if guidance_scale != 1 and not config.get("has_null_class", True):
@@ -251,6 +273,16 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             return pixels_BHWC.numpy() / 2
         arrays = (pixels_BHWC * 127.5).round().to(torch.uint8).numpy()
         return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def _check_seeds(seeds: Any) -> None:
+    """Check that seeds are one or more integers that fit."""
+    try:
+        valid = len(seeds) > 0 and all(0 <= index(seed) < 2**64 for seed in seeds)
+    except TypeError:  # a number instead of a list, or fractions
+        valid = False
+    if not valid:
+        raise ValueError(f"seeds must be one or more integers from 0 to 2^64 - 1, such as range(8), got {seeds!r}.")
 
 
 class Step:
