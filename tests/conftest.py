@@ -26,7 +26,7 @@ def diffusers_log_to_an_open_stream() -> None:
     """Its handler keeps the `sys.stderr` of its first import, which may be that of a test and closed."""
     for handler in logging.getLogger("diffusers").handlers:
         if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)
+            handler.stream = sys.stderr  # `setStream` would flush the closed one
 
 
 @pytest.fixture
