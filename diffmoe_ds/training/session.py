@@ -55,8 +55,9 @@ class Session:
         self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
         if self.plan is not plan and plan.is_main:
             print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
-        if "wandb" in self.plan.settings.json:
-            os.environ.setdefault("WANDB_DIR", str(plan.directory))  # otherwise it writes into the current directory
+        if "wandb" in self.plan.settings.json and "WANDB_DIR" not in os.environ:
+            os.environ["WANDB_DIR"] = str(plan.directory)  # otherwise it writes into the current directory
+            self.resources.callback(os.environ.pop, "WANDB_DIR", None)
         run = setup_run(self.plan)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
