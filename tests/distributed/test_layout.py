@@ -122,6 +122,7 @@ def test_pools_of_some_images_do_not_depend_on_the_ranks(train_tiny):
     assert padded.column("loss") == pytest.approx(reference.column("loss"), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_pool_of_one_image_is_expert_choice_and_one_of_all_images_the_default(train_tiny):
     one, half = train_tiny(1, 1, 0, "routing.pool_images=1"), train_tiny(1, 1, 0, "routing.pool_images=8")
     per_image, whole = train_tiny(1, 1, 0, "routing.kind=expert_choice"), train_tiny(1, 1, 0)

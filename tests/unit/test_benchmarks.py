@@ -97,6 +97,7 @@ def test_thresholds_give_mean_capacity_1_with_different_counts():
     assert counts.min() == 8 and counts.max() == 12
 
 
+@pytest.mark.slow
 def test_selection_on_one_and_two_ranks(capfd, monkeypatch):
     """Both ways give the same mask; the benchmark checks it."""
     monkeypatch.delenv("RANK", raising=False)  # left by a training run in this process

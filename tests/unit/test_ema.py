@@ -59,6 +59,7 @@ def test_a_warning_where_the_average_holds_mostly_initial_weights(short_run, tmp
         assert (said.removeprefix("warning: ") in capsys.readouterr().out) == warns
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_its_checkpoint_did(short_run, capsys):
     """Checkpoints of versions without the key had no warm-up; a value that is set wins."""
     config, run = short_run

@@ -36,6 +36,7 @@ def photographs(folder: str, *, count: int) -> None:
         Image.fromarray(pixels).save(Path(folder) / f"{number:03}.jpg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", (("cat", "dog", "horse"), ()))
 def test_the_page_leads_to_images(tmp_path, monkeypatch, classes):
     """For a folder of classes and for one without; a reader of the latter omits what the page says."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffmoe_ds.config.load import load_config
@@ -47,6 +47,7 @@ def results(
     st.integers(1, 40), st.integers(1, 5), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from([1.0, 1.25, 2.0]),
     st.integers(0, 2**32 - 1), st.booleans(),
 )  # fmt: skip
+@example(39, 3, 0.5, 1.25, 39, True)  # a gradient of 0.003 is the sum of terms a thousand times as large
 def test_padding_changes_nothing_unless_it_overflows(tokens, experts, density, slack, seed, grouped):
     """Whether experts compute the padding, or grouped products whose sizes only the device knows."""
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)) < density
@@ -59,7 +60,8 @@ def test_padding_changes_nothing_unless_it_overflows(tokens, experts, density, s
         exact, never = results(LocalDispatcher(), mask)
         assert never is None
         for ours, expected in zip(padded, exact, strict=True):
-            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+            rounding = 1e-6 * (1 + float(expected.abs().max()))  # of the terms of a sum, which may cancel
+            torch.testing.assert_close(ours, expected, atol=rounding, rtol=1e-5)
 
 
 @settings(max_examples=80, deadline=None)

@@ -37,6 +37,7 @@ def test_schedules_of_the_recipe():
     assert found == given and "scheduler is that of ds.json, not the recipe's" in notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", (0, 1))
 def test_a_schedule_is_added_and_removed_when_a_run_resumes(tmp_path, capsys, zero):
     """Added, it goes on as if it had been there; removed, the learning rate is that of the recipe."""
@@ -58,6 +59,7 @@ def test_a_schedule_is_added_and_removed_when_a_run_resumes(tmp_path, capsys, ze
     assert rates[:3] == [LR] * 3 and rates[3:6] == pytest.approx(cosine) and rates[7] == LR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", (0, 1))
 def test_a_schedule_is_replaced_when_a_run_resumes(tmp_path, capsys, zero):
     """From the first step on, the learning rate is that of the new schedule."""
