@@ -27,6 +27,7 @@ def diffusers_log_to_an_open_stream() -> None:
     for handler in logging.getLogger("diffusers").handlers:
         if type(handler) is logging.StreamHandler:
             handler.stream = sys.stderr  # `setStream` would flush the closed one
+            handler.flush = sys.stderr.flush  # which diffusers sets, too
 
 
 @pytest.fixture
