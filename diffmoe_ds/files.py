@@ -161,6 +161,32 @@ def write_together(directory: Path, writers: Mapping[str, Callable[[Path], objec
     return [directory / name for name in writers]
 
 
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Provide a temporary directory that gets its final name at the end of the block.
+
+    Args:
+        out: the directory; must not exist, or be empty.
+
+    Yields:
+        The temporary directory beside it, empty.
+
+    Raises:
+        CheckpointError: something cannot be written; nothing of it is left.
+    """
+    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
+    try:
+        remove_tree(tmp)  # left by a killed process
+        tmp.mkdir(parents=True)
+        yield tmp
+        tmp.rename(out)
+        sync_directory(out.parent)
+    except OSError as error:
+        raise write_error(out, error) from None
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+
+
 def create_exclusively(path: Path, data: bytes) -> bool:
     """Create a file with its contents in one atomic step, unless it exists.
 

@@ -20,7 +20,7 @@ from diffmoe_ds.checkpoint.metadata import write_manifest
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import TMP_PREFIX, Digest, remove_tree, sync_directory, write_error, write_json
+from diffmoe_ds.files import Digest, new_directory, write_json
 from diffmoe_ds.topology import Topology
 
 
@@ -40,10 +40,7 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
     ranks = [Topology(rank, world, ep_size, reader.config.num_experts) for rank in range(world)]
     if out.exists():
         raise CheckpointError(f"--out {out}: already exists; a checkpoint is never overwritten.")
-    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
-    try:
-        remove_tree(tmp)  # left by a killed process
-        tmp.mkdir(parents=True)
+    with new_directory(out) as tmp:
         files = {}
         for topology in tqdm(ranks, unit="file", desc="reshard"):
             files[rank_file(topology.rank)] = _write(reader, topology, tmp / rank_file(topology.rank))
@@ -52,12 +49,6 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
         metadata = replace(reader.metadata, files=world, layout=layout)
         files[META] = write_json(tmp / META, metadata.to_json())
         write_manifest(tmp, files)
-        tmp.rename(out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise write_error(out, error) from None
-    finally:
-        remove_tree(tmp, ignore_errors=True)
 
 
 def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:

@@ -139,6 +139,8 @@ def _input_of(args: argparse.Namespace, found: Survey, config: Config) -> tuple[
     Raises:
         ConfigError: the images or the options do not fit the model.
     """
+    from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+
     channels, size = config.model.in_channels, config.model.input_size
     pixels = size
     if args.vae is not None:
@@ -150,7 +152,7 @@ def _input_of(args: argparse.Namespace, found: Survey, config: Config) -> tuple[
             f"--size {args.size}: the model of --init-from {args.init_from} is for {pixels} pixels; omit it."
         )
     is_latent = args.vae is not None or found.latent_shape is not None
-    if channels not in (1, 3) and not is_latent:
+    if channels not in PIXEL_CHANNELS and not is_latent:
         raise ConfigError(
             f"--init-from {args.init_from}: the model generates latents ({channels} channels); pass --vae, or prepare "
             "latents with `diffmoe prepare latents`."

@@ -305,7 +305,7 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> Tensor | float |
     finally:
         del engine.optimizer.step
     if before is not None:
-        restore_schedule(engine, *before)
+        _restore_schedule(engine, *before)
     return None
 
 
@@ -322,7 +322,7 @@ def scheduled(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     return {"lr": float(group["lr"]), "betas": list(group["betas"])}
 
 
-def restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
+def _restore_schedule(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any], now: dict[str, Any]) -> None:
     """Restore a scheduler and the values it had set in the optimizer."""
     engine.lr_scheduler.load_state_dict(state)
     for optimizer in {id(o): o for o in (engine.optimizer, _inner(engine))}.values():

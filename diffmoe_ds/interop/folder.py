@@ -27,7 +27,7 @@ from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import TMP_PREFIX, remove_tree, sync_directory, write_error, write_json, write_text
+from diffmoe_ds.files import new_directory, write_json, write_text
 from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
 from diffmoe_ds.model.dit import empty_model
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
@@ -154,10 +154,8 @@ def write_folder(export: FolderExport, out: Path, card: str) -> None:
     """
     check_new(out)
     out = Path(os.path.abspath(out))  # "." has no name
-    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
-    try:
-        remove_tree(tmp)  # left by a killed process
-        (tmp / "transformer").mkdir(parents=True)
+    with new_directory(out) as tmp:
+        (tmp / "transformer").mkdir()
         write_text(tmp / "README.md", card)
         write_json(tmp / "model_index.json", _model_index(export))
         write_text(tmp / "pipeline.py", (STANDALONE / "pipeline.py").read_text(encoding="utf-8"))
@@ -169,12 +167,6 @@ def write_folder(export: FolderExport, out: Path, card: str) -> None:
             (tmp / "vae").mkdir()
             for file in (export.vae.folder / VAE_CONFIG, *export.vae.folder.glob("*.safetensors*")):
                 shutil.copyfile(file, tmp / "vae" / file.name)
-        tmp.rename(out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise write_error(out, error) from None
-    finally:
-        remove_tree(tmp, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:

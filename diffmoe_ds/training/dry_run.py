@@ -86,7 +86,7 @@ def estimate_memory(plan: TrainPlan) -> MemoryEstimate:
         gpu = torch.cuda.get_device_properties(device)
         return MemoryEstimate(memory, gpu.name, gpu.total_memory, fits_in(gpu.total_memory, memory.total))
     available = psutil.virtual_memory().total // launch.local_world
-    needed = memory.total + memory.host_checkpoint + memory.host_optimizer  # there is no other memory for these
+    needed = memory.total + memory.host_checkpoint + memory.host_optimizer  # all in the host's memory
     fits = fits_in(available, needed, HOST_RESERVED_BYTES)
     return MemoryEstimate(memory, "this host without a GPU", available, fits)
 
