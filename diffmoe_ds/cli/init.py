@@ -130,7 +130,7 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
 def _initial(path: str, config: Config) -> Initial:
     from diffmoe_ds.cli.init_recipe import Initial
 
-    return Initial(os.path.abspath(path), config.model.name, config.objective.kind, config.model.label_dropout > 0)
+    return Initial(os.path.abspath(path), config.model_name, config.objective.kind, config.model.label_dropout > 0)
 
 
 def _input_of(args: argparse.Namespace, found: Survey, config: Config) -> tuple[int, int]:

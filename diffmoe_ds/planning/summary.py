@@ -64,7 +64,7 @@ def _model(layout: Layout) -> dict[str, Any]:
     config, settings = layout.config, layout.settings
     counts, flops = count_parameters(config), flops_per_image(config)
     return {
-        "model": config.model.name,
+        "model": config.model_name,
         "routing": config.routing.kind,
         "pool": config.routing.pool,
         "world": layout.world,

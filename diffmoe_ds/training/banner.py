@@ -147,12 +147,12 @@ def _changed_schedule(plan: TrainPlan, saved: CheckpointMetadata) -> str:
 
 
 def _model(plan: TrainPlan) -> str:
-    model, size = plan.config.model, plan.config.size
+    size = plan.config.size
     experts = "dense"
     if plan.config.num_experts > 1:
         blocks = "every second" if plan.config.routing.interleave else "every"
         experts = f"{plan.config.num_experts} experts in {blocks} block"
-    return f"{model.name}: {size.depth} blocks, width {size.hidden_size}, {size.num_heads} heads; {experts}"
+    return f"{plan.config.model_name}: {size.depth} blocks, width {size.hidden_size}, {size.num_heads} heads; {experts}"
 
 
 def _pool(plan: TrainPlan) -> str:

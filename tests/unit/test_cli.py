@@ -124,6 +124,8 @@ def test_dry_run_prints_the_banner_and_writes_nothing(capsys, tmp_path):
     out = capsys.readouterr().out
     for part in ("M activated", "world  1 = EP 1 x EDP 1, ZeRO 1, fp32", "takes K = ", "versions", "embedded"):
         assert part in out
+    assert main(["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", "model.depth=2"]) == 0
+    assert "custom-E8: 2 blocks" in capsys.readouterr().out, "a model is not called by a name that it does not fit"
     assert not (tmp_path / "run").exists()
 
 
