@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffmoe_ds.config.presets import Size
-from diffmoe_ds.config.sections import ModelConfig, ObjectiveConfig, RoutingConfig
+from diffmoe_ds.config.sections import ModelConfig, RoutingConfig
 from diffmoe_ds.errors import ConfigError
 
 MAX_TOKENS = 2**20
@@ -39,20 +39,6 @@ def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
         )
     if width % 4 or width % heads:
         raise ConfigError(f"model.hidden_size must be divisible by 4 and by model.num_heads ({heads}), got {width}.")
-
-
-def check_times(objective: ObjectiveConfig) -> None:
-    """Check that a distribution of times belongs to the flow objective.
-
-    Raises:
-        ConfigError: it is set for DDPM, whose timesteps are uniform.
-    """
-    uniform = ObjectiveConfig()
-    for key in ("time_distribution", "time_shift"):
-        if objective.kind != "flow" and getattr(objective, key) != getattr(uniform, key):
-            raise ConfigError(
-                f"objective.{key} must be unset for objective.kind {objective.kind}, got {getattr(objective, key)}."
-            )
 
 
 def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: int) -> None:

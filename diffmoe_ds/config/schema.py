@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_experts, check_shapes, check_times
+from diffmoe_ds.config.checks import check_experts, check_shapes
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
@@ -87,7 +87,6 @@ class Config(Section):
         """Run the checks that involve several fields."""
         check_shapes(self.model, self.size, self.tokens_per_image)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
-        check_times(self.objective)
         return self
 
     @property

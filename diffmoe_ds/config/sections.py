@@ -41,7 +41,7 @@ class ModelConfig(Section):
 
     name: ModelName = "tiny-E8"
     """Model size and number of experts as `SIZE-E<experts>`, such as `S-E16` or `L-E8`; `Dense-L`, the same as `L-E1`,
-    has no experts. Sizes: `nano`, `tiny`, `S`, `B`, `L`, `XL`; numbers of experts: 1, 2, 4, 8, 16."""
+    has no experts. Sizes: `nano`, `tiny`, `mini`, `S`, `B`, `L`, `XL`; numbers of experts: 1, 2, 4, 8, 16."""
     init_from: Text | None = None
     """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning), and its
     architecture, except for keys that your own recipe or `--set` sets."""
@@ -128,6 +128,15 @@ class ObjectiveConfig(Section):
     time_shift: PositiveNumber = 1.0
     """Factor for the odds of noise against data in the training times of `flow`; above 1, images are noisier. Common
     for latents of high resolution, with values of about 3."""
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of the recipe that have no effect with its other keys, such as those of `flow` under `ddpm`."""
+        keys: tuple[str, ...] = ("time_mean", "time_std") if self.time_distribution == "uniform" else ()
+        if self.kind != "flow":
+            keys = ("flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift")
+        default = ObjectiveConfig()
+        return tuple(key for key in keys if getattr(self, key) != getattr(default, key))
 
 
 class DataConfig(Section):

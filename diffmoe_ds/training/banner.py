@@ -187,9 +187,16 @@ def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:
 
 def _notes(plan: TrainPlan) -> list[str]:
     notes = list(plan.settings.notes)
+    if unused := plan.config.objective.unused:
+        notes.append(f"no effect with {_objective(plan)}: {', '.join(f'objective.{key}' for key in unused)}")
     if plan.reader is None and plan.inherited:
         notes.append(f"from model.init_from {plan.config.model.init_from}: {', '.join(plan.inherited)}")
     return notes
+
+
+def _objective(plan: TrainPlan) -> str:
+    objective = plan.config.objective
+    return objective.kind if objective.kind != "flow" else f"{objective.time_distribution} times"
 
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:

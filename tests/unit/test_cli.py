@@ -126,6 +126,9 @@ def test_dry_run_prints_the_banner_and_writes_nothing(capsys, tmp_path):
         assert part in out
     assert main(["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", "model.depth=2"]) == 0
     assert "custom-E8: 2 blocks" in capsys.readouterr().out, "a model is not called by a name that it does not fit"
+    assert main(["train", "--dry-run", "--run-dir", str(tmp_path / "run"), "--set", "objective.kind=ddpm"]) == 0
+    unused = "objective.flow_time_scale, objective.time_distribution, objective.time_mean"
+    assert f"note  no effect with ddpm: {unused}" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

@@ -101,7 +101,7 @@ def test_sample_grids_of_shipped_recipes_are_cheap(name):
         ("model.name.x=5", "'name' is a value, not a section"),
         ("seed", "--set must have the form section.key=value, got 'seed'"),
         ("model.activation_checkpointing=2", "model.activation_checkpointing must be true or false, got 2"),
-        ("model.num_heads=5", "model.hidden_size must be divisible by 4 and by model.num_heads (5), got 96"),
+        ("model.num_heads=5", "model.hidden_size must be divisible by 4 and by model.num_heads (5), got 128"),
     ),
 )
 def test_wrong_recipe_values_are_named(override, message):

@@ -137,7 +137,7 @@ def test_lion_gets_the_recipes_values_and_none_of_adams_options():
     adams = dict.fromkeys(("eps", "torch_adam", "foreach", "fused"), "auto")
     for device, zero in (("cpu", OFFLOAD), ("cuda", OFFLOAD), ("cuda", {"stage": 1})):
         found = resolve_lion({"lr": 1e-4, "weight_decay": "auto", **adams}, zero, device).json["optimizer"]
-        assert found == {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.99]}}
+        assert found == {"type": "Lion", "params": {"lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.95]}}
 
 
 @pytest.mark.parametrize(
