@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from diffmoe_ds.api_arguments import (
     Classes,
     Integers,
+    check_fit,
     check_numbers,
     checked_classes,
     checked_seeds,
@@ -31,6 +32,7 @@ from diffmoe_ds.api_arguments import (
     usable_device,
 )
 from diffmoe_ds.checkpoint.export import WEIGHTS, initial_weights_warning, open_weights
+from diffmoe_ds.checkpoint.layout import checkpoint_root, default_directory
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import find_class
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
@@ -275,24 +277,23 @@ def fit(
 
     Args:
         recipe: name of a packaged recipe, or a YAML file.
-        settings: keys of the recipe, ``{"run.total_images": 10_000}`` or ``{"run": {"total_images": 10_000}}``; see
-            ``docs/configuration.md``.
+        settings: keys of the recipe, ``{"run.seed": 1}`` or ``{"run": {"seed": 1}}``; see ``docs/configuration.md``.
         run_dir: the run directory; ``runs/RECIPE`` if None.
-        deepspeed_config: DeepSpeed JSON, or the name of a shipped one such as ``zero2``; replaces the recipe's
-            ``deepspeed`` section.
+        deepspeed_config: DeepSpeed JSON or name of a shipped one; replaces the recipe's ``deepspeed`` section.
         resume: ``auto``, ``none`` or a path.
 
     Raises:
+        KeyboardInterrupt: interrupted before the first step, so there is no model yet.
         DiffMoEError: an argument is invalid, or the training failed; see `errors`.
     """
     from diffmoe_ds.cli.train import train_command
     from diffmoe_ds.distributed.shutdown import shutdown
     from diffmoe_ds.errors import Requeue
 
-    directory = Path("runs") / Path(recipe).stem if run_dir is None else Path(run_dir)
+    check_fit(settings, deepspeed_config, resume)
+    directory = default_directory(recipe) if run_dir is None else Path(run_dir)
     args = argparse.Namespace(
-        config=str(recipe),
-        overrides=overrides_of(settings or {}),
+        config=str(recipe), overrides=overrides_of(settings or {}),
         deepspeed_config=None if deepspeed_config is None else str(deepspeed_config),
         run_dir=directory, resume=resume, dry_run=False, thorough=False, json=False,
     )  # fmt: skip
@@ -301,6 +302,8 @@ def fit(
             train_command(args)
     except Requeue as stop:
         tqdm.write(str(stop))
+        if not checkpoint_root(directory).is_dir():
+            raise KeyboardInterrupt from None
     finally:
         shutdown()
     return load(directory)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from operator import index
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,23 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(f"device {str(device)!r} cannot be used: {reason}.") from None
     return place
+
+
+def check_fit(settings: Any, deepspeed_config: Any, resume: Any) -> None:
+    """Check the types of arguments of `fit`.
+
+    Raises:
+        ConfigError: one has the wrong type.
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f'settings must be a dict such as {{"run.seed": 1}}, got {short_repr(settings)}.')
+    if deepspeed_config is not None and not isinstance(deepspeed_config, (str, PathLike)):
+        raise ConfigError(
+            "deepspeed_config must be a JSON file or the name of a shipped one; pass a dict as "
+            f'settings={{"deepspeed": ...}}, got {short_repr(deepspeed_config)}.'
+        )
+    if not isinstance(resume, (str, PathLike)):
+        raise ConfigError(f'resume must be "auto", "none" or a path, got {resume!r}.')
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

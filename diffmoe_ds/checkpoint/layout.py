@@ -16,6 +16,7 @@ asks for any range of a tensor and gets it from the files that hold it.
 from __future__ import annotations
 
 import re
+from os import PathLike
 from pathlib import Path
 
 FORMAT = 1
@@ -29,11 +30,21 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 LEFT = "left-"
 """Prefix of checkpoints that their run passed over when it continued from an older one; no run uses them again."""
+RESOLVED_RECIPE = "resolved.yaml"
+"""File of a run directory: its whole configuration, a valid recipe."""
 
 
 def checkpoint_root(run_directory: Path) -> Path:
     """Return the directory of a run's checkpoints."""
     return run_directory / "checkpoints"
+
+
+def default_directory(recipe: str | PathLike[str]) -> Path:
+    """Return the run directory of a recipe: ``runs/NAME``, or for the ``resolved.yaml`` of a run, that run's."""
+    path = Path(recipe)
+    if path.name == RESOLVED_RECIPE and checkpoint_root(path.parent).is_dir():
+        return path.parent
+    return Path("runs") / path.stem
 
 
 def checkpoint_name(images: int) -> str:

@@ -155,8 +155,13 @@ def best_kind(reader: WeightsReader) -> str:
     return "ema" if "ema" in reader.kinds() else "fp32"
 
 
-def check_same_model(reader: WeightsReader, config: Config) -> None:
+def check_same_model(reader: WeightsReader, config: Config, hint: str = "") -> None:
     """Check that weights belong to the model of a configuration.
+
+    Args:
+        reader: the weights.
+        config: the configuration.
+        hint: end of the error's sentence: what the user can do.
 
     Raises:
         CheckpointError: names the first key that differs, and both values.
@@ -164,7 +169,9 @@ def check_same_model(reader: WeightsReader, config: Config) -> None:
     different = first_difference(reader.config, config)
     if different is not None:
         key, old, new = different
-        raise CheckpointError(f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here.")
+        raise CheckpointError(
+            f"{reader.path}: belongs to another model: {key} is {old!r} there and {new!r} here{hint}."
+        )
 
 
 def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.reference_weights import shape_of
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.config.presets import SIZES
 from diffmoe_ds.config.schema import Config
@@ -24,6 +26,8 @@ EVIDENCE = {
     "diffmoe": "capacity predictors",
 }
 """What tells the weights of a model class from those of the others."""
+SHAPE_KEYS = ("hidden_size", "depth", "num_heads", "input_size", "patch_size", "num_classes")
+"""Arguments that every model class of the reference needs, positive integers."""
 CAPACITY_WEIGHT = 0.01
 """Default weight of the capacity loss in the reference's class; its published configuration sets 1."""
 LABEL_DROPOUT = 0.1
@@ -44,6 +48,7 @@ def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config
         CheckpointError: the model class is unknown or not supported, or the weights are malformed.
         ConfigError: the configuration is invalid or not supported.
     """
+    _check_form(config)
     model, moe = dict(config["model"]), dict(config.get("moe") or {})
     if config.get("kind") not in KINDS:
         raise CheckpointError(f"kind: unknown {config.get('kind')!r}; valid: {', '.join(KINDS)}.")
@@ -79,6 +84,24 @@ def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config
         "objective": {"kind": _objective(config, state)},
     }
     return config_from_dict(tree, "the reference's configuration")
+
+
+def _check_form(config: Any) -> None:
+    """Check that the reference's configuration has the parts and numbers that ours is computed from.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    sections = config if isinstance(config, Mapping) else {}
+    if not isinstance(sections.get("model"), Mapping) or not isinstance(sections.get("moe") or {}, Mapping):
+        raise ConfigError(
+            "the reference's configuration must be a dict with kind, model and moe, such as "
+            f'{{"kind": "diffmoe", "model": {{...}}, "moe": {{...}}}}, got {short_repr(config)}.'
+        )
+    for key in SHAPE_KEYS:
+        value = sections["model"].get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"the reference's configuration: model.{key} must be a positive integer, got {value!r}.")
 
 
 def infer_reference(
@@ -190,7 +213,7 @@ def _check_kind(kind: str, state: dict[str, Tensor]) -> None:
     found = _kind(state, any(".mlp.experts." in name for name in state))
     if found != kind:
         raise CheckpointError(
-            f"the weights are those of a {found!r} model ({EVIDENCE[found]}), but the configuration is for {kind!r}."
+            f"the weights are those of the model class {found!r} ({EVIDENCE[found]}), but {kind!r} was requested."
         )
 
 

@@ -6,6 +6,7 @@ import argparse
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,14 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
     return {names[name]: value for name, value in tree.items()}, found
 
 
-def check_plain(name: str, value: Tensor) -> None:
+def check_plain(name: str, value: Any) -> None:
     """Check that a tensor can be a weight: dense, real, floating-point and fully stored.
 
     Raises:
         CheckpointError: it cannot.
     """
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{name!r} is a {type(value).__name__}, but a state_dict holds tensors by name.")
     plain = value.layout == torch.strided and not value.is_nested and value.dtype in DTYPES and not value.is_meta
     # An expanded tensor takes one element on disk and could demand any amount of memory.
     if not plain or value.numel() * value.itemsize > value.untyped_storage().nbytes():

@@ -78,6 +78,10 @@ def _warn(out: Path, found: Survey, facts: Facts) -> bool:
     """Print what is lost of the images, and return whether so many are unreadable that training will stop."""
     if facts.initial is not None and facts.channels == 1 and not found.is_gray:
         print(f"{'warning':>11}  the model of --init-from is grayscale: the images lose their color", file=sys.stderr)
+    if found.unsupported:
+        endings = ", ".join(sorted(found.unsupported))
+        files = counted(sum(found.unsupported.values()), "file")
+        print(f"{'warning':>11}  {files} ({endings}) cannot be read and are left out; convert them", file=sys.stderr)
     for problem in found.unreadable[:3]:
         print(f"{'warning':>11}  {problem}", file=sys.stderr)
     limit = DataConfig().max_unreadable

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
+from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, check_same_model
 from diffmoe_ds.cli.sample_images import parse_classes
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
@@ -106,14 +107,14 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
         ConfigError: an option does not fit the model or the run.
     """
     path: Path = args.run_path
-    is_run = any((path / name).is_file() for name in ("resolved.yaml", "metrics.jsonl"))
+    is_run = any((path / name).is_file() for name in (RESOLVED_RECIPE, "metrics.jsonl"))
     if args.checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {args.checkpoint} needs a run, but {path} is not a run directory.")
     chosen = args.checkpoint or path
     reader = open_weights(chosen)
     if reader is None and args.checkpoint is not None:
         raise CheckpointError(f"--checkpoint {chosen}: not a checkpoint, run directory or exported model.")
-    resolved = path / "resolved.yaml"
+    resolved = path / RESOLVED_RECIPE
     trained = load_config(str(resolved)) if resolved.is_file() else None
     if reader is not None and trained is not None and args.checkpoint is not None:
         check_same_model(reader, trained)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from diffmoe_ds.data.dataset import is_missing, open_source
-from diffmoe_ds.data.sources.folder import Source
+from diffmoe_ds.data.sources.folder import ImageFolder, Source
 from diffmoe_ds.data.sources.images import open_rgb
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
@@ -51,6 +52,8 @@ class Survey:
     """Why some of these images cannot be read, one sentence each."""
     looked_at: int
     """Number of these images."""
+    unsupported: Mapping[str, int]
+    """Number of files next to them in formats that are not read, by ending."""
 
 
 def survey(path: str) -> Survey:
@@ -95,4 +98,5 @@ def survey(path: str) -> Survey:
         largest=max(map(max, sides), default=0),
         unreadable=tuple(unreadable),
         looked_at=len(chosen),
+        unsupported=source.unsupported() if isinstance(source, ImageFolder) else {},
     )

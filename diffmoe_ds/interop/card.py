@@ -128,7 +128,8 @@ def _summary(export: FolderExport) -> str:
 
 def _usage(export: FolderExport) -> str:
     names = export.class_names
-    labels = [names[0], len(names) - 1] if len(names) > 1 else list(range(min(2, export.config.model.num_classes)))
+    labels = [names[0], len(names) - 1] if len(names) > 1 else [0, 1]
+    classes = f"class_labels={labels!r}, " if export.config.model.num_classes > 1 else ""
     vae = f", {_vae_argument(export)}" if export.is_latent and export.vae is None else ""
     imports = "AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline"
     custom = "" if export.obstacles else ', custom_pipeline="DIR"'
@@ -136,11 +137,11 @@ def _usage(export: FolderExport) -> str:
         "```python",
         f"from diffusers import {imports}",
         f'pipe = DiffusionPipeline.from_pretrained("DIR"{custom}, trust_remote_code=True{vae})',
-        f"images = pipe(class_labels={labels!r}, seeds=[0, 1]).images",
+        f"images = pipe({classes}seeds=[0, 1]).images",
         "```",
         "",
-        "The same seed and class give the image of `diffmoe sample` in fp32. The arguments `num_inference_steps`,",
-        "`guidance_scale`, `sampler` and `routing` are explained in `pipeline.py`.",
+        f"The same seed{' and class give' if classes else ' gives'} the image of `diffmoe sample` in fp32.",
+        "`pipeline.py` explains the arguments `num_inference_steps`, `guidance_scale`, `sampler` and `routing`.",
     ]
     if not export.obstacles:
         lines += [

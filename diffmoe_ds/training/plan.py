@@ -15,12 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root, default_directory
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch, local_device
 from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.training.weights_and_biases import check_wandb_login
 
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
@@ -133,7 +135,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         CheckpointError: the checkpoint to resume from is missing, damaged or does not match the model.
         DataError: the dataset is missing or damaged.
     """
-    directory = request.run_dir or Path("runs") / Path(request.recipe).stem
+    directory = request.run_dir or default_directory(request.recipe)
     config, initial, inherited = _read_recipe(request, directory)
     config, source = _choose_deepspeed_section(config, request)
 
@@ -152,6 +154,8 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
         device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
     )  # fmt: skip
+    if "wandb" in settings.json and launch.rank == 0:
+        check_wandb_login()
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
     check_adaptive_previews(config, settings.ep_size, launch.world)
@@ -264,7 +268,6 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
     Raises:
         CheckpointError: `resume` contradicts what the run directory contains, or the path has no checkpoint.
     """
-    from diffmoe_ds.checkpoint.layout import checkpoint_root
     from diffmoe_ds.checkpoint.load import CheckpointReader
     from diffmoe_ds.checkpoint.verify import candidates
 
@@ -306,7 +309,9 @@ def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> 
     from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
 
     reader = CheckpointReader(path)
-    check_same_model(reader, config)
+    own_recipe = path.parent.parent / RESOLVED_RECIPE
+    hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
+    check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
     return reader
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.layout import checkpoint_root
+from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
 from diffmoe_ds.config.load import dump_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
@@ -27,6 +26,7 @@ from diffmoe_ds.training.plan import TrainPlan
 from diffmoe_ds.training.resume import agree_on_checkpoint
 from diffmoe_ds.training.run_log import RunLog, open_log, peak_images_per_s
 from diffmoe_ds.training.setup import Run, setup_run
+from diffmoe_ds.training.weights_and_biases import finish_wandb
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Session:
         if run.is_main and run.engine.monitor.enabled:  # the wandb and csv_monitor sections of the DeepSpeed JSON
             log.monitor = run.engine.monitor.write_events
             run.engine.monitor.enabled = False  # DeepSpeed's own values repeat ours, and would fail on a full disk
-            self.resources.callback(_finish_wandb)
+            self.resources.callback(finish_wandb)
         self.resources.callback(log.close)
         return log
 
@@ -145,17 +145,10 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             raise lost from error
 
 
-def _finish_wandb() -> None:
-    """Upload or write what is left: the process may exit without Python's own cleanup."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None:
-        wandb.finish()
-
-
 def _write_resolved(directory: Path, config: Config) -> None:
     """Write the resolved configuration, which ``--config`` accepts, and create the checkpoint directory."""
     try:
         checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(directory, error) from None
-    write_text(directory / "resolved.yaml", dump_config(config))
+    write_text(directory / RESOLVED_RECIPE, dump_config(config))

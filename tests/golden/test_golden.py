@@ -12,7 +12,7 @@ import torch
 
 from diffmoe_ds import load_official
 from diffmoe_ds.checkpoint.reference import reference_views
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, DiffMoEError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.capacity import capacity_loss
 from diffmoe_ds.moe.thresholds import Thresholds
@@ -113,6 +113,20 @@ def test_samples(name, sampler, scale):
     with torch.no_grad():
         out = sample(model_fn, sampler, x, 8)
     assert_close(out, file[f"sample/{sampler}8_cfg{scale:g}"], f"{sampler} cfg {scale}")
+
+
+@pytest.mark.parametrize(
+    ("config", "state", "message"),
+    (
+        ({}, {}, "must be a dict with kind, model and moe"),
+        ("config.yaml", {}, "must be a dict with kind, model and moe"),
+        ({"kind": "dense", "model": {"hidden_size": "a"}}, {}, "model.hidden_size must be a positive integer, got 'a'"),
+        ({"kind": "dense", "model": {}}, {"ema": {}}, "'ema' is a dict, but a state_dict holds tensors by name"),
+    ),
+)
+def test_arguments_of_another_form_are_named(config, state, message):
+    with pytest.raises(DiffMoEError, match=message):
+        load_official(config, state)
 
 
 def test_missing_and_unexpected_weights_are_named():

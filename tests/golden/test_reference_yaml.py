@@ -121,9 +121,9 @@ def test_ddpm_and_defaults_of_the_class(tmp_path):
         ({"mlp_ratio": 4}, "has shape"),
         (
             {"model_target": "models.models_ECDiT.DiT"},
-            "those of a 'diffmoe' model (capacity predictors), but the configuration is for 'ec'",
+            "those of the model class 'diffmoe' (capacity predictors), but 'ec' was requested",
         ),
-        ({"model_target": "models.models_DiT.DiT"}, "but the configuration is for 'dense'"),
+        ({"model_target": "models.models_DiT.DiT"}, "but 'dense' was requested"),
         ({"experts_n_shared_experts": 2}, "n_shared_experts is 2, but the weights have 0"),
         ({"learn_sigma": False}, "learn_sigma is False, but the weights have an output of 8 channels for inputs of 4"),
         ({"experts_capacity": None}, "model.params.MoE_config.capacity is missing"),
@@ -142,7 +142,7 @@ def test_configurations_that_do_not_fit_are_refused(tmp_path, capsys, changes, m
 def test_weights_without_capacity_predictors_are_not_a_diffmoe(tmp_path, capsys, name, kind):
     path = experiment(tmp_path, name, model_target="models.models_DiffMoE.DiT")
     assert convert(path) == 5
-    assert f"those of a {kind!r} model" in capsys.readouterr().err and not (path.parent / "out").exists()
+    assert f"those of the model class {kind!r}" in capsys.readouterr().err and not (path.parent / "out").exists()
 
 
 def test_an_output_without_variance_does_not_learn_it(tmp_path, capsys):

@@ -25,7 +25,7 @@ from diffmoe_ds.api_arguments import overrides_of
 from diffmoe_ds.checkpoint import reference
 from diffmoe_ds.cli import main
 from diffmoe_ds.distributed.launch import EXPORTED
-from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, Requeue
 from tests.helpers.processes import REPOSITORY
 
 
@@ -159,6 +159,9 @@ def test_mistakes_are_named(demo):
         ({"deepspeed_config": "zero9"}, "deepspeed_config: 'zero9' is not known"),
         ({"run_dir": "runs/demo", "resume": "none"}, "use another run_dir, or use resume auto"),
         ({"resume": "nowhere"}, "resume nowhere: not a checkpoint"),
+        ({"resume": True}, 'resume must be "auto", "none" or a path, got True'),
+        ({"settings": ["run.seed=1"]}, "settings must be a dict such as"),
+        ({"deepspeed_config": {"train_batch_size": 8}}, 'pass a dict as settings={"deepspeed": ...}'),
     ),
 )
 def test_mistakes_of_fit_name_the_arguments(demo, arguments, message):
@@ -179,6 +182,16 @@ def test_classes_and_seeds_may_be_arrays_and_tensors(demo, convert):
     samples = model.sample(classes=convert([1, 2]), seeds=convert([5, 6]), steps=1)
     assert np.array_equal(samples.images, model.sample(classes=[1, 2], seeds=[5, 6], steps=1).images)
     assert samples.labels.tolist() == [1, 2]
+
+
+def test_a_fit_interrupted_before_the_first_step_has_no_model(demo, monkeypatch, capsys):
+    def interrupted(args: object) -> None:
+        raise Requeue("asked to stop (SIGINT)")
+
+    monkeypatch.setattr("diffmoe_ds.cli.train.train_command", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        diffmoe_ds.fit(run_dir="runs/none")
+    assert "asked to stop (SIGINT)" in capsys.readouterr().out and not os.path.exists("runs/none")
 
 
 def test_an_interrupted_fit_saves_and_goes_on(demo, capsys):

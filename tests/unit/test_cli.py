@@ -132,6 +132,17 @@ def test_dry_run_prints_the_banner_and_writes_nothing(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_runs_own_recipe_continues_it(run_copy, capsys):
+    """The packaged recipe may have changed since."""
+    recipe = run_copy / "resolved.yaml"
+    assert main(["train", "--config", str(recipe), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert Path(plan["run_dir"]) == run_copy and plan["checkpoint"]["images"] > 0
+    assert main(["train", "--run-dir", str(run_copy), "--dry-run"]) == 5
+    error = capsys.readouterr().err
+    assert "belongs to another model" in error and f"to continue that run, pass --config {recipe}." in error
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A tiny run with everything that it may write."""

@@ -45,6 +45,20 @@ def test_a_folder_of_classes(capsys):
     assert Path("runs/pets/checkpoints/images_000000000064").is_dir()
 
 
+def test_formats_that_are_not_read_are_counted(capsys):
+    for name in ("cat", "dog"):
+        pictures(f"pets/{name}")
+    for name in ("cat/a.HEIC", "cat/b.avif", "dog/c.heic", "dog/notes.txt"):
+        Path("pets", name).write_bytes(b"x")
+    init("pets")
+    assert "3 files (.avif, .heic) cannot be read and are left out; convert them" in capsys.readouterr().err
+    for file in Path("pets/dog").glob("*.png"):
+        file.unlink()
+    Path("pets.yaml").unlink()
+    init("pets", code=4)
+    assert "class folder pets/dog holds no images; convert its .heic files" in capsys.readouterr().err
+
+
 def test_small_grayscale_images_without_classes():
     pictures("digits", "L", (28, 28))
     init("digits")

@@ -56,6 +56,20 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert b"loss/diffusion_loss" in data and b"load_per_expert/block_01/expert_03" in data
 
 
+def test_nobody_is_logged_in(tmp_path, capsys, monkeypatch):
+    """wandb would fail only after the run directory has been written."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    import wandb
+
+    wandb.teardown()  # it remembers the mode of the test before
+    monkeypatch.setattr(wandb, "login", lambda **options: False)
+    train(tmp_path, code=2, wandb={"enabled": True})
+    assert "run `wandb login`, set WANDB_MODE=offline, or disable it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("diffmoe_ds.config.deepspeed_sections.find_spec", lambda name: None)
     train(tmp_path, code=2, wandb={"enabled": True})

@@ -10,7 +10,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,9 @@ from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
 
 RAW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+UNSUPPORTED_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".cr2", ".nef", ".arw", ".dng", ".psd", ".svg")
+"""Images that are not read, but worth a word, as a user may not notice that they are missing."""
 
 
 class Source(Protocol):
@@ -68,6 +71,10 @@ class ImageFolder:
             raise DataError(f"{folder} holds no images; expected files named *{', *'.join(RAW_SUFFIXES)}")
         self.labels = np.full(len(self._files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
         self._keys = _keys(self._files)
+
+    def unsupported(self) -> Counter[str]:
+        """Return how many files of each unsupported image format are next to the images, by ending."""
+        return unsupported({str(self._folder / os.path.dirname(name)) for name in self._files})
 
     def __len__(self) -> int:
         return len(self._files)
@@ -143,7 +150,9 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
                 if not entry.is_dir() and _is_image(entry.name):
                     found.append(f"{name}/{entry.name}")
         if not found:
-            raise DataError(f"class folder {folder / name} holds no images; remove it, or it shifts every later label")
+            other = sorted(unsupported([str(folder / name)]))
+            hint = f"convert its {', '.join(other)} files" if other else "remove it, or it shifts every later label"
+            raise DataError(f"class folder {folder / name} holds no images; {hint}")
         files += sorted(found)
         labels += [label] * len(found)
     return classes, files, labels
@@ -159,6 +168,13 @@ def images_below(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(parent, folder)
         yield from (name if relative == "." else f"{relative}/{name}" for name in names if _is_image(name))
+
+
+def unsupported(folders: Iterable[str]) -> Counter[str]:
+    """Return how many files of each unsupported image format some folders hold, by ending."""
+    names = (entry.name for folder in folders for entry in os.scandir(folder))
+    endings = (os.path.splitext(name)[1].lower() for name in names if not name.startswith("."))
+    return Counter(ending for ending in endings if ending in UNSUPPORTED_SUFFIXES)
 
 
 def _is_image(name: str) -> bool:
