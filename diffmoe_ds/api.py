@@ -32,8 +32,9 @@ from diffmoe_ds.api_arguments import (
     usable_device,
 )
 from diffmoe_ds.checkpoint.export import WEIGHTS, initial_weights_warning, open_weights
-from diffmoe_ds.checkpoint.layout import checkpoint_root, default_directory
+from diffmoe_ds.checkpoint.layout import default_directory
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
+from diffmoe_ds.checkpoint.verify import candidates
 from diffmoe_ds.cli.sample_images import find_class
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_plan import DTYPES, WEIGHTS_NAMES, default_dtype
@@ -278,7 +279,7 @@ def fit(
     Args:
         recipe: name of a packaged recipe, or a YAML file.
         settings: keys of the recipe, ``{"run.seed": 1}`` or ``{"run": {"seed": 1}}``; see ``docs/configuration.md``.
-        run_dir: the run directory; ``runs/RECIPE`` if None.
+        run_dir: the run directory; ``runs/RECIPE`` if None, or that of a run's ``resolved.yaml``.
         deepspeed_config: DeepSpeed JSON or name of a shipped one; replaces the recipe's ``deepspeed`` section.
         resume: ``auto``, ``none`` or a path.
 
@@ -302,7 +303,7 @@ def fit(
             train_command(args)
     except Requeue as stop:
         tqdm.write(str(stop))
-        if not checkpoint_root(directory).is_dir():
+        if not candidates(directory):
             raise KeyboardInterrupt from None
     finally:
         shutdown()

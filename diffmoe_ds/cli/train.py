@@ -28,7 +28,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     text = "DeepSpeed JSON, or the name of a shipped one, such as zero2 (default: the recipe's deepspeed section)"
     add("--deepspeed_config", type=nonempty, metavar="JSON|NAME", help=text)
     add("--set", dest="overrides", metavar="a.b=c", nargs="+", action="extend", default=[], help="override recipe keys")
-    add("--run-dir", type=nonempty_path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    text = "run directory (default: runs/RECIPE, or that of a run's own resolved.yaml)"
+    add("--run-dir", type=nonempty_path, metavar="DIR", help=text)
     add(
         "--resume", type=nonempty, default="auto", metavar="auto|none|PATH",
         help="resume from the newest checkpoint of the run directory, start from scratch, or resume from PATH "

@@ -41,7 +41,7 @@ class TrainRequest:
     deepspeed_json: str | None
     """DeepSpeed JSON, or the name of a shipped one, that replaces the recipe's ``deepspeed`` section."""
     run_dir: Path | None
-    """Run directory; ``runs/RECIPE`` if None."""
+    """Run directory; `default_directory` of the recipe if None."""
     resume: str
     """``auto``, ``none`` or a path."""
 
