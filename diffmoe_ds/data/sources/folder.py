@@ -21,7 +21,6 @@ from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
 
 RAW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 UNSUPPORTED_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".cr2", ".nef", ".arw", ".dng", ".psd", ".svg")
 """Images that are not read, but worth a word, as a user may not notice that they are missing."""
 
