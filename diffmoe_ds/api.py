@@ -31,7 +31,7 @@ from diffmoe_ds.api_arguments import (
     overrides_of,
     usable_device,
 )
-from diffmoe_ds.checkpoint.export import WEIGHTS, initial_weights_warning, open_weights
+from diffmoe_ds.checkpoint.export import WEIGHTS, initial_weights_warning, require_weights
 from diffmoe_ds.checkpoint.layout import default_directory
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.checkpoint.verify import candidates
@@ -44,7 +44,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import restored_environment
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.capacity import Calibration, apply, calibrate, check_capacity, unchanged
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels, class_grid
@@ -188,7 +188,10 @@ class Model:
             chosen = list(range(num_classes))
         else:
             names = (self.class_names or ())[:num_classes]
-            chosen = [find_class(word, num_classes, names, "classes") for word in checked_classes(classes)]
+            words = checked_classes(classes)
+            if num_classes == 1 and set(words) != {"0"}:
+                raise ConfigError(f"classes {classes!r}: the model was trained without classes; omit the argument.")
+            chosen = [find_class(word, num_classes, names, "classes") for word in words]
         return [chosen[image % len(chosen)] for image in range(count)]
 
     @cached_property
@@ -242,9 +245,7 @@ def load(
     for name, value, valid in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
         if value is not None and value not in valid:
             raise ConfigError(unknown(name, value, valid))
-    reader = open_weights(Path(path))
-    if reader is None:
-        raise CheckpointError(f"{path}: not a checkpoint, run directory or exported model.")
+    reader = require_weights(Path(path))
     kind = best_kind(reader) if weights is None else WEIGHTS[weights]
     if vae is not None and reader.config.model.in_channels in PIXEL_CHANNELS:
         channels = counted(reader.config.model.in_channels, "channel")
@@ -253,9 +254,10 @@ def load(
     warning = initial_weights_warning(reader, WEIGHTS_NAMES[kind])
     if warning is not None:
         tqdm.write("warning: " + warning.replace("--weights raw", "weights='raw'"))
-    return Model(
-        reader, kind, place, DTYPES[dtype] if dtype else default_dtype(place), None if vae is None else str(vae)
-    )
+    with named_as_arguments(("weights",)):
+        return Model(
+            reader, kind, place, DTYPES[dtype] if dtype else default_dtype(place), None if vae is None else str(vae)
+        )
 
 
 def fit(

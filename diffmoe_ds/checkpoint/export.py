@@ -152,6 +152,32 @@ def open_weights(path: Path) -> WeightsReader | None:
     return None if found is None else CheckpointReader(found)
 
 
+def require_weights(path: Path, what: str = "") -> WeightsReader:
+    """Open anything that a user may call a model, as `open_weights` does.
+
+    Args:
+        path: the path.
+        what: the key or the option that names it, for the message.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be read.
+    """
+    reader = open_weights(path)
+    if reader is None:
+        raise CheckpointError(f"{what} {path}: {not_a_model(path)}.".lstrip())
+    return reader
+
+
+def not_a_model(path: Path) -> str:
+    """Return why a path is refused where a model is expected, and how to use what it may be instead."""
+    hint = ""
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        hint = "; `diffmoe checkpoint import` converts checkpoints of the reference code"
+    elif any((folder / "model_index.json").is_file() for folder in (path, path.parent)):
+        hint = "; it belongs to a diffusers pipeline, which DiffusionPipeline.from_pretrained loads"
+    return f"not a checkpoint, run directory or exported model{hint}"
+
+
 def digest_of(reader: WeightsReader) -> str:
     """Return a hexadecimal SHA-256 that identifies the contents of a checkpoint or an exported model.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffmoe_ds.checkpoint.export import WEIGHTS_FILE, ModelFileReader
+from diffmoe_ds.checkpoint.export import WEIGHTS_FILE, ModelFileReader, not_a_model
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import candidates, check_contents, check_sizes
 from diffmoe_ds.config.schema import Config
@@ -38,7 +38,7 @@ def describe(path: Path, *, full: bool | None) -> dict[str, Any]:
         return {"checkpoints": [], "model": model}
     every = [_checkpoint(candidate, full) for candidate in candidates(path)]
     if not every:
-        raise CheckpointError(f"{path}: not a checkpoint, run directory or exported model.")
+        raise CheckpointError(f"{path}: {not_a_model(path)}.")
     return {"checkpoints": every, "model": None}
 
 

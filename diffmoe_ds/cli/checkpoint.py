@@ -136,14 +136,12 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _export_diffusers(args: argparse.Namespace, dtype: torch.dtype) -> None:
-    from diffmoe_ds.checkpoint.export import open_weights
+    from diffmoe_ds.checkpoint.export import require_weights
     from diffmoe_ds.interop.card import model_card, notes
     from diffmoe_ds.interop.folder import FolderExport, check_new, find_vae, read_vae, write_folder
 
     check_new(args.out)
-    reader = open_weights(args.path)
-    if reader is None:
-        raise CheckpointError(f"{args.path}: not a checkpoint, run directory or exported model.")
+    reader = require_weights(args.path)
     vae = find_vae(reader.config) if args.vae is None else read_vae(args.vae, reader.config)
     plan = FolderExport(reader, args.weights, dtype, vae)
     write_folder(plan, args.out, model_card(plan))

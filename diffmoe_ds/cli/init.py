@@ -109,10 +109,10 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
     """
     import torch
 
+    from diffmoe_ds.checkpoint.export import require_weights
     from diffmoe_ds.cli.init_recipe import Facts
-    from diffmoe_ds.training.fine_tuning import open_initial
 
-    initial = None if args.init_from is None else open_initial(args.init_from, "--init-from")
+    initial = None if args.init_from is None else require_weights(Path(args.init_from), "--init-from")
     channels, size = _input(args, found) if initial is None else _input_of(args, found, initial.config)
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     local = "://" not in args.images

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, open_weights
+from diffmoe_ds.checkpoint.export import WEIGHTS, not_a_model, open_weights, require_weights
 from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, check_same_model
 from diffmoe_ds.cli.sample_images import parse_classes
@@ -110,17 +110,14 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
     is_run = any((path / name).is_file() for name in (RESOLVED_RECIPE, "metrics.jsonl"))
     if args.checkpoint is not None and not is_run:
         raise ConfigError(f"--checkpoint {args.checkpoint} needs a run, but {path} is not a run directory.")
-    chosen = args.checkpoint or path
-    reader = open_weights(chosen)
-    if reader is None and args.checkpoint is not None:
-        raise CheckpointError(f"--checkpoint {chosen}: not a checkpoint, run directory or exported model.")
+    reader = open_weights(path) if args.checkpoint is None else require_weights(args.checkpoint, "--checkpoint")
     resolved = path / RESOLVED_RECIPE
     trained = load_config(str(resolved)) if resolved.is_file() else None
     if reader is not None and trained is not None and args.checkpoint is not None:
         check_same_model(reader, trained)
     config = trained if reader is None else reader.config
     if config is None:
-        raise CheckpointError(f"{path}: not a run directory, checkpoint or exported model.")
+        raise CheckpointError(f"{path}: {not_a_model(path)}.")
     if args.vae is not None and config.model.in_channels in PIXEL_CHANNELS:
         raise ConfigError(f"{path}: the model generates pixels ({config.model.in_channels} channels); omit --vae.")
     return ReportPlan(

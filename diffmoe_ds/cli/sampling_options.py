@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.config.nearest import unknown
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import WeightsReader
@@ -170,15 +170,12 @@ def open_guide(settings: SamplingSettings, config: Config) -> WeightsReader | No
         CheckpointError: it does not exist or is damaged.
         ConfigError: it cannot guide the model.
     """
-    from diffmoe_ds.checkpoint.export import open_weights
+    from diffmoe_ds.checkpoint.export import require_weights
     from diffmoe_ds.sampling.guidance import check_guide
 
     if settings.autoguidance is None:
         return None
-    reader = open_weights(Path(settings.autoguidance))
-    if reader is None:
-        path = settings.autoguidance
-        raise CheckpointError(f"--autoguidance {path}: not a checkpoint, run directory or exported model.")
+    reader = require_weights(Path(settings.autoguidance), "--autoguidance")
     check_guide(reader.config, config, f"--autoguidance {reader.path}")
     return reader
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, initial_weights_warning, open_weights
+from diffmoe_ds.checkpoint.export import WEIGHTS, digest_of, initial_weights_warning, require_weights
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind
 from diffmoe_ds.cli.sample_images import ImageSet, choose_images
 from diffmoe_ds.cli.sampling_options import check_sharded_sampler, open_guide, resolve_settings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch
-from diffmoe_ds.errors import CheckpointError, ConfigError, TopologyError
+from diffmoe_ds.errors import ConfigError, TopologyError
 from diffmoe_ds.model.dit import empty_model
 from diffmoe_ds.sampling.capacity import check_capacity
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings
@@ -67,9 +67,7 @@ def plan_sampling(args: argparse.Namespace, launch: Launch) -> SamplingPlan:
         ConfigError: an argument does not fit the model.
         TopologyError: the experts cannot be sharded over the ranks.
     """
-    reader = open_weights(args.checkpoint)
-    if reader is None:
-        raise CheckpointError(f"--checkpoint {args.checkpoint}: not a checkpoint, run directory or exported model.")
+    reader = require_weights(args.checkpoint, "--checkpoint")
     config = reader.config
     channels = config.model.in_channels
     if args.vae is not None and channels in PIXEL_CHANNELS:
@@ -192,6 +190,8 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
         how.append(f"routing {plan.routing}")
     model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
     lines = [("weights", model), ("sampler", ", ".join([*how, DTYPE_NAMES[dtype]]))]
+    if settings.cfg_scale != 1 and plan.guide is None and reader.config.model.num_classes == 1:
+        lines.append(("note", "guidance hardly changes images of a model without classes, and takes twice the time"))
     warning = initial_weights_warning(reader, WEIGHTS_NAMES[plan.kind])
     if warning is not None:
         lines.append(("warning", warning))

@@ -245,6 +245,11 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section.")
         node = child
+    content = node.get(last)
+    if value is None and not sections and isinstance(content, dict) and content:
+        raise ConfigError(
+            f"--set {override}: {last} is a section; set its keys, as in {last}.{next(iter(content))}=..."
+        )
     node[last] = value
     return key
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,11 +134,17 @@ def cores_of_rank(launch: Launch, environ: Mapping[str, str] | None = None) -> i
 
 @contextmanager
 def restored_environment() -> Iterator[None]:
-    """Restore at the end of the context what `export_launch` sets: programs started later would take it as theirs."""
+    """Restore at the end of the context what a launch sets.
+
+    Programs started later would take the variables of `export_launch` as theirs, and torch.distributed's hook for
+    exceptions would begin every line of a later traceback with the rank.
+    """
     before = {name: os.environ.get(name) for name in EXPORTED}
+    hook = sys.excepthook
     try:
         yield
     finally:
+        sys.excepthook = hook
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffmoe_ds.checkpoint.export import open_weights
+from diffmoe_ds.checkpoint.export import require_weights
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, first_difference
 from diffmoe_ds.config.load import Recipe, config_to_dict
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
 
 INHERITED = {
     "model": (
@@ -48,7 +48,7 @@ def resolve_start(recipe: Recipe, checkpoint: Path | None = None) -> Start:
     """
     if checkpoint is not None:
         return Start(recipe.config(_inherited(recipe, CheckpointReader(checkpoint).config)), None, ())
-    initial = open_initial(str(recipe.init_from))
+    initial = require_weights(Path(str(recipe.init_from)), "model.init_from")
     inherited = _inherited(recipe, initial.config)
     config = recipe.config(inherited)
     different = first_difference(initial.config, config, except_for=ADAPTABLE)
@@ -59,22 +59,6 @@ def resolve_start(recipe: Recipe, checkpoint: Path | None = None) -> Start:
             f"{_cause(recipe, key, initial.config, config)} to take it over."
         )
     return Start(config, initial, _changes(recipe, inherited))
-
-
-def open_initial(path: str, what: str = "model.init_from") -> WeightsReader:
-    """Open the model to start from.
-
-    Args:
-        path: an exported model, a checkpoint or a run directory.
-        what: the key or the option, for messages.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    initial = open_weights(Path(path))
-    if initial is None:
-        raise CheckpointError(f"{what} {path}: not an exported model, a checkpoint or a run directory.")
-    return initial
 
 
 def _inherited(recipe: Recipe, model: Config) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class TrainPlan:
         reader = None if path is None else open_checkpoint(path, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
-            from diffmoe_ds.training.fine_tuning import open_initial
+            from diffmoe_ds.checkpoint.export import require_weights
 
-            initial = open_initial(name)
+            initial = require_weights(Path(name), "model.init_from")
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
     def with_checkpoint(self, path: Path | None) -> TrainPlan:

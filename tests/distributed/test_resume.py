@@ -177,7 +177,7 @@ def test_a_new_run_starts_from_an_exported_model(train_tiny, tmp_path):
         expected = exported.read("ema", name, 0, first[f"fp32/{name}"].numel())
         assert torch.allclose(first[f"fp32/{name}"], expected, atol=1e-9)
     wrong = train_tiny(1, 1, 1, "model.init_from=/nowhere", code=5)
-    assert "model.init_from /nowhere: not an exported model" in wrong.output
+    assert "model.init_from /nowhere: not a checkpoint" in wrong.output
 
 
 def dry_run(tmp_path, capsys, directory, *overrides, options=(), zero=1, **changes):

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -28,6 +29,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.distributed.launch import EXPORTED
 from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError, Requeue
 from tests.helpers.processes import REPOSITORY
+from tests.helpers.sampling import write_random_model
 
 
 @pytest.fixture
@@ -99,6 +101,16 @@ def test_the_images_are_those_of_the_command(demo, arguments, options):
     assert samples._repr_png_().startswith(b"\x89PNG") and samples.to_pil()[0].mode == "L"
 
 
+def test_a_model_without_classes_and_only_averaged_weights(tmp_path):
+    folder = write_random_model(tmp_path / "model", overrides=["model.num_classes=1"])
+    model = diffmoe_ds.load(folder)
+    assert model.sample(classes=[0], seeds=[1], steps=1).labels.tolist() == [0]
+    with pytest.raises(ConfigError, match=r"classes \['cat'\]: the model was trained without classes; omit the arg"):
+        model.sample(classes=["cat"])
+    with pytest.raises(CheckpointError, match="holds only ema weights; use weights ema"):
+        diffmoe_ds.load(folder, weights="raw")
+
+
 def test_what_sessions_print_and_show(demo):
     model = diffmoe_ds.load(demo)
     assert repr(model) == "Model(nano-E4, 32x32x1, 10 classes, trained on 96 images)"
@@ -138,8 +150,14 @@ def test_mistakes_are_named(demo):
         with pytest.raises(ConfigError) as error:
             model.sample(**{"steps": 1, **arguments})
         assert message in str(error.value) and "--" not in str(error.value)
-    with pytest.raises(CheckpointError, match="nowhere: not a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"^nowhere: not a checkpoint, run directory or exported model\.$"):
         diffmoe_ds.load("nowhere")
+    os.makedirs("pipeline/transformer")
+    open("pipeline/model_index.json", "w").close()
+    hints = {"a.pt": "checkpoint import", "pipeline": "DiffusionPipeline", "pipeline/transformer": "DiffusionPipeline"}
+    for path, hint in hints.items():
+        with pytest.raises(CheckpointError, match=f"^{path}: not a checkpoint, .* exported model; .*{hint}"):
+            diffmoe_ds.load(path)
     for name in ("weights", "dtype"):
         with pytest.raises(ConfigError, match=f"{name}: 'best' is not known; valid:"):
             diffmoe_ds.load(demo, **{name: "best"})
@@ -162,6 +180,7 @@ def test_mistakes_are_named(demo):
         ({"resume": "nowhere"}, "resume nowhere: not a checkpoint"),
         ({"resume": True}, 'resume must be "auto", "none" or a path, got True'),
         ({"settings": ["run.seed=1"]}, "settings must be a dict such as"),
+        ({"settings": {"run": None}}, "settings run=null: run is a section; set its keys"),
         ({"deepspeed_config": {"train_batch_size": 8}}, 'pass a dict as settings={"deepspeed": ...}'),
     ),
 )
@@ -198,7 +217,8 @@ def test_a_fit_interrupted_before_the_first_step_has_no_model(demo, monkeypatch,
 
 def test_an_interrupted_fit_saves_and_goes_on(demo, capsys):
     """The handlers of the notebook are restored."""
-    before, environment = signal.getsignal(signal.SIGINT), {name: os.environ.get(name) for name in EXPORTED}
+    before, hook = signal.getsignal(signal.SIGINT), sys.excepthook
+    environment = {name: os.environ.get(name) for name in EXPORTED}
     settings = {"run.total_images": 16_000, "model.name": "nano-E4", "run.sample_every_images": 0}
 
     def interrupt() -> None:
@@ -210,7 +230,7 @@ def test_an_interrupted_fit_saves_and_goes_on(demo, capsys):
     model = diffmoe_ds.fit("fashion", settings, run_dir="runs/tiny")
     images = model.trained_images
     assert 0 < images < 16_000 and "asked to stop (SIGINT)" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before and sys.excepthook is hook
     assert {name: os.environ.get(name) for name in EXPORTED} == environment
     longer = diffmoe_ds.fit("fashion", {**settings, "run.total_images": images + 64}, run_dir="runs/tiny")
     assert longer.trained_images == images + 64

@@ -98,6 +98,7 @@ def test_sample_grids_of_shipped_recipes_are_cheap(name):
         ("optimizer.betas=[0.9]", "optimizer.betas must be a list of 2 numbers, got [0.9]"),
         ("ema.decay=1", "ema.decay must be at least 0 and less than 1, got 1"),
         ("model=5", "model must be a section with keys, got 5"),
+        ("run=null", "--set run=null: run is a section; set its keys, as in run.total_images=..."),
         ("model.name.x=5", "'name' is a value, not a section"),
         ("seed", "--set must have the form section.key=value, got 'seed'"),
         ("model.activation_checkpointing=2", "model.activation_checkpointing must be true or false, got 2"),

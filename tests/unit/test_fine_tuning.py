@@ -98,7 +98,7 @@ def test_a_resumed_run_does_not_need_the_initial_model(source, capsys):
     assert "at 32 images" in capsys.readouterr().out
     again = yaml.safe_load(Path("run/resolved.yaml").read_text())
     assert again["model"] == first["model"] and again["routing"] == first["routing"]
-    assert main([*command[:3], "--run-dir", "other"]) == 5 and "not an exported model" in capsys.readouterr().err
+    assert main([*command[:3], "--run-dir", "other"]) == 5 and "not a checkpoint" in capsys.readouterr().err
 
 
 def test_the_plan_is_that_of_the_initial_model(source, capsys):

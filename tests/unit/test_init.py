@@ -165,7 +165,7 @@ def test_a_model_to_fine_tune(run_directory, capsys):
     init("pets", "--init-from", str(run_directory), "--size", "64", "--out", "no.yaml", code=2)
     assert "--size 64: the model of --init-from" in capsys.readouterr().err
     init("pets", "--init-from", "nowhere", "--out", "no.yaml", code=5)
-    assert "--init-from nowhere: not an exported model" in capsys.readouterr().err and not Path("no.yaml").exists()
+    assert "--init-from nowhere: not a checkpoint" in capsys.readouterr().err and not Path("no.yaml").exists()
 
 
 @pytest.mark.parametrize("initial", (None, Initial("runs/ddpm", "S-E8", "ddpm", False)))

@@ -196,7 +196,7 @@ def test_errors_are_one_sentence_and_write_nothing(run, tmp_path, capsys, option
 
 def test_paths_that_cannot_be_used(run, tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 5
-    assert "nowhere: not a run directory, checkpoint or exported model." in capsys.readouterr().err
+    assert "nowhere: not a checkpoint, run directory or exported model." in capsys.readouterr().err
     options = ["--checkpoint", str(run), "--out", str(tmp_path / "out")]
     assert main(["report", str(tmp_path / "nowhere"), *options]) == 2
     assert "nowhere is not a run directory." in capsys.readouterr().err

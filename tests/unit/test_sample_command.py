@@ -125,6 +125,13 @@ def test_formats_and_what_an_earlier_run_left(capsys, run_directory, tmp_path):
     assert names_in(out) == {"samples.npz", "grid.png"} and labels_of(out) == [0, 1, 2]
 
 
+def test_guidance_without_classes_gives_a_note(capsys, tmp_path):
+    model = write_random_model(tmp_path / "model", overrides=["model.num_classes=1"])
+    for scale, notes in (("1", 0), ("2", 1)):
+        assert run(model, tmp_path / scale, "--num-images", "2", "--steps", "1", "--cfg-scale", scale) == 0
+        assert capsys.readouterr().out.count("guidance hardly changes images of a model without classes") == notes
+
+
 def kill_while_sampling(patch: pytest.MonkeyPatch) -> None:
     write, calls = UnfinishedSet.write, []
 
