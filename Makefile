@@ -30,7 +30,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed  ## install, train on two ranks for a few minutes, generate a grid of images
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 diffmoe_ds/train.py --run-dir $(DEMO)
-	$(BIN)/diffmoe sample --checkpoint $(DEMO) --num-images 60 --steps 25 --cfg-scale 2 --out $(DEMO)/drawn
+	$(BIN)/diffmoe sample --checkpoint $(DEMO) --num-images 60 --steps 25 --cfg-scale 3 --out $(DEMO)/drawn
 	@echo; echo "Images: $(abspath $(DEMO))/drawn/grid.png"
 	@echo "Curves: $(BIN)/tensorboard --logdir runs"
 
