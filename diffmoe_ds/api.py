@@ -242,6 +242,8 @@ def load(
         CheckpointError: there is no model, or it is damaged.
         ConfigError: an argument is invalid.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise ConfigError(f"path must be a run directory, a checkpoint or an exported model, got {path!r}.")
     for name, value, valid in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
         if value is not None and value not in valid:
             raise ConfigError(unknown(name, value, valid))

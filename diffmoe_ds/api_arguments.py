@@ -110,8 +110,18 @@ def check_fit(settings: Any, deepspeed_config: Any, resume: Any) -> None:
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings, flat (``run.seed``) or nested in sections, in the form of ``--set``."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in flatten(settings).items()]
+    """Return settings, flat (``run.seed``) or nested in sections, in the form of ``--set``.
+
+    Raises:
+        ConfigError: a key is set in both forms.
+    """
+    found: dict[str, str] = {}
+    for name, content in settings.items():
+        for key, value in flatten({name: content}).items():
+            if key in found:
+                raise ConfigError(f"settings: {key} is set twice.")
+            found[key] = json.dumps(value, default=str)
+    return [f"{key}={value}" for key, value in found.items()]
 
 
 @contextmanager

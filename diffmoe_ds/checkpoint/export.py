@@ -172,7 +172,7 @@ def not_a_model(path: Path) -> str:
     """Return why a path is refused where a model is expected, and how to use what it may be instead."""
     hint = ""
     if path.suffix in (".pt", ".pth", ".ckpt"):
-        hint = "; `diffmoe checkpoint import` converts checkpoints of the reference code"
+        hint = "; `diffmoe checkpoint import-official` converts checkpoints of the reference code"
     elif any((folder / "model_index.json").is_file() for folder in (path, path.parent)):
         hint = "; it belongs to a diffusers pipeline, which DiffusionPipeline.from_pretrained loads"
     return f"not a checkpoint, run directory or exported model{hint}"

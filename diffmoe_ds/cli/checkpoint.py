@@ -160,12 +160,15 @@ def _import(args: argparse.Namespace) -> None:
     from diffmoe_ds.checkpoint.reference_yaml import find_reference_yaml, read_reference_yaml
     from diffmoe_ds.checkpoint.stream import Entry
 
-    chosen = [f"--{name}" for name in ("kind", "num-heads") if getattr(args, name.replace("-", "_")) is not None]
-    if args.reference_config is not None and chosen:
-        raise ConfigError(f"{chosen[0]}: --reference-config {args.reference_config} says so already; omit one.")
     state, weights = read_reference(args.path, args.weights)
-    path = args.reference_config or (None if chosen else find_reference_yaml(args.path))
+    path = args.reference_config or find_reference_yaml(args.path)
     found = None if path is None else read_reference_yaml(path)
+    if found is not None:
+        for option, value, configured in (
+            ("--kind", args.kind, found["kind"]), ("--num-heads", args.num_heads, found["model"]["num_heads"]),
+        ):  # fmt: skip
+            if value not in (None, configured):
+                raise ConfigError(f"{option} {value}: the model is configured by {path}, where it is {configured}.")
     guesses: list[str] = []
     try:
         if found is None:

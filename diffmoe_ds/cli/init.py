@@ -169,7 +169,7 @@ def _input(args: argparse.Namespace, found: Survey) -> tuple[int, int]:
     if found.latent_shape is not None:
         for name in ("size", "vae"):
             if getattr(args, name) is not None:
-                raise ConfigError(f"--{name} {getattr(args, name)}: {args.images} holds prepared latents; omit it.")
+                raise ConfigError(f"--{name} {getattr(args, name)}: {args.images} holds latents; omit it.")
         return found.latent_shape[0], found.latent_shape[1]
     if args.vae is not None:
         from diffmoe_ds.data.vae import downsampling, vae_settings

@@ -64,7 +64,10 @@ def plan_command(args: argparse.Namespace) -> None:
     require_positive(args, "world", "gpus_per_node", *given)
     named = {"model.name": args.model, "routing.pool": args.pool}
     overrides = [*args.overrides, *(f"{key}={value}" for key, value in named.items() if value is not None)]
-    config = _read_recipe(args.config, overrides)
+    try:
+        config = _read_recipe(args.config, overrides)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--set: model.name", "--model") if args.model else str(error)) from None
     if config.model.num_classes == AUTO_CLASSES:  # planning needs no images
         config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     if args.deepspeed_config is not None:

@@ -202,7 +202,8 @@ def _validated(tree: dict[str, Any], source: str, changed: Sequence[str]) -> Con
         return Config.model_validate(tree)
     except ValidationError as error:
         key, sentence = explain(error)
-    if any(f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}.") for name in changed if key):
+    named = key or sentence.partition(":")[0]
+    if any(f"{named}.".startswith(f"{name}.") or f"{name}.".startswith(f"{named}.") for name in changed):
         raise ConfigError(f"--set: {sentence}")
     raise ConfigError(f"{source}{' with --set' if changed and not key else ''}: {sentence}")
 

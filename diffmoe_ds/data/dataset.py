@@ -10,7 +10,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
-from diffmoe_ds.data.sources.folder import ImageFolder, Source, images_below
+from diffmoe_ds.data.sources.folder import ImageFolder, Source, images_below, is_image
 from diffmoe_ds.data.sources.index_files import refuse_unfinished
 from diffmoe_ds.data.sources.raw import RawImages
 from diffmoe_ds.data.sources.remote import is_url
@@ -87,13 +87,13 @@ def with_classes(config: Config, dataset: Dataset) -> Config:
 
 
 def check_classes(config: Config, dataset: Dataset) -> None:
-    """Check that a new model has no classes without images; too few are found by `check_labels`.
+    """Check that a new model has a class for every label, and images for every class of a set that names them.
 
     Raises:
-        ConfigError: the classes of the set have names, and the model has more.
+        ConfigError: it does not.
     """
     count, found = config.model.num_classes, _classes(dataset)
-    if dataset.classes is not None and count > found:
+    if dataset.labels.max() >= count or (dataset.classes is not None and count > found):
         raise ConfigError(
             f"model.num_classes is {count}, but {config.data.path or 'the embedded set'} has {found} classes; "
             "set it to auto."
@@ -168,6 +168,8 @@ def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | 
                 f"{folder} holds both shards, such as {shard}, and images, such as {image}; give {folder}/*.tar for "
                 "the shards, or move them away for the images"
             )
+    elif is_image(folder.name) and folder.is_file():
+        raise DataError(f"{folder} is a single image; give the folder that holds it, {folder.parent}")
     return ShardDataset(expand(path), cache, unlabelled=unlabelled)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def _decoded(source: ShardDataset | Source, index: int) -> np.ndarray:
     return np.asarray(open_rgb(source.image_bytes(index)))
 
 
+def _latent_shape(source: ShardDataset | Source) -> tuple[int, int, int] | None:
+    """Return the (C, H, W) of the latents in shards, prepared ones or plain .npy files; None for images."""
+    if not isinstance(source, ShardDataset):
+        return None
+    if source.latents is not None:
+        return source.latents.shape
+    with suppress(DataError):  # a damaged first image: those that are looked at later decide
+        first_CHW = source[0].image
+        if first_CHW.dtype == np.float32:
+            channels, height, width = first_CHW.shape
+            return channels, height, width
+    return None
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a set of images contains."""
@@ -41,7 +56,7 @@ class Survey:
     is_folder: bool
     """Whether the images are files in a folder, which are resized and cropped; those in shards have a fixed size."""
     latent_shape: tuple[int, int, int] | None
-    """(C, H, W) of prepared latents; None for pixels."""
+    """(C, H, W) of latents in shards; None for pixels."""
     is_gray: bool
     """Whether all images that were looked at are grayscale."""
     smallest: int
@@ -68,12 +83,12 @@ def survey(path: str) -> Survey:
     if is_missing(path):
         raise DataError(f"{path} does not exist; expected a folder of images, or shards")
     source = open_source(path)
-    latents = source.latents if isinstance(source, ShardDataset) else None
+    latent_shape = _latent_shape(source)
     has_labels = source.labels[0] != NO_LABEL
     names = tuple(source.classes) if source.classes is not None and has_labels else None
     sides: list[tuple[int, int]] = []
     unreadable, is_gray = [], True
-    chosen = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT if latents is None else 0).astype(int))
+    chosen = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT if latent_shape is None else 0).astype(int))
     for index in chosen.tolist():
         try:
             image_HWC = _decoded(source, index)
@@ -85,15 +100,15 @@ def survey(path: str) -> Survey:
             continue
         sides.append(image_HWC.shape[:2])
         is_gray = is_gray and bool((image_HWC == image_HWC[..., :1]).all())
-    if latents is None and not sides:
+    if latent_shape is None and not sides:
         raise DataError(f"{path}: none of the images can be read; {unreadable[0]}")
     return Survey(
         num_images=len(source),
         class_names=names,
         num_classes=max(len(names or ()), int(source.labels.max()) + 1) if has_labels else 1,
         is_folder=Path(path).expanduser().is_dir() and not isinstance(source, ShardDataset),
-        latent_shape=None if latents is None else latents.shape,
-        is_gray=is_gray and latents is None,
+        latent_shape=latent_shape,
+        is_gray=is_gray and latent_shape is None,
         smallest=min(map(min, sides), default=0),
         largest=max(map(max, sides), default=0),
         unreadable=tuple(unreadable),

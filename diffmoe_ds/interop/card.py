@@ -9,7 +9,7 @@ from typing import Any
 
 from diffmoe_ds.checkpoint.export import initial_weights_warning
 from diffmoe_ds.checkpoint.load import WeightsReader
-from diffmoe_ds.evaluation.report.facts import ROUTERS
+from diffmoe_ds.evaluation.report.facts import router_name
 from diffmoe_ds.evaluation.report.history import log_rows
 from diffmoe_ds.evaluation.report.style import short_number
 from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
@@ -121,7 +121,7 @@ def _summary(export: FolderExport) -> str:
         what = "latents" if export.vae is None else "images, with a VAE that decodes its latents"
     kind = "rectified flow" if config.objective.kind == "flow" else "DDPM with learned variance"
     return (
-        f"A diffusion transformer (router: {ROUTERS[config.routing.kind]}) that generates {what} of {size}x{size} with "
+        f"A diffusion transformer (router: {router_name(config)}) that generates {what} of {size}x{size} with "
         f"{counted(config.model.in_channels, 'channel')}. It was trained with diffmoe-ds: {kind}."
     )
 
@@ -167,7 +167,7 @@ def _facts(export: FolderExport) -> dict[str, str]:
         "input": f"{config.model.input_size}x{config.model.input_size}x{config.model.in_channels}, "
         f"patches of {config.model.patch_size}x{config.model.patch_size}",
         "classes": _classes(export),
-        "router": ROUTERS[routing.kind],
+        "router": router_name(config),
     }
     if config.num_experts > 1:
         rows["activated per token"] = short_number(counts.activated)

@@ -165,8 +165,9 @@ def test_what_the_import_decides_is_printed(tmp_path, capsys):
     assert convert(path, "--weights", "raw") == 5
     assert f"--out {path.parent / 'out'}: already holds model.safetensors" in capsys.readouterr().err
     assert (path.parent / "out" / "model.safetensors").read_bytes() == model
-    torch.save(state_of(golden("dense_flow")), tmp_path / "dense.pt")
-    assert convert(tmp_path / "dense.pt", "--num-heads", "4") == 0
+    (tmp_path / "other").mkdir()
+    torch.save(state_of(golden("dense_flow")), tmp_path / "other" / "dense.pt")
+    assert convert(tmp_path / "other" / "dense.pt", "--num-heads", "4") == 0
     output = capsys.readouterr().out
     assert "Dropped" not in output and "--routing" not in output
 
@@ -208,12 +209,25 @@ def test_which_yaml_is_meant(tmp_path, capsys):
     ):  # fmt: skip
         assert convert(path, "--reference-config", str(tmp_path / name)) == code
         assert f"{tmp_path / name}: {message}" in capsys.readouterr().err
-    assert convert(path, "--reference-config", str(tmp_path / "a.yaml"), "--num-heads", "8") == 2
-    assert "--num-heads: --reference-config" in capsys.readouterr().err
+    chosen = ["--reference-config", str(tmp_path / "a.yaml")]
+    (tmp_path / "b.yaml").unlink()
+    for options in (chosen, []):  # given, and found by itself
+        for option, value, configured in (("--num-heads", "8", "16"), ("--kind", "ec", "diffmoe")):
+            assert convert(path, *options, option, value) == 2
+            message = f"{option} {value}: the model is configured by {tmp_path / 'a.yaml'}, where it is {configured}."
+            assert message in capsys.readouterr().err
+    (tmp_path / "a.yaml").unlink()
+    assert convert(path) == 2 and f"{tmp_path / 'invalid.yml'}: invalid YAML" in capsys.readouterr().err
+
+
+def test_options_that_agree_with_the_yaml_are_accepted(tmp_path, capsys):
+    assert convert(experiment(tmp_path), "--num-heads", "16", "--kind", "diffmoe") == 0
+    assert "guessed" not in capsys.readouterr().out
 
 
 def test_guesses_are_printed(tmp_path, capsys):
     path = experiment(tmp_path)
+    (tmp_path / "config_2025-02-08T10-14-26.yaml").unlink()
     assert convert(path, "--num-heads", "16") == 0
     output = capsys.readouterr().out
     assert "guessed: DDPM, because" in output and "guessed: capacity 1" in output and "10 classes" in output

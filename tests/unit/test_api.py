@@ -154,10 +154,16 @@ def test_mistakes_are_named(demo):
         diffmoe_ds.load("nowhere")
     os.makedirs("pipeline/transformer")
     open("pipeline/model_index.json", "w").close()
-    hints = {"a.pt": "checkpoint import", "pipeline": "DiffusionPipeline", "pipeline/transformer": "DiffusionPipeline"}
+    hints = {
+        "a.pt": "`diffmoe checkpoint import-official`",
+        "pipeline": "DiffusionPipeline",
+        "pipeline/transformer": "DiffusionPipeline",
+    }
     for path, hint in hints.items():
         with pytest.raises(CheckpointError, match=f"^{path}: not a checkpoint, .* exported model; .*{hint}"):
             diffmoe_ds.load(path)
+    with pytest.raises(ConfigError, match="path must be a run directory, a checkpoint or an exported model, got None"):
+        diffmoe_ds.load(None)
     for name in ("weights", "dtype"):
         with pytest.raises(ConfigError, match=f"{name}: 'best' is not known; valid:"):
             diffmoe_ds.load(demo, **{name: "best"})
@@ -180,6 +186,7 @@ def test_mistakes_are_named(demo):
         ({"resume": "nowhere"}, "resume nowhere: not a checkpoint"),
         ({"resume": True}, 'resume must be "auto", "none" or a path, got True'),
         ({"settings": ["run.seed=1"]}, "settings must be a dict such as"),
+        ({"settings": {"model": {"name": "nano-E4"}, "model.name": "tiny-E4"}}, "settings: model.name is set twice"),
         ({"settings": {"run": None}}, "settings run=null: run is a section; set its keys"),
         ({"deepspeed_config": {"train_batch_size": 8}}, 'pass a dict as settings={"deepspeed": ...}'),
     ),

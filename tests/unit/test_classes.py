@@ -34,8 +34,10 @@ def test_auto_is_the_number_of_the_set(tmp_path):
     numbered_shard(tmp_path / "threes.tar", 4)
     assert classes("model.num_classes=auto", f"data.path={tmp_path / 'threes.tar'}") == 4, "labels 0 to 3"
     assert classes("model.num_classes=9", f"data.path={tmp_path / 'threes.tar'}") == 9, "which others may exist"
-    with pytest.raises(ConfigError, match=r"model\.num_classes is 4, but .*folder has 3 classes; set it to auto\."):
-        classes("model.num_classes=4", f"data.path={tmp_path / 'folder'}")
+    for count, folder, found in ((4, "folder", 3), (2, "folder", 3), (3, "threes.tar", 4)):
+        said = rf"model\.num_classes is {count}, but .*{folder} has {found} classes; set it to auto\."
+        with pytest.raises(ConfigError, match=said):
+            classes(f"model.num_classes={count}", f"data.path={tmp_path / folder}")
     with pytest.raises(ConfigError, match="is 11, but the embedded set has 10 classes"):
         classes("model.num_classes=11")
 

@@ -65,7 +65,7 @@ def test_sample_grids_of_shipped_recipes_are_cheap(name):
         ("model.nam=x", "model.nam: 'nam' is not known; did you mean 'name'?"),
         ("modle.name=x", "'modle' is not known; did you mean 'model'?"),
         ("model.name=s-e16", "model.name: 's-e16' is not known; did you mean 'S-E16'?"),
-        ("model.name=M-E8", "model.name: 'M-E8' is not known; did you mean"),
+        ("model.name=M-E8", "--set: model.name: 'M-E8' is not known; did you mean"),
         ("model.name=S-E3", "model.name: 'S-E3' is not known; did you mean 'S-E"),
         ("routing.kind=batchpool", "routing.kind: 'batchpool' is not known; did you mean 'batch_pool'?"),
         ("routing.pool=node", "routing.pool: 'node' is not known; "),

@@ -31,7 +31,7 @@ MODELS = {
         "objective.flow_time_scale=1000",
     ),
     "dense_pixels": DENSE,
-    "dense_flow": ("model.name=Dense-nano", "routing.kind=dense"),
+    "dense_flow": ("model.name=Dense-nano",),
     "latent": LATENT,
     "stock": (*DENSE, *LATENT, "model.num_classes=1000"),
 }  # fmt: skip
@@ -121,6 +121,9 @@ def test_the_stock_pipeline_and_names(exported, results):
     expected = diffmoe_ds.load(exported / "flow").sample(classes=["bag", 3], seeds=[0, 1], steps=1).images
     assert np.abs(named["images"].astype(int) - expected[..., 0]).max() <= 1
     assert "generates images, with a VAE" in (folder_of(exported / "stock") / "README.md").read_text()
+    for name, router in (("dense_flow", "dense"), ("flow", "batch pool (DiffMoE)")):
+        card = (folder_of(exported / name) / "README.md").read_text()
+        assert f"(router: {router})" in card and f"| router | {router} |" in card
     # only the pipeline of the folder corrects the time embedding
     ours = results[[name for name, _ in CALLS].index("stock")]["outputs"]
     assert np.abs(stock["outputs"] - ours).max() > 1e-3 * np.abs(ours).max()

@@ -11,7 +11,7 @@ from PIL import Image
 from diffmoe_ds.cli import main
 from diffmoe_ds.cli.init_recipe import Facts, Initial, draft
 from diffmoe_ds.config.load import load_config
-from tests.helpers.data import numbered_shard, tiny_vae
+from tests.helpers.data import npy, numbered_shard, tiny_vae, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,16 @@ def test_latents(capsys):
     prepared = load_config("latents.yaml")
     assert (prepared.model.in_channels, prepared.model.input_size, prepared.data.vae) == (4, 8, None)
     init("latents", "--size", "32", "--out", "x.yaml", code=2)
-    assert "--size 32: latents holds prepared latents; omit it" in capsys.readouterr().err
+    assert "--size 32: latents holds latents; omit it" in capsys.readouterr().err
+
+
+def test_latents_of_other_tools():
+    latent = npy(np.zeros((4, 8, 8), np.float32))
+    write_tar(Path("plain.tar"), [("a.npy", latent), ("a.cls", b"0"), ("b.npy", latent), ("b.cls", b"1")])
+    init("plain.tar", "--out", "plain.yaml")
+    config = load_config("plain.yaml")
+    assert (config.model.in_channels, config.model.input_size, config.data.vae) == (4, 8, None)
+    assert main(["train", "--config", "plain.yaml", "--dry-run"]) == 0
 
 
 def test_mistakes_write_nothing(capsys):
@@ -107,6 +116,7 @@ def test_mistakes_write_nothing(capsys):
         (["photos", "--out", "x.yml"], 2, "must end in .yaml"),
         (["photos", "--size", "60", "--out", "x.yaml"], 2, "--size must be a positive multiple of 8, got 60"),
         (["empty"], 4, "holds no images"),
+        (["photos/0.png"], 4, "photos/0.png is a single image; give the folder that holds it, photos"),
         (["nowhere"], 4, "nowhere does not exist; expected a folder of images, or shards"),
         (["broken"], 4, "none of the images can be read; image broken/a.jpg cannot be decoded: it does not start"),
         (["nested"], 4, "use nested/a itself, or move them; `diffmoe prepare images --unlabelled` takes all images"),

@@ -202,7 +202,7 @@ def test_the_command_prints_one_object_or_a_page(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--model", "L-E9"], "model.name"),
+        (["--model", "L-E9"], "--model: 'L-E9' is not known; did you mean 'L-E8'?"),
         (["--gpu", "H1000"], "did you mean 'H100'"),
         (["--world", "0"], "--world must be positive"),
         (["--world", "1024"], "train_batch_size must be a multiple of the 1024 GPUs, got 256"),

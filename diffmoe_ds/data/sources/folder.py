@@ -115,7 +115,7 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
                 continue
             if entry.is_dir():
                 classes.append(entry.name)
-            elif _is_image(entry.name):
+            elif is_image(entry.name):
                 flat.append(entry.name)
     if not classes:
         return None, sorted(flat), None
@@ -146,7 +146,7 @@ def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | No
                         f"{folder / name} holds images in a nested folder, {entry.name}, so their class is "
                         f"ambiguous; use {folder / name} itself, or move them; {UNLABELLED}"
                     )
-                if not entry.is_dir() and _is_image(entry.name):
+                if not entry.is_dir() and is_image(entry.name):
                     found.append(f"{name}/{entry.name}")
         if not found:
             other = sorted(unsupported([str(folder / name)]))
@@ -166,7 +166,7 @@ def images_below(folder: Path) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(parent, folder)
-        yield from (name if relative == "." else f"{relative}/{name}" for name in names if _is_image(name))
+        yield from (name if relative == "." else f"{relative}/{name}" for name in names if is_image(name))
 
 
 def unsupported(folders: Iterable[str]) -> Counter[str]:
@@ -176,7 +176,8 @@ def unsupported(folders: Iterable[str]) -> Counter[str]:
     return Counter(ending for ending in endings if ending in UNSUPPORTED_SUFFIXES)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file name is that of an image in a supported format."""
     return name.lower().endswith(RAW_SUFFIXES) and not name.startswith(".")
 
 

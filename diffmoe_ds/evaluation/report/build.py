@@ -10,11 +10,11 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.sources.shards import EMBEDDED_CLASSES
 from diffmoe_ds.evaluation.report.curves import threshold_drawings, training_drawings, validation_drawings
 from diffmoe_ds.evaluation.report.facts import (
-    ROUTERS,
     ModelUse,
     Sampled,
     key_numbers,
     model_table,
+    router_name,
     sampling_table,
     software_table,
     training_table,
@@ -67,7 +67,7 @@ def build_page(contents: Contents) -> Page:
     return Page(
         title=Path(contents.source).resolve().name,
         subtitle=(
-            f"{config.model_name}, {ROUTERS[config.routing.kind]}, "
+            f"{config.model_name}, {router_name(config)}, "
             f"{'rectified flow' if config.objective.kind == 'flow' else 'DDPM'} on {size} by {size} {kind}, "
             f"trained on {shorten(config.data.path or 'the embedded Fashion-MNIST', 80)}"
         ),

@@ -29,12 +29,16 @@ PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "matplotlib")
 SHOWN_CLASSES = 20
 """Largest number of classes in a table."""
 ROUTERS = {
-    "dense": "dense",
     "token_choice": "token choice (TC-DiT)",
     "expert_choice": "expert choice (EC-DiT)",
     "batch_pool": "batch pool (DiffMoE)",
 }
-"""Names of the routers in the report."""
+"""Names of the routers of models with experts."""
+
+
+def router_name(config: Config) -> str:
+    """Return the name of a model's router in reports and model cards; ``dense`` without experts."""
+    return "dense" if config.num_experts == 1 else ROUTERS[config.routing.kind]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def model_table(config: Config) -> dict[str, str]:
         "tokens per image": f"{config.tokens_per_image:,}",
         "classes": f"{model.num_classes:,}",
         "objective": "rectified flow" if config.objective.kind == "flow" else "DDPM",
-        "router": ROUTERS[routing.kind],
+        "router": router_name(config),
     }
     if config.num_experts > 1:
         rows |= {
