@@ -35,11 +35,11 @@ def _latent_shape(source: ShardDataset | Source) -> tuple[int, int, int] | None:
         return None
     if source.latents is not None:
         return source.latents.shape
-    with suppress(DataError):  # a damaged first image: those that are looked at later decide
-        first_CHW = source[0].image
-        if first_CHW.dtype == np.float32:
-            channels, height, width = first_CHW.shape
-            return channels, height, width
+    for index in range(min(len(source), LOOKED_AT)):
+        with suppress(DataError):  # the first readable one decides
+            image_CHW = source[index].image
+            channels, height, width = image_CHW.shape
+            return (channels, height, width) if image_CHW.dtype == np.float32 else None
     return None
 
 

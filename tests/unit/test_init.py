@@ -97,6 +97,10 @@ def test_latents(capsys):
 
 def test_latents_of_other_tools():
     latent = npy(np.zeros((4, 8, 8), np.float32))
+    damaged = ("a.npy", b"no array")
+    write_tar(Path("damaged.tar"), [damaged, ("a.cls", b"0"), ("b.npy", latent), ("b.cls", b"1")])
+    init("damaged.tar", "--out", "damaged.yaml")
+    assert load_config("damaged.yaml").model.in_channels == 4
     write_tar(Path("plain.tar"), [("a.npy", latent), ("a.cls", b"0"), ("b.npy", latent), ("b.cls", b"1")])
     init("plain.tar", "--out", "plain.yaml")
     config = load_config("plain.yaml")
