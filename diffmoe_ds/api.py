@@ -288,7 +288,7 @@ def fit(
         resume: ``auto``, ``none`` or a path.
 
     Raises:
-        KeyboardInterrupt: interrupted before anything was saved, so there is no model to return.
+        KeyboardInterrupt: interrupted before the first checkpoint.
         DiffMoEError: an argument is invalid, or the training failed; see `errors`.
     """
     from diffmoe_ds.cli.train import train_command

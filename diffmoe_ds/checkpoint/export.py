@@ -160,7 +160,7 @@ def require_weights(path: Path, what: str = "") -> WeightsReader:
         what: the key or the option that names it, for the message.
 
     Raises:
-        CheckpointError: there is no model, or it cannot be read.
+        CheckpointError: the path is none of these, or the model cannot be read.
     """
     reader = open_weights(path)
     if reader is None:

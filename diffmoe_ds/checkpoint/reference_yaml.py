@@ -77,27 +77,31 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
 def find_reference_yaml(weights: Path) -> Path | None:
     """Return the reference's YAML beside a file of weights, or beside its directory ``checkpoints``, if there is one.
 
-    A file that is not valid YAML may be meant, so it is returned if there is no other: reading it says what is wrong.
+    If there is none, a file that is not valid YAML is returned; reading it reports what is wrong.
 
     Raises:
         ConfigError: there are several.
     """
     folders = [weights.parent, *([weights.parent.parent] if weights.resolve().parent.name == "checkpoints" else [])]
-    invalid = []
+    invalid: list[Path] = []
     for folder in folders:
-        found = []
-        for path in sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")):
-            try:
-                if _is_reference(parse_yaml(path.read_text(encoding="utf-8"))):
-                    found.append(path)
-            except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
-                invalid.append(path)
+        files = {path: _can_be(path) for path in sorted(folder.iterdir()) if path.suffix in (".yaml", ".yml")}
+        found = [path for path, is_reference in files.items() if is_reference]
+        invalid += [path for path, is_reference in files.items() if is_reference is None]
         if len(found) > 1:
             names = ", ".join(map(str, found))
             raise ConfigError(f"{weights}: found several configurations ({names}); choose one with --reference-config.")
         if found:
             return found[0]
     return invalid[0] if invalid else None
+
+
+def _can_be(path: Path) -> bool | None:
+    """Return whether a file is the reference's YAML; None if it cannot be read as YAML."""
+    try:
+        return _is_reference(parse_yaml(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _is_reference(tree: Any) -> bool:

@@ -67,7 +67,9 @@ def plan_command(args: argparse.Namespace) -> None:
     try:
         config = _read_recipe(args.config, overrides)
     except ConfigError as error:
-        raise ConfigError(str(error).replace("--set: model.name", "--model") if args.model else str(error)) from None
+        if args.model is not None:
+            error.args = (str(error).replace("--set: model.name", "--model"),)
+        raise
     if config.model.num_classes == AUTO_CLASSES:  # planning needs no images
         config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     if args.deepspeed_config is not None:
