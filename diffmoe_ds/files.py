@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import CheckpointError
 
 TMP_PREFIX = ".writing-"
@@ -239,10 +240,10 @@ def sha256_of(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's contents.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is not a regular file.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

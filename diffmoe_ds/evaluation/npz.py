@@ -8,35 +8,68 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
+from diffmoe_ds.control_files import open_descriptor
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.npy import Header, read_header
 
 MAX_RATIO = 200
 """Maximum compression ratio of a large array; zeros reach 1,000, images rarely 5."""
-MAX_HEADER_BYTES = 10_000
-"""numpy's own limit of a header."""
+MAX_DIRECTORY_BYTES = 1 << 20
+"""Maximum size of an archive's list of members, which `zipfile` reads as a whole; thousands of arrays."""
 MAX_UNCHECKED_BYTES = 64 << 20
 """Arrays up to this size may have any compression ratio."""
-DAMAGED = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, KeyError)
+DAMAGED = (
+    OSError, EOFError, ValueError, RuntimeError, NotImplementedError, OverflowError, KeyError, IndexError, struct.error,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 """Exceptions of zipfile, zlib and numpy for damaged or encrypted files."""
 
 
-class Header(NamedTuple):
-    """Description of a stored array."""
+class _Archive(zipfile.ZipFile):
+    """A zip archive in a regular file, whose list of members is bounded."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    def __init__(self, path: Path) -> None:
+        """Read the list of members.
 
-    def describe(self) -> str:
-        """Return dtype and shape, for messages."""
-        return f"{self.dtype} {list(self.shape)}"
+        Raises:
+            ValueError: it is too long.
+            OSError: the file cannot be read, or is not a regular file.
+        """
+        self._file = _BoundedReader(io.FileIO(open_descriptor(path)))
+        try:
+            super().__init__(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self._file.is_bounded = False
+
+    def close(self) -> None:
+        """Close the archive and its file."""
+        super().close()
+        self._file.close()
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file that refuses to read many bytes at once, until the list of members has been read."""
+
+    is_bounded = True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not self.is_bounded:
+            return super().read(size)
+        wanted = MAX_DIRECTORY_BYTES + 1 if size is None or size < 0 else size
+        if wanted > MAX_DIRECTORY_BYTES + 1 or len(data := super().read(wanted)) > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"its list of members has more than {MAX_DIRECTORY_BYTES >> 20} MiB")
+        return data
 
 
 class NpzReader:
@@ -52,7 +85,7 @@ class NpzReader:
             DataError: it cannot be read.
         """
         self.path = path
-        with self._refusing_damage(), zipfile.ZipFile(path) as archive:
+        with self._refusing_damage(), _Archive(path) as archive:
             self._size = path.stat().st_size
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
@@ -102,7 +135,7 @@ class NpzReader:
             DataError: it is damaged or larger than `max_bytes`.
         """
         with self._open(name) as (header, file):
-            size = math.prod(header.shape) * header.dtype.itemsize
+            size = header.array_bytes
             if size > max_bytes:
                 raise DataError(f"{self.path}: array {name!r} of {header.describe()} is larger than expected.")
             data = file.read(size)
@@ -126,34 +159,17 @@ class NpzReader:
                 f"{self.path}: array {name!r} claims {info.file_size / 1e9:.3g} GB in a file of "
                 f"{self._size / 1e9:.3g} GB; refused as a decompression bomb."
             )
-        with self._refusing_damage(), zipfile.ZipFile(self.path) as archive, archive.open(info) as file:
-            header, length = self._parse(name, file)
-            expected = math.prod(header.shape) * header.dtype.itemsize
-            if expected != info.file_size - length:
+        with self._refusing_damage(), _Archive(self.path) as archive, archive.open(info) as file:
+            try:
+                header = read_header(file)
+            except ValueError as error:
+                raise DataError(f"{self.path}: array {name!r} {error}.") from None
+            if header.array_bytes != info.file_size - header.length:
                 raise DataError(
-                    f"{self.path}: array {name!r} claims {header.describe()}, {expected} bytes, but holds "
-                    f"{info.file_size - length}."
+                    f"{self.path}: array {name!r} claims {header.describe()}, {header.array_bytes} bytes, but holds "
+                    f"{info.file_size - header.length}."
                 )
             yield header, file
-
-    def _parse(self, name: str, file: IO[bytes]) -> tuple[Header, int]:
-        """Return the header and its length in bytes."""
-        start = file.read(MAX_HEADER_BYTES)
-        prefix = io.BytesIO(start)
-        try:
-            version = np.lib.format.read_magic(prefix)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, by_columns, dtype = read_header[version](prefix)
-        except Exception:  # numpy evaluates the header, which may raise anything
-            raise ValueError(f"array {name!r} has an invalid header") from None
-        if any(type(side) is not int or side < 0 for side in shape):
-            raise ValueError(f"array {name!r} has the shape {shape}")
-        if dtype.hasobject:
-            raise DataError(f"{self.path}: array {name!r} holds pickled objects, which are never loaded.")
-        if by_columns and len(shape) > 1:
-            raise DataError(f"{self.path}: array {name!r} is in Fortran order; save it with numpy.ascontiguousarray.")
-        file.seek(prefix.tell())
-        return Header(tuple(shape), dtype), prefix.tell()
 
     @contextlib.contextmanager
     def _refusing_damage(self) -> Iterator[None]:

@@ -16,11 +16,13 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "files", "precision", "text")
+GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "precision", "text")
 RULES = {
     "errors": "",
     "topology": "",
     "rng": "",
+    "control_files": "",
+    "npy": "",
     "files": "",
     "precision": "",
     "text": "",

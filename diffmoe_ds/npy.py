@@ -1,0 +1,81 @@
+"""Read the headers of untrusted .npy data: NumPy would allocate whatever a header claims."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+MAX_HEADER_BYTES = 10_000
+"""NumPy's own limit of a header."""
+
+
+class Header(NamedTuple):
+    """Description of a stored array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    length: int
+    """Bytes of the header; the array follows it."""
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def describe(self) -> str:
+        """Return dtype and shape, for messages."""
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """Read the header of an array and leave the file at the array's first byte.
+
+    Args:
+        file: seekable, at the start of the header.
+
+    Raises:
+        ValueError: it is invalid, or describes pickled objects or an array in Fortran order; the message continues a
+            sentence that begins with the array.
+    """
+    start = file.tell()
+    prefix = io.BytesIO(file.read(MAX_HEADER_BYTES))
+    try:
+        version = npy.read_magic(prefix)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, by_columns, dtype = read(prefix)
+    except Exception:  # NumPy evaluates the header as a Python literal, which may raise anything
+        raise ValueError("has an invalid header") from None
+    if dtype.hasobject:
+        raise ValueError("holds pickled objects, which are never loaded")
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"has the shape {str(shape)[:80]}")
+    if by_columns and len(shape) > 1:
+        raise ValueError("is in Fortran order; save it with numpy.ascontiguousarray")
+    file.seek(start + prefix.tell())
+    return Header(tuple(shape), dtype, prefix.tell())
+
+
+def read_array(file: IO[bytes], available: int) -> np.ndarray:
+    """Read an array of which no more bytes are allocated than a file can hold.
+
+    Args:
+        file: seekable, at the start of the header.
+        available: bytes from there to the end of the file, or the most that the caller accepts.
+
+    Returns:
+        The array, read-only.
+
+    Raises:
+        ValueError: as `read_header` raises it, or the array does not fit.
+    """
+    header = read_header(file)
+    if header.array_bytes > available - header.length:
+        raise ValueError(f"claims {header.describe()}, more than there is room for")
+    data = file.read(header.array_bytes)
+    if len(data) != header.array_bytes:
+        raise ValueError("is truncated")
+    return np.frombuffer(data, header.dtype).reshape(header.shape)
