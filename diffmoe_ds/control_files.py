@@ -1,7 +1,7 @@
 """Read small files that someone else may have written: manifests, indices, settings, recipes and the like.
 
 Such a file is opened without blocking and must be a regular one, so that a named pipe or a device in its place is an
-error instead of a hang. Size, nesting and numbers are bounded before anything is built from them, so that a hostile file
+error instead of a hang. Size, nesting and numbers are bounded before anything is built from them, so a hostile file
 costs little time and memory. Problems of the system are an `OSError` with a sentence as its ``strerror``; invalid
 contents are a `ValueError`.
 """
@@ -14,7 +14,6 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 16 << 20

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,13 +20,17 @@ from diffmoe_ds.config.deepspeed_keys import LARGEST, MOMENTS
 from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import Digest, write_json
 
 T = TypeVar("T")
 
 MAX_INT = 2**63 - 1
-"""Largest number of images, steps or elements; more is damage."""
+"""Largest number of images, steps, elements or bytes; more is damage."""
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+"""Names of the files that a manifest may list."""
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,9 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     """
     file = path / META
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+        tree = read_json(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     return parse_metadata(tree, str(file))
 
 
@@ -166,7 +172,7 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
         config=stored_config(top.value("config", dict), source),
         lr_now=_scheduled(top.object("lr_now")),
         layout=_layout(top.object("layout")),
-        lr_scheduler=top.optional("lr_scheduler", dict),
+        lr_scheduler=_scheduler(top),
         began_from=top.optional("began_from", str),
         deepspeed=top.value("deepspeed", dict) if "deepspeed" in tree else None,
         class_names=stored_names(tree.get("class_names"), source),
@@ -217,17 +223,31 @@ def read_manifest(path: Path) -> dict[str, Digest]:
     """
     file = path / MANIFEST
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = read_json(file)
         if _listed_sha256(tree["files"]) != tree["sha256"]:
             raise ValueError("changed")
-        files = {name: Digest(int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree["files"].items()}
+        files = {name: _digest(entry) for name, entry in tree["files"].items()}
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file}: is damaged: it is not a manifest.") from None
-    if META not in files or any(Path(name).name != name for name in files):
-        raise CheckpointError(f"{file}: is damaged: it lists {', '.join(map(repr, sorted(files))) or 'no file'}.")
+    wrong = [name for name in files if not FILE_NAME.fullmatch(name)]
+    if wrong or META not in files:
+        found = f"lists {wrong[0][:80]!r}" if wrong else f"does not list {META}"
+        raise CheckpointError(f"{file}: is damaged: it {found}.")
     return files
+
+
+def _digest(entry: Any) -> Digest:
+    """Return a file's size and checksum.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are invalid.
+    """
+    size, sha256 = entry["bytes"], entry["sha256"]
+    if type(size) is not int or not 0 <= size <= MAX_INT or not SHA256.fullmatch(sha256):
+        raise ValueError("invalid size or checksum")
+    return Digest(size, sha256)
 
 
 def write_manifest(path: Path, files: Mapping[str, Digest]) -> None:
@@ -283,6 +303,14 @@ class _Object:
         return value
 
 
+def _scheduler(top: _Object) -> dict[str, Any] | None:
+    state = top.optional("lr_scheduler", dict)
+    last = (state or {}).get("last_batch_iteration", 0)
+    if type(last) is not int or not -1 <= last <= MAX_INT:
+        raise top.error("lr_scheduler.last_batch_iteration", last, "a whole number from -1")
+    return state
+
+
 def _layout(layout: _Object) -> SavedLayout:
     return SavedLayout(**{f.name: layout.count(f.name) for f in fields(SavedLayout) if f.name in layout.tree})
 
@@ -291,6 +319,8 @@ def _shapes(shapes: _Object) -> dict[str, tuple[int, ...]]:
     for name, shape in shapes.tree.items():
         if type(shape) is not list or not all(type(n) is int and 0 <= n <= MAX_INT for n in shape):
             raise shapes.error(name, shape, "a list of whole numbers")
+        if math.prod(shape) > MAX_INT:
+            raise shapes.error(name, shape, f"a shape of at most {MAX_INT} elements")
     return {name: tuple(shape) for name, shape in shapes.tree.items()}
 
 

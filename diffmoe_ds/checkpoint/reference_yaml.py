@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from diffmoe_ds.config.nearest import unknown
-from diffmoe_ds.config.strict_yaml import parse_yaml
+from diffmoe_ds.config.strict_yaml import read_yaml
 from diffmoe_ds.errors import ConfigError
 
 TARGETS = {
@@ -47,10 +47,10 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not such a file, or configures what we do not support.
     """
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
     if not _is_reference(tree):
         raise ConfigError(f"{path}: not a configuration of the reference: model.target or model.params is missing.")
@@ -99,8 +99,8 @@ def find_reference_yaml(weights: Path) -> Path | None:
 def _can_be(path: Path) -> bool | None:
     """Return whether a file is the reference's YAML; None if it cannot be read as YAML."""
     try:
-        return _is_reference(parse_yaml(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return _is_reference(read_yaml(path))
+    except (OSError, yaml.YAMLError, ValueError):
         return None
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
 from diffmoe_ds.checkpoint.metadata import read_manifest
+from diffmoe_ds.control_files import read_text
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Digest, sha256_of
+
+MAX_NAME_BYTES = 4096
+"""Limit of ``latest``, which holds the name of a checkpoint."""
 
 
 def check_sizes(path: Path) -> dict[str, Digest]:
@@ -125,6 +129,6 @@ def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Dige
 
 def _latest(root: Path) -> str:
     try:
-        return (root / LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        return read_text(root / LATEST, MAX_NAME_BYTES).strip()
+    except (OSError, ValueError):
         return ""

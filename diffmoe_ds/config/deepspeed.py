@@ -9,7 +9,7 @@ default.
 from __future__ import annotations
 
 import copy
-import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from diffmoe_ds.config.deepspeed_optimizer import resolve_optimizer
 from diffmoe_ds.config.nearest import did_you_mean, unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.config.shipped import deepspeed_json_path, shipped_jsons
+from diffmoe_ds.control_files import MAX_TEXT_BYTES, parse_json, read_text
 from diffmoe_ds.errors import ConfigError
 
 
@@ -72,18 +73,14 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        duplicate = sorted({key for key in keys if keys.count(key) > 1})
-        if duplicate:
-            raise ConfigError(f"{path}: duplicate key {duplicate[0]!r}.")
+        counts = Counter(key for key, _ in items)
+        duplicate = min((key for key, count in counts.items() if count > 1), default=None)
+        if duplicate is not None:
+            raise ConfigError(f"{path}: duplicate key {duplicate!r}.")
         return dict(items)
 
-    def constant(name: str) -> float:
-        raise ConfigError(f"{path}: {name} is not a JSON number.")
-
     try:
-        text = deepspeed_json_path(path).read_text(encoding="utf-8")
-        tree = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        tree = parse_json(read_text(deepspeed_json_path(path), MAX_TEXT_BYTES), pairs)
     except FileNotFoundError as error:
         names = shipped_jsons()
         if Path(path).name == str(path) and not Path(path).suffix:
@@ -97,7 +94,7 @@ def read_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read: {error.strerror}.") from None
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, 10,000 brackets
+    except ValueError as error:  # not JSON, not UTF-8, NaN, a number of 5,000 digits, 10,000 brackets
         raise ConfigError(f"--deepspeed_config {path}: invalid JSON: {error}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--deepspeed_config {path}: must be an object, got a {type(tree).__name__}.")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.config.strict_yaml import MalformedValueError, parse_yaml
+from diffmoe_ds.config.strict_yaml import MalformedValueError, parse_yaml, read_yaml
 from diffmoe_ds.errors import ConfigError
 
 DEFAULT_RECIPE = "fashion"
@@ -135,10 +135,10 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
         heirs: the recipes that inherit from it.
     """
     try:
-        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
+        tree = read_yaml(path) or {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
@@ -237,7 +237,7 @@ def _apply(tree: dict[str, Any], override: str) -> str:
         value = parse_yaml(text)
     except MalformedValueError as error:
         raise ConfigError(f"--set {printable(key)}: {error.problem}.") from None
-    except (yaml.YAMLError, RecursionError):
+    except yaml.YAMLError:
         value = text  # a string with YAML's special characters, such as a path with braces
     node = tree
     *sections, last = key.split(".")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffmoe_ds.config.fields import MAX_BITS
+from diffmoe_ds.control_files import MAX_DEPTH, MAX_YAML_BYTES, read_text
+
+MAX_VALUES = 20_000
+"""Most keys and values of a document, in which those behind an alias count each time."""
 
 KINDS = {"int": f"integer of at most {MAX_BITS} bits", "float": "number", "bool": "boolean"}
 
@@ -20,10 +25,48 @@ def parse_yaml(text: str) -> Any:
 
     Raises:
         MalformedValueError: a value that is invalid for its type, such as ``2024-13-45``.
-        yaml.YAMLError: other syntax errors, and duplicate keys.
-        RecursionError: deeper nesting than Python can parse.
+        yaml.YAMLError: other syntax errors, duplicate keys, nesting deeper than `MAX_DEPTH`, and more values than
+            `MAX_VALUES`.
     """
-    return yaml.load(text, _StrictLoader)
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}, 0) > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise _too_deep() from None
+    finally:
+        loader.dispose()
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as `parse_yaml` does.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is too large.
+        yaml.YAMLError: its contents are invalid.
+        ValueError: it is not UTF-8.
+    """
+    return parse_yaml(read_text(path, MAX_YAML_BYTES))
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int], depth: int) -> int:
+    """Return the number of values in a node, those behind aliases each time; `known` holds those of finished nodes."""
+    if depth > MAX_DEPTH:  # also ends an alias to a node that contains it
+        raise _too_deep()
+    if node not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        known[node] = 1 + sum(_expanded(child, known, depth + 1) for child in children)
+    return known[node]
+
+
+def _too_deep() -> yaml.YAMLError:
+    return yaml.YAMLError(f"nested more than {MAX_DEPTH} levels deep")
 
 
 class _StrictLoader(yaml.SafeLoader):

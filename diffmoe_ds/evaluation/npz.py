@@ -34,30 +34,6 @@ DAMAGED = (
 """Exceptions of zipfile, zlib and numpy for damaged or encrypted files."""
 
 
-class _Archive(zipfile.ZipFile):
-    """A zip archive in a regular file, whose list of members is bounded."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the list of members.
-
-        Raises:
-            ValueError: it is too long.
-            OSError: the file cannot be read, or is not a regular file.
-        """
-        self._file = _BoundedReader(io.FileIO(open_descriptor(path)))
-        try:
-            super().__init__(self._file)
-        except BaseException:
-            self._file.close()
-            raise
-        self._file.is_bounded = False
-
-    def close(self) -> None:
-        """Close the archive and its file."""
-        super().close()
-        self._file.close()
-
-
 class _BoundedReader(io.BufferedReader):
     """A file that refuses to read many bytes at once, until the list of members has been read."""
 
@@ -70,6 +46,19 @@ class _BoundedReader(io.BufferedReader):
         if wanted > MAX_DIRECTORY_BYTES + 1 or len(data := super().read(wanted)) > MAX_DIRECTORY_BYTES:
             raise ValueError(f"its list of members has more than {MAX_DIRECTORY_BYTES >> 20} MiB")
         return data
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open the zip archive in a regular file, whose list of members is bounded.
+
+    Raises:
+        ValueError: the list is too long.
+        OSError: the file cannot be read, or is not a regular file.
+    """
+    with _BoundedReader(io.FileIO(open_descriptor(path))) as file, zipfile.ZipFile(file) as archive:
+        file.is_bounded = False
+        yield archive
 
 
 class NpzReader:
@@ -85,7 +74,7 @@ class NpzReader:
             DataError: it cannot be read.
         """
         self.path = path
-        with self._refusing_damage(), _Archive(path) as archive:
+        with self._refusing_damage(), _archive(path) as archive:
             self._size = path.stat().st_size
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
@@ -159,7 +148,7 @@ class NpzReader:
                 f"{self.path}: array {name!r} claims {info.file_size / 1e9:.3g} GB in a file of "
                 f"{self._size / 1e9:.3g} GB; refused as a decompression bomb."
             )
-        with self._refusing_damage(), _Archive(self.path) as archive, archive.open(info) as file:
+        with self._refusing_damage(), _archive(self.path) as archive, archive.open(info) as file:
             try:
                 header = read_header(file)
             except ValueError as error:

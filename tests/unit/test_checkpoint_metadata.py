@@ -28,19 +28,21 @@ BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For machines that other jobs use at the same time."""
 COUNTS = st.integers(0, 2**63 - 1)
 NUMBERS = st.floats(0, 3e38)  # whatever learning rate a run accepts
+FINITE = {"allow_nan": False, "allow_infinity": False}
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(**FINITE) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
 OBJECTS = st.dictionaries(st.text(max_size=5), JSON, max_size=3)
+SHAPES = st.lists(st.integers(0, 2**20), max_size=3).map(tuple)
 METADATA = st.builds(
     CheckpointMetadata,
     files=COUNTS,
     images=COUNTS,
     step=COUNTS,
     adam_step=COUNTS,
-    shapes=st.dictionaries(st.text(max_size=8), st.lists(COUNTS, max_size=3).map(tuple), max_size=3),
+    shapes=st.dictionaries(st.text(max_size=8), SHAPES, max_size=3),
     config=st.sampled_from([Config(), load_config("fashion"), load_config("imagenet-256")]),
     lr_now=st.builds(ScheduledValues, lr=NUMBERS, betas=st.tuples(NUMBERS, NUMBERS)),
     layout=st.builds(SavedLayout, *[st.none() | COUNTS] * 6),
