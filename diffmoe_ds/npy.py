@@ -18,6 +18,8 @@ class Header(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    by_columns: bool
+    """Whether several dimensions are in Fortran order."""
     length: int
     """Bytes of the header; the array follows it."""
 
@@ -38,8 +40,8 @@ def read_header(file: IO[bytes]) -> Header:
         file: seekable, at the start of the header.
 
     Raises:
-        ValueError: it is invalid, or describes pickled objects or an array in Fortran order; the message continues a
-            sentence that begins with the array.
+        ValueError: it is invalid or describes pickled objects; the message continues a sentence that begins with the
+            array.
     """
     start = file.tell()
     prefix = io.BytesIO(file.read(MAX_HEADER_BYTES))
@@ -53,10 +55,8 @@ def read_header(file: IO[bytes]) -> Header:
         raise ValueError("holds pickled objects, which are never loaded")
     if any(type(side) is not int or side < 0 for side in shape):
         raise ValueError(f"has the shape {str(shape)[:80]}")
-    if by_columns and len(shape) > 1:
-        raise ValueError("is in Fortran order; save it with numpy.ascontiguousarray")
     file.seek(start + prefix.tell())
-    return Header(tuple(shape), dtype, prefix.tell())
+    return Header(tuple(shape), dtype, by_columns and len(shape) > 1, prefix.tell())
 
 
 def read_array(file: IO[bytes], available: int) -> np.ndarray:
@@ -78,4 +78,4 @@ def read_array(file: IO[bytes], available: int) -> np.ndarray:
     data = file.read(header.array_bytes)
     if len(data) != header.array_bytes:
         raise ValueError("is truncated")
-    return np.frombuffer(data, header.dtype).reshape(header.shape)
+    return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.by_columns else "C")

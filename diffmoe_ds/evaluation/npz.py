@@ -153,6 +153,10 @@ class NpzReader:
                 header = read_header(file)
             except ValueError as error:
                 raise DataError(f"{self.path}: array {name!r} {error}.") from None
+            if header.by_columns:
+                raise DataError(
+                    f"{self.path}: array {name!r} is in Fortran order; save it with numpy.ascontiguousarray."
+                )
             if header.array_bytes != info.file_size - header.length:
                 raise DataError(
                     f"{self.path}: array {name!r} claims {header.describe()}, {header.array_bytes} bytes, but holds "

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_ds.config.schema import DataConfig
+from diffmoe_ds.control_files import open_descriptor
+from diffmoe_ds.data.sources.compressed import decompress
 from diffmoe_ds.data.sources.remote import fetch
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import replacing
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffmoe-ds"
-CHUNK = 1 << 20
 
 
 class ShardCache:
@@ -86,7 +87,7 @@ class ShardCache:
                 os.close(self.open(url))
 
     def _open(self, path: Path, size: int | None = None) -> int:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_descriptor(path)
         if size not in (None, os.fstat(descriptor).st_size):
             os.close(descriptor)
             raise FileNotFoundError(f"{path} differs in size from the index")
@@ -106,8 +107,8 @@ class ShardCache:
 
     def _decompress(self, url: str, path: Path) -> None:
         try:
-            with replacing(path) as tmp, gzip.open(path) as source, open(tmp, "wb") as file:
-                while chunk := source.read(CHUNK):
+            with replacing(path) as tmp, open(path, "rb") as source, open(tmp, "xb") as file:
+                for chunk in decompress(url, source):
                     file.write(chunk)
                     if file.tell() > self.limit:
                         raise DataError(
@@ -137,6 +138,10 @@ def shard_cache(data: DataConfig) -> ShardCache:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock file.  The kernel releases it when the process ends, even if it is killed."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Neither follows a link nor waits for the reader of a named pipe.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

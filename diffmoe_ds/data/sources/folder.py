@@ -7,7 +7,6 @@ The layout is `DIR/CLASS/image.jpg`, where classes are numbered by sorted name, 
 from __future__ import annotations
 
 import os
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.data.sources.images import MAX_IMAGE_BYTES
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
@@ -93,17 +93,10 @@ class ImageFolder:
             DataError: the file cannot be read.
         """
         try:
-            # Opening a named pipe would block.
-            with open(self._folder / self._files[index], "rb", opener=_nonblocking) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise DataError(f"{self.describe(index)} is not a regular file")
+            with open_regular(self._folder / self._files[index]) as file:
                 return file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}") from None
-
-
-def _nonblocking(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _labelled(folder: Path) -> tuple[list[str] | None, list[str], list[int] | None]:

@@ -8,13 +8,13 @@ moved and combined; WebDataset skips members with such names.
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 
+from diffmoe_ds.control_files import parse_json
 from diffmoe_ds.errors import DataError
 
 FORMAT_MEMBER = "__latents__"
@@ -105,16 +105,29 @@ def parse_format(data: bytes, where: str) -> LatentFormat:
         DataError: it is invalid.
     """
     try:
-        tree = json.loads(data)
-        form = LatentFormat(**{field.name: tree[field.name] for field in fields(LatentFormat)})
-        sizes = (form.channels, form.size, form.image_size)
-        valid = all(isinstance(n, int) and 0 < n < 1 << 16 for n in sizes) and form.dtype in DTYPES
-        valid = valid and bool(np.isfinite([form.scaling_factor, form.shift_factor]).all()) and form.scaling_factor > 0
-    except (ValueError, TypeError, KeyError):
-        valid = False
-    if not valid:
+        form = latent_format(parse_json(data.decode()))
+    except ValueError:
         raise DataError(
             f"{where} has an invalid {FORMAT_MEMBER}, which describes latents: {data[:80]!r}; "
             "regenerate the shards with diffmoe prepare latents"
-        )
+        ) from None
+    return form
+
+
+def latent_format(tree: Any) -> LatentFormat:
+    """Return the format that plain data describes, as `LatentFormat.to_json` returns it.
+
+    Raises:
+        ValueError: it is invalid.
+    """
+    if not isinstance(tree, dict) or any(field.name not in tree for field in fields(LatentFormat)):
+        raise ValueError("a key is missing")
+    form = LatentFormat(**{field.name: tree[field.name] for field in fields(LatentFormat)})
+    sizes = (form.channels, form.size, form.image_size)
+    factors = (form.scaling_factor, form.shift_factor)
+    valid = all(type(n) is int and 0 < n < 1 << 16 for n in sizes) and isinstance(form.vae, str)
+    valid = valid and isinstance(form.dtype, str) and form.dtype in DTYPES
+    valid = valid and all(type(factor) in (int, float) for factor in factors) and form.scaling_factor > 0
+    if not valid:
+        raise ValueError("a value is invalid")
     return form

@@ -44,7 +44,7 @@ def fetch(url: str, target: Path) -> None:
 
     Args:
         url: a URL of any scheme that fsspec knows, or `pipe:COMMAND`, whose standard output is the file.
-        target: is overwritten; may be incomplete after an error.
+        target: must not exist; may be incomplete after an error.
 
     Raises:
         DataError: the URL cannot be opened or the download is incomplete.
@@ -67,7 +67,7 @@ def fetch(url: str, target: Path) -> None:
 
 
 def _run(url: str, target: Path) -> None:
-    with open(target, "wb") as file:
+    with open(target, "xb") as file:
         code = subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=file, stdin=subprocess.DEVNULL).returncode
     if code:
         raise DataError(f"shard {url} cannot be fetched: the command failed with exit code {code}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import gzip
 import hashlib
 import os
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import braceexpand
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, locked
 from diffmoe_ds.data.sources.index_files import (
     INDEX,
@@ -28,6 +30,8 @@ from diffmoe_ds.data.sources.remote import fetch, is_url
 from diffmoe_ds.data.sources.tar_index import Index
 from diffmoe_ds.errors import CheckpointError, DataError
 from diffmoe_ds.files import replacing
+
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 def expand(path: str | Path) -> list[str]:
@@ -130,11 +134,18 @@ def why_not_shards(path: str) -> str | None:
     if is_url(path) or is_shard(path) or file.is_dir() or any(character in path for character in "*?[{"):
         return None
     try:
-        return None if tarfile.is_tarfile(file) else "is not a tar file"
+        with open_regular(file) as opened:
+            start = opened.read(2)
+            opened.seek(0)
+            header = (gzip.GzipFile(fileobj=opened) if start == GZIP_MAGIC else opened).read(tarfile.BLOCKSIZE)
+        tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
     except FileNotFoundError:
         return "does not exist"
+    except tarfile.HeaderError:
+        return "is not a tar file"
     except (OSError, EOFError, zlib.error):  # described when it is opened
         return None
+    return None
 
 
 def is_shard(name: str) -> bool:
@@ -144,6 +155,6 @@ def is_shard(name: str) -> bool:
 
 def is_gzip(shard: str) -> bool:
     """Return whether a local file starts with gzip's magic number."""
-    with contextlib.suppress(OSError), open(shard, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+    with contextlib.suppress(OSError), open_regular(shard) as file:
+        return file.read(2) == GZIP_MAGIC
     return False

@@ -5,19 +5,20 @@ Images are read by their offset, which `tar_index.py` finds.
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from diffmoe_ds.config.schema import DataConfig
+from diffmoe_ds.control_files import open_descriptor, open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
+from diffmoe_ds.data.sources.compressed import decompress
 from diffmoe_ds.data.sources.images import decode_pixels
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.remote import is_url
@@ -33,6 +34,7 @@ from diffmoe_ds.data.sources.tar_index import (
     without_labels,
 )
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.npy import read_array
 from diffmoe_ds.text import reason
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
@@ -223,7 +225,7 @@ class ShardDataset:
         """Return the samples of a shard, which is decompressed into memory if it is gzipped."""
         shard = self._shards[number]
         try:
-            with open(self._cache.open(shard) if is_url(shard) else shard, "rb") as file:
+            with os.fdopen(self._cache.open(shard), "rb") if is_url(shard) else open_regular(shard) as file:
                 size = os.fstat(file.fileno()).st_size
                 packed = file.read(2) == b"\x1f\x8b"
                 file.seek(0)
@@ -258,7 +260,7 @@ class ShardDataset:
         if kept is None:
             shard = self._shards[number]
             size = self.index.shards[number].bytes
-            file = io.FileIO(self._cache.open(shard, size) if is_url(shard) else shard)
+            file = io.FileIO(self._cache.open(shard, size) if is_url(shard) else open_descriptor(shard))
             kept = file, os.fstat(file.fileno()).st_mtime_ns
         self._files[number] = kept
         if len(self._files) > MAX_OPEN_FILES:
@@ -266,24 +268,21 @@ class ShardDataset:
         return kept
 
 
-def _unpack(shard: str, file: io.BufferedIOBase) -> bytes:
-    chunks, total = [], 0
-    with gzip.open(file) as stream:
-        while chunk := stream.read(1 << 24):
-            chunks.append(chunk)
-            total += len(chunk)
-            if total > MAX_UNPACKED_BYTES:
-                raise DataError(
-                    f"shard {shard} needs more than {MAX_UNPACKED_BYTES >> 20} MiB of memory when decompressed; "
-                    "store it as a plain .tar, which is read in place"
-                )
-    return b"".join(chunks)
+def _unpack(shard: str, file: BinaryIO) -> bytes:
+    unpacked = io.BytesIO()
+    for chunk in decompress(shard, file):
+        unpacked.write(chunk)
+        if unpacked.tell() > MAX_UNPACKED_BYTES:
+            raise DataError(
+                f"shard {shard} needs more than {MAX_UNPACKED_BYTES >> 20} MiB of memory when decompressed; "
+                "store it as a plain .tar, which is read in place"
+            )
+    return unpacked.getvalue()
 
 
 def _decode_latent(data: bytes) -> np.ndarray:
     """Decode a latent that is stored as a single array to float32 [C, H, W]."""
-    # read_array, because np.load also accepts zip archives and, if allowed, pickles.
-    latent = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    latent = read_array(io.BytesIO(data), len(data))
     with np.errstate(over="ignore"):  # values outside float32 become infinite and are refused
         values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
     if values is None or values.ndim != 3 or not np.isfinite(values).all():

@@ -10,7 +10,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from diffmoe_ds.errors import DataError
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
+MAX_LABEL = 999_999_999
+MAX_HEADER_BYTES = 1 << 20
+"""Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
+MAX_DIGITS = 64
+"""Longest number in an extended header; the standard library's search for one takes quadratic time."""
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
 """Indices store positions in this tuple, so new suffixes are appended."""
 RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
@@ -114,7 +119,9 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
             name = key.encode("utf-8", "surrogateescape")
             rows.append(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
             keys += name
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+    except RecursionError:
+        raise DataError(f"shard {shard} has a member with hundreds of headers") from None
+    except (OSError, EOFError, tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
     samples = np.array(rows, np.int64).reshape(-1, len(Entry._fields))
     index = Index(
@@ -160,8 +167,10 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
     """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
     current = ""
     members: Members = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    headers = _Headers(shard, file)
+    with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         for member in tar:
+            headers.start_member(tar.offset)
             if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
                 latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
                 continue
@@ -188,6 +197,54 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
             raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
     if members:
         yield current, members
+
+
+class _Headers:
+    """A tar file as `tarfile` reads it: headers only, and a bounded number of bytes for each member."""
+
+    def __init__(self, shard: str, file: BinaryIO) -> None:
+        """Wrap a file.
+
+        Args:
+            shard: its name, for messages.
+            file: the tar file.
+        """
+        self._shard = shard
+        self._file = file
+        self._left = MAX_HEADER_BYTES
+        self._offset = 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def start_member(self, offset: int) -> None:
+        """Allow the headers of the next member.
+
+        Args:
+            offset: where they begin.
+
+        Raises:
+            DataError: they do not follow the previous ones, so that reading would never end.
+        """
+        if offset <= self._offset:
+            raise DataError(f"shard {self._shard} has a member of negative size before byte {self._offset}")
+        self._offset, self._left = offset, MAX_HEADER_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        """Return a part of a header.
+
+        Raises:
+            DataError: the member has more than `MAX_HEADER_BYTES` of headers, or a header has a number of more than
+                `MAX_DIGITS`.
+        """
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise DataError(
+                f"shard {self._shard} has a member with more than {MAX_HEADER_BYTES >> 20} MiB of headers at byte "
+                f"{self._file.tell()}"
+            )
+        data = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and re.search(b"[0-9]{%d}" % (MAX_DIGITS + 1), data):
+            raise DataError(f"shard {self._shard} has a header with a number of more than {MAX_DIGITS} digits")
+        return data
 
 
 def _check_member(shard: str, member: tarfile.TarInfo) -> None:
