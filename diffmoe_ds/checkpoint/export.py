@@ -6,24 +6,26 @@ The tensors have the names of our ``state_dict`` (experts stacked, [E, ...]), th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
-from diffmoe_ds.checkpoint.metadata import stored_config, stored_names
+from diffmoe_ds.checkpoint.metadata import MAX_INT, stored_config, stored_names
+from diffmoe_ds.checkpoint.safetensors_header import open_safetensors
 from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import newest_valid
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import sha256_of, write_json, write_together
 from diffmoe_ds.model.dit import empty_model
@@ -54,9 +56,9 @@ class ModelFileReader:
         config = directory / CONFIG_FILE
         self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
         try:
-            self._file = safe_open(self.path, framework="pt")
+            self._file = open_safetensors(self.path)
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}.") from None
         self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         for name, part in slices.items():
@@ -114,19 +116,19 @@ class ModelFileReader:
 def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None, float]:
     """Return (weights, images, configuration, class names, share of initial weights) of ``config.json``."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         weights, images, config, names = tree["weights"], tree["images"], tree["config"], tree.get("class_names")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: is not the description of an exported model.") from None
     if weights not in tuple(WEIGHTS):  # not the dictionary: JSON may hold unhashable values
-        raise CheckpointError(f"{path}: weights is {weights!r}; valid: {', '.join(WEIGHTS)}.")
-    if type(images) is not int or images < 0:
-        raise CheckpointError(f"{path}: images must be a non-negative integer, got {images!r}.")
+        raise CheckpointError(f"{path}: weights is {short_repr(weights)}; valid: {', '.join(WEIGHTS)}.")
+    if type(images) is not int or not 0 <= images <= MAX_INT:
+        raise CheckpointError(f"{path}: images must be a non-negative integer, got {short_repr(images)}.")
     share = tree.get("initial_share", 0.0)
     if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise CheckpointError(f"{path}: initial_share must be a number from 0 to 1, got {share!r}.")
+        raise CheckpointError(f"{path}: initial_share must be a number from 0 to 1, got {short_repr(share)}.")
     return weights, images, stored_config(config, str(path)), stored_names(names, str(path)), share
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import BUFFER, parse_key, rank_file
 from diffmoe_ds.checkpoint.metadata import read_metadata
+from diffmoe_ds.checkpoint.safetensors_header import open_safetensors
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
@@ -77,7 +78,7 @@ class _Piece(NamedTuple):
     numel: int
     """Elements."""
     file: Any
-    """The open file (`safetensors.safe_open`)."""
+    """The open file."""
     key: str
     """Key in the file."""
 
@@ -108,7 +109,7 @@ class CheckpointReader:
 
     def _open(self, file: Path) -> None:
         try:
-            opened = safe_open(file, framework="pt")
+            opened = open_safetensors(file)
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 kind, name, start = parse_key(key)
                 part = opened.get_slice(key)

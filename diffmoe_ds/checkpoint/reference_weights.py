@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import CheckpointError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +34,7 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
         CheckpointError: the file cannot be read, or holds no weights, or anything but plain data and tensors.
     """
     try:
+        open_regular(path).close()  # torch would wait for a named pipe
         with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
             # Files of torch before 1.6 are not zip archives and cannot be memory-mapped.
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

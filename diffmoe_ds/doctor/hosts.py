@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shlex
@@ -12,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from diffmoe_ds.control_files import MAX_TEXT_BYTES, parse_json, read_text
 from diffmoe_ds.errors import ConfigError
 
 SSH_TIMEOUT_S = 10
 """Timeout of one ssh connection."""
 HOST_TIMEOUT_S = 60
 """Timeout of the whole check of one host."""
+HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.:@%-]{0,252})[ \t]+slots=([0-9]{1,6})")
+"""A line of a hostfile; a host that began with a hyphen would be an option of ssh."""
 AT_ONCE = 32
 """Simultaneous connections."""
 PROBE = (
@@ -34,17 +36,17 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ConfigError: the file cannot be read, or a line is not ``HOST slots=NUMBER``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MAX_TEXT_BYTES)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--hostfile {path}: cannot be read: {getattr(error, 'strerror', error)}.") from None
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         stripped = line.partition("#")[0].strip()
         if not stripped:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", stripped)
+        match = HOST.fullmatch(stripped)
         if match is None or int(match[2]) < 1:
-            raise ConfigError(f"--hostfile {path}: line {number} must be HOST slots=NUMBER, got {stripped!r}.")
+            raise ConfigError(f"--hostfile {path}: line {number} must be HOST slots=NUMBER, got {stripped[:80]!r}.")
         if match[1] in hosts:
             raise ConfigError(f"--hostfile {path}: duplicate host {match[1]!r} in line {number}.")
         hosts[match[1]] = int(match[2])
@@ -95,10 +97,13 @@ def _check(host: str, token: Path) -> str | None:
         if "cd:" in said:
             return f"{host}: has no directory {token.parent}; it must be shared by all hosts."
         return f"{host}: Python does not work there ({said[-300:]})."
-    *versions, shared = json.loads(answer[1])
+    try:
+        *versions, shared = parse_json(answer[1])
+    except (ValueError, TypeError):
+        return f"{host}: Python does not work there ({answer[1][:80]!r})."
     if not shared:
         return f"{host}: {token.parent} is not the same directory as on this host; it must be shared by all hosts."
-    for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=True):
+    for name, theirs in zip(("diffmoe_ds", "torch", "deepspeed"), versions, strict=False):
         if theirs != version(name):
             return f"{host}: has {name} {theirs}, but this host has {version(name)}; install the same version."
     return None

@@ -10,7 +10,6 @@ vae/                    copy of the VAE of a latent model, if it is known
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from diffmoe_ds.checkpoint.layout import BUFFER
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import new_directory, write_json, write_text
 from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
@@ -111,7 +111,7 @@ def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
     """
     folder = path / "vae" if os.path.isdir(path / "vae") else path
     try:
-        settings = json.loads((folder / VAE_CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(folder / VAE_CONFIG)
         channels, _ = settings["latent_channels"], settings["scaling_factor"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{name} {path}: not a folder with a diffusers AutoencoderKL.") from None

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from diffmoe_ds.control_files import read_json
 from diffmoe_ds.files import write_json
 from diffmoe_ds.sampling.capacity import IMAGES, Calibration
 
 FORMAT = 2
 """Increment this when the same settings would give different thresholds."""
-MAX_BYTES = 16 << 20
 
 
 class CapacityFile:
@@ -45,15 +45,15 @@ class CapacityFile:
             experts: E.
         """
         try:
-            if self.path.stat().st_size > MAX_BYTES:
-                return None
-            tree = json.loads(self.path.read_text(encoding="utf-8"))
+            tree = read_json(self.path)
             content = tree["calibration"]
             if tree["key"] != self._key or tree["sha256"] != _digest(content):
                 return None
+            if not all(type(value) in (int, float) for row in content["thresholds"] for value in row):
+                return None
             threshold_LE = torch.tensor(content["thresholds"], dtype=torch.float32)
             measured, rounds = float(content["measured"]), int(content["rounds"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         is_valid = threshold_LE.shape == (layers, experts) and bool(threshold_LE.isfinite().all())
         return Calibration(self._capacity, threshold_LE, measured, rounds) if is_valid else None

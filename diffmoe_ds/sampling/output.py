@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.grid import Pixels
 
@@ -34,7 +35,7 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
     """Write the same bytes as ``np.savez(path, arr_0=images, arr_1=labels)``, holding one part in memory at a time.
 
     Args:
-        path: the file.
+        path: a new file.
         shape: (N, H, W, C) of all images.
         parts: uint8 [B, H, W, C] parts of the images, in order.
         labels_N: int64.
@@ -42,7 +43,7 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
     Raises:
         OSError: the file cannot be written.
     """
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 written = write_array(member, shape, parts)
@@ -98,7 +99,7 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with open(folder / LABELS, "w", newline="", encoding="utf-8") as file:
+    with open(folder / LABELS, "x", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(HEADER.split(","))
         rows.writerows((png_name(index, len(labels)), label) for index, label in enumerate(labels))
@@ -137,7 +138,7 @@ def is_png_folder(folder: Path) -> bool:
     """Return whether a folder holds what `write_pngs` and `write_labels` write, and nothing else."""
     try:
         names = {path.name for path in folder.iterdir()} - {LABELS}
-        with open(folder / LABELS, "rb") as file:
+        with open_regular(folder / LABELS) as file:
             header = file.readline(len(HEADER) + 2)
     except OSError:
         return False

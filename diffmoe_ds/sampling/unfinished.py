@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import uuid
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 
+from diffmoe_ds.control_files import open_regular, read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import (
     REMOVING_PREFIX,
@@ -33,12 +32,15 @@ from diffmoe_ds.files import (
     write_error,
     write_json,
 )
+from diffmoe_ds.npy import read_array, read_header
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.output import PNG, write_array
 from diffmoe_ds.sampling.turns import Shard
 
 FOLDER = "unfinished"
 MANIFEST = "manifest.json"
+MAX_SHARD_IMAGES = 1 << 30
+"""Most images of a shard."""
 
 
 class UnfinishedSet:
@@ -149,7 +151,7 @@ class UnfinishedSet:
             CheckpointError: the file is missing or damaged.
         """
         with self._reading(shard) as file:
-            pixels: Pixels = np.load(file, allow_pickle=False)
+            pixels: Pixels = read_array(file, os.fstat(file.fileno()).st_size)
             if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
                 raise ValueError("not the images of the shard")
         return pixels
@@ -161,13 +163,12 @@ class UnfinishedSet:
             CheckpointError: the file is missing or damaged.
         """
         with self._reading(shard) as file:
-            npy.read_magic(file)
-            shape, _, dtype = npy.read_array_header_1_0(file)
-            file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
-            try:
-                counts: Pixels = np.load(file, allow_pickle=False)
-            except EOFError:
+            images, size = read_header(file), os.fstat(file.fileno()).st_size
+            after = images.length + images.array_bytes
+            if after == size:
                 return None
+            file.seek(min(after, size))
+            counts: Pixels = read_array(file, size - after)
             if counts.dtype != np.int64 or counts.ndim != 2:
                 raise ValueError("not counts")
         return counts
@@ -213,7 +214,7 @@ class UnfinishedSet:
         """
         path = self._path(shard)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 yield file
         except FileNotFoundError:
             raise CheckpointError(
@@ -235,13 +236,13 @@ class UnfinishedSet:
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = read_json(path)
             if not (isinstance(tree["settings"], dict) and type(tree["shard_images"]) is int):
                 raise ValueError
-            if tree["shard_images"] < 1 or not re.fullmatch("[0-9a-f]{32}", tree["id"]):
+            if not 0 < tree["shard_images"] <= MAX_SHARD_IMAGES or not re.fullmatch("[0-9a-f]{32}", tree["id"]):
                 raise ValueError
             return dict(tree)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start over.") from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from diffmoe_ds.control_files import parse_json, read_lines
 from diffmoe_ds.files import write_error, write_text
 
 
@@ -118,9 +119,9 @@ class TensorBoardLog:
 
 def _lines_until(path: Path, step: int) -> list[str]:
     kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in read_lines(path):
         try:
-            if json.loads(text)["step"] <= step:
+            if parse_json(text)["step"] <= step:
                 kept.append(text)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a killed run left incomplete

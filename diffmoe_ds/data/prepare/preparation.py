@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
 from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
 from diffmoe_ds.data.shuffle import epoch_shuffle
 from diffmoe_ds.data.sources.folder import Source
-from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index
+from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index, shard_info
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
 from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
@@ -109,7 +110,10 @@ def begin(preparation: Preparation) -> None:
                 f"--out {preparation.out} holds other files, such as {min(others)}; choose a new directory."
             )
         if path.exists():
-            _check_same(json.loads(path.read_text(encoding="utf-8")), settings, preparation.out)
+            found = read_json(path)
+            if not isinstance(found, dict):
+                raise ValueError(f"{SETTINGS} is not an object")
+            _check_same(found, settings, preparation.out)
         else:
             write_json(path, settings)
         if (preparation.out / INDEX).exists() and preparation.lost() is None:
@@ -215,16 +219,38 @@ def clean(preparation: Preparation) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(path, MAX_INDEX_BYTES)
+        _check_record(record)
         return record
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; run the same command again to continue.") from None
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Check the record of a shard, as `write_shard` writes it.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: a value is missing or invalid.
+    """
+    info = shard_info(record)
+    rows, keys = record["rows"], record["keys"]
+    valid = type(rows) is list and all(
+        type(row) is list and len(row) == 4 and all(type(number) is int and -1 <= number < 2**63 for number in row)
+        for row in rows
+    )
+    valid = valid and type(keys) is list and all(type(key) is str for key in keys)
+    valid = valid and len(rows) == len(keys) == info.samples
+    valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
+    valid = valid and all(type(entry["key"]) is type(entry["reason"]) is str for entry in record["skipped"])
+    valid = valid and type(record["statistics"]) is list and len(record["statistics"]) == 3
+    if not valid or not all(type(number) in (int, float) for number in record["statistics"]):
+        raise ValueError("not the record of a shard")
 
 
 def _lost_sha256(preparation: Preparation, name: str) -> str | None:
     """Return the checksum of a shard in an existing index, if there is one."""
     try:
-        sha256: str = json.loads((preparation.out / INDEX).read_text(encoding="utf-8"))["sha256"][name]
+        sha256: str = read_json(preparation.out / INDEX, MAX_INDEX_BYTES)["sha256"][name]
         return sha256
     except (OSError, ValueError, LookupError, TypeError):
         return None

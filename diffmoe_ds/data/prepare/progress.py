@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_text
 from diffmoe_ds.data.prepare.preparation import Preparation
 from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.errors import CheckpointError, DataError
@@ -89,10 +90,10 @@ class Progress:
         self._bar.update(self._own + self._images(others))
         self._own, self._missing, self._polled = 0, missing, now
         for note in parts.glob("failed-*"):
-            rank = int(note.name.removeprefix("failed-"))
-            with contextlib.suppress(FileNotFoundError):
-                if rank != self._rank:
-                    raise DataError(f"rank {rank} failed: {note.read_text(encoding='utf-8')}")
+            rank = note.name.removeprefix("failed-")
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                if rank != str(self._rank):
+                    raise DataError(f"rank {rank} failed: {read_text(note, MAX_TEXT_BYTES)}")
 
     def _images(self, shards: Collection[int]) -> int:
         return sum(len(self._preparation.images(shard)) for shard in shards)

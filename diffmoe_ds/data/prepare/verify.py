@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
 from diffmoe_ds.data.sources.index_files import INDEX, SAMPLES, load_index, refuse_unfinished, subset
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
@@ -114,7 +114,7 @@ def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any
     except DataError as error:
         problems.append(str(error))
     try:  # also if another file of the index is damaged
-        tree = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        tree = read_json(path / INDEX, MAX_INDEX_BYTES)
         classes, hashes = tree.get("classes"), tree.get("sha256")
     except (OSError, ValueError, AttributeError):
         return index, claims

@@ -8,22 +8,38 @@ memory-mapped, so all workers share them.
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffmoe_ds.data.sources.latents import parse_format
-from diffmoe_ds.data.sources.tar_index import Entry, Index, ShardInfo
+from diffmoe_ds.control_files import MAX_INDEX_BYTES, open_regular, read_json
+from diffmoe_ds.data.sources.latents import latent_format
+from diffmoe_ds.data.sources.tar_index import (
+    IMAGE_SUFFIXES,
+    MAX_LABEL,
+    MAX_MEMBER_BYTES,
+    NO_LABEL,
+    NOT_STORED,
+    Entry,
+    Index,
+    ShardInfo,
+    check_latents,
+)
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json
+from diffmoe_ds.npy import read_header
 
 INDEX = "index.json"
 SAMPLES = "index-samples.npy"
 KEYS = "index-keys.npy"
 VERSION = 1
+ROWS_AT_ONCE = 1 << 16
+"""Rows that are checked together, so that the check of a large index takes little memory."""
 SETTINGS = "settings.json"
 """The settings of a preparation; kept when the dataset is finished."""
 PARTS = "parts"
@@ -65,11 +81,9 @@ def load_index(folder: Path) -> Index:
     prepared = (folder / SETTINGS).exists()
     remedy = "run the same diffmoe prepare again" if prepared else "delete it to regenerate it"
     try:
-        tree = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = tuple(ShardInfo(str(s["name"]), int(s["bytes"]), int(s["samples"])) for s in tree["shards"])
-        latents = tree["latents"]
-        if latents is not None:
-            latents = parse_format(json.dumps(latents).encode(), str(folder / INDEX))
+        tree = read_json(folder / INDEX, MAX_INDEX_BYTES)
+        shards = tuple(map(shard_info, tree["shards"]))
+        latents = None if tree["latents"] is None else latent_format(tree["latents"])
         # Datasets from before the checksums existed have none.
         hashes = tree.get("index_sha256", {}).items()
         fits = all(sha256_of(folder / name) == sha256 for name, sha256 in hashes if name in (SAMPLES, KEYS))
@@ -82,14 +96,59 @@ def load_index(folder: Path) -> Index:
         raise DataError(f"the index {folder / INDEX} cannot be read: {error!r}; {remedy}") from None
     if not fits:
         raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
-    return Index(shards, samples, keys, latents, classes)
+    index = Index(shards, samples, keys, latents, classes)
+    check_rows(index, str(folder / INDEX), remedy)
+    return index
+
+
+def check_rows(index: Index, source: str, remedy: str) -> None:
+    """Check that the samples of an index are within their shards, and their keys within the keys.
+
+    Args:
+        index: the index.
+        source: its name, for messages.
+        remedy: end of the message: what the user can do.
+
+    Raises:
+        DataError: a number is out of range.
+    """
+    shard_bytes = np.array([shard.bytes for shard in index.shards], np.int64)
+    ends = np.cumsum([shard.samples for shard in index.shards])
+    for first in range(0, len(index.samples), ROWS_AT_ONCE):
+        rows = index.samples[first : first + ROWS_AT_ONCE]
+        shard, suffix, offset, size, label, key_offset, key_size = rows.T
+        expected = np.searchsorted(ends, np.arange(first, first + len(rows)), side="right")
+        stored = offset >= tarfile.BLOCKSIZE
+        valid = (shard == expected) & (suffix >= 0) & (suffix < len(IMAGE_SUFFIXES))
+        valid &= (size >= 0) & (size <= MAX_MEMBER_BYTES) & (stored | (offset == NOT_STORED) & (size == 0))
+        # Differences, because sums of hostile numbers would overflow.
+        valid &= offset <= shard_bytes[expected] - size
+        valid &= (label >= NO_LABEL) & (label <= MAX_LABEL)
+        valid &= (key_offset >= 0) & (key_size >= 0) & (key_offset <= len(index.keys) - key_size)
+        if not valid.all():
+            number = first + int(np.argmin(valid))
+            raise DataError(f"the index {source} has numbers out of range for sample {number}; {remedy}")
+        check_latents(replace(index, samples=rows))
+
+
+def shard_info(tree: Any) -> ShardInfo:
+    """Return the shard that an index or a record describes.
+
+    Raises:
+        ValueError, KeyError, TypeError: a value is missing or invalid.
+    """
+    info = ShardInfo(tree["name"], tree["bytes"], tree["samples"])
+    numbers = (info.bytes, info.samples)
+    if type(info.name) is not str or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"invalid shard {str(info)[:200]}")
+    return info
 
 
 def listed(folder: Path) -> list[str]:
     """Return the shards that `index.json` lists; none if it is missing, or damaged, which `load_index` reports."""
     try:
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
-        return [shard["name"] for shard in shards if Path(shard["name"]).name == shard["name"]]
+        names = [shard_info(shard).name for shard in read_json(folder / INDEX, MAX_INDEX_BYTES)["shards"]]
+        return [name for name in names if Path(name).name == name]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
@@ -122,7 +181,7 @@ def refuse_unfinished(folder: Path) -> None:
         return
     begun = (folder / PARTS).is_dir() and any(folder.glob("shards-*.tar"))
     with contextlib.suppress(OSError, ValueError, TypeError):  # other programs also have a settings.json
-        begun = begun or "keys_and_labels" in json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        begun = begun or "keys_and_labels" in read_json(folder / SETTINGS)
     if begun:
         raise DataError(f"the preparation in {folder} is not finished; run the same diffmoe prepare again to finish it")
 
@@ -135,5 +194,10 @@ def _class_names(names: Any) -> tuple[str, ...] | None:
 
 def _map(path: Path) -> np.ndarray:
     """Memory-map an array read-only, without pickles; an empty array cannot be mapped."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array if array.size else np.array(array)
+    with open_regular(path) as file:
+        header = read_header(file)
+        if header.by_columns or os.fstat(file.fileno()).st_size != header.length + header.array_bytes:
+            raise ValueError(f"{path.name} {header.describe()} has another size")
+        if not header.array_bytes:
+            return np.empty(header.shape, header.dtype)
+        return np.memmap(file, header.dtype, "r", header.length, header.shape)

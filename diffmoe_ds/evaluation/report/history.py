@@ -7,7 +7,7 @@ Legend: P points of a curve, N noise-level bins, E experts.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from diffmoe_ds.control_files import parse_json, read_lines
 
 Numbers = npt.NDArray[np.float64]
 
@@ -100,17 +102,14 @@ def read_history(run: Path) -> History:
 
 def log_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file that have an image count; nothing if the file cannot be read."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict) and math.isfinite(_number(row.get("images"))):
-                    yield row
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        for line in read_lines(path):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and math.isfinite(_number(row.get("images"))):
+                yield row
 
 
 def _number(value: Any) -> float:
