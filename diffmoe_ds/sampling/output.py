@@ -99,6 +99,7 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    (folder / LABELS).unlink(missing_ok=True)  # of a killed run
     with open(folder / LABELS, "x", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(HEADER.split(","))
