@@ -26,7 +26,7 @@ from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import sha256_of, write_json, write_together
 from diffmoe_ds.model.dit import empty_model
 
@@ -70,13 +70,10 @@ class ModelFileReader:
     def _check_tensors(self, source: Path) -> None:
         """Check that the file holds exactly the tensors of the model that ``config.json`` describes."""
         blocks = len({name.split(".")[1] for name in self._shapes if name.startswith("blocks.")})
-        if self.config.size.depth != blocks:  # also prevents building a model of billions of blocks
+        if self.config.size.depth != blocks:
             depth = self.config.size.depth
             raise CheckpointError(f"{source}: depth is {depth}, but {self.path} holds {blocks} block(s).")
-        try:
-            model = empty_model(self.config).state_dict()
-        except ConfigError as error:
-            raise CheckpointError(f"{source}: {error}") from None
+        model = empty_model(self.config).state_dict()
         for name in sorted(model.keys() | self._shapes.keys()):
             if name not in model:
                 raise CheckpointError(f"{self.path}: holds {name!r}, which the model of {source} lacks.")

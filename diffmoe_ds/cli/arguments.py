@@ -7,6 +7,11 @@ from pathlib import Path
 
 from diffmoe_ds.errors import ConfigError
 
+MAX_NUMBER = 10_000_000
+"""Largest number that an option accepts, such as a number of images."""
+LARGEST = {"batch_size": 65_536, "size": 16_384, "steps": 100_000, "threads": 1_024, "world": 1 << 20}
+"""Largest numbers of other options."""
+
 
 def nonempty(text: str) -> str:
     """Return the value of an option that must not be empty, for ``type=``; an unset shell variable makes it empty."""
@@ -28,9 +33,12 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
         names: attributes of ``args``, such as ``batch_size`` for ``--batch-size``.
 
     Raises:
-        ConfigError: an option is less than 1.
+        ConfigError: an option is less than 1, or so large that the command could never finish.
     """
     for name in names:
-        value = getattr(args, name, 1)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {value}.")
+        value, option = getattr(args, name, 1), f"--{name.replace('_', '-')}"
+        if value is not None and not value >= 1:
+            raise ConfigError(f"{option} must be positive, got {value}.")
+        most = LARGEST.get(name, MAX_NUMBER)
+        if value is not None and value > most:
+            raise ConfigError(f"{option} must be at most {most:,}, got {value:,}.")

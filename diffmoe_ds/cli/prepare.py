@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
+from diffmoe_ds.config.fields import MAX_CACHE_GB
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.data.prepare.preparation import Preparation, begin
 from diffmoe_ds.data.prepare.run import run
@@ -77,8 +78,8 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
         DiffMoEError: an option is invalid, the images cannot be read, or the shards cannot be written.
     """
     require_positive(args, "size", "batch_size", "shard_images", "threads", "timeout")
-    if getattr(args, "cache_gb", 1.0) <= 0:
-        raise ConfigError(f"--cache-gb must be positive, got {args.cache_gb:g}.")
+    if not 0 < getattr(args, "cache_gb", 1.0) <= MAX_CACHE_GB:  # also refuses NaN
+        raise ConfigError(f"--cache-gb must be positive and at most {MAX_CACHE_GB:g}, got {args.cache_gb:g}.")
     if not 0 <= args.max_unreadable <= 1:
         raise ConfigError(f"--max-unreadable must be between 0 and 1, got {args.max_unreadable}.")
     launch = resolve_launch()

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.cli.arguments import MAX_NUMBER
 from diffmoe_ds.cli.sampling_options import NUM_IMAGES
 from diffmoe_ds.config.nearest import did_you_mean
 from diffmoe_ds.errors import ConfigError
@@ -77,6 +78,11 @@ def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
         if args.labels == "random":
             raise ConfigError(f"--per-class {args.per_class} and --labels random contradict each other; omit one.")
         num_images = args.per_class * len(classes)
+        if num_images > MAX_NUMBER:
+            raise ConfigError(
+                f"--per-class {args.per_class} gives {num_images:,} images of {len(classes)} classes; at most "
+                f"{MAX_NUMBER:,} are possible."
+            )
     last_seed = 2**64 - 2 * num_images  # ranks that share experts may generate extra images, which are discarded
     if not 0 <= args.seed <= last_seed:
         images = counted(num_images, "image")

@@ -9,14 +9,20 @@ from diffmoe_ds.errors import ConfigError
 MAX_TOKENS = 2**20
 """Maximum tokens per image: more than attention can handle, yet small enough for the position table."""
 
+MAX_POSITIONS = 2**28
+"""Maximum numbers in the table of positions."""
+MAX_PARAMETERS = 1e12
+"""Maximum number of parameters."""
 
-def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
+
+def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int, num_experts: int) -> None:
     """Check that the transformer can be built.
 
     Args:
         model: the section.
         size: the size that it resolves to.
         tokens_per_image: tokens S.
+        num_experts: experts E per MoE layer.
 
     Raises:
         ConfigError: widths, heads, patches or the number of tokens are incompatible.
@@ -28,6 +34,12 @@ def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
             f"model.mlp_ratio must give an FFN a hidden width from 1 to 2^63, got {model.mlp_ratio}, which gives "
             f"{hidden:g} at a token width of {width}."
         )
+    parameters = size.depth * width * (10 * width + 2 * hidden * max(1, num_experts))
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"model: depth {size.depth}, width {width}, mlp_ratio {model.mlp_ratio:g} and {num_experts} expert(s) give "
+            f"about {parameters:.1e} parameters; at most {MAX_PARAMETERS:.0e} are possible."
+        )
     if model.input_size % model.patch_size:
         raise ConfigError(
             f"model.patch_size must divide model.input_size ({model.input_size}), got {model.patch_size}."
@@ -36,6 +48,11 @@ def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int) -> None:
         raise ConfigError(
             f"model.input_size must give at most {MAX_TOKENS:,} tokens per image, got {model.input_size}, which gives "
             f"{tokens_per_image:,}; raise model.patch_size."
+        )
+    if tokens_per_image * width > MAX_POSITIONS:
+        raise ConfigError(
+            f"model.hidden_size times tokens per image must be at most {MAX_POSITIONS:,}, the size of the table of "
+            f"positions, got {width} times {tokens_per_image:,}."
         )
     if width % 4 or width % heads:
         raise ConfigError(f"model.hidden_size must be divisible by 4 and by model.num_heads ({heads}), got {width}.")

@@ -31,6 +31,10 @@ MAX_BITS = 64
 
 ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "tc": "token_choice"}
 """Short names of the routers, those of the reference's model classes."""
+MAX_CACHE_GB = 1e9
+"""Largest size of the shard cache."""
+MAX_CLASSES = 10_000_000
+"""Largest number of class labels."""
 AUTO_CLASSES = 0
 """Number of classes before the training set is known."""
 WRONG_TYPE = "wrong_type"
@@ -101,8 +105,8 @@ def _class_count(value: Any) -> int:
         count = _integer(value)
     except PydanticCustomError:
         count = 0
-    if count < 1:
-        raise _wrong('a positive integer or "auto"')
+    if not 1 <= count <= MAX_CLASSES:
+        raise _wrong(f'"auto" or an integer from 1 to {MAX_CLASSES:,}')
     return count
 
 
@@ -158,6 +162,14 @@ Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 Integer = Annotated[int, BeforeValidator(_integer)]
 PositiveInteger = Annotated[int, Field(gt=0), BeforeValidator(_integer)]
+# A number beyond these ranges is a mistake or an attack: it would fill the memory, or take forever.
+Dimension = Annotated[int, Field(gt=0, le=65_536), BeforeValidator(_integer)]
+Count = Annotated[int, Field(gt=0, le=512), BeforeValidator(_integer)]
+SmallInteger = Annotated[int, Field(ge=0, le=1_024), BeforeValidator(_integer)]
+SamplerSteps = Annotated[int, Field(gt=0, le=100_000), BeforeValidator(_integer)]
+GeneratedImages = Annotated[int, Field(gt=0, le=10_000_000), BeforeValidator(_integer)]
+Gigabytes = Annotated[float, Field(gt=0, le=MAX_CACHE_GB), BeforeValidator(_number)]
+Seconds = Annotated[float, Field(gt=0, le=1e6), BeforeValidator(_number)]
 NonNegativeInteger = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_integer)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -174,7 +186,9 @@ ClassCount = Annotated[
     int,
     BeforeValidator(_class_count),
     PlainSerializer(lambda count: "auto" if count == AUTO_CLASSES else count, return_type=int | str),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto", "type": "string"}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_CLASSES}, {"const": "auto", "type": "string"}]}
+    ),
 ]
 Steps = Annotated[
     int | str,

@@ -85,7 +85,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
         """Run the checks that involve several fields."""
-        check_shapes(self.model, self.size, self.tokens_per_image)
+        check_shapes(self.model, self.size, self.tokens_per_image, self.num_experts)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
         return self
 

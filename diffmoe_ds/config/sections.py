@@ -13,8 +13,12 @@ from pydantic import BeforeValidator, Field
 from diffmoe_ds.config.fields import (
     Betas,
     ClassCount,
+    Count,
+    Dimension,
     Flag,
     Fraction,
+    GeneratedImages,
+    Gigabytes,
     Integer,
     LearningRate,
     Metrics,
@@ -24,9 +28,12 @@ from diffmoe_ds.config.fields import (
     Number,
     PositiveInteger,
     PositiveNumber,
+    SamplerSteps,
+    Seconds,
     Section,
     Seed,
     Slack,
+    SmallInteger,
     Steps,
     Text,
     router,
@@ -45,17 +52,17 @@ class ModelConfig(Section):
     init_from: Text | None = None
     """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning), and its
     architecture, except for keys that your own recipe or `--set` sets."""
-    hidden_size: PositiveInteger | None = None
+    hidden_size: Dimension | None = None
     """Width D of a token; defaults to that of the named size. Must be divisible by 4 and by `num_heads`."""
-    depth: PositiveInteger | None = None
+    depth: Count | None = None
     """Number of transformer blocks; defaults to that of the named size."""
-    num_heads: PositiveInteger | None = None
+    num_heads: Count | None = None
     """Number of attention heads; defaults to that of the named size."""
-    input_size: PositiveInteger = 32
+    input_size: Dimension = 32
     """Height and width of the network's input: of the image in pixels or, for latents, of the latent."""
-    in_channels: PositiveInteger = 4
+    in_channels: Count = 4
     """Channels of the network's input: 4 for Stable Diffusion latents, 3 for RGB images, 1 for grayscale."""
-    patch_size: PositiveInteger = 2
+    patch_size: Dimension = 2
     """Height and width of a patch, which becomes one token; must divide `input_size`."""
     num_classes: ClassCount = Field(default="auto", validate_default=True)
     """Number of class labels: `auto` is that of the training set, 1 without labels. The embedding has one extra row for
@@ -85,13 +92,13 @@ class RoutingConfig(Section):
     """Split the `batch_pool` pool into pools of this many consecutive images in training; by default it is not split.
     With 1, experts choose tokens within each image, as in `expert_choice`. Must divide the micro-batch size, or be a
     multiple of it that divides the number of images in the pool. Thresholds still track the whole pool."""
-    num_experts: PositiveInteger | None = None
+    num_experts: Count | None = None
     """Number of experts E per MoE layer; defaults to that of the named model."""
     capacity: PositiveNumber = 1.0
     """Capacity C, the average number of experts per token; at most E, and an integer for `token_choice`."""
     interleave: Flag = True
     """Use experts in every second block only (1, 3, ...); `false` uses them in every block."""
-    shared_experts: NonNegativeInteger = 0
+    shared_experts: SmallInteger = 0
     """Number of shared experts, applied to every token in addition to the routed ones; implemented as one wider FFN."""
     capacity_predictor: Flag = True
     """Train the capacity predictor, which sampling with `dynamic` or `per_token` routing needs. Only `expert_choice`
@@ -149,7 +156,7 @@ class DataConfig(Section):
     """Held-out images for `eval.every_images`, in any form that `path` accepts; neither mirrored nor shuffled."""
     horizontal_flip: Flag = True
     """Mirror each image with probability 0.5; prepared latents include the latent of the mirrored image for this."""
-    num_workers: NonNegativeInteger = 0
+    num_workers: SmallInteger = 0
     """Loader processes per rank; 0 loads in the training process."""
     shuffle: Literal["whole", "window"] = "whole"
     """`whole` permutes the whole dataset every epoch: the best mixing, but random access to all shards, so use it on a
@@ -169,7 +176,7 @@ class DataConfig(Section):
     worth preparing."""
     cache_dir: Text | None = None
     """Directory for shards downloaded from URLs, shared by the ranks of a host; defaults to `~/.cache/diffmoe-ds`."""
-    cache_gb: PositiveNumber = 100.0
+    cache_gb: Gigabytes = 100.0
     """Maximum size of `cache_dir` in GB (10^9 bytes); the least recently used shards are evicted."""
 
 
@@ -231,7 +238,7 @@ class RunConfig(Section):
     sample_every_images: NonNegativeInteger = 0
     """Interval in images between sample grids, written to TensorBoard and `samples/`, plus one at the end; 0 disables
     them."""
-    start_timeout_s: PositiveNumber = 300.0
+    start_timeout_s: Seconds = 300.0
     """Seconds to wait at startup for all ranks; then the run fails and names the missing ranks."""
     straggler_steps: NonNegativeInteger = 100
     """Interval in optimizer steps between comparisons of the ranks' compute times; 0 disables them."""
@@ -245,7 +252,7 @@ class RunConfig(Section):
     profile_steps: Steps = 0
     """Optimizer step, or range of steps such as `20-24`, of which rank 0 writes a profile to `profile/`; 0 disables
     it."""
-    rank_timeout_s: PositiveNumber = 300.0
+    rank_timeout_s: Seconds = 300.0
     """Seconds without progress on a rank after which the other ranks exit (exit code 85)."""
 
 
@@ -265,9 +272,9 @@ class CheckpointConfig(Section):
 class SampleConfig(Section):
     """How the sample grids of a training run are generated."""
 
-    num_images: PositiveInteger = 40
+    num_images: GeneratedImages = 40
     """Images per grid, rounded up to a multiple of the number of ranks."""
-    steps: PositiveInteger = 25
+    steps: SamplerSteps = 25
     """Number of sampler steps."""
     sampler: Text | None = None
     """Name of the sampler. `flow`: `euler` (default), `heun`, `dopri5` or `sde`; `ddpm`: `ddpm` (default), `ddim` or
@@ -286,7 +293,7 @@ class EvalConfig(Section):
     metrics: Metrics = ()
     """Metrics that compare generated images with all held-out images, as in `diffmoe evaluate`, for example
     `[frechet, kid, precision, recall]`. The `sample` section sets how images are generated, as for sample grids."""
-    metric_images: PositiveInteger = 1_000
+    metric_images: GeneratedImages = 1_000
     """Number of images to generate for the metrics; values for different numbers of images are not comparable."""
     extractor: Text = "efficientnet-lite0"
     """Feature extractor of the metrics, as in `diffmoe evaluate --extractor`."""

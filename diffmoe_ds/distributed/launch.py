@@ -33,6 +33,12 @@ LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 describe this process."""
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torch.distributed's ``env://`` reads."""
+MAX_RANKS = 1 << 20
+"""Largest world; a larger number is a mistake, and lists of ranks would fill the memory."""
+NUMBER = re.compile("([0-9]{1,18})")
+TASKS = re.compile(r"([0-9]{1,18})([(,][0-9x(),]*)?")
+ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9_.-]{1,32})?")
+"""A host name or an IP address."""
 OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 """Set if an MPI launcher started this process; mpi4py provides the rest."""
 
@@ -127,7 +133,7 @@ def cores_of_rank(launch: Launch, environ: Mapping[str, str] | None = None) -> i
     env = os.environ if environ is None else environ
     visible = len(os.sched_getaffinity(0))
     bound = env.get("SLURM_CPUS_PER_TASK", "")
-    if launch.source.startswith("srun") and bound.isdecimal():  # each task sees its own cores, or those of all
+    if launch.source.startswith("srun") and NUMBER.fullmatch(bound):  # each task sees its own cores, or those of all
         return max(1, min(visible, int(bound)))
     return max(1, visible // launch.local_world)
 
@@ -197,18 +203,18 @@ def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
 
 
 def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank: str, local_world: str) -> Launch:
-    def number(name: str, default: int | None = None) -> int:
-        text = env.get(name)
-        if text is None and default is not None:
+    def number(name: str, default: int | None = None, least: int = 0) -> int:
+        if name not in env and default is not None:
             return default
+        text = env.get(name)
         # Slurm writes "2(x3),1" for two tasks on each of three nodes and one on the next
-        found = re.fullmatch(r"(\d+)([(,].*)?" if name.startswith("SLURM_") else r"(\d+)", text or "")
-        if found is None:
-            raise TopologyError(f"{source}: {name} must be a number, got {text!r}.")
+        found = (TASKS if name.startswith("SLURM_") else NUMBER).fullmatch(text or "")
+        if found is None or not least <= int(found[1]) <= MAX_RANKS:
+            raise TopologyError(f"{source}: {name} must be a number from {least} to {MAX_RANKS}, got {_shown(text)}.")
         return int(found[1])
 
-    ranks = number(world)
-    launch = Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks), source)
+    ranks = number(world, least=1)
+    launch = Launch(number(rank), ranks, number(local_rank, 0), number(local_world, ranks, least=1), source)
     if launch.local_rank >= launch.local_world and not local_world.startswith("SLURM_"):
         raise TopologyError(
             f"{source}: {local_rank} must be less than {local_world} ({launch.local_world}), got {launch.local_rank}."
@@ -228,11 +234,13 @@ def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
     """Return the launch with the rendezvous address, if it is known without asking the other ranks."""
     given = "MASTER_PORT" in env
     text = env.get("MASTER_PORT", str(DEFAULT_PORT))
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise TopologyError(f"MASTER_PORT must be a port from 1 to 65535, got {text!r}.")
+    if not NUMBER.fullmatch(text) or not 0 < int(text) < 2**16:
+        raise TopologyError(f"MASTER_PORT must be a port from 1 to 65535, got {_shown(text)}.")
     port, port_source = int(text), "MASTER_PORT" if given else "torch's default port"
     if "MASTER_ADDR" in env:
         address, source = env["MASTER_ADDR"], "MASTER_ADDR"
+        if not ADDRESS.fullmatch(address):
+            raise TopologyError(f"MASTER_ADDR must be a host name or an IP address, got {_shown(address)}.")
     elif launch.world == 1:
         address, source = "127.0.0.1", "a single process"
         port = port if given else _free_port()
@@ -241,17 +249,36 @@ def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
     else:
         return launch
     if "SLURM_STEP_NODELIST" in env and not given:
-        step = int(env.get("SLURM_JOB_ID", 0)) + PORTS_PER_STEP * int(env.get("SLURM_STEP_ID", 0))
+        step = _slurm_id(env, "SLURM_JOB_ID") + PORTS_PER_STEP * _slurm_id(env, "SLURM_STEP_ID")
         port, port_source = SLURM_PORTS[step % len(SLURM_PORTS)], "port from the job id"
     both = source if launch.world == 1 else f"{source}, {port_source}"
     return replace(launch, master_addr=address, master_port=port, master_source=both)
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``."""
-    head = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodelist)
-    assert head is not None, f"unexpected Slurm node list {nodelist!r}"
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head[0])
+    """Return the first host of a Slurm list: ``rack2-node[003-5,9],other`` gives ``rack2-node003``.
+
+    Raises:
+        TopologyError: it is not such a list.
+    """
+    head = re.match(r"(?:[^\[\],]|\[[0-9][0-9,-]*\])+", nodelist)
+    host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", head[0]) if head is not None else ""
+    if not ADDRESS.fullmatch(host):
+        raise TopologyError(f"SLURM_STEP_NODELIST must be a list such as node[1-4,7], got {_shown(nodelist)}.")
+    return host
+
+
+def _slurm_id(env: Mapping[str, str], name: str) -> int:
+    """Return the number of a job or step, 0 if it is unset."""
+    text = env.get(name, "0")
+    if not NUMBER.fullmatch(text):
+        raise TopologyError(f"{name} must be a number, got {_shown(text)}.")
+    return int(text)
+
+
+def _shown(text: str | None) -> str:
+    """Return the value of a variable for a message."""
+    return repr(text) if text is None or len(text) <= 80 else f"{text[:77]!r}..."
 
 
 def _agree_over_mpi(launch: Launch) -> Launch:

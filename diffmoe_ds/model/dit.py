@@ -201,20 +201,9 @@ class DiT(nn.Module):
 
 
 def empty_model(config: Config) -> DiT:
-    """Return the model on the meta device: names and shapes without storage.
-
-    Raises:
-        ConfigError: the number of elements of a tensor overflows.
-    """
-    try:
-        with torch.device("meta"):
-            return DiT(config)
-    except (RuntimeError, OverflowError, TypeError):  # depends on the layer that overflows
-        size, model = config.size, config.model
-        raise ConfigError(
-            f"model: tensors are too large with width {size.hidden_size}, mlp_ratio {model.mlp_ratio:g}, "
-            f"{model.num_classes} classes and {config.num_experts} expert(s)."
-        ) from None
+    """Return the model on the meta device: names and shapes without storage."""
+    with torch.device("meta"):
+        return DiT(config)
 
 
 def allocate(model: DiT, device: torch.device | str, dtype: torch.dtype = torch.float32) -> DiT:
