@@ -18,6 +18,7 @@ from diffmoe_ds.doctor.hosts import check_hosts, read_hostfile
 from diffmoe_ds.doctor.probes import clock_offsets, gather_facts, shared_directory, timed_collectives
 from diffmoe_ds.errors import ConfigError, LaunchError
 
+MAX_TIMEOUT_S = 1e6
 EXAMPLES = """examples:
   diffmoe doctor
   diffmoe doctor --hostfile /job/hostfile
@@ -53,8 +54,11 @@ def doctor_command(args: argparse.Namespace) -> None:
     """Run ``diffmoe doctor``.
 
     Raises:
+        ConfigError: an option is out of range.
         LaunchError: problems were found and printed.
     """
+    if not 0 < args.timeout <= MAX_TIMEOUT_S:  # also refuses NaN
+        raise ConfigError(f"--timeout must be positive and at most {MAX_TIMEOUT_S:g}, got {args.timeout:g}.")
     if args.hostfile is not None:
         _ask_hosts(args)
         return

@@ -104,7 +104,7 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
         launch = _from_mpi()
         env = _without_step(env)
     elif env.get("WORLD_SIZE", "1") != "1":
-        raise TopologyError(f"WORLD_SIZE is {env['WORLD_SIZE']!r} but RANK is not set; set both or neither.")
+        raise TopologyError(f"WORLD_SIZE is {_shown(env['WORLD_SIZE'])} but RANK is not set; set both or neither.")
     else:
         launch = Launch(0, 1, 0, 1, "no launcher: a single process")
     if not 0 <= launch.rank < launch.world:
@@ -197,8 +197,8 @@ def _check_contradictions(env: Mapping[str, str], launch: Launch) -> None:
     ):
         if name in env and env[name] != str(ours):
             raise TopologyError(
-                f"{what} is {ours}, but {name} is {env[name]!r}: two launchers contradict each other; unset {what} to "
-                f"use {name.split('_')[0]}'s."
+                f"{what} is {ours}, but {name} is {_shown(env[name])}: two launchers contradict each other; unset "
+                f"{what} to use {name.split('_')[0]}'s."
             )
 
 
@@ -209,8 +209,10 @@ def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank
         text = env.get(name)
         # Slurm writes "2(x3),1" for two tasks on each of three nodes and one on the next
         found = (TASKS if name.startswith("SLURM_") else NUMBER).fullmatch(text or "")
-        if found is None or not least <= int(found[1]) <= MAX_RANKS:
-            raise TopologyError(f"{source}: {name} must be a number from {least} to {MAX_RANKS}, got {_shown(text)}.")
+        if found is None:
+            raise TopologyError(f"{source}: {name} must be a number, got {_shown(text)}.")
+        if not least <= int(found[1]) <= MAX_RANKS:
+            raise TopologyError(f"{source}: {name} must be from {least} to {MAX_RANKS:,}, got {text}.")
         return int(found[1])
 
     ranks = number(world, least=1)
@@ -261,7 +263,7 @@ def first_host(nodelist: str) -> str:
     Raises:
         TopologyError: it is not such a list.
     """
-    head = re.match(r"(?:[^\[\],]|\[[0-9][0-9,-]*\])+", nodelist)
+    head = re.match(r"(?:[^\[\],]|\[[0-9][0-9,-]*\])+(?=,|\Z)", nodelist)
     host = re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", head[0]) if head is not None else ""
     if not ADDRESS.fullmatch(host):
         raise TopologyError(f"SLURM_STEP_NODELIST must be a list such as node[1-4,7], got {_shown(nodelist)}.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.fuzz import EXAMPLES
 from tests.helpers.processes import run_ranks
 from tests.helpers.training import SMALLEST_MODEL, training_arguments
 
@@ -25,3 +28,17 @@ def run_directory(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_copy(run_directory, tmp_path) -> Path:
     return Path(shutil.copytree(run_directory, tmp_path / "copy"))
+
+
+@pytest.fixture
+def hang_limit() -> Iterator[None]:
+    """Fail a test that hangs; far above what a slow machine needs."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("the test hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(300 if not EXAMPLES else 3600)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

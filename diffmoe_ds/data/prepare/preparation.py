@@ -204,7 +204,7 @@ def finish(preparation: Preparation) -> dict[str, Any]:
     write_json(preparation.out / REPORT, report)
     check_unreadable(preparation, len(skipped))
     extra: dict[str, Any] = {"classes": preparation.source.classes, "sha256": hashes}
-    if statistics[0]:
+    if preparation.encoder.latents is not None and statistics[0] > 0:
         extra["latent_mean"], extra["latent_std"] = scaled_statistics(preparation, statistics)
     save_index(join(parts), preparation.out, extra)
     clean(preparation)

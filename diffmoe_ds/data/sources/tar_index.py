@@ -22,6 +22,8 @@ MAX_LABEL_BYTES = 64
 MAX_LABEL = 999_999_999
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
+MAX_NAME = 4096
+"""Most characters of a member's name, as of a path on Linux."""
 MAX_DIGITS = 64
 """Longest number in an extended header; the standard library's search for one takes quadratic time."""
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
@@ -171,6 +173,11 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
     with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         for member in tar:
             headers.start_member(tar.offset)
+            if len(member.name) > MAX_NAME:
+                raise DataError(
+                    f"shard {shard} has a member whose name has {len(member.name):,} characters; the limit is "
+                    f"{MAX_NAME:,}"
+                )
             if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
                 latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
                 continue
@@ -265,7 +272,7 @@ def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[
     found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
     images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
     if len(images) != 1:
-        names = ", ".join(f".{suffix}" for suffix in members)
+        names = ", ".join(f".{suffix}" for suffix in list(members)[:8])
         raise DataError(
             f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {names}; "
             f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
