@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.strict_yaml import read_yaml
 from diffmoe_ds.errors import ConfigError
@@ -55,8 +56,8 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
     if not _is_reference(tree):
         raise ConfigError(f"{path}: not a configuration of the reference: model.target or model.params is missing.")
     basic, target = tree.get("basic") or {}, tree["model"]["target"]
-    if target not in TARGETS:
-        raise ConfigError(f"{path}: {unknown('model.target', str(target), TARGETS)}")
+    if not isinstance(target, str) or target not in TARGETS:
+        raise ConfigError(f"{path}: {unknown('model.target', str(target)[:80], TARGETS)}")
     params = _section(path, "model.params", tree["model"]["params"], PARAMETERS)
     experts = _section(path, "model.params.MoE_config", params.pop("MoE_config", None) or {}, EXPERTS)
     if not isinstance(basic, dict) or basic.get("rf_ori"):
@@ -66,11 +67,11 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
         if key not in moe:
             raise ConfigError(f"{path}: model.params.MoE_config.{key} is missing.")
         if not _is_number(moe[key]):
-            raise ConfigError(f"{path}: model.params.MoE_config.{key}: must be a number, got {moe[key]!r}.")
+            raise ConfigError(f"{path}: model.params.MoE_config.{key}: must be a number, got {short_repr(moe[key])}.")
     model = DEFAULTS | params
     for key in DEFAULTS:
         if not (_is_number(model[key]) or isinstance(model[key], bool)):
-            raise ConfigError(f"{path}: model.params.{key}: must be a number, got {model[key]!r}.")
+            raise ConfigError(f"{path}: model.params.{key}: must be a number, got {short_repr(model[key])}.")
     return {"kind": TARGETS[target], "model": model, "moe": moe, "rf": bool(basic.get("rf"))}
 
 
@@ -112,7 +113,7 @@ def _is_reference(tree: Any) -> bool:
 def _section(path: Path, name: str, values: Any, known: set[str]) -> dict[str, Any]:
     """Return a mapping whose keys are all known; without keys that are empty, which the reference takes as unset."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: {name}: must be a mapping, got {values!r}.")
+        raise ConfigError(f"{path}: {name}: must be a mapping, got {short_repr(values)}.")
     for key, value in values.items():
         if key not in known and value is not None:
             raise ConfigError(f"{path}: {name}.{key}: not supported, so the model would differ from the reference's.")

@@ -26,6 +26,6 @@ def open_safetensors(path: Path) -> Any:
     """
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
-    if size > MAX_HEADER_BYTES:
-        raise ValueError(f"its header has {size} bytes; the limit is {MAX_HEADER_BYTES >> 20} MiB")
+    if not 0 < size <= MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {size} bytes; expected from 1 to {MAX_HEADER_BYTES:,}")
     return safe_open(path, framework="pt")
