@@ -184,7 +184,9 @@ class CheckpointSaver:
         name = new_name(self._root, self.images)
         pointer = self._owner.directory(self._root) / LATEST
         pointer.unlink(missing_ok=True)  # of a save that failed
-        write_synced(pointer, f"{name}\n".encode())  # everything that needs space is on the disk before the first rename
+        write_synced(
+            pointer, f"{name}\n".encode()
+        )  # everything that needs space is on the disk before the first rename
         self._tmp.rename(self._root / name)
         try:
             pointer.rename(self._root / LATEST)

@@ -104,16 +104,23 @@ class RunLock:
             RunDirectoryBusyError: another job has taken it over while this process was suspended.
         """
         if self._lost_to is not None:
+            who = _who(self._lost_to) if self._lost_to else "another job"
             raise RunDirectoryBusyError(
-                f"{self._directory}: was taken over by {_who(self._lost_to)} while this process was suspended; it "
-                "exits without writing anything."
+                f"{self._directory}: was taken over by {who} while this process was suspended; it exits without "
+                "writing anything."
             )
 
     def check_now(self) -> None:
-        """Read the lock and verify that it is still ours; raises like `check`."""
+        """Read the lock and verify that it is still ours.
+
+        Raises:
+            RunDirectoryBusyError: another job has taken it over, like `check`.
+        """
         holder = _read(self._path)
         if holder is not None and holder["token"] != self._me["token"]:
             self._lost_to = holder
+        elif self._directory.exists() and not self._mine.exists():  # taken over, and released since
+            self._lost_to = {}
         self.check()
 
     def _acquire(self) -> None:
@@ -181,7 +188,9 @@ class RunLock:
         here = self._me["process"]
         if holder["host"] != self._me["host"] or holder["process"].get("boot") != here["boot"]:
             return False
-        if holder["process"].get("namespace") != here["namespace"]:  # another container: its process ids mean nothing here
+        if (
+            holder["process"].get("namespace") != here["namespace"]
+        ):  # another container: its process ids mean nothing here
             return False
         return bool(_process(holder["pid"]) != holder["process"])
 

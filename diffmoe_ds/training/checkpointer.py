@@ -139,7 +139,6 @@ class Checkpointer:
         if self._run.is_main:
             print(f"{'saved':>11}  {self.last} (training waited {self._pause_s:.3f} s)", flush=True)
 
-
     def _check_lock(self) -> None:
         """Raise RunDirectoryBusyError on all ranks if another job has taken over the run directory."""
         raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check_now())

@@ -39,15 +39,18 @@ static struct rule rules[MAX_RULES];
 static int count;
 static long shift;
 
-__attribute__((constructor)) static void parse(void) {
+/* Read the rules; a forked process calls this again after it has changed its environment. */
+__attribute__((constructor)) void faults_parse(void) {
     const char *text = getenv("FAULTS"), *seconds = getenv("CLOCK_SHIFT");
     shift = seconds ? atol(seconds) : 0;
+    count = 0;
     while (text && *text && count < MAX_RULES) {
         struct rule *rule = &rules[count];
         char n[16];
         if (sscanf(text, "%15s %4095s %15s %31s", rule->operation, rule->pattern, n, rule->action) == 4) {
             rule->n = atoi(n);
             rule->repeats = strchr(n, '+') != NULL;
+            atomic_store(&rule->matches, 0);
             count++;
         }
         text = strchr(text, '\n');
