@@ -6,7 +6,7 @@
         meta.json                     format, configuration, images, step, shapes of all tensors
         rank_00000.safetensors ...    fragments of each rank
         manifest.json                 size and SHA-256 of every other file; written last
-      images_000000060000_2/          the second one at this number of images, after the run went back: names are not reused
+      images_000000060000_2/          the second one at this number of images: no name is reused
       left-images_000000060000/       a checkpoint of an abandoned branch of the run, or a damaged one
 
 A fragment is a contiguous piece of a flattened logical tensor (all experts together), stored under the key
