@@ -184,9 +184,7 @@ class CheckpointSaver:
         name = new_name(self._root, self.images)
         pointer = self._owner.directory(self._root) / LATEST
         pointer.unlink(missing_ok=True)  # of a save that failed
-        write_synced(
-            pointer, f"{name}\n".encode()
-        )  # everything that needs space is on the disk before the first rename
+        write_synced(pointer, f"{name}\n".encode())  # all that needs space is on the disk before the first rename
         self._tmp.rename(self._root / name)
         try:
             pointer.rename(self._root / LATEST)
@@ -195,7 +193,7 @@ class CheckpointSaver:
             if left:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
         except OSError as error:  # this checkpoint is saved in any case, and `candidates` prefers it
-            self._warn(error)
+            self._warn(error, f"the checkpoint is saved, but {LATEST} may name an older one")
         self._retention = threading.Thread(target=self._retain, args=(name,), name="retention", daemon=True)
         self._retention.start()
         order = checkpoint_order(name)
@@ -207,10 +205,10 @@ class CheckpointSaver:
         try:
             remove_surplus(self._root, newest, self._config, self._owner)
         except OSError as error:
-            self._warn(error)
+            self._warn(error, "keeping older checkpoints")
 
-    def _warn(self, error: OSError) -> None:
-        print(f"*** WARNING: {self._root}: {error}; keeping older checkpoints ***", file=sys.stderr, flush=True)
+    def _warn(self, error: OSError, effect: str) -> None:
+        print(f"*** WARNING: {self._root}: {error}; {effect} ***", file=sys.stderr, flush=True)
 
     def _attempt(self, action: Callable[[], object]) -> None:
         """Run an action and keep its error for the next vote."""

@@ -134,7 +134,7 @@ def check_complete(run: Path, text: str) -> None:
     assert candidates(run) == saved[:0:-1], (candidates(run), text)  # keep_last is 2
     assert newest_valid(run, full=True) == saved[-1]
     assert (run / "checkpoints" / "latest").read_text() == f"{saved[-1].name}\n"
-    hidden = [path for path in run.rglob(".*")]
+    hidden = list(run.rglob(".*"))
     assert not hidden and not (run / "lock.json").exists(), hidden
 
 

@@ -267,8 +267,8 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, script, str(theirs.fileno()), str(os.getpid()), *modules],
-                env={**ENVIRONMENT, "TORCH_CPP_LOG_LEVEL": "ERROR", **extra}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
+                env={**ENVIRONMENT, "TORCH_CPP_LOG_LEVEL": "ERROR", **extra}, pass_fds=[theirs.fileno()],
+                cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             )  # fmt: skip
         self.pid = self._process.pid
 
@@ -295,7 +295,7 @@ class ForkServer:
             raise self._died() from error
 
     def receive(self, wait: float) -> None:
-        """Record the process ids and exit codes that the server has reported, waiting at most ``wait`` seconds for the first."""
+        """Record the process ids and exit codes that the server reports; wait at most ``wait`` seconds for the first."""
         while select.select([self._socket], [], [], wait)[0]:
             try:
                 message = self._socket.recv(1 << 16)

@@ -138,10 +138,8 @@ def test_a_full_disk_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, fi
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    expected = (
-        rf"images_000000000032 was not saved: rank 0 on .*: .*({file}|images_000000000032): cannot be written: No "
-    )
-    expected += r"space left on device\.$"
+    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*({file}|images_000000000032): cannot be "
+    expected += r"written: No space left on device\.$"
     with pytest.raises(CheckpointError, match=expected):
         save(32)
     assert names(tmp_path) == before and newest_valid(tmp_path, full=True).name == checkpoint_name(16)

@@ -18,8 +18,14 @@ from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
 from tests.helpers.processes import clean_environment
 
-HOLD = "import sys,time; from pathlib import Path; from diffmoe_ds.distributed.run_lock import RunLock\n" \
-       "with RunLock(Path(sys.argv[1]), Path(sys.argv[1], 'checkpoints')): print('held', flush=True); time.sleep(60)"  # fmt: skip
+HOLD = """
+import sys, time
+from pathlib import Path
+from diffmoe_ds.distributed.run_lock import RunLock
+with RunLock(Path(sys.argv[1]), Path(sys.argv[1], "checkpoints")):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def lock(directory: Path, environ: dict[str, str] | None = None) -> RunLock:
