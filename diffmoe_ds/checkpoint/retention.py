@@ -21,14 +21,14 @@ def new_name(root: Path, images: int) -> str:
     return next(name for name in names if name not in taken)
 
 
-def leave_newer(root: Path, images: int, owner: Owner) -> list[str]:
+def leave_abandoned(root: Path, newest: str, owner: Owner) -> list[str]:
     """Rename the checkpoints that a run passed over when it continued from an older one.
 
     Otherwise the next resume, and retention, would take them for the newest of this run.
 
     Args:
         root: the run's checkpoints.
-        images: images of the checkpoint just completed; checkpoints with more belong to an abandoned branch.
+        newest: name of the checkpoint just completed; others with as many images or more belong to an abandoned branch.
         owner: of the run directory.
 
     Returns:
@@ -37,9 +37,9 @@ def leave_newer(root: Path, images: int, owner: Owner) -> list[str]:
     Raises:
         OSError: a checkpoint cannot be renamed.
     """
-    left = []
+    left, images = [], checkpoint_images(newest) or 0
     for path in sorted(root.iterdir()):
-        if (checkpoint_images(path.name) or 0) > images:
+        if path.name != newest and (checkpoint_images(path.name) or -1) >= images:
             target = free_name(root / f"{LEFT}{path.name}")
             owner.move(path, target)
             left.append(target.name)

@@ -29,7 +29,7 @@ from diffmoe_ds.checkpoint.layout import (
     rank_file,
 )
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, write_manifest
-from diffmoe_ds.checkpoint.retention import leave_newer, new_name, remove_surplus
+from diffmoe_ds.checkpoint.retention import leave_abandoned, new_name, remove_surplus
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.distributed.collectives import all_gather, broadcast, get_rank, get_world_size
@@ -189,7 +189,7 @@ class CheckpointSaver:
         try:
             pointer.rename(self._root / LATEST)
             sync_directory(self._root)
-            left = leave_newer(self._root, self.images, self._owner)
+            left = leave_abandoned(self._root, name, self._owner)
             if left:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
         except OSError as error:  # this checkpoint is saved in any case, and `candidates` prefers it

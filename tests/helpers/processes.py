@@ -295,7 +295,7 @@ class ForkServer:
             raise self._died() from error
 
     def receive(self, wait: float) -> None:
-        """Record the process ids and exit codes that the server reports; wait at most ``wait`` seconds for the first."""
+        """Record the process ids and exit codes that the server reports, waiting at most ``wait`` seconds for one."""
         while select.select([self._socket], [], [], wait)[0]:
             try:
                 message = self._socket.recv(1 << 16)

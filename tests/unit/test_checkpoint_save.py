@@ -119,8 +119,10 @@ def test_checkpoints_of_an_abandoned_branch_no_longer_count(save, tmp_path, caps
     save(80, keep_last=2)
     save(72, keep_last=0)
     assert [path.name for path in candidates(tmp_path)] == [checkpoint_name(72), "images_000000000064_2"]
-    left = ["left-images_000000000064", "left-images_000000000080", "left-images_000000000080_2"]
-    assert names(tmp_path) == ["images_000000000064_2", checkpoint_name(72), "latest", *left], "no name is reused"
+    save(72, keep_last=0)
+    left = [f"left-images_0000000000{name}" for name in ("64", "72", "80", "80_2")]
+    kept = ["images_000000000064_2", "images_000000000072_2"]
+    assert names(tmp_path) == [*kept, "latest", *left], "no name is reused"
 
 
 @pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", "latest"))
