@@ -94,10 +94,9 @@ class ShardDataset:
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
             raise DataError(f"there is no sample in {shards[0]}{others}; expected images, each with a .cls")
-        missing = self.labels == NO_LABEL
-        if missing.any() and not missing.all():
+        if self.labels.min() == NO_LABEL < self.labels.max():
             raise DataError(
-                f"{self.describe(int(np.argmax(missing)))} has no label, but others do; expected a .cls next "
+                f"{self.describe(int(np.argmin(self.labels)))} has no label, but others do; expected a .cls next "
                 "to every image, or to none"
             )
 
