@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import itertools
 import math
 import os
@@ -208,6 +209,7 @@ def _start_worker(parent: int, closing: torch.Tensor, worker: int) -> None:
     """
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # the collector writes to the objects that it visits, which would copy those of the training process
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)

@@ -29,6 +29,7 @@ from diffmoe_ds.data.sources.tar_index import (
     Entry,
     Index,
     join,
+    only_images,
     scan,
     without_labels,
 )
@@ -219,7 +220,7 @@ class ShardDataset:
             return join(list(pool.map(self._scan, range(len(self._shards)))))
 
     def _scan(self, number: int) -> Index:
-        """Return the samples of a shard, which is decompressed into memory if it is gzipped."""
+        """Return the samples of a shard; if it is gzipped, its images are kept in memory, decompressed."""
         shard = self._shards[number]
         try:
             with open(self._cache.open(shard) if is_url(shard) else shard, "rb") as file:
@@ -228,10 +229,11 @@ class ShardDataset:
                 file.seek(0)
                 if not packed:
                     return scan(shard, file, size)
-                self._unpacked[number] = _unpack(shard, file)
+                unpacked = _unpack(shard, file)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
-        return scan(shard, io.BytesIO(self._unpacked[number]), len(self._unpacked[number]))
+        index, self._unpacked[number] = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
+        return index
 
     def _read(self, number: int, offset: int, buffers: list[Any], size: int) -> None:
         """Fill buffers of `size` bytes in total from a shard."""

@@ -127,6 +127,22 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
     return index
 
 
+def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
+    """Return the images of a tar file in one block, and their index; small ones take a fraction of the tar file.
+
+    Args:
+        index: the samples of the tar file.
+        tar: its contents.
+    """
+    samples = np.array(index.samples)
+    offsets, sizes = samples[:, Entry._fields.index("offset")], samples[:, Entry._fields.index("size")]
+    view = memoryview(tar)
+    images = [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+    starts = 1 + np.cumsum(sizes) - sizes  # after a byte, because no image is at NOT_STORED
+    offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
+    return replace(index, samples=samples), b"".join([bytes(1), *images])
+
+
 def without_labels(index: Index) -> Index:
     """Return the same samples without labels."""
     samples = np.array(index.samples)
@@ -162,6 +178,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
     members: Members = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # the headers of all members, which tarfile would keep
             if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
                 latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
                 continue
