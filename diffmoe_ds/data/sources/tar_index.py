@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple
@@ -104,7 +105,7 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
             member is too large or has a name that leads out of the archive.
     """
-    rows, keys = [], bytearray()
+    rows, keys = array("q"), bytearray()
     latents: list[LatentFormat] = []
     try:
         for key, members in _samples(shard, file, latents):
@@ -112,13 +113,13 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
             suffix, (offset, length) = _image(where, members)
             label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
-            rows.append(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
+            rows.extend(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
             keys += name
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
-    samples = np.array(rows, np.int64).reshape(-1, len(Entry._fields))
+    samples = np.frombuffer(rows, np.int64).reshape(-1, len(Entry._fields))
     index = Index(
-        (ShardInfo(shard, size, len(rows)),),
+        (ShardInfo(shard, size, len(samples)),),
         samples,
         np.frombuffer(bytes(keys), np.uint8),
         latents[0] if latents else None,
