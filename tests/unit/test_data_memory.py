@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import multiprocessing
 import re
 import tarfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import memory
 from diffmoe_ds.data.sources import folder
 from diffmoe_ds.data.sources.folder import ImageFolder
 from diffmoe_ds.data.sources.shards import Sample, ShardDataset
@@ -107,3 +109,11 @@ def test_the_log_describes_the_memory_of_rank_and_workers():
         end.set()
         worker.join(60)
     assert re.fullmatch(r"[\d,]+ MB of host memory with \d+ loader workers?, \d+ MB for each of them", text)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_a_rank_with_its_imports(capsys):
+    assert memory.main(["--json", "--workers", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"imports_mb", "rank_mb", "rank_above_imports_mb", "workers_private_mb"}
+    assert report["rank_mb"] > report["imports_mb"] > 50 and len(report["workers_private_mb"]) == 1
