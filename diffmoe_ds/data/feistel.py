@@ -44,7 +44,7 @@ def permute(indices: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _encrypt(indices: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
-    """Return the permutation of `range(a * b)`; `a` and `b` are at most 2^32."""
+    """Return the images of some indices under a permutation of `range(a * b)`; `a` and `b` are at most 2^32."""
     left, right = indices // b, indices % b
     for key in keys:  # changes one digit, and then they swap places; after an even number of rounds they are back
         left = left + ((_splitmix64(key, right) >> _32) * a >> _32)

@@ -141,7 +141,7 @@ def test_an_image_is_read_anywhere_in_an_epoch(n, epochs):
     assert abs(displacement.mean() - expected) < LARGEST_Z * displacement.std() / math.sqrt(epochs)
 
 
-@pytest.mark.parametrize(("n", "epochs"), [(11, 40_000), (101, 20_000), (1001, 1000), (60_001, 10)])
+@pytest.mark.parametrize(("n", "epochs"), [(11, 40_000), (101, 8000), (1001, 1000), (60_001, 10)])
 def test_consecutive_images_are_unrelated(n, epochs):
     """Also at the distances at which the two digits of an index repeat."""
     read, side, bins = permutations(n, epochs), math.isqrt(n - 1) + 1, min(n - 1, 100)
@@ -151,8 +151,7 @@ def test_consecutive_images_are_unrelated(n, epochs):
 
 
 def test_epochs_and_seeds_are_unrelated():
-    read = permutations(1000, 2000)
+    read, other = permutations(1000, 500), permutations(1000, 500, seed=2)
     equal = (read[1:] == read[:-1]).sum(1)  # Poisson with mean 1
-    assert abs(equal.mean() - 1) < LARGEST_Z / math.sqrt(2000) and abs(equal.var() - 1) < 0.2
-    other = permutations(1000, 2000, seed=2)
-    assert abs((read == other).sum(1).mean() - 1) < LARGEST_Z / math.sqrt(2000)
+    assert abs(equal.mean() - 1) < LARGEST_Z / math.sqrt(500) and abs(equal.var() - 1) < 0.4
+    assert abs((read == other).sum(1).mean() - 1) < LARGEST_Z / math.sqrt(500)

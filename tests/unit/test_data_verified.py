@@ -97,6 +97,13 @@ def test_damaged_records_are_not_trusted(file, hashed, tmp_path, record):
         assert (tmp_path / "elsewhere").read_text() == kept
 
 
+@pytest.mark.parametrize("boot", [None, "another start"])
+def test_records_end_with_a_restart_of_the_host(file, hashed, monkeypatch, boot):
+    assert has_sha256(file, SHA256) and len(hashed) == 1
+    monkeypatch.setattr(verified, "_boot_id", lambda: boot)
+    assert has_sha256(file, SHA256) and len(hashed) == 2
+
+
 def test_a_suspended_process_does_not_block_the_others(file, hashed):
     with verified._record(file, wait_s=60), verified._record(file, wait_s=0.1) as record:
         assert record is not None

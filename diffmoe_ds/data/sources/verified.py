@@ -40,11 +40,11 @@ def has_sha256(path: Path, expected: str, *, rehash: bool = False) -> bool:
     Raises:
         OSError: the file cannot be read.
     """
-    status = os.stat(path)
-    if rehash or status.st_size < SMALLEST:
+    status, boot = os.stat(path), _boot_id()
+    if rehash or status.st_size < SMALLEST or boot is None:
         return sha256_of(path) == expected
     with _record(path, wait_s=30 + status.st_size / SLOWEST_DISK) as record:
-        line = f"{_identity(status)} {expected}"
+        line = f"{boot} {_identity(status)} {expected}"
         if record is not None and _is_recent(record, line):
             return True
         fits = sha256_of(path) == expected
@@ -76,28 +76,35 @@ def _record(path: Path, wait_s: float) -> Iterator[int | None]:
         return
     try:
         deadline = time.monotonic() + wait_s
-        while not _locks(record) and time.monotonic() < deadline:
+        while not _try_lock(record) and time.monotonic() < deadline:
             time.sleep(0.02)
         yield record
     finally:
         os.close(record)
 
 
-def _locks(descriptor: int) -> bool:
-    """Try to lock a file, and return whether waiting for the lock is pointless."""
+def _try_lock(descriptor: int) -> bool:
+    """Try to lock a file, and return False if another process has locked it; not every file system has locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:
         return True
     return True
 
 
+def _boot_id() -> str | None:
+    """Return what changes when the host, and with it its monotonic clock, restarts; None if the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
 def _identity(status: os.stat_result) -> str:
-    """Return what changes whenever a file changes, or the host restarts, which restarts its monotonic clock."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    """Return what changes whenever a file changes."""
+    return f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _is_recent(record: int, line: str) -> bool:
