@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import statistics
 import sys
@@ -28,7 +29,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from diffmoe_ds.checkpoint.layout import KINDS
+from diffmoe_ds.checkpoint.layout import KINDS, checkpoint_root
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, ScheduledValues
 from diffmoe_ds.checkpoint.save import CheckpointSaver
@@ -40,6 +41,7 @@ from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.fragments import Fragment
 from diffmoe_ds.distributed.launch import export_launch, resolve_launch
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import ConfigError
@@ -132,7 +134,9 @@ def _ratios(methods: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _ours(tensors: Tensors, run_directory: Path, wait: bool) -> Save:
-    saver = CheckpointSaver(run_directory, CheckpointConfig(keep_last=1), torch.device("cpu"))
+    owner = Owner(secrets.token_hex(8))
+    owner.claim(checkpoint_root(run_directory))
+    saver = CheckpointSaver(run_directory, CheckpointConfig(keep_last=1), torch.device("cpu"), owner)
     shapes = {name: tuple(kinds["fp32"].shape) for name, kinds in tensors.items()}
     metadata = CheckpointMetadata(1, 0, 0, 0, shapes, Config(), ScheduledValues(0.0, ()))
     fragments = [

@@ -166,7 +166,7 @@ def _own_mb(pid: int) -> float:
 def _ours(shards: Path, workers: int, batch_size: int, draws: Callable[[int], TrainingDraws]) -> PositionLoader:
     settings = LoaderSettings(
         seed=0, global_batch=batch_size, micro_batch=batch_size, accumulation=1, rank=0, world=1,
-        image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers,
+        image_shape=FORMAT.shape, num_classes=CLASSES, num_workers=workers, shuffle="feistel",
     )  # fmt: skip
     return PositionLoader(ShardDataset(expand(shards)), settings, draws)
 

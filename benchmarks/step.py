@@ -100,6 +100,7 @@ class WholeStep:
         from diffmoe_ds.config.deepspeed import resolve_deepspeed
         from diffmoe_ds.distributed import deepspeed_seam as seam
         from diffmoe_ds.distributed.launch import export_launch, resolve_launch
+        from diffmoe_ds.distributed.ownership import Owner
         from diffmoe_ds.distributed.quiet import quiet_deepspeed
         from diffmoe_ds.training.plan import TrainPlan
         from diffmoe_ds.training.setup import setup_run
@@ -118,7 +119,8 @@ class WholeStep:
         raw["gradient_accumulation_steps"] = images // batch["train_micro_batch_size_per_gpu"]
         settings = resolve_deepspeed(raw, config, NAME, world=1, local_world=1, device=device.type)
         nothing: Any = None  # the plan's dataset, which is not read
-        self._run = setup_run(TrainPlan(launch, config, settings, Path(tempfile.gettempdir()), "none", nothing))
+        plan = TrainPlan(launch, config, settings, Path(tempfile.gettempdir()), "none", nothing)
+        self._run = setup_run(plan, Owner("0" * 16))  # nothing is saved
         self._step = seam.step
         self._device = device
         self._batches = _micro_batches(config, images, args.micro_batch, device)

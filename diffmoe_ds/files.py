@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -52,19 +53,20 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, tmp_directory: Path | None = None) -> Iterator[Path]:
     """Provide a temporary path that replaces another one at the end of the block.
 
     Args:
         path: the file to replace or create.
+        tmp_directory: directory of the temporary path, on the same file system; that of the file if None.
 
     Yields:
-        A path in the same directory.  If the block raises, whatever it wrote there is removed.
+        The temporary path.  If the block raises, whatever it wrote there is removed.
 
     Raises:
         OSError: the file could not be written or renamed; `path` is unchanged.
     """
-    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    tmp = (tmp_directory or path.parent) / f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}"
     try:
         yield tmp
         tmp.replace(path)
@@ -73,11 +75,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, tmp_directory: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that appears under its name, complete and on disk, at the end of the block.
 
     Args:
         path: the file to replace or create.
+        tmp_directory: see `replacing`.
 
     Yields:
         The open file.  If the block raises, `path` keeps its old contents.
@@ -86,7 +89,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         CheckpointError: the file cannot be written.
     """
     try:
-        with replacing(path) as tmp, open(tmp, "xb") as file:
+        with replacing(path, tmp_directory) as tmp, open(tmp, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -95,14 +98,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise write_error(path, error) from None
 
 
-def write_text(path: Path, text: str) -> Digest:
+def write_text(path: Path, text: str, tmp_directory: Path | None = None) -> Digest:
     """Write a UTF-8 file atomically and return its digest.
+
+    Args:
+        path: the file to replace or create.
+        text: its contents.
+        tmp_directory: see `replacing`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     data = text.encode()
-    with atomic_write(path) as file:
+    with atomic_write(path, tmp_directory) as file:
         file.write(data)
     return Digest(len(data), hashlib.sha256(data).hexdigest())
 
@@ -270,6 +278,12 @@ def remove_tree(path: Path, *, ignore_errors: bool = False) -> None:
     except OSError:
         if not ignore_errors:
             raise
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or the first of ``path-2``, ``path-3``, ... that does not exist."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not os.path.lexists(name))
 
 
 def rename_for_removal(path: Path) -> Path:

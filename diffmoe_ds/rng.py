@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     HELD_OUT = 5
     LABELS = 6
     EVALUATION = 8
+    FEISTEL_SHUFFLE = 9
 
 
 class TrainingDraws(NamedTuple):

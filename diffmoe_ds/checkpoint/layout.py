@@ -6,6 +6,7 @@
         meta.json                     format, configuration, images, step, shapes of all tensors
         rank_00000.safetensors ...    fragments of each rank
         manifest.json                 size and SHA-256 of every other file; written last
+      images_000000060000_2/          the second one at this number of images: no name is reused
       left-images_000000060000/       a checkpoint of an abandoned branch of the run, or a damaged one
 
 A fragment is a contiguous piece of a flattened logical tensor (all experts together), stored under the key
@@ -47,15 +48,26 @@ def default_directory(recipe: str | PathLike[str]) -> Path:
     return Path("runs") / path.stem
 
 
-def checkpoint_name(images: int) -> str:
-    """Return the directory name of the checkpoint after ``images`` images; names sort like the numbers."""
-    return f"images_{images:012d}"
+def checkpoint_name(images: int, number: int = 1) -> str:
+    """Return the directory name of a checkpoint.
+
+    Args:
+        images: images that the run has seen.
+        number: 1, or more if the run has come to this number of images before.
+    """
+    return f"images_{images:012d}" + (f"_{number}" if number > 1 else "")
+
+
+def checkpoint_order(name: str) -> tuple[int, int] | None:
+    """Return the two arguments of `checkpoint_name`, which order checkpoints by age; None for any other name."""
+    match = re.fullmatch(r"images_(\d{12,18})(?:_([2-9]|[1-9]\d{1,8}))?", name, re.ASCII)
+    return (int(match[1]), int(match[2] or 1)) if match else None
 
 
 def checkpoint_images(name: str) -> int | None:
     """Return the images of a checkpoint's directory name, or None for any other name."""
-    match = re.fullmatch(r"images_(\d{12,18})", name)
-    return int(match[1]) if match else None
+    order = checkpoint_order(name)
+    return None if order is None else order[0]
 
 
 def rank_file(rank: int) -> str:

@@ -182,7 +182,7 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
 def stored_config(tree: Any, source: str) -> Config:
     """Return the configuration that a checkpoint or an exported model holds.
 
-    Averages of versions without ``ema.warmup`` had no warm-up.
+    Versions without ``ema.warmup`` had no warm-up, and those without ``data.shuffle`` had the order of ``whole``.
 
     Raises:
         CheckpointError: it is not a valid configuration.
@@ -193,10 +193,19 @@ def stored_config(tree: Any, source: str) -> Config:
         raise CheckpointError(str(error)) from None
 
 
+OLDER_DEFAULTS: dict[str, dict[str, Any]] = {"ema": {"warmup": False}, "data": {"shuffle": "whole"}}
+"""Values of keys in configurations from before the keys existed, where these differ from today's defaults."""
+
+
 def _with_older_defaults(tree: Any) -> Any:
-    """Return a stored configuration with values for the keys whose default was another before they existed."""
-    ema = tree.get("ema", {}) if isinstance(tree, dict) else None
-    return {**tree, "ema": {"warmup": False, **ema}} if isinstance(ema, dict) else tree
+    """Return a stored configuration with `OLDER_DEFAULTS` for the keys that it lacks."""
+    if not isinstance(tree, dict):
+        return tree
+    sections = {name: tree.get(name, {}) for name in OLDER_DEFAULTS}
+    return {
+        **tree,
+        **{name: {**OLDER_DEFAULTS[name], **old} for name, old in sections.items() if isinstance(old, dict)},
+    }
 
 
 def stored_names(names: Any, source: str) -> tuple[str, ...] | None:

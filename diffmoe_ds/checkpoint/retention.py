@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.layout import LEFT, checkpoint_images
+from diffmoe_ds.checkpoint.layout import LEFT, checkpoint_images, checkpoint_name, checkpoint_order
 from diffmoe_ds.checkpoint.verify import check_sizes
 from diffmoe_ds.config.schema import CheckpointConfig
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import remove_tree, rename_for_removal
+from diffmoe_ds.files import free_name
 
 
-def leave_newer(root: Path, images: int) -> list[str]:
+def new_name(root: Path, images: int) -> str:
+    """Return a directory name for a checkpoint that no earlier one has, not even one that was left."""
+    taken = {path.name.removeprefix(LEFT) for path in root.iterdir()}
+    names = (checkpoint_name(images, number) for number in itertools.count(1))
+    return next(name for name in names if name not in taken)
+
+
+def leave_abandoned(root: Path, newest: str, owner: Owner) -> list[str]:
     """Rename the checkpoints that a run passed over when it continued from an older one.
 
     Otherwise the next resume, and retention, would take them for the newest of this run.
 
     Args:
         root: the run's checkpoints.
-        images: images of the checkpoint just completed; checkpoints with more belong to an abandoned branch.
+        newest: name of the checkpoint just completed; others with as many images or more belong to an abandoned branch.
+        owner: of the run directory.
 
     Returns:
         The new names.
@@ -28,32 +37,41 @@ def leave_newer(root: Path, images: int) -> list[str]:
     Raises:
         OSError: a checkpoint cannot be renamed.
     """
-    left = []
+    left, images = [], checkpoint_images(newest) or 0
     for path in sorted(root.iterdir()):
-        if (checkpoint_images(path.name) or 0) > images:
-            left.append(path.rename(_free(root / f"{LEFT}{path.name}")).name)
+        if path.name != newest and (checkpoint_images(path.name) or -1) >= images:
+            target = free_name(root / f"{LEFT}{path.name}")
+            owner.move(path, target)
+            left.append(target.name)
     return left
 
 
-def remove_surplus(root: Path, newest: str, config: CheckpointConfig) -> list[str]:
+def remove_surplus(root: Path, newest: str, config: CheckpointConfig, owner: Owner) -> list[str]:
     """Remove the checkpoints that the configuration does not keep.
 
     Args:
         root: the run's checkpoints.
         newest: name of the checkpoint just completed, which is never removed.
         config: how many are kept.
+        owner: of the run directory.
 
     Returns:
         The names of the removed checkpoints.
 
     Raises:
-        OSError: a checkpoint cannot be renamed.
+        OSError: a checkpoint cannot be removed.
     """
-    names = sorted((p.name for p in root.iterdir() if checkpoint_images(p.name) is not None), reverse=True)
+    names = sorted_names(path.name for path in root.iterdir())
     removed = surplus(names, newest, config, lambda name: _is_valid(root / name))
     for name in removed:
-        remove_tree(rename_for_removal(root / name), ignore_errors=True)
+        owner.remove(root / name)
     return removed
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Return those that are names of checkpoints, the newest first."""
+    found = [(order, name) for name in names if (order := checkpoint_order(name)) is not None]
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def surplus(
@@ -82,12 +100,6 @@ def surplus(
         if period and images[index] // period > images[index + 1] // period:
             kept.add(name)
     return [name for name in names if name not in kept]
-
-
-def _free(path: Path) -> Path:
-    """Return the path, or the first of ``path-2``, ``path-3``, ... that does not exist."""
-    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(name for name in itertools.chain([path], others) if not name.exists())
 
 
 def _is_valid(path: Path) -> bool:

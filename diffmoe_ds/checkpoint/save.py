@@ -1,14 +1,13 @@
 """Save checkpoints atomically while training continues.
 
 At a step boundary every rank copies its state into host memory (`CheckpointSaver.start`), and a thread writes the copy
-into a temporary directory.  At a later boundary, when all ranks know that all threads are done, rank 0 adds metadata
-and manifest, renames the directory and switches ``latest`` (`CheckpointSaver.finish`).  The thread calls no collective:
-collectives belong to the training loop.
+into the owner's directory.  At a later boundary, when all ranks know that all threads are done, rank 0 adds metadata
+and manifest, renames the directory and switches ``latest`` (`CheckpointSaver.finish`); another thread removes old
+checkpoints.  The threads call no collective: collectives belong to the training loop.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -24,28 +23,21 @@ from diffmoe_ds.checkpoint.layout import (
     LATEST,
     META,
     checkpoint_name,
+    checkpoint_order,
     checkpoint_root,
     fragment_key,
     rank_file,
 )
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, write_manifest
-from diffmoe_ds.checkpoint.retention import leave_newer, remove_surplus
+from diffmoe_ds.checkpoint.retention import leave_abandoned, new_name, remove_surplus
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import CheckpointConfig
-from diffmoe_ds.distributed.collectives import all_gather, get_rank, get_world_size
-from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
+from diffmoe_ds.distributed.collectives import all_gather, broadcast, get_rank, get_world_size
+from diffmoe_ds.distributed.consensus import vote
 from diffmoe_ds.distributed.fragments import Fragment
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.errors import CheckpointError, DiffMoEError
-from diffmoe_ds.files import (
-    TMP_PREFIX,
-    Digest,
-    atomic_write,
-    remove_leftovers,
-    remove_tree,
-    rename_for_removal,
-    write_error,
-    write_json,
-)
+from diffmoe_ds.files import Digest, remove_tree, sync_directory, write_error, write_json, write_synced
 
 
 class CheckpointSaver:
@@ -54,27 +46,28 @@ class CheckpointSaver:
     Every rank has one, and all ranks must construct it, `start` and `finish` together.
     """
 
-    def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device) -> None:
-        """Remove incomplete checkpoints of an earlier run in this directory.
+    def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device, owner: Owner) -> None:
+        """Prepare for saving.
 
         Args:
             run_directory: on a file system that all ranks share.
             config: how many checkpoints are kept.
             device: where the process group's tensors live.
-
-        Raises:
-            CheckpointError: on all ranks, if the leftovers cannot be removed.
+            owner: of the run directory; has claimed the directory of its checkpoints.
         """
         self._root = checkpoint_root(run_directory)
         self._config = config
         self._device = device
+        self._owner = owner
         self._host: dict[str, Tensor] = {}  # the copies, allocated by the first save and reused
         self._thread: threading.Thread | None = None
-        self._tmp = self._final = self._root
+        self._retention: threading.Thread | None = None
+        self._tmp = self._root
         self._metadata: CheckpointMetadata | None = None
         self._digest = Digest(0, "")
         self._failure: CheckpointError | None = None
-        raise_on_all_ranks(device, self._remove_leftovers)
+        self.progress = 0
+        """Increases while this rank's thread writes."""
 
     @property
     def is_open(self) -> bool:
@@ -108,9 +101,9 @@ class CheckpointSaver:
             metadata: everything else; `CheckpointMetadata.files` is set here.
         """
         assert not self.is_open, "finish() the last checkpoint first"
+        self.wait_for_retention()  # this checkpoint may need the space
         self._metadata = replace(metadata, files=get_world_size())
-        self._final = self._root / checkpoint_name(metadata.images)
-        self._tmp = self._root / f"{TMP_PREFIX}{self._final.name}"
+        self._tmp = self._owner.directory(self._root) / checkpoint_name(metadata.images)
         tensors = {}
         for fragment, averaged in zip(fragments, ema, strict=True):
             if fragment.is_owner:
@@ -126,8 +119,11 @@ class CheckpointSaver:
         )
         self._thread.start()
 
-    def finish(self) -> Path:
+    def finish(self, tick: Callable[[], object] = lambda: None) -> Path:
         """Wait for this rank's thread and complete the checkpoint.
+
+        Args:
+            tick: called before this rank waits for the others, see `Watchdog.tick`.
 
         Returns:
             The checkpoint's directory.
@@ -139,20 +135,21 @@ class CheckpointSaver:
         assert self._thread is not None, "start() a checkpoint first"
         self._thread.join()
         self._thread = None
+        tick()
         self._agree()
         mine = torch.tensor([self._digest.size, *_words(self._digest.sha256)], dtype=torch.int64, device=self._device)
         digests = [Digest(size, _hex(words)) for size, *words in (row.tolist() for row in all_gather(mine))]
+        number = torch.ones((), dtype=torch.int64, device=self._device)
         if get_rank() == 0:
-            self._attempt(lambda: self._complete(digests))
+            self._attempt(lambda: number.fill_(self._complete(digests)))
+        tick()
         self._agree()
-        return self._final
+        return self._root / checkpoint_name(self.images, int(broadcast(number)))
 
-    def _remove_leftovers(self) -> None:
-        if get_rank() == 0 and self._root.is_dir():
-            try:
-                remove_leftovers(self._root)
-            except OSError as error:
-                raise write_error(self._root, error) from None
+    def wait_for_retention(self) -> None:
+        """Wait until this rank has removed the checkpoints that the last save made superfluous."""
+        if self._retention is not None:
+            self._retention.join()
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -166,36 +163,54 @@ class CheckpointSaver:
         """Write this rank's file; runs in the thread."""
         entries = [Entry(key, (len(value),), value.dtype, [value]) for key, value in self._host.items()]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._digest = write_safetensors(path, entries, {})
+            path.parent.mkdir(exist_ok=True)  # not its parents: see `Owner.claim`
+            self._digest = write_safetensors(path, entries, {}, self._advance)
         except OSError as error:
             raise write_error(path, error) from None
 
-    def _complete(self, digests: Sequence[Digest]) -> None:
-        """Complete the checkpoint and remove older ones; runs on rank 0."""
+    def _advance(self) -> None:
+        self.progress += 1
+
+    def _complete(self, digests: Sequence[Digest]) -> int:
+        """Complete the checkpoint, and start to remove older ones; runs on rank 0.
+
+        Returns:
+            The second argument of `checkpoint_name`.
+        """
         assert self._metadata is not None
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
         files[META] = write_json(self._tmp / META, self._metadata.to_json())
         write_manifest(self._tmp, files)
-        replaced = None
-        with atomic_write(self._root / LATEST) as pointer:
-            pointer.write(f"{self._final.name}\n".encode())
-            pointer.flush()
-            os.fsync(pointer.fileno())  # everything that needs space is on the disk before the first rename
-            if self._final.exists():  # the same number of images again, after a resume from an older checkpoint
-                replaced = rename_for_removal(self._final)
-            self._tmp.rename(self._final)
-        if replaced is not None:
-            remove_tree(replaced, ignore_errors=True)
+        name = new_name(self._root, self.images)
+        pointer = self._owner.directory(self._root) / LATEST
+        pointer.unlink(missing_ok=True)  # of a save that failed
+        write_synced(pointer, f"{name}\n".encode())  # all that needs space is on the disk before the first rename
+        self._tmp.rename(self._root / name)
         try:
-            left = leave_newer(self._root, self.images)
+            pointer.rename(self._root / LATEST)
+            sync_directory(self._root)
+            left = leave_abandoned(self._root, name, self._owner)
             if left:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
-            remove_surplus(self._root, self._final.name, self._config)
-        except OSError as error:  # this checkpoint is saved in any case
-            print(f"*** WARNING: {self._root}: {error}; keeping older checkpoints ***", file=sys.stderr, flush=True)
+        except OSError as error:  # this checkpoint is saved in any case, and `candidates` prefers it
+            self._warn(error, f"the checkpoint is saved, but {LATEST} may name an older one")
+        self._retention = threading.Thread(target=self._retain, args=(name,), name="retention", daemon=True)
+        self._retention.start()
+        order = checkpoint_order(name)
+        assert order is not None
+        return order[1]
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _retain(self, newest: str) -> None:
+        """Remove older checkpoints; runs in a thread of rank 0."""
+        try:
+            remove_surplus(self._root, newest, self._config, self._owner)
+        except OSError as error:
+            self._warn(error, "keeping older checkpoints")
+
+    def _warn(self, error: OSError, effect: str) -> None:
+        print(f"*** WARNING: {self._root}: {error}; {effect} ***", file=sys.stderr, flush=True)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
         """Run an action and keep its error for the next vote."""
         try:
             action()
@@ -207,7 +222,7 @@ class CheckpointSaver:
         except Exception as error:  # an error that leaves a thread is printed and lost
             reason = f"{self._tmp}: {type(error).__name__}: {error}."
         where = f"rank {get_rank()} on {socket.gethostname()}"
-        self._failure = CheckpointError(f"the checkpoint {self._final.name} was not saved: {where}: {reason}")
+        self._failure = CheckpointError(f"the checkpoint {self._tmp.name} was not saved: {where}: {reason}")
 
     def _agree(self) -> None:
         """If any rank failed, remove the incomplete checkpoint and raise on all ranks."""

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from diffmoe_ds.files import Digest
 
 CHUNK_BYTES = 16 << 20
 """Bytes hashed and written at once."""
+SYNC_BYTES = 256 << 20
+"""Bytes after which the file is synced."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names of the supported types in a safetensors header."""
 
@@ -38,13 +40,16 @@ class Entry(NamedTuple):
     """The flattened tensor in order, as CPU tensors of that type; iterated once, when it is written."""
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Digest:
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: dict[str, str], progress: Callable[[], object] = lambda: None
+) -> Digest:
     """Write a safetensors file, holding at most one piece of one tensor in memory.
 
     Args:
         path: a new file.
         entries: the tensors.
         metadata: strings for the file's header.
+        progress: called whenever more bytes are written, and more are on the disk.
 
     Returns:
         Size and checksum of the file, which is on the disk.
@@ -54,7 +59,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
     """
     header, size = _header(entries, metadata)
     with open(path, "xb", buffering=0) as file:
-        writer = _HashingWriter(file)
+        writer = _HashingWriter(file, progress)
         writer.write(header)
         for entry in entries:
             for piece in entry.pieces:
@@ -81,8 +86,10 @@ def _header(entries: Sequence[Entry], metadata: dict[str, str]) -> tuple[bytes, 
 class _HashingWriter:
     """Writes to an unbuffered file and hashes what it writes."""
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.FileIO, progress: Callable[[], object]) -> None:
         self._file = file
+        self._progress = progress
+        self._synced = 0
         self.sha256 = hashlib.sha256()
         self.written = 0
 
@@ -94,3 +101,7 @@ class _HashingWriter:
                 done = self._file.write(chunk)
                 self.written += done
                 chunk = chunk[done:]
+            if self.written - self._synced >= SYNC_BYTES:  # otherwise the last sync takes minutes without any progress
+                os.fdatasync(self._file.fileno())
+                self._synced = self.written
+            self._progress()

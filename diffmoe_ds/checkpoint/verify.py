@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_images, checkpoint_root
+from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_order, checkpoint_root
 from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.control_files import read_text
 from diffmoe_ds.errors import CheckpointError
@@ -62,7 +63,8 @@ def candidates(path: Path) -> list[Path]:
     """Return the checkpoints of a path in order of preference.
 
     A checkpoint stands for itself.  A run directory or its ``checkpoints`` stands for the checkpoint that ``latest``
-    names, followed by the others from the newest to the oldest.
+    names, followed by the others from the newest to the oldest.  Newer checkpoints that were completed after ``latest``
+    was written come first: the file could not be updated then.
 
     Raises:
         CheckpointError: the path cannot be read.
@@ -72,9 +74,9 @@ def candidates(path: Path) -> list[Path]:
             return [path]
         for root in (checkpoint_root(path), path):
             if root.is_dir():
-                found = [p for p in root.iterdir() if checkpoint_images(p.name) is not None and p.is_dir()]
+                found = [p for p in root.iterdir() if checkpoint_order(p.name) is not None and p.is_dir()]
                 if found:
-                    return sorted(found, key=lambda p: (p.name == _latest(root), p.name), reverse=True)
+                    return sorted(found, key=_preference(root), reverse=True)
     except OSError as error:  # a name that the file system refuses, a directory without permission
         raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error.strerror}.") from None
     return []
@@ -127,8 +129,20 @@ def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Dige
     return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
 
 
-def _latest(root: Path) -> str:
-    try:
-        return read_text(root / LATEST, MAX_NAME_BYTES).strip()
-    except (OSError, ValueError):
-        return ""
+def _preference(root: Path) -> Callable[[Path], tuple[bool, bool, tuple[int, int]]]:
+    """Return a sort key that is larger for checkpoints to be preferred."""
+    latest, written_ns = "", 0
+    with suppress(OSError, ValueError):
+        latest = read_text(root / LATEST, MAX_NAME_BYTES).strip()
+        written_ns = (root / LATEST).stat().st_mtime_ns
+    named = checkpoint_order(latest)
+
+    def key(path: Path) -> tuple[bool, bool, tuple[int, int]]:
+        order = checkpoint_order(path.name) or (0, 0)
+        completed_later = False
+        if named is not None and order > named:
+            with suppress(OSError):
+                completed_later = (path / MANIFEST).stat().st_mtime_ns > written_ns
+        return completed_later, path.name == latest, order
+
+    return key

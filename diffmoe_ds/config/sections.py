@@ -158,12 +158,14 @@ class DataConfig(Section):
     """Mirror each image with probability 0.5; prepared latents include the latent of the mirrored image for this."""
     num_workers: SmallInteger = 0
     """Loader processes per rank; 0 loads in the training process."""
-    shuffle: Literal["whole", "window"] = "whole"
-    """`whole` permutes the whole dataset every epoch: the best mixing, but random access to all shards, so use it on a
-    local disk. `window` shuffles and concatenates the shards, then shuffles within windows of `shuffle_window` images:
-    nearly sequential reads, for network file systems and URLs; mixing depends on the window size and the shards
-    (`diffmoe prepare` shuffles across them). Both read every image once per epoch on any number of ranks and resume
-    exactly."""
+    shuffle: Literal["feistel", "whole", "window"] = "feistel"
+    """`feistel` permutes the whole dataset every epoch: the best mixing, but random access to all shards, so use it on
+    a local disk. Its permutation, a Feistel cipher, is computed image by image and takes no memory. `whole`, which was
+    the default, also permutes the whole dataset, but every process stores the permutation. `window` shuffles and
+    concatenates the shards, then shuffles within windows of `shuffle_window` images: nearly sequential reads, for
+    network file systems and URLs; mixing depends on the window size and the shards (`diffmoe prepare` shuffles across
+    them). All of them read every image once per epoch on any number of ranks and resume exactly. A resumed run keeps
+    the shuffle of its checkpoint unless its recipe sets another one."""
     shuffle_window: PositiveInteger = 16_384
     """Window size for `shuffle: window`, in images; larger windows mix better and read from more shards at a time."""
     max_unreadable: Fraction = 0.01

@@ -135,6 +135,7 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
         seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
         image_shape=image_shape(config), num_classes=model.num_classes,
         replaces_unreadable=config.data.max_unreadable > 0,
+        shuffle="whole" if config.data.shuffle == "whole" else "feistel",
     )  # fmt: skip
     loader = PositionLoader(dataset, settings, draws)
     try:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import itertools
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, Unreadable, check_labels, check_latents
-from diffmoe_ds.data.shuffle import Shuffle, WholeShuffle, WindowShuffle
+from diffmoe_ds.data.shuffle import FeistelShuffle, Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
 
@@ -79,6 +80,8 @@ class LoaderSettings:
     """Whether the image of the next position replaces one that cannot be read."""
     shuffle_window: int = 0
     """Images per window of a `WindowShuffle`; 0 shuffles across the whole dataset."""
+    shuffle: Literal["feistel", "whole"] = "whole"
+    """Selects `FeistelShuffle` or `WholeShuffle`, if `shuffle_window` is 0."""
 
     def __post_init__(self) -> None:
         assert self.global_batch == self.micro_batch * self.accumulation * self.world, self
@@ -89,9 +92,9 @@ class PositionLoader:
     """An endless iterable of one rank's micro-batches; each `iter()` starts at `start_position` again.
 
     The workers live as long as the iterator, which is as long as the run.  Each holds at most `PREFETCHED_PER_WORKER`
-    micro-batches; only the index and the shuffle of an epoch grow with the dataset.  Drop an unfinished iterator while
-    the process still runs: the garbage collector finalizes the workers' queues first, and the workers then have to time
-    out.
+    micro-batches; only the index and the epoch of a `WholeShuffle` grow with the dataset.  Drop an unfinished iterator
+    while the process still runs: the garbage collector finalizes the workers' queues first, and the workers then have
+    to time out.
     """
 
     def __init__(self, dataset: Dataset, settings: LoaderSettings, draws: Callable[[int], TrainingDraws]) -> None:
@@ -111,6 +114,8 @@ class PositionLoader:
         shuffle: Shuffle
         if settings.shuffle_window:
             shuffle = WindowShuffle(settings.seed, dataset.shard_sizes, settings.shuffle_window)
+        elif settings.shuffle == "feistel":
+            shuffle = FeistelShuffle(settings.seed, len(dataset))
         else:
             shuffle = WholeShuffle(settings.seed, len(dataset))
         micro_batch, stride = settings.micro_batch, settings.world * settings.micro_batch
@@ -204,6 +209,7 @@ def _start_worker(parent: int, closing: torch.Tensor, worker: int) -> None:
     """
     if os.getppid() != parent:
         os._exit(1)
+    gc.freeze()  # the collector writes to the objects that it visits, which would copy those of the training process
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.item() else None)

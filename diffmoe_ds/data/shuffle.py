@@ -3,9 +3,10 @@
 A *position* counts the images of a run from 0.  For n images, position p reads image p % n of epoch p // n, on any
 rank and at any batch size.  Every epoch reads every image exactly once.
 
-There are two shuffles.  `WholeShuffle` permutes the whole dataset, which mixes best but reads from all shards at all
-times.  `WindowShuffle` shuffles the shards, concatenates them and shuffles within consecutive windows, so it needs
-only the shards of a window at a time; how well it mixes depends on the size of the window and on the shards.
+There are three shuffles.  `FeistelShuffle` and `WholeShuffle` permute the whole dataset, which mixes best but reads
+from all shards at all times; the first computes its permutation, the second stores it.  `WindowShuffle` shuffles the
+shards, concatenates them and shuffles within consecutive windows, so it needs only the shards of a window at a time;
+how well it mixes depends on the size of the window and on the shards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Protocol
 
 import numpy as np
 
+from diffmoe_ds.data.feistel import ROUNDS, permute
 from diffmoe_ds.rng import Purpose, philox
+
+FEISTEL_BLOCK = 256
+"""Consecutive positions whose images are computed together, which takes hardly longer than computing a single one."""
 
 
 class Shuffle(Protocol):
@@ -31,8 +36,25 @@ class Shuffle(Protocol):
 
 
 @dataclass(frozen=True)
+class FeistelShuffle:
+    """Each epoch is a pseudo-random permutation of all images, whose memory does not depend on their number."""
+
+    seed: int
+    n: int
+    """Images of the dataset."""
+
+    def __call__(self, position: int) -> int:
+        epoch, index = locate(position, self.n)
+        block, place = divmod(index, FEISTEL_BLOCK)
+        return int(_feistel_block(self.seed, epoch, self.n, block)[place])
+
+    def next_shards(self, position: int) -> Sequence[int]:
+        return ()  # any shard may be needed at any time
+
+
+@dataclass(frozen=True)
 class WholeShuffle:
-    """Each epoch is a permutation of all images."""
+    """Each epoch is a permutation of all images, sorted and stored by every process: 20 bytes an image at its peak."""
 
     seed: int
     n: int
@@ -99,6 +121,14 @@ class WindowShuffle:
             _permutation(self._seed, Purpose.WINDOW_SHUFFLE, epoch * windows + number, len(images))
         ]
         return shuffled
+
+
+@functools.lru_cache(maxsize=2)  # a small micro-batch reads from one block, or from two at a border
+def _feistel_block(seed: int, epoch: int, n: int, block: int) -> np.ndarray:
+    """Return a block of the permutation that an epoch reads, int64 [at most FEISTEL_BLOCK]."""
+    keys = philox(seed, Purpose.FEISTEL_SHUFFLE, epoch).random_raw(ROUNDS)
+    first = block * FEISTEL_BLOCK
+    return permute(np.arange(first, min(first + FEISTEL_BLOCK, n), dtype=np.uint64), n, keys)
 
 
 @functools.lru_cache(maxsize=2)  # a micro-batch reads from one epoch, or from two at a border

@@ -1,10 +1,10 @@
 """Run lock: one job at a time in a run directory, on any file system that several hosts share.
 
-The lock is a small file that its holder rewrites every few seconds with a higher count. It only requires that linking
+The lock is a small file whose modification time its holder renews every few seconds. It only requires that linking
 and renaming a file are atomic (NFS, Lustre, ...), not a lock daemon or synchronized clocks. A holder that was killed or
-whose host lost power stops counting, and the next job reclaims the stale lock: at once if the holder is known to be
-gone, otherwise after the count has not changed for a while. A holder that was only suspended finds another job's token
-in the file when it resumes, and exits.
+whose host lost power stops renewing it, and the next job reclaims the stale lock: at once if the holder is known to be
+gone, otherwise after the file has not changed for a while. A holder that was only suspended cannot change the run
+directory any more (see `ownership`); when it resumes, it finds another job's token in the file, and exits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -21,59 +22,69 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffmoe_ds.distributed.ownership import LEFTOVERS, OWNERS, Owner
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
-from diffmoe_ds.files import create_exclusively, replacing, write_synced
+from diffmoe_ds.files import write_synced
 
 LOCK_FILE = "lock.json"
+MAX_LOCK_BYTES = 1 << 16
+"""Longest lock file that is read."""
 BEAT_S = 4.0
 """Seconds between two heartbeats of the holder."""
 STALE_S = 24.0
 """Seconds without a heartbeat after which the lock of a holder on another host is stale."""
 SETTLE_S = 1.0
-"""Seconds to wait after a takeover for a concurrent one to show; heartbeats detect later ones."""
+"""Seconds to wait after a takeover for a concurrent one to show."""
 
 
 class RunLock:
     """Context manager that locks a run directory; rank 0 only."""
 
-    def __init__(self, directory: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path, checkpoints: Path, environ: Mapping[str, str] | None = None) -> None:
         """Prepare the lock without acquiring it.
 
         Args:
             directory: the run directory.
+            checkpoints: the directory of its checkpoints, which may be on another file system.
             environ: environment with Slurm's variables; ``os.environ`` if None.
         """
         env = os.environ if environ is None else environ
+        self.owner = Owner(secrets.token_hex(8))
+        self._directory, self._checkpoints = directory, checkpoints
         self._path = directory / LOCK_FILE
+        self._mine = self.owner.directory(directory) / LOCK_FILE  # a second link to our file, wherever the first is
+        self._file = -1
+        self._acquired = False
         self._me: dict[str, Any] = {
-            "token": secrets.token_hex(8),
+            "token": self.owner.token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": _process(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "job": env.get("SLURM_JOB_ID"),
-            "restarts": int(env.get("SLURM_RESTART_COUNT", 0)),
-            "beat": 0,
+            "restarts": _restarts(env.get("SLURM_RESTART_COUNT", "")),
+            "beat": 0,  # version 0.1.0 counts here
         }
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True, name="run-lock")
         self._lost_to: dict[str, Any] | None = None
 
     def __enter__(self) -> RunLock:
-        """Acquire the lock.
+        """Acquire the lock, and remove what earlier holders left behind.
 
         Raises:
             RunDirectoryBusyError: a running job holds it.
             CheckpointError: the directory cannot be written.
         """
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if not create_exclusively(self._path, self._contents()):
-                self._take_over()
+            self._acquire()
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or self._path}: cannot be written on {self._me['host']}: {error.strerror}."
-            ) from None
+            if self._file >= 0 and not self._mine.exists():  # moved away by whoever has the lock now
+                raise self._just_locked() from None
+            raise CheckpointError(f"{self._path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
+        finally:
+            if not self._acquired:
+                self._release()
         self._beating.start()
         return self
 
@@ -82,26 +93,57 @@ class RunLock:
         self._stop.set()
         self._beating.join(timeout=BEAT_S)
         if (_read(self._path) or {}).get("token") == self._me["token"]:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has just been taken over, and our directory moved away
+                self._path.rename(self._mine.with_suffix(".released"))
+        self._release()
 
     def check(self) -> None:
-        """Verify that the lock is still ours.
+        """Verify that the lock was still ours at the last heartbeat.
 
         Raises:
             RunDirectoryBusyError: another job has taken it over while this process was suspended.
         """
         if self._lost_to is not None:
+            who = _who(self._lost_to) if self._lost_to else "another job"
             raise RunDirectoryBusyError(
-                f"{self._path.parent}: was taken over by {_who(self._lost_to)} while this process was suspended; it "
-                "exits without writing anything."
+                f"{self._directory}: was taken over by {who} while this process was suspended; it exits without "
+                "writing anything."
             )
+
+    def check_now(self) -> None:
+        """Read the lock and verify that it is still ours.
+
+        Raises:
+            RunDirectoryBusyError: another job has taken it over, like `check`.
+        """
+        holder = _read(self._path)
+        if holder is not None and holder["token"] != self._me["token"]:
+            self._lost_to = holder
+        elif self._directory.exists() and not self._mine.exists():  # taken over, and released since
+            self._lost_to = {}
+        self.check()
+
+    def _acquire(self) -> None:
+        for root in (self._directory, self._checkpoints):
+            self.owner.claim(root)  # first: whoever takes the lock after us moves these away
+        write_synced(self._mine, json.dumps(self._me).encode())
+        self._file = os.open(self._mine, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.link(self._mine, self._path)
+        except FileExistsError:
+            self._take_over()
+        self._require_ours()
+        self.owner.fence_others(self._directory, OWNERS)  # other leftovers may be those of a running export
+        self.owner.fence_others(self._checkpoints, LEFTOVERS)
+        self._require_ours()
+        self._acquired = True
 
     def _take_over(self) -> None:
         holder = _read(self._path)
         if holder is not None and not self._is_gone(holder):
             print(
                 f"{'waiting':>11}  up to {STALE_S:g} s to see whether {_who(holder)} is still active in "
-                f"{self._path.parent}",
+                f"{self._directory}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             deadline = time.monotonic() + STALE_S
@@ -112,56 +154,81 @@ class RunLock:
                     break
                 if _signs_of_life(now) != _signs_of_life(holder):
                     raise RunDirectoryBusyError(
-                        f"{self._path.parent}: is in use by {_who(now)}; wait for it, cancel it, or give another "
+                        f"{self._directory}: is in use by {_who(now)}; wait for it, cancel it, or give another "
                         "--run-dir."
                     )
-        self._write()
+        taking = self._mine.with_suffix(".taking")
+        os.link(self._mine, taking)
+        taking.rename(self._path)  # fails if another job has taken the lock meanwhile and moved our directory away
         time.sleep(SETTLE_S)
+
+    def _require_ours(self) -> None:
+        """Raise if another job has taken the lock."""
         holder = _read(self._path)
-        if holder is None or holder["token"] != self._me["token"]:
-            raise RunDirectoryBusyError(f"{self._path.parent}: was just locked by {_who(holder or {})}.")
+        if holder is None or holder["token"] != self._me["token"] or not self._mine.exists():
+            raise self._just_locked()
+
+    def _just_locked(self) -> RunDirectoryBusyError:
+        return RunDirectoryBusyError(f"{self._directory}: was just locked by {_who(_read(self._path) or {})}.")
+
+    def _release(self) -> None:
+        """Remove our directories, and that of the checkpoints if it is empty."""
+        for root in (self._directory, self._checkpoints):
+            self.owner.release(root)
+        with contextlib.suppress(OSError):
+            self._checkpoints.rmdir()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _is_gone(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder is known to be gone."""
         if holder["job"] is not None and holder["job"] == self._me["job"] and holder["restarts"] < self._me["restarts"]:
             return True  # Slurm restarts a job only after ending it
         here = self._me["process"]
-        if holder["host"] != self._me["host"] or holder["process"]["boot"] != here["boot"]:
+        if holder["host"] != self._me["host"] or holder["process"].get("boot") != here["boot"]:
             return False
-        if holder["process"]["namespace"] != here["namespace"]:  # another container: its process ids mean nothing here
+        if (
+            holder["process"].get("namespace") != here["namespace"]
+        ):  # another container: its process ids mean nothing here
             return False
         return bool(_process(holder["pid"]) != holder["process"])
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            try:
+            with contextlib.suppress(OSError):  # a file system that does not respond now may do so later
                 holder = _read(self._path)
-                if holder is not None and holder["token"] != self._me["token"]:
+                if holder is None:  # somebody has removed or damaged it
+                    with contextlib.suppress(FileExistsError):
+                        os.link(self._mine, self._path)
+                elif holder["token"] != self._me["token"]:
                     self._lost_to = holder
                     return
-                self._me["beat"] += 1
-                self._write()
-            except OSError:  # a full disk: changing the modification time needs no space
-                with contextlib.suppress(OSError):
-                    os.utime(self._path)
-
-    def _write(self) -> None:
-        """Replace the lock's file."""
-        with replacing(self._path) as tmp:
-            write_synced(tmp, self._contents())
-
-    def _contents(self) -> bytes:
-        return json.dumps(self._me).encode()
+                os.utime(self._file)  # needs no space, and never touches the file of a new holder
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of the lock file; None if it is missing or invalid."""
+    """Return the contents of the lock file, with all keys; None if it is missing or invalid."""
     try:
-        with path.open(encoding="utf-8") as file:
-            found, modified = json.load(file), os.fstat(file.fileno()).st_mtime_ns
-        return {**found, "modified": modified} if isinstance(found, dict) and "token" in found else None
-    except (OSError, ValueError):
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place must not block
+        try:
+            status = os.fstat(file)
+            text = os.read(file, MAX_LOCK_BYTES) if stat.S_ISREG(status.st_mode) else b""
+        finally:
+            os.close(file)
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
         return None
+    if not isinstance(found, dict) or not isinstance(found.get("token"), str):
+        return None
+    process = found.get("process")
+    known = {
+        "process": process if isinstance(process, dict) else {},
+        "restarts": found["restarts"] if type(found.get("restarts")) is int else 0,
+        "pid": found["pid"] if type(found.get("pid")) is int else 0,
+        "modified": status.st_mtime_ns,
+    }
+    return {"host": None, "job": None, "since": None, "beat": 0, **found, **known}
 
 
 def _signs_of_life(holder: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -184,6 +251,11 @@ def _text(path: str) -> str:
         return os.readlink(path) if os.path.islink(path) else Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def _restarts(text: str) -> int:
+    """Return Slurm's count of restarts; 0 if it is none, which costs no more than the wait for a stale lock."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
 
 
 def _who(holder: Mapping[str, Any]) -> str:

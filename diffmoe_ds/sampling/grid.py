@@ -103,4 +103,4 @@ def _heads(heads: Sequence[str], width: int) -> Pixels:
 
 def save_png(picture_HWC: Pixels, path: Path) -> None:
     """Write a picture, uint8 [height, width, 3], as PNG."""
-    Image.fromarray(picture_HWC).save(path)
+    Image.fromarray(picture_HWC).save(path, format="PNG")

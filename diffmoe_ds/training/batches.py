@@ -214,6 +214,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         num_workers=data.num_workers,
         replaces_unreadable=data.max_unreadable > 0,
         shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,
+        shuffle="whole" if data.shuffle == "whole" else "feistel",
     )
     loader = PositionLoader(dataset, reading, draws)
     if data.vae is None:

@@ -23,7 +23,7 @@ class Checkpointer:
     """Saves the checkpoints of a run.  Every rank must call the same methods at the same step."""
 
     def __init__(self, run: Run, watchdog: Watchdog, lock: RunLock | None) -> None:
-        """Remove incomplete checkpoints of an earlier run and get ready to save.
+        """Get ready to save.
 
         Args:
             run: the run to save.
@@ -33,7 +33,7 @@ class Checkpointer:
         self._run = run
         self._watchdog = watchdog
         self._lock = lock
-        self._saver = CheckpointSaver(run.directory, run.config.checkpoint, run.device)
+        self._saver = CheckpointSaver(run.directory, run.config.checkpoint, run.device, run.owner)
         self._saved_images = self._started_images = run.images
         self._started_s = time.monotonic()
         self._pause_s = 0.0
@@ -59,7 +59,7 @@ class Checkpointer:
             wait: block until the checkpoint is on disk, and raise on failure regardless of ``checkpoint.on_error``.
         """
         self.complete()
-        raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check())
+        self._check_lock()
         run, start = self._run, time.perf_counter()
         self._started_images, self._started_s = run.images, time.monotonic()
         self._saver.start(run.ema.fragments, run.ema.values, _buffers(run), _metadata(run))
@@ -116,23 +116,32 @@ class Checkpointer:
         )
 
     def _finish(self, must_succeed: bool = False) -> None:
-        start = time.perf_counter()
+        start, progress = time.perf_counter(), -1
         while self.is_writing:
             time.sleep(0.01)
-            self._watchdog.alive()
+            if self._saver.progress != progress:  # a write that hangs must not count as a sign of life
+                progress = self._saver.progress
+                self._watchdog.alive()
         images = self._saver.images
         try:
-            self.last = self._saver.finish()
+            self.last = self._saver.finish(self._watchdog.tick)
             self._saved_images = images
         except (CheckpointError, AlreadyReportedError) as error:
+            self._check_lock()  # the reason, if another job has taken over
             if must_succeed or self._run.config.checkpoint.on_error == "stop":
                 raise
             if isinstance(error, CheckpointError):  # AlreadyReportedError: another rank prints it
                 print(f"\n*** WARNING: {error} Training continues without it. ***\n", file=sys.stderr, flush=True)
             return
+        if must_succeed:
+            self._saver.wait_for_retention()
         self._pause_s += time.perf_counter() - start
         if self._run.is_main:
             print(f"{'saved':>11}  {self.last} (training waited {self._pause_s:.3f} s)", flush=True)
+
+    def _check_lock(self) -> None:
+        """Raise RunDirectoryBusyError on all ranks if another job has taken over the run directory."""
+        raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check_now())
 
 
 def _buffers(run: Run) -> dict[str, Tensor]:

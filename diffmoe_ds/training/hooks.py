@@ -15,6 +15,7 @@ import numpy as np
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DiffMoEError
+from diffmoe_ds.files import replacing
 from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
@@ -170,6 +171,7 @@ class SampleGrid:
         path = folder / f"images_{self._run.images:012d}.png"
         try:
             folder.mkdir(exist_ok=True)
-            save_png(grid_HWC, path)
+            with replacing(path, self._run.owner.directory(self._run.directory)) as tmp:
+                save_png(grid_HWC, tmp)
         except OSError as error:  # a failed preview must not end the run
             print(f"*** WARNING: {path}: cannot be written: {error} ***", file=sys.stderr, flush=True)

@@ -14,17 +14,23 @@ from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_si
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
 
+KEPT = {"data": ("shuffle", "shuffle_window"), "ema": ("warmup",)}
+"""By section, the keys that keep their values when a run resumes, unless its recipe sets them; defaults may change."""
+
 
 def continued(config: Config, saved: Config) -> Config:
-    """Return the configuration of a resumed run: ``ema.warmup``, unless set, is that of the checkpoint.
+    """Return the configuration of a resumed run, with the checkpoint's values for the keys in `KEPT` that are not set.
 
     Args:
         config: the recipe.
         saved: the configuration in the checkpoint.
     """
-    if "warmup" in config.ema.model_fields_set:
-        return config
-    return config.model_copy(update={"ema": config.ema.model_copy(update={"warmup": saved.ema.warmup})})
+    sections = {}
+    for name, keys in KEPT.items():
+        section, old = getattr(config, name), getattr(saved, name)
+        kept = {key: getattr(old, key) for key in keys if key not in section.model_fields_set}
+        sections[name] = section.model_copy(update=kept)
+    return config.model_copy(update=sections)
 
 
 def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:

@@ -20,6 +20,7 @@ from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.devices import device_reported
 from diffmoe_ds.planning.flops import flops_per_image
+from diffmoe_ds.training.host_memory import describe_host_memory
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from diffmoe_ds.training.routing_report import RoutingReport
 
@@ -142,6 +143,7 @@ class MainLog(RunLog):
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
         self._since_line: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
+        self._printed_memory = False
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
 
@@ -205,6 +207,10 @@ class MainLog(RunLog):
             f"{last['peak_memory_mb']:,.0f} MB | ETA {_clock(left)}",
             flush=True,
         )
+        memory = None if self._printed_memory else describe_host_memory()
+        self._printed_memory = True
+        if memory is not None:
+            print(f"{'memory':>11}  rank 0 takes {memory}", flush=True)
 
     def routing(self, report: RoutingReport, layers: Mapping[int, MoELayer], images: int) -> None:
         if self._board is None and self.monitor is None:

@@ -8,17 +8,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
 from diffmoe_ds.config.load import dump_config
-from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed import deepspeed_seam as seam
+from diffmoe_ds.distributed.collectives import broadcast
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.files import write_error, write_text
+from diffmoe_ds.files import write_text
 from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.device_settings import apply_device_settings
@@ -41,6 +44,8 @@ class Session:
     """Detects ranks that die or stop responding."""
     lock: RunLock | None
     """The run directory's lock; rank 0 only."""
+    owner: Owner
+    """Owner of the run directory."""
     resources: ExitStack
     """Closes what the session opened."""
 
@@ -58,11 +63,11 @@ class Session:
         if "wandb" in self.plan.settings.json and "WANDB_DIR" not in os.environ:
             os.environ["WANDB_DIR"] = str(plan.directory)  # otherwise it writes into the current directory
             self.resources.callback(os.environ.pop, "WANDB_DIR", None)
-        run = setup_run(self.plan)
+        run = setup_run(self.plan, self.owner)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
         # not earlier: a rejected run must not change the file
-        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, run.config) if plan.is_main else None)
+        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, run) if plan.is_main else None)
         return run
 
     def open_log(self, run: Run) -> RunLog:
@@ -125,7 +130,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
     """
     rendezvous = join_ranks(plan.launch, plan.fingerprint(), plan.config.run.start_timeout_s)
     with ExitStack() as resources:
-        lock = rendezvous.on_main("lock", lambda: resources.enter_context(RunLock(plan.directory)))
+        lock = rendezvous.on_main("lock", lambda: resources.enter_context(_lock(plan.directory)))
         # re-read: an earlier job may have saved until it released the lock
         start = rendezvous.raise_on_all_ranks("start", plan.with_start)
         plan = start.with_launch(rendezvous.launch)
@@ -137,7 +142,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
         try:
-            yield Session(plan, rendezvous.hosts, watchdog, lock, resources)
+            yield Session(plan, rendezvous.hosts, watchdog, lock, _owner(lock, local_device(launch)), resources)
         except RuntimeError as error:  # raised by collectives when a peer is gone, among other reasons
             lost = watchdog.find_lost()
             if lost is None:
@@ -145,10 +150,17 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             raise lost from error
 
 
-def _write_resolved(directory: Path, config: Config) -> None:
-    """Write the resolved configuration, which ``--config`` accepts, and create the checkpoint directory."""
-    try:
-        checkpoint_root(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(directory, error) from None
-    write_text(directory / RESOLVED_RECIPE, dump_config(config))
+def _lock(directory: Path) -> RunLock:
+    return RunLock(directory, checkpoint_root(directory))
+
+
+def _owner(lock: RunLock | None, device: torch.device) -> Owner:
+    """Return the owner of the run directory, whose token rank 0 knows, on all ranks."""
+    token = bytes(8) if lock is None else bytes.fromhex(lock.owner.token)
+    number = torch.tensor(int.from_bytes(token, "big", signed=True), device=device)
+    return Owner(int(broadcast(number)).to_bytes(8, "big", signed=True).hex())
+
+
+def _write_resolved(directory: Path, run: Run) -> None:
+    """Write the resolved configuration, which ``--config`` accepts."""
+    write_text(directory / RESOLVED_RECIPE, dump_config(run.config), run.owner.directory(directory))

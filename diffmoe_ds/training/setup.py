@@ -16,6 +16,7 @@ from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.evaluation.held_out import HeldOut
 from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
@@ -42,6 +43,8 @@ class Run:
     """The ranks and the expert placement."""
     directory: Path
     """The run directory."""
+    owner: Owner
+    """Owner of the run directory."""
     engine: DeepSpeedEngine
     """The DeepSpeed engine: sharded model and optimizer."""
     model: DiT
@@ -87,11 +90,15 @@ class Run:
         return device
 
 
-def setup_run(plan: TrainPlan) -> Run:
+def setup_run(plan: TrainPlan, owner: Owner) -> Run:
     """Build the model, shard it, and load the checkpoint if there is one. Every rank must call this.
 
     The process group must exist. Weights are loaded before DeepSpeed sees the model, so that its low-precision copies
     are made from them; master weights and moments are written into its partitions afterwards.
+
+    Args:
+        plan: the plan that all ranks agreed on.
+        owner: of the run directory.
 
     Raises:
         CheckpointError: on all ranks, if any rank cannot read its part.
@@ -119,6 +126,7 @@ def setup_run(plan: TrainPlan) -> Run:
         settings=settings,
         topology=topology,
         directory=plan.directory,
+        owner=owner,
         engine=engine,
         model=model,
         objective=make_objective(config.objective.kind),

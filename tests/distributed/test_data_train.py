@@ -33,7 +33,7 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shuffle", [("data.shuffle=whole",), ("data.shuffle=window", "data.shuffle_window=30")])
+@pytest.mark.parametrize("shuffle", [("data.shuffle=feistel",), ("data.shuffle=window", "data.shuffle_window=30")])
 def test_latents_train_the_same_on_two_ranks_and_resume_exactly(made, train_tiny, tmp_path, shuffle):
     evaluation = (
         f"data.validation_path={made / 'latents'}", "eval.every_images=48", "eval.num_images=15",

@@ -102,7 +102,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 def writing(directory: Path) -> bool:
     try:
-        return any(name.startswith(".writing-") for name in os.listdir(directory / "checkpoints"))
+        return any((directory / "checkpoints").glob(".writing-*/images_*"))
     except OSError:
         return False
 

@@ -73,6 +73,7 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
                     enter(request, files[0], server)
                     return request
                 running[pid] = request["number"]
+                connection.send(json.dumps({"number": request["number"], "pid": pid}).encode())
                 os.close(files[0])
         report_ends(connection, running)
 
@@ -86,6 +87,8 @@ def enter(request: dict[str, Any], output: int, server: int) -> None:
     os.close(output)
     os.environ.clear()
     os.environ.update(request["environment"])
+    if "FAULTS" in os.environ:
+        ctypes.CDLL(None).faults_parse()  # of `tests/faults/shim.c`, which this server has preloaded
     os.chdir(request["directory"])
 
 

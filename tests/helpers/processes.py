@@ -236,6 +236,13 @@ class ForkedProcess:
     server: ForkServer
     number: int
 
+    @property
+    def pid(self) -> int:
+        """The process id; waits until the server has forked."""
+        while self.number not in self.server.pids:
+            self.server.receive(wait=GRACE)
+        return self.server.pids[self.number]
+
     def poll(self) -> int | None:
         self.server.receive(wait=0)
         return self.server.codes.get(self.number)
@@ -249,8 +256,10 @@ class ForkedProcess:
 class ForkServer:
     """Starts `fork_server.py`, which imports ``modules``, and asks it for processes."""
 
-    def __init__(self, modules: Sequence[str] = MODULES) -> None:
+    def __init__(self, modules: Sequence[str] = MODULES, **extra: str) -> None:
+        """Start the server with some more environment variables."""
         self.codes: dict[int, int] = {}
+        self.pids: dict[int, int] = {}
         self._count = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the server
@@ -258,8 +267,8 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, script, str(theirs.fileno()), str(os.getpid()), *modules],
-                env={**ENVIRONMENT, "TORCH_CPP_LOG_LEVEL": "ERROR"}, pass_fds=[theirs.fileno()], cwd=REPOSITORY,
-                stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
+                env={**ENVIRONMENT, "TORCH_CPP_LOG_LEVEL": "ERROR", **extra}, pass_fds=[theirs.fileno()],
+                cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True,
             )  # fmt: skip
         self.pid = self._process.pid
 
@@ -286,7 +295,7 @@ class ForkServer:
             raise self._died() from error
 
     def receive(self, wait: float) -> None:
-        """Record the exit codes that the server has reported, waiting at most ``wait`` seconds for the first."""
+        """Record the process ids and exit codes that the server reports, waiting at most ``wait`` seconds for one."""
         while select.select([self._socket], [], [], wait)[0]:
             try:
                 message = self._socket.recv(1 << 16)
@@ -295,7 +304,10 @@ class ForkServer:
             if not message:
                 raise self._died()
             answer = json.loads(message)
-            self.codes[answer["number"]] = answer["code"]
+            if "pid" in answer:
+                self.pids[answer["number"]] = answer["pid"]
+            else:
+                self.codes[answer["number"]] = answer["code"]
             wait = 0
 
     def close(self) -> None:

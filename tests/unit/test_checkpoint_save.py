@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from diffmoe_ds.config.schema import CheckpointConfig, Config
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import TMP_PREFIX, sha256_of
 
@@ -87,9 +89,15 @@ def save(tmp_path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def save(images: int, **keep: int) -> Path:
-        saver = CheckpointSaver(tmp_path, CheckpointConfig(**keep), torch.device("cpu"))
-        saver.start([], [], {"threshold": torch.zeros(1)}, metadata(images))
-        return saver.finish()
+        owner, root = Owner(secrets.token_hex(8)), tmp_path / "checkpoints"
+        owner.claim(root)
+        saver = CheckpointSaver(tmp_path, CheckpointConfig(**keep), torch.device("cpu"), owner)
+        try:
+            saver.start([], [], {"threshold": torch.zeros(1)}, metadata(images))
+            return saver.finish()
+        finally:
+            saver.wait_for_retention()
+            owner.release(root)
 
     yield save
     dist.destroy_process_group()
@@ -110,10 +118,11 @@ def test_checkpoints_of_an_abandoned_branch_no_longer_count(save, tmp_path, caps
     save(64, keep_last=2)
     save(80, keep_last=2)
     save(72, keep_last=0)
-    assert [path.name for path in candidates(tmp_path)] == [checkpoint_name(n) for n in (72, 64)]
-    left = [f"left-{checkpoint_name(n)}" for n in (64, 80, 80)]
-    left[2] += "-2"
-    assert names(tmp_path) == [*map(checkpoint_name, (64, 72)), "latest", *left]
+    assert [path.name for path in candidates(tmp_path)] == [checkpoint_name(72), "images_000000000064_2"]
+    save(72, keep_last=0)
+    left = [f"left-images_0000000000{name}" for name in ("64", "72", "80", "80_2")]
+    kept = ["images_000000000064_2", "images_000000000072_2"]
+    assert names(tmp_path) == [*kept, "latest", *left], "no name is reused"
 
 
 @pytest.mark.parametrize("file", ("rank_00000.safetensors", META, "manifest.json", "latest"))
@@ -131,8 +140,8 @@ def test_a_full_disk_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, fi
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*/{file}: cannot be written: No space"
-    expected += r" left on device\.$"
+    expected = rf"images_000000000032 was not saved: rank 0 on .*: .*({file}|images_000000000032): cannot be "
+    expected += r"written: No space left on device\.$"
     with pytest.raises(CheckpointError, match=expected):
         save(32)
     assert names(tmp_path) == before and newest_valid(tmp_path, full=True).name == checkpoint_name(16)

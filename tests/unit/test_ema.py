@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffmoe_ds.checkpoint.layout import META
+from diffmoe_ds.checkpoint.metadata import stored_config
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
-from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.load import config_to_dict, load_config
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.config.sections import EMAConfig
+from diffmoe_ds.training.resume import continued
 from tests.helpers.checkpoints import reseal
 from tests.helpers.training import training_arguments, write_json
 
@@ -57,6 +60,23 @@ def test_a_warning_where_the_average_holds_mostly_initial_weights(short_run, tmp
         command = ["sample", "--checkpoint", str(path), "--num-images", "1", "--steps", "1", "--out"]
         assert main([*command, str(tmp_path / "out")]) == 0
         assert (said.removeprefix("warning: ") in capsys.readouterr().out) == warns
+
+
+def test_what_a_resumed_run_keeps():
+    """The order of the images and the warm-up of runs from before these keys or their defaults, unless they are set."""
+    plain = config_to_dict(Config())
+    del plain["data"]["shuffle"], plain["ema"]["warmup"]
+    oldest, window = stored_config(plain, "old"), load_config(None, ["data.shuffle=window", "data.shuffle_window=30"])
+    assert Config().data.shuffle == "feistel" and continued(Config(), Config()) == Config()
+    for own, saved, shuffle, size, warmup in (
+        ([], oldest, "whole", 16_384, False),
+        ([], window, "window", 30, True),
+        (["data.shuffle=feistel"], oldest, "feistel", 16_384, False),
+        (["data.shuffle=window", "data.shuffle_window=40", "ema.warmup=true"], window, "window", 40, True),
+    ):
+        config = continued(load_config("imagenet-256", own), saved)
+        assert (config.data.shuffle, config.data.shuffle_window, config.ema.warmup) == (shuffle, size, warmup)
+        assert config.data.num_workers == 4
 
 
 @pytest.mark.slow

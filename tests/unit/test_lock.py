@@ -18,8 +18,18 @@ from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
 from tests.helpers.processes import clean_environment
 
-HOLD = "import sys,time; from pathlib import Path; from diffmoe_ds.distributed.run_lock import RunLock\n" \
-       "with RunLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"  # fmt: skip
+HOLD = """
+import sys, time
+from pathlib import Path
+from diffmoe_ds.distributed.run_lock import RunLock
+with RunLock(Path(sys.argv[1]), Path(sys.argv[1], "checkpoints")):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def lock(directory: Path, environ: dict[str, str] | None = None) -> RunLock:
+    return RunLock(directory, directory / "checkpoints", environ)
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +50,13 @@ def elsewhere(directory: Path, **changes: object) -> Path:
 
 
 def test_second_process_is_refused_until_the_first_exits(tmp_path):
-    with RunLock(tmp_path, {"SLURM_JOB_ID": "12"}):
+    with lock(tmp_path, {"SLURM_JOB_ID": "12"}):
         with pytest.raises(RunDirectoryBusyError, match=rf"is in use by job 12, process {os.getpid()} on "):
-            RunLock(tmp_path, {"SLURM_JOB_ID": "13"}).__enter__()
-        assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+            lock(tmp_path, {"SLURM_JOB_ID": "13"}).__enter__()
+        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["checkpoints", "lock.json"]
+        assert len(list(tmp_path.rglob(".writing-*"))) == 2, "the holder's"
     assert list(tmp_path.iterdir()) == []
-    with RunLock(tmp_path):
+    with lock(tmp_path):
         pass
 
 
@@ -56,14 +67,14 @@ def test_lock_of_a_killed_process_on_this_host_is_reclaimed(tmp_path, monkeypatc
         assert holder.stdout.readline() == "held\n"
         holder.send_signal(signal.SIGKILL)
     assert (tmp_path / "lock.json").exists()
-    with RunLock(tmp_path) as taken:
+    with lock(tmp_path) as taken:
         taken.check()
 
 
 def test_lock_of_a_dead_host_is_reclaimed_after_a_wait(tmp_path, capsys):
     elsewhere(tmp_path, job="12")
     begun = time.monotonic()
-    with RunLock(tmp_path, {"SLURM_JOB_ID": "13"}):
+    with lock(tmp_path, {"SLURM_JOB_ID": "13"}):
         assert 0.6 <= time.monotonic() - begun < 5
     assert "to see whether job 12, process 7 on node9" in capsys.readouterr().err
 
@@ -71,7 +82,7 @@ def test_lock_of_a_dead_host_is_reclaimed_after_a_wait(tmp_path, capsys):
 def test_requeued_job_does_not_wait_for_its_earlier_self(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "STALE_S", 1000.0)
     elsewhere(tmp_path, job="12", restarts=1)
-    with RunLock(tmp_path, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}):
+    with lock(tmp_path, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}):
         pass
 
 
@@ -81,22 +92,22 @@ def test_heartbeat_from_another_host_keeps_its_lock(tmp_path):
     beat = threading.Timer(0.2, lambda: os.utime(path))
     beat.start()
     with pytest.raises(RunDirectoryBusyError, match="process 7 on node9"):
-        RunLock(tmp_path).__enter__()
+        lock(tmp_path).__enter__()
     beat.join()
     assert json.loads(path.read_text())["token"] == "theirs", "left as it was"
 
 
 def test_only_one_of_many_takes_over_a_stale_lock(tmp_path):
     elsewhere(tmp_path)
-    locks, won, lost = [RunLock(tmp_path) for _ in range(6)], [], []
+    locks, won, lost = [lock(tmp_path) for _ in range(6)], [], []
 
-    def take(lock: RunLock) -> None:
+    def take(candidate: RunLock) -> None:
         try:
-            won.append(lock.__enter__())
+            won.append(candidate.__enter__())
         except RunDirectoryBusyError as error:
             lost.append(error)
 
-    threads = [threading.Thread(target=take, args=(lock,)) for lock in locks]
+    threads = [threading.Thread(target=take, args=(candidate,)) for candidate in locks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -107,7 +118,7 @@ def test_only_one_of_many_takes_over_a_stale_lock(tmp_path):
 
 
 def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
-    with RunLock(tmp_path) as frozen:
+    with lock(tmp_path) as frozen:
         elsewhere(tmp_path, job="13")
         time.sleep(0.3)
         with pytest.raises(RunDirectoryBusyError, match="was taken over by job 13"):
@@ -117,11 +128,11 @@ def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
 
 def test_damaged_lock_is_replaced(tmp_path):
     (tmp_path / "lock.json").write_text("{")
-    with RunLock(tmp_path):
+    with lock(tmp_path):
         pass
 
 
 def test_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written on"):
-        RunLock(tmp_path / "file" / "run").__enter__()
+        lock(tmp_path / "file" / "run").__enter__()

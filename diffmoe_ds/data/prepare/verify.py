@@ -110,7 +110,7 @@ def _index(path: Path, problems: list[str]) -> tuple[Index | None, dict[str, Any
         refuse_unfinished(path)
         if not (path / INDEX).exists():
             return None, claims
-        index = load_index(path)
+        index = load_index(path, rehash=True)
     except DataError as error:
         problems.append(str(error))
     try:  # also if another file of the index is damaged

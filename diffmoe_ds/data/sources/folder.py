@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,13 +63,14 @@ class ImageFolder:
         if not self._folder.is_dir():
             raise DataError(f"{folder} is not a directory of images")
         if unlabelled:
-            self.classes, self._files, labels = None, sorted(images_below(self._folder)), None
+            self.classes, files, labels = None, sorted(images_below(self._folder)), None
         else:
-            self.classes, self._files, labels = _labelled(self._folder)
-        if not self._files:
+            self.classes, files, labels = _labelled(self._folder)
+        if not files:
             raise DataError(f"{folder} holds no images; expected files named *{', *'.join(RAW_SUFFIXES)}")
-        self.labels = np.full(len(self._files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
-        self._keys = _keys(self._files)
+        self.labels = np.full(len(files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
+        self._ambiguous = _ambiguous_keys(files)
+        self._files = _Names(files)
 
     def unsupported(self) -> Counter[str]:
         """Return how many files of each unsupported image format are next to the images, by ending."""
@@ -80,7 +81,8 @@ class ImageFolder:
 
     def key(self, index: int) -> str:
         """Return the path below the folder, without its suffix and without dots in the last part."""
-        return self._keys[index]
+        key = _key(self._files[index])
+        return _key(self._files[index], with_suffix=True) if key in self._ambiguous else key
 
     def describe(self, index: int) -> str:
         """Return the file of a sample, for messages."""
@@ -174,18 +176,44 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(RAW_SUFFIXES) and not name.startswith(".")
 
 
-def _keys(files: list[str]) -> list[str]:
-    """Return a unique key for each file; in WebDataset a key ends at the first dot of the base name."""
-    keys = []
-    for file in files:
-        folder, slash, base = file.rpartition("/")
-        keys.append(folder + slash + base.rpartition(".")[0].replace(".", "_"))
-    common = {key for key, count in Counter(keys).items() if count > 1}
-    for number, (file, key) in enumerate(zip(files, keys, strict=True)):
-        if key in common:  # a.png next to a.jpg
-            folder, slash, base = file.rpartition("/")
-            keys[number] = folder + slash + base.replace(".", "_")
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise DataError(f"two images would both have the key {twice[0]!r}; rename one of them")
-    return keys
+def _key(file: str, *, with_suffix: bool = False) -> str:
+    """Return the key of a file; in WebDataset a key ends at the first dot of the base name."""
+    folder, slash, base = file.rpartition("/")
+    return folder + slash + (base if with_suffix else base.rpartition(".")[0]).replace(".", "_")
+
+
+def _ambiguous_keys(files: list[str]) -> frozenset[str]:
+    """Return the keys that several files would have, such as a.png next to a.jpg; theirs contain the suffix.
+
+    Raises:
+        DataError: two files would have the same key nevertheless.
+    """
+    ambiguous = frozenset(key for key, count in Counter(map(_key, files)).items() if count > 1)
+    if ambiguous:
+        keys = (_key(file, with_suffix=_key(file) in ambiguous) for file in files)
+        twice = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if twice is not None:
+            raise DataError(f"two images would both have the key {twice!r}; rename one of them")
+    return ambiguous
+
+
+class _Names:
+    """Names in one block of memory.
+
+    A list of strings takes more than twice as much, and again in every worker: counting references to a string writes
+    to its memory, which a forked worker then no longer shares.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = b"".join(encoded)
+        self._starts = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._starts[index] : self._starts[index + 1]])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))

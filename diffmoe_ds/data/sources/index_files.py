@@ -1,8 +1,8 @@
 """The index files of a directory of shards.
 
 `index.json` lists the shards with their sizes and the format of latents, `index-samples.npy` holds a row per sample
-and `index-keys.npy` the concatenated keys.  Opening the index reads the arrays once to verify their checksums; they are
-memory-mapped, so all workers share them.
+and `index-keys.npy` the concatenated keys.  One process of a host verifies the checksums of the arrays (`verified.py`);
+they are memory-mapped, so all ranks and workers share them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from diffmoe_ds.data.sources.tar_index import (
     ShardInfo,
     check_latents,
 )
+from diffmoe_ds.data.sources.verified import has_sha256
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json
 from diffmoe_ds.npy import read_header
@@ -72,8 +73,12 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
     write_json(folder / INDEX, tree)
 
 
-def load_index(folder: Path) -> Index:
+def load_index(folder: Path, *, rehash: bool = False) -> Index:
     """Read the index of a folder.
+
+    Args:
+        folder: the folder of the shards.
+        rehash: hash the arrays even if a process of this host has verified them recently.
 
     Raises:
         DataError: its files are damaged or do not match each other.
@@ -86,7 +91,8 @@ def load_index(folder: Path) -> Index:
         latents = None if tree["latents"] is None else latent_format(tree["latents"])
         # Datasets from before the checksums existed have none.
         hashes = tree.get("index_sha256", {}).items()
-        fits = all(sha256_of(folder / name) == sha256 for name, sha256 in hashes if name in (SAMPLES, KEYS))
+        hashes = [(folder / name, sha256) for name, sha256 in hashes if name in (SAMPLES, KEYS)]
+        fits = all(has_sha256(file, sha256, rehash=rehash) for file, sha256 in hashes)
         classes = _class_names(tree.get("classes"))
         samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))
         fits = fits and samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64

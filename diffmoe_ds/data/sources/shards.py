@@ -30,6 +30,7 @@ from diffmoe_ds.data.sources.tar_index import (
     Entry,
     Index,
     join,
+    only_images,
     scan,
     without_labels,
 )
@@ -96,10 +97,9 @@ class ShardDataset:
         if not len(self):
             others = f" and {len(shards) - 1} more shards" if len(shards) > 1 else ""
             raise DataError(f"there is no sample in {shards[0]}{others}; expected images, each with a .cls")
-        missing = self.labels == NO_LABEL
-        if missing.any() and not missing.all():
+        if self.labels.min() == NO_LABEL < self.labels.max():
             raise DataError(
-                f"{self.describe(int(np.argmax(missing)))} has no label, but others do; expected a .cls next "
+                f"{self.describe(int(np.argmin(self.labels)))} has no label, but others do; expected a .cls next "
                 "to every image, or to none"
             )
 
@@ -222,7 +222,7 @@ class ShardDataset:
             return join(list(pool.map(self._scan, range(len(self._shards)))))
 
     def _scan(self, number: int) -> Index:
-        """Return the samples of a shard, which is decompressed into memory if it is gzipped."""
+        """Return the samples of a shard; if it is gzipped, its images are kept in memory, decompressed."""
         shard = self._shards[number]
         try:
             with os.fdopen(self._cache.open(shard), "rb") if is_url(shard) else open_regular(shard) as file:
@@ -231,10 +231,11 @@ class ShardDataset:
                 file.seek(0)
                 if not packed:
                     return scan(shard, file, size)
-                self._unpacked[number] = _unpack(shard, file)
+                unpacked = _unpack(shard, file)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
-        return scan(shard, io.BytesIO(self._unpacked[number]), len(self._unpacked[number]))
+        index, self._unpacked[number] = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
+        return index
 
     def _read(self, number: int, offset: int, buffers: list[Any], size: int) -> None:
         """Fill buffers of `size` bytes in total from a shard."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple, cast
@@ -111,7 +112,7 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
             member is too large or has a name that leads out of the archive.
     """
-    rows, keys = [], bytearray()
+    rows, keys = array("q"), bytearray()
     latents: list[LatentFormat] = []
     try:
         for key, members in _samples(shard, file, latents):
@@ -119,21 +120,37 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
             suffix, (offset, length) = _image(where, members)
             label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
-            rows.append(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
+            rows.extend(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
             keys += name
     except RecursionError:
         raise DataError(f"shard {shard} has a member with hundreds of headers") from None
     except (OSError, EOFError, tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
-    samples = np.array(rows, np.int64).reshape(-1, len(Entry._fields))
+    samples = np.frombuffer(rows, np.int64).reshape(-1, len(Entry._fields))
     index = Index(
-        (ShardInfo(shard, size, len(rows)),),
+        (ShardInfo(shard, size, len(samples)),),
         samples,
         np.frombuffer(bytes(keys), np.uint8),
         latents[0] if latents else None,
     )
     check_latents(index)
     return index
+
+
+def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
+    """Return the images of a tar file in one block, and their index; small ones take a fraction of the tar file.
+
+    Args:
+        index: the samples of the tar file.
+        tar: its contents.
+    """
+    samples = np.array(index.samples)
+    offsets, sizes = samples[:, Entry._fields.index("offset")], samples[:, Entry._fields.index("size")]
+    view = memoryview(tar)
+    images = [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+    starts = 1 + np.cumsum(sizes) - sizes  # after a byte, because no image is at NOT_STORED
+    offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
+    return replace(index, samples=samples), b"".join([bytes(1), *images])
 
 
 def without_labels(index: Index) -> Index:
@@ -172,6 +189,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
     headers = _Headers(shard, file)
     with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # the headers of all members, which tarfile would keep
             headers.start_member(tar.offset)
             if len(member.name) > MAX_NAME:
                 raise DataError(

@@ -11,7 +11,7 @@ from diffmoe_ds.checkpoint import save
 from diffmoe_ds.cli import main
 
 
-def full(path, entries, metadata):
+def full(path, *_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 

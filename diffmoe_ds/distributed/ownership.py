@@ -1,0 +1,106 @@
+"""Ownership of a run directory: a job that has lost it can no longer change it.
+
+A process can be suspended between any check and the system call that follows, and continue hours later, when another
+job owns the run directory.  So no check protects a rename.  Instead, every rename of an owner has its source or its
+target in a directory of its own, ``.writing-TOKEN``: new files are written there and moved out, and what is to be
+removed is moved in first.  A new owner begins by moving the directories of all others away.  After that, the next
+rename of a suspended owner fails, because one of its two paths no longer exists.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffmoe_ds.files import REMOVING_PREFIX, TMP_PREFIX, free_name, remove_tree
+
+MOVING = "moving"
+"""Subdirectory for what is on its way from one published name to another."""
+OWNERS = re.compile(re.escape(TMP_PREFIX) + "[0-9a-f]{16}")
+"""Names of the directories of owners."""
+LEFTOVERS = re.compile(f"({re.escape(TMP_PREFIX)}|{re.escape(REMOVING_PREFIX)}).*")
+"""Names of everything that killed processes may have left behind."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """An owner of directories.  Rank 0 claims and releases them; all ranks write into `directory`."""
+
+    token: str
+    """16 hexadecimal digits, different for each owner."""
+
+    def directory(self, root: Path) -> Path:
+        """Return this owner's own directory in one that it owns."""
+        return root / f"{TMP_PREFIX}{self.token}"
+
+    def claim(self, root: Path) -> None:
+        """Create this owner's directory; once only, because a suspended owner must not create it again.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        (self.directory(root) / MOVING).mkdir(parents=True)
+
+    def fence_others(self, root: Path, leftovers: re.Pattern[str]) -> None:
+        """Move away and remove what others have left in a directory; from then on, they cannot rename anything in it.
+
+        What cannot be removed stays, with a warning.
+
+        Args:
+            root: the directory.
+            leftovers: names of what may be removed, `OWNERS` or `LEFTOVERS`.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        for path in sorted(root.iterdir()):
+            if path == self.directory(root) or not leftovers.fullmatch(path.name):
+                continue
+            garbage = self._own(root, f"{REMOVING_PREFIX}{path.name}")
+            try:
+                path.rename(garbage)
+                _restore(garbage, root)
+                remove_tree(garbage)
+            except OSError as error:
+                print(f"*** WARNING: {path}: cannot be removed: {error.strerror} ***", file=sys.stderr, flush=True)
+
+    def move(self, source: Path, target: Path) -> None:
+        """Rename something in a directory that this owner owns.
+
+        Raises:
+            OSError: it cannot be renamed, for example because another owner has taken over.
+        """
+        passing = self._own(source.parent, MOVING) / target.name
+        source.rename(passing)
+        passing.rename(target)
+
+    def remove(self, path: Path) -> None:
+        """Remove something from a directory that this owner owns; it disappears at once, its contents gradually.
+
+        Raises:
+            OSError: it cannot be moved, for example because another owner has taken over, or not be removed completely.
+        """
+        garbage = free_name(self._own(path.parent, f"{REMOVING_PREFIX}{path.name}"))
+        path.rename(garbage)
+        remove_tree(garbage)
+
+    def release(self, root: Path) -> None:
+        """Remove this owner's directory, and with it whatever is not published."""
+        remove_tree(self.directory(root), ignore_errors=True)
+
+    def _own(self, root: Path, name: str) -> Path:
+        return self.directory(root) / name
+
+
+def _restore(garbage: Path, root: Path) -> None:
+    """Give what an owner was moving when it was killed its new name, also if its directory was being removed itself."""
+    if not garbage.is_dir() or garbage.is_symlink():
+        return
+    moving = garbage / MOVING
+    for path in moving.iterdir() if moving.is_dir() else ():
+        path.rename(free_name(root / path.name))
+    for path in garbage.iterdir():
+        if path.name.startswith(REMOVING_PREFIX) and OWNERS.fullmatch(path.name.removeprefix(REMOVING_PREFIX)):
+            _restore(path, root)

@@ -1,0 +1,190 @@
+"""A job that is suspended around a rename, and wakes up when another job owns its run directory, changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from diffmoe_ds.checkpoint.verify import candidates, newest_valid
+from tests.faults.shim import Rule, fault_environment
+from tests.helpers.processes import REPOSITORY, ForkedProcess, ForkServer, clean_environment
+
+LIMIT_S = 120
+MODULES = ("torch", "diffmoe_ds.checkpoint.save", "diffmoe_ds.checkpoint.verify", "diffmoe_ds.distributed.run_lock")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer(MODULES, **fault_environment())
+    yield server
+    server.close()
+
+
+@dataclass
+class Job:
+    """A started `owner.py`."""
+
+    process: ForkedProcess
+    output: IO[str]
+    told: str = ""
+    """All of its output, once it has ended."""
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def wait(self, *, until_stopped: bool = False) -> int | None:
+        """Return the exit code; None once the job is stopped, if that is awaited."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None:
+            if until_stopped and state(self.process.pid) == "T":
+                return None
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.005)
+        return self.process.poll()
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def job(server: ForkServer, run: Path, *options: str, rules: tuple[Rule, ...] = ()) -> Iterator[Job]:
+    """Start a job, and kill it at the end of the block if it is still there."""
+    environment = clean_environment(**fault_environment(*rules))
+    with tempfile.TemporaryFile("w+") as output:
+        arguments = ["tests/faults/owner.py", str(run), *options]
+        process = server.start(arguments, environment, REPOSITORY, output)
+        started = Job(process, output)
+        try:
+            yield started
+        finally:
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
+            started.told = started.text()
+
+
+def snapshot(run: Path) -> dict[str, tuple[int, str]]:
+    """Return inode and contents of every file, and the inode of every directory."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        contents = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(run))] = (path.lstat().st_ino, contents)
+    return found
+
+
+def wake_up(server: ForkServer, run: Path, action: str, n: int, *, during: bool) -> bool:
+    """Suspend a job around its n-th rename, let another job take over, wake the first one, and check what it does.
+
+    Args:
+        server: starts the jobs.
+        run: the run directory.
+        action: ``stop`` or ``after-stop``.
+        n: number of the rename, after the lock is taken.
+        during: whether the first job wakes up while the other one still runs.
+
+    Returns:
+        Whether the job has that many renames.
+    """
+    go = run.with_name(f"{run.name}-go")
+    with job(server, run, "--saves", "2") as earlier:
+        assert earlier.wait() == 0, earlier.text()
+    rule = Rule("rename", f"{run}/*", action, n=n)
+    with job(server, run, "--saves", "4", rules=(rule,)) as old:
+        if old.wait(until_stopped=True) is not None:
+            assert old.wait() == 0, old.text()
+            return False
+        with job(server, run, "--saves", "3", *(("--pause", str(go)) if during else ())) as new:
+            while during and "saved" not in new.text() and new.process.poll() is None:
+                time.sleep(0.01)
+            if not during:
+                assert new.wait() == 0, new.text()
+            before, told = snapshot(run), old.text()
+            os.kill(old.process.pid, signal.SIGCONT)
+            code = old.wait()
+            assert code in (0, 2, 5) and "Traceback" not in old.text(), (code, old.text())
+            assert code == 0 or "error: " in old.text(), old.text()  # 0: it was about to release the lock
+            for line in old.text()[len(told) :].splitlines():  # true only of what it had published before
+                assert not line.startswith("saved") or f"resumed {line.split()[1]}\n" in new.text(), line
+            assert snapshot(run) == before, f"rename {n}, {action}: {old.text()}"
+            go.touch()
+            assert new.wait() == 0, new.text()
+            check_complete(run, new.text())
+    return True
+
+
+def check_complete(run: Path, text: str) -> None:
+    """Check that the new job's checkpoints are those of a run that nothing has disturbed."""
+    assert text.count("saved") == 3, text
+    saved = [Path(line.split()[1]) for line in text.splitlines() if line.startswith("saved")]
+    assert candidates(run) == saved[:0:-1], (candidates(run), text)  # keep_last is 2
+    assert newest_valid(run, full=True) == saved[-1]
+    assert (run / "checkpoints" / "latest").read_text() == f"{saved[-1].name}\n"
+    hidden = list(run.rglob(".*"))
+    assert not hidden and not (run / "lock.json").exists(), hidden
+
+
+@pytest.mark.parametrize("n", (1, 4, 6))
+def test_a_woken_job_changes_nothing(server, tmp_path, n):
+    assert wake_up(server, tmp_path / "run", "stop", n, during=n != 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ("stop", "after-stop"))
+@pytest.mark.parametrize("during", (True, False))
+def test_a_job_woken_around_any_rename_changes_nothing(server, tmp_path, action, during):
+    for n in range(1, 100):
+        if not wake_up(server, tmp_path / f"run-{n}", action, n, during=during):
+            break
+    assert n > 12, "renames of the lock, the recipe, and four checkpoints"
+
+
+def test_leftovers_that_cannot_be_removed_do_not_matter(server, tmp_path):
+    """Links are removed, never followed; what is in use or protected stays, with a warning at every start."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    root = run / "checkpoints"
+    (root / ".writing-images_000000000016").mkdir(parents=True)
+    (root / ".writing-images_000000000016" / ".nfs0001").touch()
+    outside.mkdir()
+    (outside / "file").touch()
+    (root / ".removing-link").symlink_to(outside)
+    (root / ".writing-0123456789abcdef").symlink_to(outside)
+    for _ in range(2):
+        with job(server, run, "--saves", "1", rules=(Rule("unlink", "*.nfs*", "EBUSY", repeats=True),)) as found:
+            assert found.wait() == 0, found.text()
+        assert warnings_of(found, "cannot be removed: Device or resource busy") == 1, found.told
+    with job(server, run, "--saves", "1") as found:
+        assert found.wait() == 0 and not warnings_of(found, "")
+    assert (outside / "file").exists() and not list(run.rglob(".*"))
+
+
+def warnings_of(found: Job, text: str) -> int:
+    return sum("WARNING" in line and text in line for line in found.told.splitlines())
+
+
+@pytest.mark.parametrize("operation", ("rename", "fsync"))
+def test_a_failure_after_the_directory_is_renamed_is_only_a_warning(server, tmp_path, operation):
+    """The checkpoint is saved, and the next start prefers it to the one that `latest` still names."""
+    run = tmp_path / "run"
+    n = 2 if operation == "rename" else 1
+    rule = Rule(operation, "*/latest" if operation == "rename" else f"{run}/checkpoints", "EIO", n=n, repeats=True)
+    with job(server, run, "--saves", "2", rules=(rule,)) as first:
+        assert first.wait() == 0, first.text()
+    assert first.told.count("saved") == 2 and warnings_of(first, "Input/output error") == 3 - n, first.told
+    with job(server, run, "--saves", "1") as second:
+        assert second.wait() == 0
+    assert f"resumed {run}/checkpoints/images_000000000032\n" in second.told

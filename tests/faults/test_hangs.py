@@ -1,0 +1,70 @@
+"""A call that never returns ends the run within the time limit, and the rank that it was called on is named."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.shim import Rule, fault_environment
+from tests.helpers.processes import MODULES, REPOSITORY, ForkServer, free_port, rank_environment
+from tests.helpers.training import training_arguments, write_json
+
+LIMIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ForkServer(MODULES, **fault_environment())
+    yield server
+    server.close()
+
+
+def train(server: ForkServer, folder: Path, victim: int, rule: Rule, *overrides: str) -> tuple[list[int], str]:
+    """Train on two ranks with a fault on one of them; return the exit codes and the output."""
+    config = write_json(folder / "ds.json", ep=2, zero=2)
+    settings = ("run.total_images=4800", "run.save_every_images=32", "run.rank_timeout_s=6", *overrides)
+    arguments = ["diffmoe_ds/train.py", *training_arguments(config, folder / "run", *settings)]
+    port = free_port()
+    with tempfile.TemporaryFile("w+") as output:
+        ranks = [
+            server.start(
+                arguments,
+                rank_environment(rank, 2, port, **fault_environment(*([rule] if rank == victim else []))),
+                REPOSITORY,
+                output,
+            )
+            for rank in range(2)
+        ]
+        deadline = time.monotonic() + LIMIT_S
+        try:
+            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            output.seek(0)
+            text = output.read()
+            assert all(rank.poll() is not None for rank in ranks), text
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+    return [rank.poll() or 0 for rank in ranks], text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "operation", "pattern"),
+    (
+        (1, "write", "*/rank_00001.safetensors"),
+        (0, "fsync", "*/rank_00000.safetensors"),
+        (0, "rename", "*/manifest.json"),
+        (0, "rename", "*/images_000000000032"),
+    ),
+)
+def test_a_hung_save_names_the_rank_whose_disk_hangs(server, tmp_path, victim, operation, pattern):
+    codes, text = train(server, tmp_path, victim, Rule(operation, pattern, "sleep:1000"))
+    assert codes == [85, 85], text
+    assert f"rank {victim} on {socket.gethostname()} has been stuck for 6 s" in text, text
+    assert f"rank {1 - victim} on" not in text, text
