@@ -178,7 +178,7 @@ def _refuse_constant(name: str) -> float:
 
 def _check_depth(tree: Any) -> None:
     level = [tree]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             child
             for node in level

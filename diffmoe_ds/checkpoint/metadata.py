@@ -248,11 +248,7 @@ def read_manifest(path: Path) -> dict[str, Digest]:
 
 
 def _digest(entry: Any) -> Digest:
-    """Return a file's size and checksum.
-
-    Raises:
-        ValueError, KeyError, TypeError: they are invalid.
-    """
+    """Return a file's size and checksum; invalid ones raise `ValueError`, `KeyError` or `TypeError`."""
     size, sha256 = entry["bytes"], entry["sha256"]
     if type(size) is not int or not 0 <= size <= MAX_INT or not SHA256.fullmatch(sha256):
         raise ValueError("invalid size or checksum")
