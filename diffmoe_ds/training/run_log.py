@@ -144,6 +144,7 @@ class MainLog(RunLog):
         self._since_line: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._printed_memory = False
+        self._monitor_failed = False
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
 
@@ -241,10 +242,12 @@ class MainLog(RunLog):
             print(f"{'straggler':>11}  {comparison}", flush=True)
             if self._board is not None:
                 self._board.add_text("ranks/straggler", str(comparison), images)
+                self._board.flush()
 
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
         if self._board is not None:
             self._board.add_image(tag, grid_HWC, images)
+            self._board.flush()
 
     def evaluation(self, row: dict[str, Any]) -> None:
         assert self._evaluations is not None, "opened for runs that evaluate"
@@ -265,11 +268,16 @@ class MainLog(RunLog):
             for tag, value in values.items():
                 self._board.add_scalar(tag, value, images)
             self._board.flush()
-        if self.monitor is not None:
-            try:
-                self.monitor([(tag, value, images) for tag, value in values.items()])
-            except OSError as error:
-                print(f"*** WARNING: {error}; dropping values of other monitors ***", file=sys.stderr, flush=True)
+        if self.monitor is None:
+            return
+        try:
+            self.monitor([(tag, value, images) for tag, value in values.items()])
+            self._monitor_failed = False
+        except Exception as error:  # other libraries raise errors of any kind, also for a network that is down
+            if not self._monitor_failed:
+                text = " ".join(str(error).split()) or type(error).__name__
+                print(f"*** WARNING: {text}; dropping values of other monitors ***", file=sys.stderr, flush=True)
+            self._monitor_failed = True
 
     def close(self) -> None:
         self.settle()
