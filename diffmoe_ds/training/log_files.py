@@ -183,18 +183,19 @@ class LogFile:
 class JsonlLog:
     """``metrics.jsonl``: one strict JSON object per line."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, tmp_directory: Path | None = None) -> None:
         """Open the file, dropping rows of an earlier attempt after ``step``, so that no step appears twice.
 
         Args:
             path: the file; created if it does not exist. It is replaced, not changed: a suspended earlier job may still
                 have it open.
             step: the last step to keep.
+            tmp_directory: see `replacing`.
 
         Raises:
             CheckpointError: the file cannot be written, for a reason that somebody has to mend.
         """
-        self._file = LogFile(path, lambda: _keep_until(path, step))
+        self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory))
         try:
             self._file.write()
         except OSError as error:
@@ -274,13 +275,13 @@ def _time_after_others(directory: Path) -> float:
     return latest
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> None:
     """Replace a JSONL file by its rows up to a step; create an empty one if it does not exist.
 
     Raises:
         OSError: it cannot be read or written.
     """
-    with replacing(path) as tmp, open(tmp, "xb") as file:
+    with replacing(path, tmp_directory) as tmp, open(tmp, "xb") as file:
         file.writelines(_lines_until(path, step))
         file.flush()
         os.fsync(file.fileno())

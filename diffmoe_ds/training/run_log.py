@@ -86,10 +86,10 @@ class RunLog:
 
 
 def open_log(
-    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool,
-    peak_images_per_s: float | None = None, evaluates: bool = False,
+    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *,
+    peak_images_per_s: float | None = None, evaluates: bool = False, tmp_directory: Path | None = None,
 ) -> RunLog:  # fmt: skip
-    """Return the log of this rank.
+    """Open the log of rank 0.
 
     Args:
         directory: the run directory.
@@ -97,18 +97,16 @@ def open_log(
         images: images seen so far.
         step: optimizer steps so far; rows of an earlier attempt after it are dropped.
         total_images: images of the whole run, for the ETA.
-        is_main: whether this is rank 0.
         peak_images_per_s: throughput at the peak of all devices, see `peak_images_per_s`.
         evaluates: whether `RunLog.evaluation` will be called.
+        tmp_directory: see `replacing`.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    if not is_main:
-        return RunLog()
-    rows = JsonlLog(directory / "metrics.jsonl", step)
+    rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory)
     path = directory / "validation.jsonl"
-    evaluations = JsonlLog(path, step) if evaluates or path.exists() else None
+    evaluations = JsonlLog(path, step, tmp_directory) if evaluates or path.exists() else None
     board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
     return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
 

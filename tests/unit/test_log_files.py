@@ -16,8 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.training import log_files
+from diffmoe_ds.training import hooks, log_files
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
+from diffmoe_ds.training.session import Session
 from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import clean_environment
 from tests.helpers.training import read_metrics, training_arguments, write_json
@@ -278,3 +279,23 @@ def test_other_monitors_never_end_a_run(tmp_path, capsys, monkeypatch):
     config = write_json(tmp_path / "ds.json", ep=1, zero=0, csv_monitor={"enabled": True})
     assert main(["train", *training_arguments(config, tmp_path / "run")]) == 0
     assert capsys.readouterr().err.count("WARNING: the service died; dropping values of other monitors") == 1
+
+
+@pytest.mark.parametrize("when", ("while it trains", "after the last save"))
+def test_a_removed_run_directory_is_noticed(tmp_path, capsys, monkeypatch, when):
+    """At once by a warning, and by the exit code if nothing could be saved, or what was saved is gone."""
+    owner, name = (hooks.LogStep, "__call__") if when == "while it trains" else (Session, "finish")
+    method = getattr(owner, name)
+
+    def remove_first(*arguments: object) -> object:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, remove_first)
+    config = write_json(tmp_path / "ds.json", ep=1, zero=0)
+    assert main(["train", *training_arguments(config, tmp_path / "run")]) == 5
+    error = capsys.readouterr().err
+    if when == "while it trains":
+        assert "metrics.jsonl: was removed by another process" in error and "was not saved" in error, error
+    else:
+        assert "was saved, but another process has removed it" in error, error
