@@ -46,8 +46,8 @@ class LogFile:
     """Append-only file of records.
 
     After an error, records wait in memory and every `flush` tries again; what was written of a record is removed first,
-    so that the file never contains a part of one.  A file that another process removed is created again.  A file that
-    another process put in its place is not touched: it may belong to another job.
+    so that the file never contains a part of one.  A file that another process removed is created again, but not its
+    directory.  A file that another process put in its place is not touched: it may belong to another job.
     """
 
     def __init__(self, path: Path, prepare: Callable[[], object] | None = None, header: bytes = b"") -> None:
@@ -130,7 +130,6 @@ class LogFile:
             return self._file
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if self._inode is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._prepare is None:
                 flags |= os.O_CREAT | os.O_EXCL  # never a file that another job has created meanwhile
             else:
@@ -223,12 +222,15 @@ class TensorBoardLog:
             directory: created if it does not exist.
             images: images seen so far.
         """
-        self._wall_time = _time_after_others(directory)
+        self._directory = directory
+        self._wall_time, self._measured = _time_after_others(directory), time.monotonic()
         name = f"events.out.tfevents.{int(self._wall_time):010d}.{socket.gethostname()}.{os.getpid()}.0"
         header = self._record(file_version="brain.Event:2")
         header += self._record(step=images + 1, session_log=SessionLog(status=SessionLog.START))
         self._file = LogFile(directory / name, header=header)
-        self._file.flush()  # warns at the start of the run if the directory cannot be written
+        with contextlib.suppress(OSError):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        self.flush()  # warns at the start of the run if the directory cannot be written
 
     def add_scalar(self, tag: str, value: float, images: int) -> None:
         """Add a scalar at an image count."""
@@ -248,18 +250,23 @@ class TensorBoardLog:
 
     def flush(self) -> None:
         """Write what was added."""
+        with contextlib.suppress(OSError):  # reported when the file is opened
+            self._directory.mkdir(exist_ok=True)  # not its parents: a removed run directory stays removed
         self._file.flush()
 
     def close(self) -> None:
         """Write what was added and close the file."""
+        self.flush()
         self._file.close()
 
     def _add(self, values: Any, images: int) -> None:
         self._file.add(self._record(summary=values, step=images))
 
     def _record(self, **fields: Any) -> bytes:
-        """Return an event as TensorBoard's files contain it.  Times do not go back when the clock is set back."""
-        self._wall_time = max(self._wall_time, time.time())
+        """Return an event as TensorBoard's files contain it.  Times advance even if the clock is set back."""
+        now = time.monotonic()
+        self._wall_time = max(time.time(), self._wall_time + now - self._measured)
+        self._measured = now
         data = io.BytesIO()
         RecordWriter(data).write(Event(wall_time=self._wall_time, **fields).SerializeToString())
         return data.getvalue()

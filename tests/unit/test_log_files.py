@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe_ds.cli import main
+from diffmoe_ds.config.load import load_config
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.training import hooks, log_files
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
@@ -150,7 +152,7 @@ def test_a_removed_file_is_created_again_and_a_replaced_one_is_left_alone(tmp_pa
     path.parent.mkdir()
     log = JsonlLog(path, 0)
     log.add(row(1))
-    shutil.rmtree(path.parent)
+    path.unlink()
     log.add(row(2))
     assert steps(path) == [2] and "was removed by another process" in capsys.readouterr().err
 
@@ -169,6 +171,22 @@ def test_a_removed_file_is_created_again_and_a_replaced_one_is_left_alone(tmp_pa
     assert steps(path) == [2, 3, 4]
     later.close(), log.close()
     assert steps(path) == [2, 3, 4] and "1 record(s) were not written" in capsys.readouterr().err
+
+
+def test_a_removed_directory_is_not_made_again(tmp_path, capsys):
+    """A job that was suspended must not make the run directory again, nor may it be mistaken for another job."""
+    run = tmp_path / "run"
+    run.mkdir()
+    log, board = JsonlLog(run / "metrics.jsonl", 0), TensorBoardLog(run / "tensorboard", 0)
+    shutil.rmtree(run)
+    log.add(row(1))
+    board.add_scalar("loss/loss", 1.0, 16)
+    board.flush()
+    assert not run.exists() and "metrics.jsonl: was removed by another process" in capsys.readouterr().err
+    run.mkdir()
+    log.add(row(2))
+    log.close(), board.close()
+    assert steps(run / "metrics.jsonl") == [1, 2] and len(scalars(run / "tensorboard")) == 1
 
 
 def test_a_file_that_was_cut_has_no_hole(tmp_path):
@@ -299,3 +317,26 @@ def test_a_removed_run_directory_is_noticed(tmp_path, capsys, monkeypatch, when)
         assert "metrics.jsonl: was removed by another process" in error and "was not saved" in error, error
     else:
         assert "was saved, but another process has removed it" in error, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("name", ("resolved.yaml", "metrics.jsonl"))
+def test_a_signal_while_a_file_is_written_at_the_start(tmp_path, name, number):
+    """The file is complete, and the run stops at its first step."""
+    config, log, run = write_json(tmp_path / "ds.json", ep=1, zero=0), tmp_path / "faults", tmp_path / "run"
+    env = clean_environment(**fault_environment(Rule("rename", f"*/run/*{name}", "sleep:1"), log=log))
+    command = [sys.executable, "-m", "diffmoe_ds.cli", "train", *training_arguments(config, run)]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 85 and "Traceback" not in output, output
+    assert load_config(str(run / "resolved.yaml"), []).run.total_images == 80
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
