@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +11,10 @@ from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_orde
 from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Digest, sha256_of
+from diffmoe_ds.text import reason
+
+SHOWN_PROBLEMS = 5
+"""Damaged checkpoints that an error describes."""
 
 
 def check_sizes(path: Path) -> dict[str, Digest]:
@@ -92,18 +96,40 @@ def newest_valid(path: Path, *, full: bool) -> Path | None:
         CheckpointError: there are candidates, but none is valid.
     """
     every = candidates(path)
+    problems: list[CheckpointError] = []
     for candidate in every:
         try:
             files = check_sizes(candidate)
             if full:
                 check_contents(candidate, files)
-            return candidate
         except CheckpointError as error:
-            if len(every) == 1:
-                raise
-            warn_skipped(candidate, error)
+            problems.append(error)
+            continue
+        for skipped, problem in zip(every, problems, strict=False):
+            warn_skipped(skipped, problem)
+        return candidate
+    if len(every) == 1:
+        raise problems[0]
     if every:
-        raise no_valid_one(path, len(every))
+        raise no_valid_one(path, len(every), problems)
+    return None
+
+
+def first_complete(choices: Sequence[Path]) -> Path | None:
+    """Return the first checkpoint whose files all have their sizes; None if there are no choices.
+
+    Raises:
+        CheckpointError: there are choices, but all are damaged.
+    """
+    problems: list[CheckpointError] = []
+    for path in choices:
+        try:
+            check_sizes(path)
+            return path
+        except CheckpointError as error:
+            problems.append(error)
+    if choices:
+        raise no_valid_one(choices[0].parent, len(choices), problems)
     return None
 
 
@@ -112,11 +138,20 @@ def warn_skipped(path: Path, error: CheckpointError) -> None:
     print(f"\n*** WARNING: the checkpoint {path} is skipped. {error} ***\n", file=sys.stderr, flush=True)
 
 
-def no_valid_one(path: Path, count: int) -> CheckpointError:
-    """Return the error for a directory with damaged checkpoints only; starting from scratch would hide the damage."""
+def no_valid_one(path: Path, count: int, problems: Sequence[CheckpointError] = ()) -> CheckpointError:
+    """Return the error for a directory with damaged checkpoints only; starting from scratch would hide the damage.
+
+    Args:
+        path: the directory.
+        count: number of its checkpoints.
+        problems: what is wrong with each; if empty, warnings have said it.
+    """
+    described = "; ".join(map(reason, problems[:SHOWN_PROBLEMS]))
+    if len(problems) > SHOWN_PROBLEMS:
+        described += f"; and {len(problems) - SHOWN_PROBLEMS} more"
     return CheckpointError(
-        f"{path}: none of its {count} checkpoint(s) is valid (see the warnings); restore one, or give another "
-        "--run-dir."
+        f"{path}: none of its {count} checkpoint(s) is valid ({described or 'see the warnings'}); restore one, or give "
+        "another --run-dir."
     )
 
 

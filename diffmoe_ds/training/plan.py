@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -104,10 +103,13 @@ class TrainPlan:
         """Return the plan with its starting point re-read from the file system.
 
         Raises:
-            CheckpointError: `resume` contradicts the run directory, or a checkpoint does not match the model.
+            CheckpointError: `resume` contradicts the run directory, all checkpoints are damaged, or one does not match
+                the model.
         """
+        from diffmoe_ds.checkpoint.verify import first_complete
+
         choices = resume_choices(self.resume, self.directory)
-        path = _first_complete(choices)
+        path = first_complete(choices)
         reader = None if path is None else open_checkpoint(path, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
@@ -175,9 +177,10 @@ def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, Weight
     recipe = read_recipe(request.recipe, request.overrides)
     if recipe.init_from is None:
         return recipe.config(), None, ()
+    from diffmoe_ds.checkpoint.verify import first_complete
     from diffmoe_ds.training.fine_tuning import resolve_start
 
-    return resolve_start(recipe, _first_complete(resume_choices(request.resume, directory)))
+    return resolve_start(recipe, first_complete(resume_choices(request.resume, directory)))
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
@@ -266,10 +269,11 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
         directory: the run directory.
 
     Raises:
-        CheckpointError: `resume` contradicts what the run directory contains, or the path has no checkpoint.
+        CheckpointError: `resume` contradicts what the run directory contains, its checkpoints are all damaged, or the
+            path has no checkpoint.
     """
     from diffmoe_ds.checkpoint.load import CheckpointReader
-    from diffmoe_ds.checkpoint.verify import candidates
+    from diffmoe_ds.checkpoint.verify import candidates, first_complete
 
     own = candidates(directory)
     if resume == "auto":
@@ -281,7 +285,7 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
                 "with its own; use another --run-dir, or use --resume auto."
             )
         return []
-    newest = _first_complete(own)
+    newest = first_complete(own)
     if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
         return own  # a rerun of the command that started this run
     found = candidates(Path(resume))
@@ -314,14 +318,3 @@ def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> 
     check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
     return reader
-
-
-def _first_complete(choices: list[Path]) -> Path | None:
-    """Return the first choice whose files have the right sizes; the ranks verify the contents later."""
-    from diffmoe_ds.checkpoint.verify import check_sizes
-
-    for path in choices:
-        with suppress(CheckpointError):
-            check_sizes(path)
-            return path
-    return None

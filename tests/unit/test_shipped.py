@@ -171,21 +171,22 @@ def test_sbatch_files_have_defaults_and_print_their_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", SBATCH)
-@pytest.mark.parametrize("own", (False, True))
-def test_a_job_finds_env_sh_where_it_was_submitted_or_beside_the_original_script(tmp_path, name, own):
-    """Slurm runs a copy of the script, in a spool directory."""
-    for folder, text in (("tools/slurm", "beside"), ("submit/slurm", "submitted")):
+@pytest.mark.parametrize(("own", "tools"), ((False, "tools"), (True, "tools"), (False, "it's my $tools")))
+def test_a_job_finds_env_sh_where_it_was_submitted_or_beside_the_original_script(tmp_path, name, own, tools):
+    """Slurm runs a copy of the script, in a spool directory; it shows the original with its arguments, unquoted."""
+    for folder, text in ((f"{tools}/slurm", "beside"), ("submit/slurm", "submitted")):
         (tmp_path / folder).mkdir(parents=True)
         if own or text == "beside":
             (tmp_path / folder / "env.sh").write_text(f"[[ $NOT_SET == x ]]\nexport PYTHON=my-{text}\n")
     submit = tmp_path / "submit"
-    command = f"   Command={tmp_path}/tools/slurm/{name}.sbatch --set a=b"
-    stub(submit / "bin", "scontrol", f"printf '%s\\n' 'JobId=7' '{command}' '   WorkDir=x' 'JobId=8' '{command}'")
+    command = f"   Command={tmp_path}/{tools}/slurm/{name}.sbatch --set a=b"
+    lines = shlex.join(["JobId=7", f"{command} --dry-run", "   WorkDir=x", "JobId=8", command])
+    stub(submit / "bin", "scontrol", f"printf '%s\\n' {lines}")
     for text in ("beside", "submitted"):
         stub(submit / "bin", f"my-{text}", PLAN)
     spool = shutil.copy(REPOSITORY / f"slurm/{name}.sbatch", tmp_path / "slurm_script")
-    dry = run(
-        ["bash", str(spool), "--dry-run"], submit, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="1", SLURM_SUBMIT_DIR="."
-    )
-    assert dry.returncode == 0 and dry.stderr == "", dry.stderr
-    assert f" my-{'submitted' if own else 'beside'} -u -m diffmoe_ds" in dry.stdout
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "."}
+    for options in ([], ["--set", "a=b"]) if tools == "tools" else (["--set", "a=b"],):
+        dry = run(["bash", str(spool), *options, "--dry-run"], submit, **variables)
+        assert dry.returncode == 0 and dry.stderr == "", dry.stderr
+        assert f" my-{'submitted' if own else 'beside'} -u -m diffmoe_ds" in dry.stdout

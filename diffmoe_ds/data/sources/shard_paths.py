@@ -103,7 +103,8 @@ def kept_index(folder: Path | None, shards: Sequence[str], make: Callable[[], In
         kept.mkdir(parents=True, exist_ok=True)
         with locked(kept / ".lock"):  # only one rank per host reads the headers
             if (kept / INDEX).exists():
-                return load_index(kept)
+                with contextlib.suppress(DataError):  # damaged: it is only a copy
+                    return load_index(kept)
             index = make()
             with contextlib.suppress(CheckpointError):  # a full disk
                 save_index(index, kept)
