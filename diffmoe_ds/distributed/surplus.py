@@ -34,9 +34,10 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
     """
     _, store = connect(launch, start_timeout_s)
     if launch.rank == launch.world:
-        first, last = launch.world, launch.world + launch.surplus - 1
-        which = f"rank {first} is" if first == last else f"ranks {first} to {last} are"
-        print(f"{'waiting':>11}  {which} surplus until the run or its layout ends", file=sys.stderr, flush=True)
+        last = launch.world + launch.surplus - 1
+        ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"
+        text = f"{'waiting':>11}  {ranks}, until the run ends or torchrun restarts all ranks"
+        print(text, file=sys.stderr, flush=True)
     poll = _Poll(store)
     poll.start()
     while not poll.ended.wait(POLL_S / 4):
