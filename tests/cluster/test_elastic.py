@@ -85,4 +85,4 @@ def test_a_lost_node_restarts_the_rest(cluster: Cluster, project: Path, undistur
     rows = read_metrics(project / "run")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "every step once"
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in undisturbed], rel=1e-3), key
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in undisturbed], rel=1e-5), key
