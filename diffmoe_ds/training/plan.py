@@ -19,6 +19,7 @@ from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, 
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed.elastic import fit_ranks
 from diffmoe_ds.distributed.launch import Launch, local_device
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.training.weights_and_biases import check_wandb_login
@@ -146,22 +147,17 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
 
     from diffmoe_ds.data.dataset import check_classes, check_exists, check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
-    from diffmoe_ds.planning.pool import pool_rows
 
     check_exists(config)
     dataset = open_dataset(config)
     config = with_classes(config, dataset)
     _check_sampling(config)
-    settings = resolve_deepspeed(
-        config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
-        device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
-    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    launch, settings = fit_ranks(launch, lambda ranks: _resolve_settings(config, source, ranks, device))
     if "wandb" in settings.json and launch.rank == 0:
         check_wandb_login()
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
-    check_adaptive_previews(config, settings.ep_size, launch.world)
-    pool_rows(config, settings, launch.world)
     held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(
         launch, config, settings, directory, request.resume, dataset, held_out, initial=initial, inherited=inherited
@@ -170,6 +166,23 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         check_classes(config, dataset)
     check_first_image(config, dataset)
     return plan
+
+
+def _resolve_settings(config: Config, source: str, launch: Launch, device: str) -> DeepSpeedSettings:
+    """Return the DeepSpeed settings for a number of ranks.
+
+    Raises:
+        ConfigError: the section is invalid, or the configuration is invalid for this number of ranks.
+    """
+    from diffmoe_ds.planning.pool import pool_rows
+
+    settings = resolve_deepspeed(
+        config.deepspeed, config, source, world=launch.world, local_world=launch.local_world, device=device,
+        is_prebuilt=_is_prebuilt,
+    )  # fmt: skip
+    check_adaptive_previews(config, settings.ep_size, launch.world)
+    pool_rows(config, settings, launch.world)
+    return settings
 
 
 def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:

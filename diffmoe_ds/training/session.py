@@ -20,6 +20,7 @@ from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.distributed.surplus import release_surplus
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import write_text
@@ -154,6 +155,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
         try:
             yield Session(plan, rendezvous.hosts, watchdog, lock, _owner(lock, local_device(launch)), resources)
+            release_surplus(launch, rendezvous.store)
         except RuntimeError as error:  # raised by collectives when a peer is gone, among other reasons
             lost = watchdog.find_lost()
             if lost is None:

@@ -128,6 +128,16 @@ def test_launchers_run_where_the_user_is(tmp_path, name, before):
     assert dry.returncode == 0 and words[-3:] == ["diffmoe_ds.train", *options] and "--dry-run" not in words
 
 
+def test_torchrun_with_a_range_of_nodes_is_elastic(tmp_path):
+    script = str(REPOSITORY / "launchers/torchrun.sh")
+    dry = run([script, "--dry-run"], tmp_path, NODES="1:4", MASTER_ADDR="node1", RESTARTS="5", PROCESSES="2")
+    assert shlex.split(dry.stdout) == shlex.split(
+        "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes 1:4 --nproc_per_node 2 "
+        "--max_restarts 5 --rdzv_backend c10d --rdzv_endpoint node1:29500 -m diffmoe_ds.train"
+    ), dry.stderr
+    assert "set it to the host name" in run([script], tmp_path, NODES="1:4").stderr
+
+
 def test_deepspeed_with_slurm_gets_the_file_because_it_ignores_module(tmp_path):
     dry = run(
         [str(REPOSITORY / "launchers/deepspeed.sh"), "--dry-run"], tmp_path, LAUNCHER="slurm", PYTHON=sys.executable
