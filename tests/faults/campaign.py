@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from tests.faults import file_kinds, process_kinds
 from tests.faults.processes import Failed, TooLate
-from tests.faults.trial import Ground, Outcome, Trial
+from tests.faults.trial import NOT_RUN, PASSED, Ground, Outcome, Trial
 
 KINDS: dict[str, Callable[[Trial], None]] = {
     "SIGKILL of a rank": process_kinds.kill,
@@ -36,7 +36,6 @@ KINDS: dict[str, Callable[[Trial], None]] = {
 }
 MAX_ATTEMPTS = 8
 """At a fault that comes too late, before a trial counts as not run."""
-NOT_RUN = "not run"
 HEADINGS = (
     "fault", "runs", "longest time until all ranks had exited", "exit codes", "most steps repeated", "hangs",
     "wrong or no rank named", "steps lost", "other failures",
@@ -49,76 +48,64 @@ def kind_of(seed: int, number: int) -> str:
     return random.Random(f"{seed} {block}").sample(list(KINDS), len(KINDS))[index]
 
 
-def run_trial(ground: Ground, seed: int, number: int) -> Outcome:
-    """Run one trial; what is drawn in it depends on the seed and its number only."""
-    outcome = Outcome(number, seed, kind_of(seed, number))
+def run_trials(folder: Path, seed: int, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Run trials one after the other.
+
+    Args:
+        folder: where the runs are written; empty.
+        seed: of the random choices.
+        numbers: the trials; what is drawn in each depends on the seed and its number only.
+
+    Yields:
+        The outcome of each.
+    """
+    if not numbers:
+        return
+    ground = Ground(folder)
+    try:
+        for number in numbers:
+            yield run_trial(ground, Outcome(number, seed, kind_of(seed, number)))
+    finally:
+        ground.close()
+
+
+def run_trial(ground: Ground, outcome: Outcome) -> Outcome:
+    """Run a trial, again if its fault comes too late, and fill in its outcome."""
     for attempt in range(1, MAX_ATTEMPTS + 1):
-        outcome.attempts = attempt
+        outcome.attempts, outcome.result = attempt, PASSED
         trial = Trial(ground, outcome, attempt)
         try:
             KINDS[outcome.kind](trial)
-            return outcome
+            break
         except TooLate:
             outcome.result = NOT_RUN
-            continue
         except Failed as failure:
             outcome.result, outcome.message = failure.result, str(failure)
-            return outcome
+            break
         finally:
             trial.close()
     return outcome
 
 
 def read_outcomes(path: Path, seed: int) -> list[Outcome]:
-    """Return the outcomes of an earlier, interrupted campaign; a line that was cut off is dropped.
+    """Return the outcomes of an interrupted campaign; a line that was cut off is removed.
 
     Raises:
         ValueError: they are those of another seed.
     """
-    if not path.exists():
-        return []
-    text = path.read_text()
+    text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole)
     found = [Outcome(**json.loads(line)) for line in whole.splitlines()]
-    if {outcome.seed for outcome in found} - {seed}:
-        raise ValueError(f"{path}: has trials of another seed; give another --state")
+    if any(outcome.seed != seed for outcome in found):
+        raise ValueError(f"{path}: has trials of another seed")
     return found
 
 
-def run(
-    folder: Path, state: Path, seed: int, numbers: Sequence[int], report: Callable[[Outcome, int], None]
-) -> list[Outcome]:
-    """Run the trials that an interrupted campaign has not run yet; return the outcomes of all.
-
-    Args:
-        folder: where the runs are written; empty.
-        state: directory of ``trials.jsonl``, to which every trial appends its outcome.
-        seed: of the random choices.
-        numbers: the trials.
-        report: called after every trial, also those of before, with its outcome and the number of trials left.
-    """
-    state.mkdir(parents=True, exist_ok=True)
-    path = state / "trials.jsonl"
-    outcomes = [outcome for outcome in read_outcomes(path, seed) if outcome.number in numbers]
-    done = {outcome.number for outcome in outcomes}
-    left = [number for number in numbers if number not in done]
-    for outcome in outcomes:
-        report(outcome, len(left))
-    if not left:
-        return outcomes
-    ground = Ground(folder)
-    try:
-        for count, number in enumerate(left, 1):
-            outcome = run_trial(ground, seed, number)
-            with path.open("a") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
-            outcomes.append(outcome)
-            report(outcome, len(left) - count)
-    finally:
-        ground.close()
-    return outcomes
+def append_outcome(path: Path, outcome: Outcome) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(outcome)) + "\n")
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

@@ -16,38 +16,53 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.faults.campaign import NOT_RUN, run, table
-from tests.faults.trial import Outcome
+from tests.faults.campaign import append_outcome, read_outcomes, run_trials, table
+from tests.faults.trial import NOT_RUN, PASSED, Outcome
 
 
-def campaign(folder: Path, state: Path, seed: int, numbers: Sequence[int], out: Path | None = None) -> list[Outcome]:
-    """Run a campaign with a progress bar, and print what has failed.
+def campaign(
+    folder: Path, state: Path | None, seed: int, numbers: Sequence[int], out: Path | None = None
+) -> list[Outcome]:  # fmt: skip
+    """Run a campaign with a progress bar, and print what fails.
 
     Args:
         folder: where the runs are written; empty.
-        state: directory of the outcomes.
+        state: directory of ``trials.jsonl``, to which every trial appends its outcome, and whose trials are not
+            repeated; None for none.
         seed: of the random choices.
         numbers: the trials.
         out: file for the table, which is updated after every trial.
+
+    Returns:
+        The outcomes of all trials, also of those that an earlier call has run.
     """
-    outcomes: list[Outcome] = []
-    with tqdm(total=len(numbers), unit="trial", smoothing=0.05) as bar:
-
-        def report(outcome: Outcome, left: int) -> None:
+    log = None if state is None else state / "trials.jsonl"
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    outcomes = [] if log is None else [each for each in read_outcomes(log, seed) if each.number in numbers]
+    done = {outcome.number for outcome in outcomes}
+    left = [number for number in numbers if number not in done]
+    with tqdm(total=len(numbers), initial=len(done), unit="trial", smoothing=0.05) as bar:
+        for outcome in run_trials(folder, seed, left):
             outcomes.append(outcome)
-            if outcome.result not in ("passed", NOT_RUN):
+            bar.update()
+            if outcome.result not in (PASSED, NOT_RUN):
                 bar.write(describe(outcome), file=sys.stdout)
-            if left == len(numbers) - len(outcomes):  # else it is one of an earlier call
-                bar.update(len(numbers) - left - bar.n)
-            if out:
+            if log is not None:
+                append_outcome(log, outcome)
+            if out is not None:
                 out.write_text(table(outcomes))
+    return outcomes
 
-        return run(folder, state, seed, numbers, report)
+
+def failures(outcomes: Iterable[Outcome]) -> list[str]:
+    """Return a line for every trial that has failed."""
+    return [describe(outcome).splitlines()[0] for outcome in outcomes if outcome.result not in (PASSED, NOT_RUN)]
 
 
 def describe(outcome: Outcome) -> str:
@@ -67,14 +82,14 @@ def main() -> int:
     args = parser.parse_args()
     numbers = range(args.faults) if args.only is None else [args.only]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        state = args.state if args.state and args.only is None else Path(folder) / "state"
-        (Path(folder) / "runs").mkdir()
-        outcomes = campaign(Path(folder) / "runs", state, args.seed, numbers, args.out)
+        state = args.state if args.only is None else None
+        outcomes = campaign(Path(folder), state, args.seed, numbers, args.out)
+    for outcome in outcomes if args.only is not None else ():
+        print(outcome)
     print(table(outcomes))
-    for outcome in outcomes:
-        if args.only is not None or outcome.result == NOT_RUN:
-            print(f"trial {outcome.number}: {outcome}")
-    return int(any(outcome.result not in ("passed", NOT_RUN) for outcome in outcomes))
+    failed = failures(outcomes)
+    print("\n".join(failed))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ BATCH = 16
 STEPS = 12
 SAVE_STEPS = 2
 RANK_TIMEOUT_S = 6
-START_TIMEOUT_S = 12
+START_TIMEOUT_S = 10
 """Seconds that ranks wait for one that has died before it joined."""
-LEAVE_LIMIT_S = RANK_TIMEOUT_S + START_TIMEOUT_S + 42
+LEAVE_LIMIT_S = RANK_TIMEOUT_S + START_TIMEOUT_S + 44
 """From a fault until every rank has exited; more is a hang.  The machine may be busy."""
 START_LIMIT_S = 300
 """From the start of the ranks to their exit if the fault does not occur."""

@@ -26,6 +26,7 @@ from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import MODULES, REPOSITORY, ForkServer, free_port, rank_environment
 from tests.helpers.training import training_arguments, write_json
 
+PASSED, NOT_RUN = "passed", "not run"
 SAVED_STEPS = 4
 """Steps of the run that a trial continues."""
 
@@ -39,8 +40,8 @@ class Outcome:
     kind: str
     detail: str = ""
     """What was drawn."""
-    result: str = "passed"
-    """``passed``, or that of the `Failed` check."""
+    result: str = PASSED
+    """`PASSED`, `NOT_RUN` if the fault never came in time, or that of the `Failed` check."""
     seconds: float = 0.0
     """From the fault until every rank had exited."""
     codes: list[int] = field(default_factory=list)
@@ -183,33 +184,29 @@ class Trial:
         while not happened() and all(ranks.is_running(rank) for rank in range(WORLD)):
             time.sleep(0.005)
 
-    def finish(self, ranks: Ranks, expected: Expected, began: float | None = None, without: int | None = None) -> str:
-        """Wait until the ranks have exited after a fault, check how, and return their output.
+    def finish(self, ranks: Ranks, expected: Expected, began: float | None = None, without: int | None = None) -> None:
+        """Wait until the ranks have exited after a fault, and check how.
 
         Args:
             ranks: the ranks.
             expected: what may follow.
-            began: time of the fault; None for one of the shim, which kills a victim if its action is to kill.
-            without: a frozen rank, which is killed after the others have exited.
+            began: time of the fault; None for one of the shim, which kills the victim if its action is to kill.
+            without: a frozen rank, which is not awaited.
 
         Raises:
             TooLate: the fault did not occur.
             Failed: something is not as expected.
         """
         seconds = ranks.wait(began, () if without is None else (without,))
-        text = ranks.text()
-        if without is not None:
-            ranks.kill(without)
-        if seconds >= 0 and ranks.fired.exists() and "kill" in ranks.fired.read_text():
+        if ranks.fired.exists() and "kill" in ranks.fired.read_text():
             ranks.killed.update(expected.victims)
-        codes = ranks.codes()
-        outcome = self.outcome
+        text, codes, outcome = ranks.text(), ranks.codes(), self.outcome
         outcome.seconds, outcome.codes, outcome.named = round(seconds, 2), codes, sorted(blamed(text))
-        check_end(text, codes, expected if seconds >= 0 else Expected(()))
-        self.saved = max(self.saved, announced(text))
         if seconds < 0:
+            check_end(text, codes, Expected(()))
             raise TooLate
-        return text
+        check_end(text, codes, expected)
+        self.saved = max(self.saved, announced(text))
 
     def recover(
         self, *overrides: str, at: int | None = None, least: int | None = None, is_clean: bool = True,
@@ -246,5 +243,6 @@ class Trial:
         check_rows(metrics(self.directory), self.ground.expected, complete=True)
         check_complete(self.directory, is_clean=is_clean)
         self.outcome.repeated = max(seen - found // BATCH, 0)
-        self.outcome.seconds = self.outcome.seconds or round(seconds, 2)
+        if not self.outcome.codes:  # the fault was there before the start
+            self.outcome.codes, self.outcome.seconds = ranks.codes(), round(seconds, 2)
         return text
