@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.checks import Expected
-from tests.faults.processes import BATCH, SAVE_STEPS, Failed, TooLate, checkpoints, mount_small_disk, unmount
+from tests.faults.processes import BATCH, Failed, TooLate, mount_small_disk, unmount
 from tests.faults.shim import Rule
 from tests.faults.trial import NOT_RUN, SAVED_STEPS, Trial
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT")
 HUNG = "sleep:1000"
-SAVED, BEFORE = SAVED_STEPS * BATCH, (SAVED_STEPS - SAVE_STEPS) * BATCH
-"""Images of the newest checkpoint of the saved run, and of the one before."""
+NEWEST = f"checkpoints/images_{SAVED_STEPS * BATCH:012d}"
+"""The newest checkpoint of the saved run."""
 SMALL_DISK_MB = 8
 FILL_LIMIT_S = 30
 
@@ -100,13 +100,13 @@ def fail_a_resume(trial: Trial) -> None:
     """Let a random rank fail to read a checkpoint: it is skipped with a warning, or the run exits with 5."""
     trial.continue_saved_run()
     victim, operation = trial.draw_rank(), trial.random.choice(("open", "read"))
-    path = f"{trial.directory}/checkpoints/images_{SAVED:012d}"
+    path = f"{trial.directory}/{NEWEST}"
     rule = Rule(operation, f"{path}/*", "EIO", n=trial.random.randint(1, 3), repeats=trial.random.random() < 0.5)
     trial.tell(f"rank {victim}: {rule.line()}")
     ranks = trial.start(rules={victim: [rule]})
-    trial.saved = 0  # it may be unreadable, so the steps since the one before may be repeated
+    trial.lose_newest()
     trial.finish(ranks, Expected((5,), (victim,), is_named=False, path=path))
-    trial.recover(least=BEFORE)
+    trial.recover()
 
 
 def hang(trial: Trial) -> None:
@@ -131,7 +131,8 @@ def hang(trial: Trial) -> None:
 def damage(trial: Trial, how: str) -> None:
     """Damage a file of the newest checkpoint: it is named, and the run continues from the checkpoint before."""
     trial.continue_saved_run()
-    file = trial.random.choice(sorted(checkpoints(trial.directory)[0].iterdir()))
+    trial.lose_newest()
+    file = trial.random.choice(sorted((trial.directory / NEWEST).iterdir()))
     if how == "flip":
         data = bytearray(file.read_bytes())
         position, bit = trial.random.randrange(len(data)), trial.random.randrange(8)
@@ -140,7 +141,7 @@ def damage(trial: Trial, how: str) -> None:
         trial.tell(f"{file.name}: bit {bit} of byte {position}")
         # a bit of the manifest's own formatting may make no difference
         if file.name == "manifest.json":
-            trial.recover(least=BEFORE)
+            trial.recover()
             return
     elif how == "truncate":
         size = trial.random.randrange(file.stat().st_size)
@@ -149,7 +150,7 @@ def damage(trial: Trial, how: str) -> None:
     else:
         file.unlink()
         trial.tell(file.name)
-    trial.recover(at=BEFORE, least=BEFORE, says=("WARNING", str(file), "is skipped"))
+    trial.recover(at=trial.saved, says=("WARNING", str(file), "is skipped"))
 
 
 def full_disk(trial: Trial) -> None:
@@ -212,8 +213,7 @@ def leave_something(trial: Trial) -> None:
 def replace_a_control_file(trial: Trial) -> None:
     """Put a pipe or a directory in the place of a control file: an error names it, or the run goes on without it."""
     trial.continue_saved_run()
-    newest = f"checkpoints/images_{SAVED:012d}"
-    names = ("checkpoints/latest", f"{newest}/meta.json", f"{newest}/manifest.json", "lock.json", "resolved.yaml",
+    names = ("checkpoints/latest", f"{NEWEST}/meta.json", f"{NEWEST}/manifest.json", "lock.json", "resolved.yaml",
              "metrics.jsonl", "validation.jsonl")  # fmt: skip
     name, what = trial.random.choice(names), trial.random.choice(("pipe", "directory"))
     path = trial.directory / name
@@ -225,11 +225,12 @@ def replace_a_control_file(trial: Trial) -> None:
         path.mkdir()
     began = time.monotonic()
     ranks = trial.start()
-    trial.saved = 0 if name.startswith(newest) else trial.saved
+    if name.startswith(NEWEST):
+        trial.lose_newest()
     trial.finish(ranks, Expected((5,), (0, 1), is_named=False, path=str(path)), began)
     if what == "directory" and path.is_dir():
         path.rename(trial.folder / "replaced")
     elif any(ranks.codes()):
         path.unlink()
     if name != "metrics.jsonl":  # the rows before are gone with it
-        trial.recover(least=BEFORE)
+        trial.recover()

@@ -149,13 +149,20 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def metrics(directory: Path) -> list[dict]:
-    """Return the complete rows of ``metrics.jsonl``."""
+    """Return the complete rows of ``metrics.jsonl``.
+
+    Raises:
+        Failed: one of them is not JSON.
+    """
     path = directory / "metrics.jsonl"
     if not path.is_file():
         return []
     # the last row may be half written, or be cut off by a kill
     lines = path.read_text(errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise Failed("other", f"{path}: {error}") from None
 
 
 def checkpoints(directory: Path) -> list[Path]:

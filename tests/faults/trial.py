@@ -29,6 +29,8 @@ from tests.helpers.training import training_arguments, write_json
 PASSED, NOT_RUN = "passed", "not run"
 SAVED_STEPS = 4
 """Steps of the run that a trial continues."""
+SAVED_BEFORE_STEPS = SAVED_STEPS - SAVE_STEPS
+"""Steps of the checkpoint before its newest one."""
 
 
 @dataclass
@@ -143,7 +145,8 @@ class Trial:
         self.folder.mkdir()
         self.directory = self.folder / "run"
         self.saved = 0
-        """Images of the newest checkpoint that is known to be saved."""
+        """Images of the newest checkpoint that is known to be saved and undamaged."""
+        self.may_skip = False
         self.started: list[Ranks] = []
 
     def close(self) -> None:
@@ -162,6 +165,10 @@ class Trial:
         """Begin with a copy of the saved run."""
         shutil.copytree(self.ground.saved, self.directory)
         self.saved = SAVED_STEPS * BATCH
+
+    def lose_newest(self) -> None:
+        """Note that the newest checkpoint of the saved run may be unreadable."""
+        self.saved, self.may_skip = SAVED_BEFORE_STEPS * BATCH, True
 
     def draw_start(self) -> None:
         """Begin with nothing or with a copy of the saved run."""
@@ -209,15 +216,13 @@ class Trial:
         self.saved = max(self.saved, announced(text))
 
     def recover(
-        self, *overrides: str, at: int | None = None, least: int | None = None, is_clean: bool = True,
-        says: Sequence[str] = (), **options: object,
-    ) -> str:  # fmt: skip
+        self, *overrides: str, at: int | None = None, is_clean: bool = True, says: Sequence[str] = (), **options: object
+    ) -> None:  # fmt: skip
         """Start the run again without a fault; it must complete, from the last save on, and equal the undisturbed run.
 
         Args:
             overrides: settings.
-            at: images at which it must continue; any number from ``least`` on if None.
-            least: images at which it must at least continue; those of the newest announced checkpoint if None.
+            at: images at which it must continue; at least `saved` if None.
             is_clean: whether nothing temporary may stay.
             says: texts that must be in its output.
             options: see `Ground.start`.
@@ -232,17 +237,15 @@ class Trial:
         if ranks.codes() != [0, 0] or "Traceback" in text:
             raise Failed("other", f"the next start exits with {ranks.codes()}:\n{text[-TAIL:]}")
         found = resumed(text)
-        lowest = self.saved if least is None else least
-        if found < lowest or (at is not None and found != at):
-            raise Failed("lost", f"continues at {found} images, not at {at or lowest}:\n{text[:TAIL]}")
-        if "is skipped" in text and not says:
+        if found < self.saved or found != (found if at is None else at):
+            raise Failed("lost", f"continues at {found} images, not at {at or self.saved}:\n{text[:TAIL]}")
+        if "is skipped" in text and not self.may_skip:
             raise Failed("other", f"the fault has damaged a checkpoint:\n{text[:TAIL]}")
-        for part in says:
-            if part not in text:
-                raise Failed("other", f"nothing says {part!r}:\n{text[:TAIL]}")
+        missing = [part for part in says if part not in text]
+        if missing:
+            raise Failed("other", f"nothing says {missing}:\n{text[:TAIL]}")
         check_rows(metrics(self.directory), self.ground.expected, complete=True)
         check_complete(self.directory, is_clean=is_clean)
         self.outcome.repeated = max(seen - found // BATCH, 0)
         if not self.outcome.codes:  # the fault was there before the start
             self.outcome.codes, self.outcome.seconds = ranks.codes(), round(seconds, 2)
-        return text
