@@ -72,14 +72,14 @@ def describe(outcome: Outcome) -> str:
     return f"{what}: {outcome.message}\nrepeat it with: {again}"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=1000, help="number of trials")
     parser.add_argument("--only", type=int, help="run this trial alone, and leave --state as it is")
     parser.add_argument("--state", type=Path, help="directory of the outcomes; a campaign goes on with what it has")
     parser.add_argument("--out", type=Path, help="file for the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     numbers = range(args.faults) if args.only is None else [args.only]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         state = args.state if args.only is None else None
