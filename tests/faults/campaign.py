@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import file_kinds, process_kinds
-from tests.faults.processes import Failed, TooLate
+from tests.faults.processes import LEAVE_LIMIT_S, Failed, TooLate
 from tests.faults.trial import NOT_RUN, PASSED, Ground, Outcome, Trial
 
 KINDS: dict[str, Callable[[Trial], None]] = {
@@ -81,6 +81,8 @@ def run_trial(ground: Ground, outcome: Outcome) -> Outcome:
             outcome.result = NOT_RUN
         except Failed as failure:
             outcome.result, outcome.message = failure.result, str(failure)
+            if failure.result == "hang":
+                outcome.seconds = LEAVE_LIMIT_S
             break
         finally:
             trial.close()

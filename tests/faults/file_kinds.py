@@ -175,7 +175,7 @@ def full_disk(trial: Trial) -> None:
         if on_error == "continue":
             trial.wait_for(ranks, lambda: "was not saved" in ranks.text() or time.monotonic() > began + FILL_LIMIT_S)
             filler.unlink()
-        trial.finish(ranks, Expected((5,), (0, 1), path=str(trial.directory)), began)
+        trial.finish(ranks, Expected((5,), (0, 1), is_named=False, path=str(trial.directory)), began)
         if "No space left" not in ranks.text():
             raise TooLate
         filler.unlink(missing_ok=True)

@@ -105,6 +105,12 @@ class Ranks:
             return 0.0 if self.fired.exists() else -1.0
         return time.monotonic() - began
 
+    def killed_by_the_shim(self) -> set[int]:
+        """Return the ranks in which the shim has sent SIGKILL."""
+        lines = self.fired.read_text().splitlines() if self.fired.exists() else []
+        pids = {int(line.split()[0]) for line in lines if line.split()[2].endswith("kill")}
+        return {rank for rank, process in enumerate(self.processes) if process.pid in pids}
+
     def codes(self) -> list[int]:
         """Return the exit codes of the ranks that were not killed."""
         ended = {rank: process.poll() for rank, process in enumerate(self.processes)}

@@ -205,8 +205,7 @@ class Trial:
             Failed: something is not as expected.
         """
         seconds = ranks.wait(began, () if without is None else (without,))
-        if ranks.fired.exists() and "kill" in ranks.fired.read_text():
-            ranks.killed.update(expected.victims)
+        ranks.killed |= set(expected.victims) & ranks.killed_by_the_shim()
         text, codes, outcome = ranks.text(), ranks.codes(), self.outcome
         outcome.seconds, outcome.codes, outcome.named = round(seconds, 2), codes, sorted(blamed(text))
         if seconds < 0:
