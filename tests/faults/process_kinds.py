@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 from tests.faults.checks import TAIL, Expected, announced, check_end
-from tests.faults.processes import BATCH, STEPS, WORLD, Failed, TooLate, catches, loader_workers
+from tests.faults.processes import BATCH, STEPS, WORLD, Failed, TooLate, catches, loader_workers, snapshot
 from tests.faults.shim import Rule
 from tests.faults.trial import Trial
 
@@ -81,13 +80,29 @@ def ask_to_stop(trial: Trial) -> None:
     trial.draw_start()
     victim, number = trial.draw_rank(), trial.random.choice((signal.SIGUSR1, signal.SIGTERM))
     trial.tell(f"{number.name} to rank {victim}")
-    ranks = trial.start()
+    stop_and_go_on(trial, victim, number)
+
+
+def shift_the_clock(trial: Trial) -> None:
+    """Shift the clock of every rank by up to two days, stop the run, and continue it with other clocks."""
+    trial.draw_start()
+    shifts = [[trial.random.randint(-2 * DAY_S, 2 * DAY_S) for _ in range(WORLD)] for _ in range(2)]
+    trial.tell(f"by {shifts[0]}, then by {shifts[1]} s")
+    stop_and_go_on(trial, 0, signal.SIGUSR1, shifts, config="board")
+
+
+def stop_and_go_on(
+    trial: Trial, victim: int, number: signal.Signals, shifts_s: Sequence[Sequence[int]] = ((0,) * WORLD,) * 2,
+    config: str = "plain",
+) -> None:  # fmt: skip
+    """Send a signal to a rank at a random time, and start the run again; no step may be repeated."""
+    ranks = trial.start(clock_shifts_s=shifts_s[0], config=config)
     trial.wait_for(ranks, lambda: catches(ranks.processes[victim].pid, number))
     trial.pause(ranks, 0.8)
     began = time.monotonic()
     ranks.send(victim, number)
     trial.finish(ranks, Expected(), began)
-    trial.recover()
+    trial.recover(clock_shifts_s=shifts_s[1], config=config)
     if trial.outcome.repeated:
         raise Failed("lost", f"{trial.outcome.repeated} step(s) repeated after {number.name}")
 
@@ -108,22 +123,6 @@ def lose_a_worker(trial: Trial) -> None:
     os.kill(trial.random.choice(workers), number)
     trial.finish(ranks, Expected(victims=(victim,)), began)
     trial.recover("data.num_workers=2")
-
-
-def shift_the_clock(trial: Trial) -> None:
-    """Shift the clock of every rank by up to two days, stop the run, and continue it with other clocks."""
-    trial.draw_start()
-    shifts = [[trial.random.randint(-2 * DAY_S, 2 * DAY_S) for _ in range(WORLD)] for _ in range(2)]
-    trial.tell(f"by {shifts[0]}, then by {shifts[1]} s")
-    ranks = trial.start(clock_shifts_s=shifts[0], config="board")
-    trial.wait_for(ranks, lambda: catches(ranks.processes[0].pid, signal.SIGUSR1))
-    trial.pause(ranks, 0.8)
-    began = time.monotonic()
-    ranks.send(0, signal.SIGUSR1)
-    trial.finish(ranks, Expected(), began)
-    trial.recover(clock_shifts_s=shifts[1], config="board")
-    if trial.outcome.repeated:
-        raise Failed("lost", f"{trial.outcome.repeated} step(s) repeated after SIGUSR1")
 
 
 def wake_a_replaced_job(trial: Trial) -> None:
@@ -151,12 +150,3 @@ def wake_a_replaced_job(trial: Trial) -> None:
     if announced(old.text()[len(told) :]) or (0 in old.codes() and trial.saved < STEPS * BATCH):
         raise Failed("other", f"the replaced job claims to have saved its progress:\n{old.text()[-TAIL:]}")
     trial.outcome.repeated = repeated
-
-
-def snapshot(run: Path) -> dict[str, tuple[int, str]]:
-    """Return inode and contents of every file, and the inode of every directory."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        contents = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(run))] = (path.lstat().st_ino, contents)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -173,6 +174,15 @@ def metrics(directory: Path) -> list[dict]:
 
 def checkpoints(directory: Path) -> list[Path]:
     return sorted((directory / "checkpoints").glob("images_*"), reverse=True)
+
+
+def snapshot(run: Path) -> dict[str, tuple[int, str]]:
+    """Return inode and contents of every file, and the inode of every directory."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        contents = "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(run))] = (path.lstat().st_ino, contents)
+    return found
 
 
 def mount_small_disk(folder: Path, megabytes: int) -> bool:
