@@ -137,7 +137,7 @@ def wake_a_replaced_job(trial: Trial) -> None:
     told = old.text()
     trial.saved = max(trial.saved, announced(told))
     trial.recover()  # the other job
-    before, repeated = snapshot(trial.directory), trial.outcome.repeated
+    before, saved, repeated = snapshot(trial.directory), trial.saved, trial.outcome.repeated
     began = time.monotonic()
     for rank in range(WORLD):
         old.send(rank, signal.SIGCONT)
@@ -147,6 +147,6 @@ def wake_a_replaced_job(trial: Trial) -> None:
     changed |= before.keys() - snapshot(trial.directory).keys()
     if changed:
         raise Failed("lost", f"the replaced job has changed {sorted(changed)}:\n{old.text()[-TAIL:]}")
-    if announced(old.text()[len(told) :]) or (0 in old.codes() and trial.saved < STEPS * BATCH):
+    if announced(old.text()[len(told) :]) or (0 in old.codes() and saved < STEPS * BATCH):
         raise Failed("other", f"the replaced job claims to have saved its progress:\n{old.text()[-TAIL:]}")
     trial.outcome.repeated = repeated

@@ -212,7 +212,7 @@ class Trial:
             check_end(text, codes, Expected(()))
             raise TooLate
         check_end(text, codes, expected)
-        self.saved = max(self.saved, announced(text))
+        self.saved = STEPS * BATCH if 0 in codes else max(self.saved, announced(text))
 
     def recover(
         self, *overrides: str, at: int | None = None, is_clean: bool = True, says: Sequence[str] = (), **options: object
