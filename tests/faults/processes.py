@@ -173,7 +173,7 @@ def metrics(directory: Path) -> list[dict]:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    return sorted((directory / "checkpoints").glob("images_*"), reverse=True)
+    return sorted((directory / "checkpoints").glob("images_[0-9]*"), reverse=True)
 
 
 def snapshot(run: Path) -> dict[str, tuple[int, str]]:
