@@ -63,7 +63,7 @@ test-torch:  ## golden, seam and layout tests with another torch: make test-torc
 	$(VENV)-torch-$(TORCH)/bin/python -m pytest -m "not long" tests/golden tests/distributed/test_seam.py \
 		tests/distributed/test_layout.py
 
-test-long: $(VENV)/installed-dev  ## tests that take an hour: faults, resume matrix, process exits
+test-long: $(VENV)/installed-dev  ## tests that take hours: 1,000 faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
 
 gpu-check:  ## GPU tests and benchmarks with $(PYTHON) on one GPU: 15 minutes, no network, installs nothing
