@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffmoe_ds.checkpoint.load import best_kind, restore_engine, restore_weights
+from diffmoe_ds.checkpoint.load import best_kind
+from diffmoe_ds.checkpoint.restore import restore_engine, restore_model, share_index
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.evaluation.held_out import HeldOut
@@ -108,13 +108,12 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
     device = local_device(plan.launch)
     model = build_model(config, topology, micro_batch=settings.micro_batch)
-    if reader is not None:
-        raise_on_all_ranks(device, lambda: restore_weights(model, reader, topology, "fp32"))
-    else:
+    source = plan.initial if reader is None else reader
+    if reader is None:
         init_weights(model, config.run.seed, topology.first_expert)
-        initial = plan.initial
-        if initial is not None:
-            raise_on_all_ranks(device, lambda: restore_weights(model, initial, topology, best_kind(initial)))
+    if source is not None:
+        share_index(source, device)
+        restore_model(model, source, topology, best_kind(source) if reader is None else "fp32", device)
     seam.tag_expert_weights(model)
     engine = seam.initialize(model, settings.json)
     engine.train()
@@ -137,8 +136,10 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:
-        raise_on_all_ranks(device, lambda: restore_engine(engine, reader, fragments, run.ema.values))
+        restore_engine(engine, reader, fragments, run.ema.values, run.ema.parts)
         run.images, run.step = reader.metadata.images, reader.metadata.step
+    if source is not None:
+        source.close()  # training needs it no more, and its disk space may be
     return run
 
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from diffmoe_ds.checkpoint import export as model_file
 from diffmoe_ds.checkpoint.export import ModelFileReader
 from diffmoe_ds.checkpoint.layout import checkpoint_name
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference, restore_weights
+from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
+from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import Config
