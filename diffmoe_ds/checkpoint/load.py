@@ -124,7 +124,7 @@ class CheckpointReader:
             try:
                 rows.append(rows_of(header, number, self.metadata.shapes))
                 self._buffers.update(buffers_of(header, number))
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise CheckpointError(f"{self.path / rank_file(number)}: cannot be read: {error}.") from None
         return merge_rows(rows)
 

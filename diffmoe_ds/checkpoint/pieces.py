@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diffmoe_ds.checkpoint.layout import BUFFER, KINDS, parse_key
@@ -42,30 +41,27 @@ class Run(NamedTuple):
     """First byte in the file."""
 
 
-def rows_of(header: Mapping[str, Stored], file: int, shapes: Mapping[str, tuple[int, ...]]) -> Rows:
-    """Return the rows of one file. Buffers, and tensors that ``shapes`` does not list, have none.
+def rows_of(header: Mapping[str, Stored], file: int, names: Iterable[str]) -> Rows:
+    """Return the rows of one file. Buffers, and tensors that ``names`` does not list, have none.
 
     Args:
         header: the file's tensors.
         file: the file's number.
-        shapes: logical shape of every parameter; a tensor's number is its place here.
+        names: of the parameters; a tensor's number is its place here.
 
     Raises:
         ValueError: a tensor is not a fragment.
+        OverflowError: a fragment starts beyond any tensor.
     """
-    known = {name: (number, torch.Size(shape).numel()) for number, (name, shape) in enumerate(shapes.items())}
+    numbers = {name: number for number, name in enumerate(names)}
     found: dict[tuple[int, int, int], list[int]] = {}
     for key, stored in header.items():
         kind, name, start = parse_key(key)
         if stored.dtype != "F32" or len(stored.shape) != 1:
             raise ValueError(f"{key!r} is {stored.dtype} {list(stored.shape)}, not flat F32")
-        if kind not in KINDS or name not in known:
-            continue
-        (number, total), (numel,) = known[name], stored.shape
-        if not 0 <= start <= total - numel:
-            raise ValueError(f"{key!r} has {numel} elements, but the whole tensor has {total}")
-        offsets = found.setdefault((number, start, numel), [-1] * len(KINDS))
-        offsets[KINDS.index(kind)] = stored.offset
+        if kind in KINDS and name in numbers:
+            offsets = found.setdefault((numbers[name], start, stored.shape[0]), [-1] * len(KINDS))
+            offsets[KINDS.index(kind)] = stored.offset
     table = [(*place, file, *offsets) for place, offsets in found.items()]
     return np.array(table, dtype=np.int64).reshape(-1, COLUMNS)
 

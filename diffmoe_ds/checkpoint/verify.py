@@ -23,6 +23,21 @@ def check_sizes(path: Path) -> dict[str, Digest]:
         CheckpointError: names the first file that is missing, truncated or changed.
     """
     files = read_manifest(path)
+    check_file_sizes(path, files)
+    check_contents(path, {META: files[META]})
+    return files
+
+
+def check_file_sizes(path: Path, files: Mapping[str, Digest]) -> None:
+    """Verify that files of a checkpoint exist with their sizes.
+
+    Args:
+        path: the checkpoint's directory.
+        files: the files, from the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or truncated.
+    """
     for name, digest in files.items():
         try:
             size = (path / name).stat().st_size
@@ -32,8 +47,6 @@ def check_sizes(path: Path) -> dict[str, Digest]:
             raise CheckpointError(
                 f"{path / name}: is damaged: it has {size} bytes, but was written with {digest.size}."
             )
-    check_contents(path, {META: files[META]})
-    return files
 
 
 def check_contents(path: Path, files: Mapping[str, Digest]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -106,9 +105,10 @@ class TrainPlan:
         Raises:
             CheckpointError: `resume` contradicts the run directory, or a checkpoint does not match the model.
         """
-        choices = resume_choices(self.resume, self.directory)
-        path = _first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        choices = resume_choices(self.resume, self.directory, self.launch)
+        reader = _first_complete(choices, self.launch, self.reader)
+        if reader is not None:
+            check_resumable(reader, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
@@ -124,7 +124,11 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+        from diffmoe_ds.checkpoint.load import CheckpointReader
+
+        reader = CheckpointReader(path)
+        check_resumable(reader, self.config, self.settings)
+        return replace(self, reader=reader, initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -136,7 +140,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         DataError: the dataset is missing or damaged.
     """
     directory = request.run_dir or default_directory(request.recipe)
-    config, initial, inherited = _read_recipe(request, directory)
+    config, initial, inherited = _read_recipe(request, directory, launch)
     config, source = _choose_deepspeed_section(config, request)
 
     # Everything below needs torch or DeepSpeed.
@@ -170,14 +174,17 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     return plan
 
 
-def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
+def _read_recipe(
+    request: TrainRequest, directory: Path, launch: Launch
+) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
     """Return the configuration, and the model of ``model.init_from`` with what a new run takes over from it."""
     recipe = read_recipe(request.recipe, request.overrides)
     if recipe.init_from is None:
         return recipe.config(), None, ()
     from diffmoe_ds.training.fine_tuning import resolve_start
 
-    return resolve_start(recipe, _first_complete(resume_choices(request.resume, directory)))
+    own = _first_complete(resume_choices(request.resume, directory, launch), launch)
+    return resolve_start(recipe, None if own is None else own.config)
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
@@ -258,17 +265,17 @@ def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
         )
 
 
-def resume_choices(resume: str, directory: Path) -> list[Path]:
+def resume_choices(resume: str, directory: Path, launch: Launch) -> list[Path]:
     """Return the checkpoints to resume from, in order of preference; an empty list starts a new run.
 
     Args:
         resume: ``auto``, ``none`` or a path.
         directory: the run directory.
+        launch: this process's place among the ranks.
 
     Raises:
         CheckpointError: `resume` contradicts what the run directory contains, or the path has no checkpoint.
     """
-    from diffmoe_ds.checkpoint.load import CheckpointReader
     from diffmoe_ds.checkpoint.verify import candidates
 
     own = candidates(directory)
@@ -281,8 +288,8 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
                 "with its own; use another --run-dir, or use --resume auto."
             )
         return []
-    newest = _first_complete(own)
-    if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
+    newest = _first_complete(own, launch)
+    if newest is not None and newest.metadata.began_from == os.path.abspath(resume):
         return own  # a rerun of the command that started this run
     found = candidates(Path(resume))
     if not found:
@@ -295,33 +302,49 @@ def resume_choices(resume: str, directory: Path) -> list[Path]:
     return found
 
 
-def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
-    """Open a checkpoint that this run can resume from.
+def check_resumable(reader: CheckpointReader, config: Config, settings: DeepSpeedSettings) -> None:
+    """Check that this run can resume from a checkpoint.
 
     Args:
-        path: the checkpoint's directory.
+        reader: the checkpoint.
         config: the run's configuration.
         settings: its DeepSpeed settings.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or does not match the model or the optimizer.
+        CheckpointError: the checkpoint does not match the model or the optimizer.
     """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
+    from diffmoe_ds.checkpoint.load import check_same_model, check_same_moments
 
-    reader = CheckpointReader(path)
-    own_recipe = path.parent.parent / RESOLVED_RECIPE
+    own_recipe = reader.path.parent.parent / RESOLVED_RECIPE
     hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
     check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
-    return reader
 
 
-def _first_complete(choices: list[Path]) -> Path | None:
-    """Return the first choice whose files have the right sizes; the ranks verify the contents later."""
+def _first_complete(
+    paths: list[Path], launch: Launch, known: CheckpointReader | None = None
+) -> CheckpointReader | None:
+    """Open the first checkpoint whose files have the right sizes; the ranks verify the contents later.
+
+    Args:
+        paths: checkpoints in order of preference.
+        launch: this process's place among the ranks. Only rank 0, whose choice counts, compares the sizes.
+        known: the checkpoint that was opened before, if any.
+
+    Raises:
+        CheckpointError: the metadata of a complete checkpoint cannot be used.
+    """
+    from diffmoe_ds.checkpoint.load import CheckpointReader
     from diffmoe_ds.checkpoint.verify import check_sizes
 
-    for path in choices:
-        with suppress(CheckpointError):
+    for path in paths:
+        if known is not None and known.path == path and known.is_current():
+            return known
+        try:
+            if launch.rank:
+                return CheckpointReader(path)
             check_sizes(path)
-            return path
+        except CheckpointError:
+            continue
+        return CheckpointReader(path)
     return None
