@@ -126,8 +126,7 @@ def share_index(reader: WeightsReader, device: torch.device) -> None:
     longest = int(all_reduce(torch.tensor(len(mine), device=device), "max"))
     padded = mine.new_full((longest, COLUMNS), -1)
     padded[: len(mine)] = mine
-    rows = torch.cat(all_gather(padded))
-    reader.set_index(rows[rows[:, NUMBER] >= 0].cpu().numpy())
+    reader.set_index(torch.cat([rows[rows[:, NUMBER] >= 0] for rows in all_gather(padded)]).cpu().numpy())
 
 
 @torch.no_grad()

@@ -134,8 +134,12 @@ def no_valid_one(path: Path, count: int) -> CheckpointError:
 
 
 def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Digest]:
-    """Return the files that one of several ranks verifies, so that together they verify all."""
-    return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
+    """Return the files that one of several ranks verifies, so that together they verify all.
+
+    On the layout that saved it, a rank gets its own file, which it reads afterwards.
+    """
+    names = sorted(files, key=lambda name: (name == META, name))
+    return {name: files[name] for name in names[rank::world]}
 
 
 def _preference(root: Path) -> Callable[[Path], tuple[bool, bool, tuple[int, int]]]:

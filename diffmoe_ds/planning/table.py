@@ -96,6 +96,11 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         _line("activations", f"{without:.2f} GB, {with_:.2f} GB with activation checkpointing"),
         _line("of which", f"{plan['dispatch_buffers_gb']:.2f} GB are rows sent to experts and back"),
         _line("host memory", host),
+        _line(
+            "resume",
+            f"{plan['resume_read_gb']:.2f} GB read per GPU in {plan['resume_opens']} opens, "
+            f"{plan['resume_exchanged_gb']:.2f} GB exchanged; {plan['resume_host_gb']:.2f} GB of host memory",
+        ),
         _line("verdict", f"{verdict} on {plan['gpu']}"),
         _line("fits on", ", ".join(fitting) or "none of the supported GPUs"),
         *([_line("tight on", f"{', '.join(tight)}: no room for the CUDA context and fragmentation")] if tight else []),
