@@ -52,13 +52,14 @@ class TensorFile:
         """
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0, opener=_open)  # noqa: SIM115 - closed by close()
-            status = os.fstat(self._file.fileno())
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would otherwise hang
         except OSError as error:
             raise self._error(error.strerror) from None
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            self.close()
+            os.close(handle)
             raise self._error("it is not a regular file")
+        self._file = open(handle, "rb", buffering=0)  # noqa: SIM115 - closed by close(), or with its last reference
         self._size = status.st_size
 
     def close(self) -> None:
@@ -75,11 +76,11 @@ class TensorFile:
         if length > min(MAX_HEADER_BYTES, self._size - 8):
             raise self._error(f"its header has {length:,} bytes, of a file of {self._size:,} bytes")
         try:
-            tree = json.loads(self._read(8, length), object_pairs_hook=_unique)
+            tree = json.loads(self._read(8, length))
             found = {name: _stored(entry) for name, entry in tree.items() if name != "__metadata__"}
             end = 0
             for name, (first, last, stored) in sorted(found.items(), key=lambda item: item[1][:2]):
-                if first != end:
+                if first != end:  # also if a name occurs twice
                     raise ValueError(f"{name!r} overlaps another tensor, or leaves a gap")
                 end = last
                 found[name] = first, last, stored._replace(offset=8 + length + first)
@@ -120,10 +121,6 @@ class TensorFile:
         return CheckpointError(f"{self.path}: cannot be read: {reason}.")
 
 
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a FIFO would otherwise wait for a writer
-
-
 def _stored(entry: Any) -> tuple[int, int, Stored]:
     """Return first and last byte of a tensor among the tensors' bytes, and its description without the offset.
 
@@ -138,11 +135,3 @@ def _stored(entry: Any) -> tuple[int, int, Stored]:
     if first > last or (dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != last - first):
         raise ValueError(f"it describes a tensor as {str(entry)[:80]}")
     return first, last, Stored(dtype, shape, 0)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, in which no key may occur twice."""
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return tree

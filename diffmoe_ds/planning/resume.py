@@ -16,14 +16,16 @@ from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.planning.layout import Group, Layout
 
 OPENS = 11
-"""Opens by rank 0, before the ranks join and afterwards: ``checkpoints/`` and ``latest`` twice each, ``manifest.json``
-twice, ``meta.json`` three times, and its file of tensors twice, to verify it and to read it. Other ranks open less."""
+"""Opens by rank 0: ``checkpoints/`` and ``latest`` twice each, before and after the ranks join, ``manifest.json`` twice,
+``meta.json`` three times, and its file of tensors twice, to verify it and to read it. Other ranks open less."""
 HEADER_ENTRY = 192
 """Bytes of a tensor in a header."""
 MANIFEST_ENTRY = 192
 """Bytes of a file in ``manifest.json``."""
 METADATA_ENTRY = 192
 """Bytes of a parameter in ``meta.json``."""
+VOTES = 1024
+"""Bytes of the votes on errors."""
 METADATA_REST = 1 << 16
 """Bytes of everything else in ``meta.json``."""
 
@@ -63,7 +65,7 @@ def resume_cost(layout: Layout) -> ResumeCost:
             2 * MANIFEST_ENTRY * (layout.world + 1) + 3 * metadata  # compared and verified, and read once more
             + 2 * (header + state + thresholds) + FLOAT * elements  # the weights are among the state, too
         ),
-        exchanged=(index + shared + thresholds) if layout.world > 1 else 0,
+        exchanged=index + shared + thresholds + VOTES if layout.world > 1 else 0,
         host_memory=3 * index + 3 * FLOAT * CHUNK_NUMEL,  # gathered, merged and sorted; read, padded and received
     )  # fmt: skip
 
