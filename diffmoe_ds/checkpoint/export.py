@@ -56,6 +56,7 @@ class ModelFileReader:
         self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
         self._file: TensorFile | None = None
         self._tensors = self._open().header()
+        self.close()
         for name, stored in self._tensors.items():
             if stored.dtype not in DTYPES:
                 valid = ", ".join(DTYPES)

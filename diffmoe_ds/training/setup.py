@@ -106,14 +106,8 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
     settings, reader = plan.settings, plan.reader
     config = plan.config if reader is None else continued(plan.config, reader.config)
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
-    device = local_device(plan.launch)
     model = build_model(config, topology, micro_batch=settings.micro_batch)
-    source = plan.initial if reader is None else reader
-    if reader is None:
-        init_weights(model, config.run.seed, topology.first_expert)
-    if source is not None:
-        share_index(source, device)
-        restore_model(model, source, topology, best_kind(source) if reader is None else "fp32", device)
+    _fill(model, plan, topology)
     seam.tag_expert_weights(model)
     engine = seam.initialize(model, settings.json)
     engine.train()
@@ -137,10 +131,23 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
     )
     if reader is not None:
         restore_engine(engine, reader, fragments, run.ema.values, run.ema.parts)
+        reader.close()  # so that its disk space is freed when it is removed
         run.images, run.step = reader.metadata.images, reader.metadata.step
-    if source is not None:
-        source.close()  # training needs it no more, and its disk space may be
     return run
+
+
+def _fill(model: DiT, plan: TrainPlan, topology: Topology) -> None:
+    """Fill a model with the weights that the run starts from. Every rank must call this."""
+    device = local_device(plan.launch)
+    if plan.reader is not None:
+        share_index(plan.reader, device)
+        restore_model(model, plan.reader, topology, "fp32", device)
+        return
+    init_weights(model, plan.config.run.seed, topology.first_expert)
+    if plan.initial is not None:
+        share_index(plan.initial, device)
+        restore_model(model, plan.initial, topology, best_kind(plan.initial), device)
+        plan.initial.close()
 
 
 def compile_blocks(model: DiT) -> None:
