@@ -16,8 +16,8 @@ from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.planning.layout import Group, Layout
 
 OPENS = 11
-"""Opens by rank 0: ``checkpoints/`` and ``latest`` twice each, before and after the ranks join, ``manifest.json`` twice,
-``meta.json`` three times, and its file of tensors twice, to verify it and to read it. Other ranks open less."""
+"""Opens by rank 0: ``checkpoints/`` and ``latest`` twice each (before and after the ranks join), ``manifest.json``
+twice, ``meta.json`` three times, and its file of tensors twice, to verify it and to read it. Other ranks open less."""
 HEADER_ENTRY = 192
 """Bytes of a tensor in a header."""
 MANIFEST_ENTRY = 192
