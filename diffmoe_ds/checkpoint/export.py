@@ -92,14 +92,14 @@ class ModelFileReader:
             raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it does not match its config.")
         return self._tensors[name].shape
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return a range of a flattened tensor; see `WeightsReader.read`."""
         if kind not in (BUFFER, WEIGHTS[self.weights]):
             raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
         (run,) = self.runs(kind, name, start, numel)
-        out = torch.empty(numel, dtype=DTYPES[self._tensors[name].dtype])
-        self._open().read(run.offset, out)
-        return out.float()
+        found = torch.empty(numel, dtype=DTYPES[self._tensors[name].dtype])
+        self._open().read(run.offset, found)
+        return found.float() if out is None else out.copy_(found)
 
     def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:
         """Return where a range of a flattened tensor is stored; see `WeightsReader.runs`."""

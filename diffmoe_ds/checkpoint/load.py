@@ -59,8 +59,15 @@ class WeightsReader(Protocol):
             CheckpointError: the parameter does not exist.
         """
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return the elements [start, start + numel) of a flattened logical tensor, fp32 on the CPU.
+
+        Args:
+            kind: one of `kinds`.
+            name: the parameter.
+            start: first element.
+            numel: elements.
+            out: where to put them, contiguous, fp32 and on the CPU; a new tensor if None.
 
         Raises:
             CheckpointError: the elements do not exist or cannot be read.
@@ -168,9 +175,9 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path}: holds {filled} of the {numel} elements requested of {kind} {name!r}.")
         return found
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
-        out = torch.empty(numel, dtype=torch.float32)
+        out = torch.empty(numel, dtype=torch.float32) if out is None else out
         for run in self.runs(kind, name, start, numel):
             self._file(run.file).read(run.offset, out[run.start - start : run.start - start + run.numel])
         return out

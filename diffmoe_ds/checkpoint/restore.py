@@ -50,8 +50,13 @@ def fill(target: Target, reader: WeightsReader) -> None:
     Raises:
         CheckpointError: the elements do not exist or cannot be read.
     """
+    in_place = target.out.dtype == torch.float32 and target.out.device.type == "cpu"
     for first, part in chunks(target.out):
-        part.copy_(reader.read(target.kind, target.name, target.start + first, part.numel()))
+        wanted = target.kind, target.name, target.start + first, part.numel()
+        if in_place:
+            reader.read(*wanted, out=part)
+        else:
+            part.copy_(reader.read(*wanted))
 
 
 def chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -235,15 +240,17 @@ def _exchange(
     rank, size = get_rank(group), get_world_size(group)
     mine = set(sorted(files)[rank::size])
     failure = None
+    largest = max((part.numel() for target in targets for _, part in chunks(target.out)), default=0)
+    host = torch.empty(largest)
     for target in targets:
         for first, part in chunks(target.out):
-            found = torch.zeros(part.numel())
+            found = host[: part.numel()].zero_()
             start = target.start + first
             try:
                 for run in reader.runs(target.kind, target.name, start, part.numel()) if failure is None else ():
                     if run.file in mine:
                         place = found[run.start - start : run.start - start + run.numel]
-                        place.copy_(reader.read(target.kind, target.name, run.start, run.numel))
+                        reader.read(target.kind, target.name, run.start, run.numel, out=place)
             except CheckpointError as error:
                 failure = error
             found = found.to(device)

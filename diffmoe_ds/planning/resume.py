@@ -26,6 +26,8 @@ METADATA_ENTRY = 192
 """Bytes of a parameter in ``meta.json``."""
 VOTES = 1024
 """Bytes of the votes on errors."""
+PROCESS = 32 << 20
+"""Bytes of modules that are imported, of metadata and manifest as Python objects, and of the allocator's reserve."""
 METADATA_REST = 1 << 16
 """Bytes of everything else in ``meta.json``."""
 
@@ -66,7 +68,7 @@ def resume_cost(layout: Layout) -> ResumeCost:
             + 2 * (header + state + thresholds) + FLOAT * elements  # the weights are among the state, too
         ),
         exchanged=index + shared + thresholds + VOTES if layout.world > 1 else 0,
-        host_memory=3 * index + 3 * FLOAT * CHUNK_NUMEL,  # gathered, merged and sorted; read, padded and received
+        host_memory=3 * index + FLOAT * CHUNK_NUMEL + PROCESS,  # the index is gathered, merged and sorted
     )  # fmt: skip
 
 
