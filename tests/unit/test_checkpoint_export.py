@@ -110,7 +110,7 @@ def test_export_holds_one_piece_in_memory(tmp_path):
 
 
 def test_an_export_replaces_no_model_and_a_header_that_lies_is_refused(tmp_path, run_directory, capsys):
-    """safetensors checks offsets itself; a checkpoint of ours must not be read past its end."""
+    """A file must not be read past its end."""
     out = tmp_path / "lie"
     assert main(["checkpoint", "export", str(run_directory), "--out", str(out)]) == 0
     path = out / "model.safetensors"
