@@ -66,7 +66,7 @@ def chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind: str) -> None:
-    """Fill a model with weights, all read by this process; `restore.restore_model` divides them between ranks.
+    """Fill a model with weights, all read by this process; `restore_model` divides them between ranks.
 
     Args:
         model: holds the experts of this rank; its values need not be initialized, except for the class embedding.
@@ -129,7 +129,7 @@ def share_index(reader: WeightsReader, device: torch.device) -> None:
     files = range(get_rank(), reader.metadata.files, get_world_size())
     mine = torch.from_numpy(raise_on_all_ranks(device, lambda: reader.scan(files))).to(device)
     longest = int(all_reduce(torch.tensor(len(mine), device=device), "max"))
-    padded = mine.new_full((longest, COLUMNS), -1)
+    padded = mine.new_full((max(longest, 1), COLUMNS), -1)
     padded[: len(mine)] = mine
     reader.set_index(torch.cat([rows[rows[:, NUMBER] >= 0] for rows in all_gather(padded)]).cpu().numpy())
 
@@ -158,7 +158,7 @@ def restore_model(model: DiT, reader: WeightsReader, topology: Topology, kind: s
     replicas = expert_parallel_group(topology.ep_size, replicas=True)
     failures = [_exchange(dense, reader, None, device), _exchange(experts, reader, replicas, device)]
     failures.append(_broadcast(buffer_targets(model), reader, device))
-    vote(device, next((failure for failure in failures if failure is not None), None))
+    vote(device, next(filter(None, failures), None))
     model.reset_positions()
 
 
@@ -198,7 +198,7 @@ def restore_engine(
         for expert in (False, True):
             alike = [target for target in targets if is_expert(target.name) is expert]
             failures.append(_exchange(alike, reader, parts[alike[0].name].group, device) if alike else None)
-        vote(device, next((failure for failure in failures if failure is not None), None))
+        vote(device, next(filter(None, failures), None))
     saved = reader.metadata
     set_adam_step(engine, saved.adam_step)
     engine.global_steps = saved.step
