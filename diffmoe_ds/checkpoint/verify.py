@@ -27,6 +27,21 @@ def check_sizes(path: Path) -> dict[str, Digest]:
         CheckpointError: names the first file that is missing, truncated or changed.
     """
     files = read_manifest(path)
+    check_file_sizes(path, files)
+    check_contents(path, {META: files[META]})
+    return files
+
+
+def check_file_sizes(path: Path, files: Mapping[str, Digest]) -> None:
+    """Verify that files of a checkpoint exist with their sizes.
+
+    Args:
+        path: the checkpoint's directory.
+        files: the files, from the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or truncated.
+    """
     for name, digest in files.items():
         try:
             size = (path / name).stat().st_size
@@ -36,8 +51,6 @@ def check_sizes(path: Path) -> dict[str, Digest]:
             raise CheckpointError(
                 f"{path / name}: is damaged: it has {size} bytes, but was written with {digest.size}."
             )
-    check_contents(path, {META: files[META]})
-    return files
 
 
 def check_contents(path: Path, files: Mapping[str, Digest]) -> None:
@@ -115,24 +128,6 @@ def newest_valid(path: Path, *, full: bool) -> Path | None:
     return None
 
 
-def first_complete(choices: Sequence[Path]) -> Path | None:
-    """Return the first checkpoint whose files all have their sizes; None if there are no choices.
-
-    Raises:
-        CheckpointError: there are choices, but all are damaged.
-    """
-    problems: list[CheckpointError] = []
-    for path in choices:
-        try:
-            check_sizes(path)
-            return path
-        except CheckpointError as error:
-            problems.append(error)
-    if choices:
-        raise no_valid_one(choices[0].parent, len(choices), problems)
-    return None
-
-
 def warn_skipped(path: Path, error: CheckpointError) -> None:
     """Print a warning that a checkpoint is not used."""
     print(f"\n*** WARNING: the checkpoint {path} is skipped. {error} ***\n", file=sys.stderr, flush=True)
@@ -156,8 +151,12 @@ def no_valid_one(path: Path, count: int, problems: Sequence[CheckpointError] = (
 
 
 def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Digest]:
-    """Return the files that one of several ranks verifies, so that together they verify all."""
-    return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
+    """Return the files that one of several ranks verifies, so that together they verify all.
+
+    On the layout that saved it, a rank gets its own file, which it reads afterwards.
+    """
+    names = sorted(files, key=lambda name: (name == META, name))
+    return {name: files[name] for name in names[rank::world]}
 
 
 def _preference(root: Path) -> Callable[[Path], tuple[bool, bool, tuple[int, int]]]:

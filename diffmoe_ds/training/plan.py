@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root, default_directory
+from diffmoe_ds.checkpoint.layout import default_directory
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.elastic import fit_ranks
 from diffmoe_ds.distributed.launch import Launch, local_device
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.training.weights_and_biases import check_wandb_login
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ class TrainPlan:
             CheckpointError: `resume` contradicts the run directory, all checkpoints are damaged, or one does not match
                 the model.
         """
-        from diffmoe_ds.checkpoint.verify import first_complete
+        from diffmoe_ds.training.start import check_resumable, first_complete, resume_choices
 
-        choices = resume_choices(self.resume, self.directory)
-        path = first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        choices = resume_choices(self.resume, self.directory, self.launch)
+        reader = first_complete(choices, self.launch, self.reader)
+        if reader is not None:
+            check_resumable(reader, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
@@ -127,7 +128,12 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+        from diffmoe_ds.checkpoint.load import CheckpointReader
+        from diffmoe_ds.training.start import check_resumable
+
+        reader = CheckpointReader(path)
+        check_resumable(reader, self.config, self.settings)
+        return replace(self, reader=reader, initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -139,7 +145,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         DataError: the dataset is missing or damaged.
     """
     directory = request.run_dir or default_directory(request.recipe)
-    config, initial, inherited = _read_recipe(request, directory)
+    config, initial, inherited = _read_recipe(request, directory, launch)
     config, source = _choose_deepspeed_section(config, request)
 
     # Everything below needs torch or DeepSpeed.
@@ -185,15 +191,18 @@ def _resolve_settings(config: Config, source: str, launch: Launch, device: str) 
     return settings
 
 
-def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
+def _read_recipe(
+    request: TrainRequest, directory: Path, launch: Launch
+) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
     """Return the configuration, and the model of ``model.init_from`` with what a new run takes over from it."""
     recipe = read_recipe(request.recipe, request.overrides)
     if recipe.init_from is None:
         return recipe.config(), None, ()
-    from diffmoe_ds.checkpoint.verify import first_complete
     from diffmoe_ds.training.fine_tuning import resolve_start
+    from diffmoe_ds.training.start import first_complete, resume_choices
 
-    return resolve_start(recipe, first_complete(resume_choices(request.resume, directory)))
+    own = first_complete(resume_choices(request.resume, directory, launch), launch)
+    return resolve_start(recipe, None if own is None else own.config)
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
@@ -272,62 +281,3 @@ def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
             f"sample.sampler {config.sample.sampler} runs as many forward passes as a rank's images need, but in this "
             "run the ranks share experts and must run the same number; use heun."
         )
-
-
-def resume_choices(resume: str, directory: Path) -> list[Path]:
-    """Return the checkpoints to resume from, in order of preference; an empty list starts a new run.
-
-    Args:
-        resume: ``auto``, ``none`` or a path.
-        directory: the run directory.
-
-    Raises:
-        CheckpointError: `resume` contradicts what the run directory contains, its checkpoints are all damaged, or the
-            path has no checkpoint.
-    """
-    from diffmoe_ds.checkpoint.load import CheckpointReader
-    from diffmoe_ds.checkpoint.verify import candidates, first_complete
-
-    own = candidates(directory)
-    if resume == "auto":
-        return own
-    if resume == "none":
-        if own:
-            raise CheckpointError(
-                f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which --resume none would mix "
-                "with its own; use another --run-dir, or use --resume auto."
-            )
-        return []
-    newest = first_complete(own)
-    if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
-        return own  # a rerun of the command that started this run
-    found = candidates(Path(resume))
-    if not found:
-        raise CheckpointError(f"--resume {resume}: not a checkpoint or a run directory with one.")
-    if own and found[0].resolve().parent != own[0].resolve().parent:
-        raise CheckpointError(
-            f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which would be mixed with those "
-            f"of {found[0]}; use another --run-dir."
-        )
-    return found
-
-
-def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
-    """Open a checkpoint that this run can resume from.
-
-    Args:
-        path: the checkpoint's directory.
-        config: the run's configuration.
-        settings: its DeepSpeed settings.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or does not match the model or the optimizer.
-    """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
-
-    reader = CheckpointReader(path)
-    own_recipe = path.parent.parent / RESOLVED_RECIPE
-    hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
-    check_same_model(reader, config, hint)
-    check_same_moments(reader, settings.json["optimizer"]["type"])
-    return reader
