@@ -10,7 +10,7 @@ CONSTRAINTS := $(if $(GPU),constraints.txt,constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-cluster test-torch test-long gpu-check lint docs clean
+.PHONY: help demo test test-fast test-cluster test-torch test-long gpu-check lint docs lock audit clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,7 +63,7 @@ test-torch:  ## golden, seam and layout tests with another torch: make test-torc
 	$(VENV)-torch-$(TORCH)/bin/python -m pytest -m "not long" tests/golden tests/distributed/test_seam.py \
 		tests/distributed/test_layout.py
 
-test-long: $(VENV)/installed-dev  ## tests that take an hour: faults, resume matrix, process exits
+test-long: $(VENV)/installed-dev  ## tests that take hours: 1,000 faults, resume matrix, process exits
 	$(BIN)/python -m pytest -m long
 
 gpu-check:  ## GPU tests and benchmarks with $(PYTHON) on one GPU: 15 minutes, no network, installs nothing
@@ -77,6 +77,30 @@ lint: $(VENV)/installed-dev  ## style, formatting and types
 docs: $(VENV)/installed  ## regenerate docs/configuration.md
 	$(BIN)/diffmoe config --markdown >docs/configuration.md.tmp
 	mv docs/configuration.md.tmp docs/configuration.md
+
+$(VENV)/installed-lock: constraints.txt
+	rm -rf $(VENV)/lock
+	$(PYTHON) -m venv $(VENV)/lock
+	$(VENV)/lock/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt uv pip-audit
+	touch $@
+
+# requirements.txt has one line for each version that any Python from 3.10 to 3.13 gets, with the hashes of all its
+# files. torch and the packages that only torch needs are left out: machines differ in their build of torch.
+# The packages are unpacked for the oldest and the newest Python to read their licenses.
+lock: $(VENV)/installed-lock  ## regenerate requirements.txt (hashes) and docs/licenses.md from constraints.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/lock/bin/uv pip compile --quiet --universal --python-version 3.10 \
+		--generate-hashes --no-annotate --no-emit-package colorama --constraint constraints-cpu.txt \
+		--override <(echo "torch; python_version < '0'") --output-file requirements.txt pyproject.toml
+	rm -rf $(VENV)/licenses
+	for python in 3.10 3.13; do $(VENV)/lock/bin/uv pip install --quiet --no-deps --require-hashes \
+		--python-version $$python --target $(VENV)/licenses/$$python -r requirements.txt || exit; done
+	$(PYTHON) -m tools.list_licenses $(VENV)/licenses/3.10 $(VENV)/licenses/3.13 >docs/licenses.md.tmp
+	mv docs/licenses.md.tmp docs/licenses.md
+
+audit: $(VENV)/installed-lock  ## look up known vulnerabilities of requirements.txt with pip-audit; needs access to PyPI
+	@$(VENV)/lock/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.txt || { echo "make audit:" \
+		"either pip-audit listed vulnerabilities above, or it could not look up every package, for example without" \
+		"network or behind a package mirror; run it on a machine with access to PyPI." >&2; exit 1; }
 
 clean:  ## remove the environment, build products and caches
 	rm -rf $(VENV) $(VENV)-torch-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -65,6 +65,12 @@ class RankLostError(DiffMoEError):
     exit_code = 85
 
 
+class WorkerLostError(DiffMoEError):
+    """A process that reads images for a rank died, often for lack of memory; the run has saved and can be restarted."""
+
+    exit_code = 85
+
+
 class Requeue(DiffMoEError):
     """The run was asked to stop, has saved, and should be requeued; not a failure."""
 

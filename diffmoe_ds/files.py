@@ -103,13 +103,13 @@ def write_text(path: Path, text: str, tmp_directory: Path | None = None) -> Dige
 
     Args:
         path: the file to replace or create.
-        text: its contents.
+        text: its contents.  Bytes of a file name that are not valid UTF-8 are written as escapes.
         tmp_directory: see `replacing`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")
     with atomic_write(path, tmp_directory) as file:
         file.write(data)
     return Digest(len(data), hashlib.sha256(data).hexdigest())

@@ -5,10 +5,11 @@
 #
 # --dry-run, anywhere on the line, prints the command.
 # Variables:
-#   NODES         number of nodes (1)
-#   NODE_RANK     index of this node, from 0 (0)
-#   MASTER_ADDR   host name of the node with NODE_RANK 0; required with several nodes (localhost)
+#   NODES         number of nodes, or MIN:MAX: torchrun then restarts the rest by itself when a node is lost or added (1)
+#   NODE_RANK     index of this node, from 0; not with MIN:MAX (0)
+#   MASTER_ADDR   host name of the node with NODE_RANK 0, or with MIN:MAX of any; required with several nodes (localhost)
 #   MASTER_PORT   rendezvous port on that node (29500)
+#   RESTARTS      restarts of each node's ranks after failures, with MIN:MAX (3)
 #   PROCESSES     ranks per node (the number of GPUs, or 1)
 #   PYTHON        the interpreter (python)
 set -euo pipefail
@@ -18,10 +19,17 @@ for option; do
 done
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [[ ${NODES:-1} == 1 ]] || : "${MASTER_ADDR:?set it to the host name of the node with NODE_RANK 0}"
-command=("${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:-1}" --node_rank "${NODE_RANK:-0}"
-  --nproc_per_node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
-  --master_addr "${MASTER_ADDR:-localhost}" --master_port "${MASTER_PORT:-29500}"
-  -m diffmoe_ds.train "${options[@]}")
+address=${MASTER_ADDR:-localhost} port=${MASTER_PORT:-29500}
+if [[ ${NODES:-1} == *:* ]]; then
+  # Otherwise torchrun keeps the address of the first rank 0 for all restarts.
+  command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+  rendezvous=(--max_restarts "${RESTARTS:-3}" --rdzv_backend c10d --rdzv_endpoint "$address:$port")
+else
+  command=()
+  rendezvous=(--node_rank "${NODE_RANK:-0}" --master_addr "$address" --master_port "$port")
+fi
+command+=("${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:-1}"
+  --nproc_per_node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" "${rendezvous[@]}" -m diffmoe_ds.train "${options[@]}")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.checkpoint.metadata import MAX_INT, stored_config, stored_names
-from diffmoe_ds.checkpoint.safetensors_header import open_safetensors
-from diffmoe_ds.checkpoint.stream import DTYPE_NAMES, Entry, write_safetensors
+from diffmoe_ds.checkpoint.pieces import Run
+from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
+from diffmoe_ds.checkpoint.tensor_file import DTYPES, TensorFile
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_to_dict
@@ -55,26 +55,23 @@ class ModelFileReader:
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
         self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
-        try:
-            self._file = open_safetensors(self.path)
-            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error}.") from None
-        self._shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        for name, part in slices.items():
-            if part.get_dtype() not in DTYPE_NAMES.values():
-                valid = ", ".join(DTYPE_NAMES.values())
-                raise CheckpointError(f"{self.path}: {name!r} is of type {part.get_dtype()}; valid: {valid}.")
+        self._file: TensorFile | None = None
+        self._tensors = self._open().header()
+        self.close()
+        for name, stored in self._tensors.items():
+            if stored.dtype not in DTYPES:
+                valid = ", ".join(DTYPES)
+                raise CheckpointError(f"{self.path}: {name!r} is of type {stored.dtype}; valid: {valid}.")
         self._check_tensors(config)
 
     def _check_tensors(self, source: Path) -> None:
         """Check that the file holds exactly the tensors of the model that ``config.json`` describes."""
-        blocks = len({name.split(".")[1] for name in self._shapes if name.startswith("blocks.")})
+        blocks = len({name.split(".")[1] for name in self._tensors if name.startswith("blocks.")})
         if self.config.size.depth != blocks:
             depth = self.config.size.depth
             raise CheckpointError(f"{source}: depth is {depth}, but {self.path} holds {blocks} block(s).")
         model = empty_model(self.config).state_dict()
-        for name in sorted(model.keys() | self._shapes.keys()):
+        for name in sorted(model.keys() | self._tensors.keys()):
             if name not in model:
                 raise CheckpointError(f"{self.path}: holds {name!r}, which the model of {source} lacks.")
             if self.shape(name) != model[name].shape:
@@ -89,25 +86,37 @@ class ModelFileReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter; see `WeightsReader.shape`."""
-        if name not in self._shapes:
+        if name not in self._tensors:
             raise CheckpointError(f"{self.path}: holds no tensor {name!r}; it does not match its config.")
-        return self._shapes[name]
+        return self._tensors[name].shape
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return a range of a flattened tensor; see `WeightsReader.read`."""
         if kind not in (BUFFER, WEIGHTS[self.weights]):
             raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
-        shape = self.shape(name)
-        rows = shape[0] if shape else 1
-        row = torch.Size(shape).numel() // max(rows, 1)
-        if start + numel > rows * row:
-            raise CheckpointError(f"{self.path}: {name!r} has {rows * row} elements, fewer than the model's.")
-        if not shape or not row:
-            whole: Tensor = self._file.get_tensor(name)
-            return whole.flatten().float()[start : start + numel]
-        first = start // row
-        part: Tensor = self._file.get_slice(name)[first : -(-(start + numel) // row)].flatten().float()
-        return part[start - first * row : start - first * row + numel]
+        (run,) = self.runs(kind, name, start, numel)
+        found = torch.empty(numel, dtype=DTYPES[self._tensors[name].dtype])
+        self._open().read(run.offset, found)
+        return found.float() if out is None else out.copy_(found)
+
+    def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:
+        """Return where a range of a flattened tensor is stored; see `WeightsReader.runs`."""
+        total = torch.Size(self.shape(name)).numel()
+        if start + numel > total:
+            raise CheckpointError(f"{self.path}: {name!r} has {total} elements, fewer than the model's.")
+        stored = self._tensors[name]
+        return [Run(start, numel, 0, stored.offset + start * DTYPES[stored.dtype].itemsize)]
+
+    def close(self) -> None:
+        """Close the file; see `WeightsReader.close`."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> TensorFile:
+        if self._file is None:
+            self._file = TensorFile(self.path)
+        return self._file
 
 
 def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None, float]:

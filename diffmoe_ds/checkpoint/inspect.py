@@ -59,6 +59,8 @@ def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
             entry["checked"] = "every byte"
             check_contents(path, files)
         reader = CheckpointReader(path)
+        kinds = reader.kinds()
+        reader.close()
     except CheckpointError as error:
         return {**entry, "problem": str(error)}
     saved = reader.metadata
@@ -70,7 +72,7 @@ def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
         **_model(reader.config),
         "parameters": sum(torch.Size(shape).numel() for shape in saved.shapes.values()),
         "tensors": len(saved.shapes),
-        "kinds": reader.kinds(),
+        "kinds": kinds,
         "files": {name: digest.size for name, digest in files.items()},
         "checked": entry["checked"],
     }

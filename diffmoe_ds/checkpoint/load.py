@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from diffmoe_ds.checkpoint.layout import BUFFER, parse_key, rank_file
+from diffmoe_ds.checkpoint.layout import BUFFER, META, rank_file
 from diffmoe_ds.checkpoint.metadata import read_metadata
-from diffmoe_ds.checkpoint.safetensors_header import open_safetensors
+from diffmoe_ds.checkpoint.pieces import FLOAT, PieceIndex, Rows, Run, buffers_of, merge_rows, rows_of
+from diffmoe_ds.checkpoint.tensor_file import TensorFile
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.topology import Topology
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-    from diffmoe_ds.distributed.fragments import Fragment
 
 FIXED = {
     "model": (
@@ -36,6 +31,8 @@ FIXED = {
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
 CLASS_EMBEDDING = "y_embedder.embedding_table.weight"
 """The one parameter whose shape depends on the classes."""
+MAX_OPEN_FILES = 256
+"""Files of a checkpoint that are open at a time; the usual limit of a process is 1,024."""
 
 
 class WeightsReader(Protocol):
@@ -62,62 +59,91 @@ class WeightsReader(Protocol):
             CheckpointError: the parameter does not exist.
         """
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return the elements [start, start + numel) of a flattened logical tensor, fp32 on the CPU.
+
+        Args:
+            kind: one of `kinds`.
+            name: the parameter.
+            start: first element.
+            numel: elements.
+            out: where to put them, contiguous, fp32 and on the CPU; a new tensor if None.
 
         Raises:
             CheckpointError: the elements do not exist or cannot be read.
         """
 
+    def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:
+        """Return where these elements are stored, in order.
 
-class _Piece(NamedTuple):
-    """A fragment of a logical tensor in one of the files."""
+        Raises:
+            CheckpointError: some do not exist.
+        """
 
-    start: int
-    """First element."""
-    numel: int
-    """Elements."""
-    file: Any
-    """The open file."""
-    key: str
-    """Key in the file."""
+    def close(self) -> None:
+        """Close files that are open; reading afterwards opens them again."""
 
 
 class CheckpointReader:
-    """Random access to the tensors of a checkpoint (a `WeightsReader`)."""
+    """Random access to the tensors of a checkpoint (a `WeightsReader`).
+
+    Constructing one reads ``meta.json``. The headers are read when they are needed first, and files are opened when
+    something is read from them.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata and the headers of all files, but no weights.
+        """Read the metadata.
 
         Args:
             path: the checkpoint's directory.
 
         Raises:
-            CheckpointError: a file is missing, damaged or of another format.
+            CheckpointError: the metadata is missing, damaged or of another format.
         """
         self.path = path
+        self._stamp = _stamp(path)
         self.metadata = read_metadata(path)
         self.config = self.metadata.config
         self.images = self.metadata.images
         self.class_names = self.metadata.class_names
         self.initial_share = self.metadata.initial_share
-        self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
-        for rank in range(self.metadata.files):
-            self._open(path / rank_file(rank))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece.start)
+        self._numbers = {name: number for number, name in enumerate(self.metadata.shapes)}
+        self._index: PieceIndex | None = None
+        self._buffers: dict[str, Run] = {}
+        self._files: OrderedDict[int, TensorFile] = OrderedDict()  # the least recently used first
 
-    def _open(self, file: Path) -> None:
-        try:
-            opened = open_safetensors(file)
-            for key in opened.keys():  # noqa: SIM118 - not a mapping
-                kind, name, start = parse_key(key)
-                part = opened.get_slice(key)
-                if part.get_dtype() != "F32" or len(part.get_shape()) != 1:
-                    raise ValueError(f"{key!r} is {part.get_dtype()} {part.get_shape()}, not flat F32")
-                self._pieces[kind, name].append(_Piece(start, part.get_shape()[0], opened, key))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+    def is_current(self) -> bool:
+        """Return whether the path still is the checkpoint that was opened, not another one of the same name."""
+        return self._stamp is not None and self._stamp == _stamp(self.path)
+
+    def scan(self, files: Iterable[int]) -> Rows:
+        """Read the headers of some of the files, and return where their pieces are.
+
+        Args:
+            files: numbers of the files, below ``metadata.files``.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        rows = []
+        for number in files:
+            header = self._file(number).header()
+            try:
+                rows.append(rows_of(header, number, self.metadata.shapes))
+                self._buffers.update(buffers_of(header, number))
+            except (ValueError, OverflowError) as error:
+                raise CheckpointError(f"{self.path / rank_file(number)}: cannot be read: {error}.") from None
+        return merge_rows(rows)
+
+    def set_index(self, rows: Rows) -> None:
+        """Use rows of all files, of which this process has scanned only some."""
+        self._index = PieceIndex(rows, len(self._numbers))
+
+    def close(self) -> None:
+        """Close the files and drop the index; reading afterwards opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+        self._index = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the logical shape of a parameter; see `WeightsReader.shape`."""
@@ -127,28 +153,56 @@ class CheckpointReader:
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter; see `WeightsReader.kinds`."""
-        return sorted({kind for kind, _ in self._pieces})
+        return sorted([*self._all_pieces().kinds(), *([BUFFER] if self._buffers else [])])
 
     def buffers(self) -> dict[str, int]:
         """Return the number of elements of each buffer, by name."""
-        return {name: pieces[0].numel for (kind, name), pieces in self._pieces.items() if kind == BUFFER}
+        self._all_pieces()
+        return {name: run.numel for name, run in self._buffers.items()}
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
-        out = torch.empty(numel, dtype=torch.float32)
-        filled = 0
-        for piece in self._pieces[kind, name]:
-            low, high = max(start + filled, piece.start), min(start + numel, piece.start + piece.numel)
-            if low < high and low == start + filled:  # pieces are sorted, so this never skips a gap
-                try:
-                    part = piece.file.get_slice(piece.key)[low - piece.start : high - piece.start]
-                except SafetensorError as error:
-                    raise CheckpointError(f"{self.path}: {piece.key} cannot be read: {error}.") from None
-                out[low - start : high - start] = part
-                filled = high - start
+    def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:
+        """Return where a range of a flattened logical tensor is stored; see `WeightsReader.runs`."""
+        index = self._all_pieces()
+        if kind == BUFFER:
+            stored = self._buffers.get(name)
+            count = 0 if stored is None else min(numel, stored.numel - start)
+            found = [] if stored is None else [Run(start, count, stored.file, stored.offset + FLOAT * start)]
+        else:
+            self.shape(name)
+            found = index.runs(kind, self._numbers[name], start, numel)
+        filled = sum(run.numel for run in found)
         if filled != numel:
             raise CheckpointError(f"{self.path}: holds {filled} of the {numel} elements requested of {kind} {name!r}.")
+        return found
+
+    def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
+        """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
+        out = torch.empty(numel, dtype=torch.float32) if out is None else out
+        for run in self.runs(kind, name, start, numel):
+            self._file(run.file).read(run.offset, out[run.start - start : run.start - start + run.numel])
         return out
+
+    def _all_pieces(self) -> PieceIndex:
+        if self._index is None:
+            self.set_index(self.scan(range(self.metadata.files)))
+        assert self._index is not None
+        return self._index
+
+    def _file(self, number: int) -> TensorFile:
+        file = self._files.pop(number, None) or TensorFile(self.path / rank_file(number))
+        self._files[number] = file
+        if len(self._files) > MAX_OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        return file
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what tells the metadata of a checkpoint from that of another one with the same name, if it exists."""
+    try:
+        status = os.stat(path / META)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def best_kind(reader: WeightsReader) -> str:
@@ -193,7 +247,7 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         for key in keys
         if key not in size and key not in except_for
     ]
-    if "label_dropout" not in except_for and _has_null(saved) != _has_null(wanted):
+    if "label_dropout" not in except_for and has_null(saved) != has_null(wanted):
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
@@ -217,68 +271,6 @@ def check_same_moments(reader: CheckpointReader, optimizer: str) -> None:
         )
 
 
-@torch.no_grad()
-def restore_weights(model: DiT, reader: WeightsReader, topology: Topology, kind: str) -> None:
-    """Fill a model with weights.
-
-    Args:
-        model: holds the experts of this rank; its values need not be initialized, except for the class embedding.
-        reader: the weights; if their class embedding has other rows, the model keeps its own.
-        topology: which experts this rank holds.
-        kind: ``fp32`` or ``ema``.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
-    """
-    there, here = reader.config, model.config
-    other_classes = there.model.num_classes != here.model.num_classes or _has_null(there) != _has_null(here)
-    for name, parameter in model.named_parameters():
-        if other_classes and name == CLASS_EMBEDDING:
-            continue
-        logical = reader.shape(name)
-        is_expert = ".experts." in name
-        first = topology.ep_rank * parameter.numel() if is_expert else 0
-        shape = (topology.num_experts, *parameter.shape[1:]) if is_expert else tuple(parameter.shape)
-        if shape != logical:
-            raise CheckpointError(f"{reader.path}: {name!r} has shape {logical}, but the model's is {shape}.")
-        parameter.copy_(reader.read(kind, name, first, parameter.numel()).view_as(parameter))
-    model.reset_positions()
-    for name, buffer in model.named_buffers():
-        if name != "pos_embed":
-            buffer.copy_(reader.read(BUFFER, name, 0, buffer.numel()).view_as(buffer))
-
-
-@torch.no_grad()
-def restore_engine(
-    engine: DeepSpeedEngine, reader: CheckpointReader, fragments: list[Fragment], ema: list[Tensor]
-) -> None:
-    """Restore this rank's master weights, moments and averaged weights, and the counters.
-
-    Args:
-        engine: built from a model that `restore_weights` filled.
-        reader: the checkpoint.
-        fragments: the fragments of this rank.
-        ema: the averaged weights of each fragment.
-
-    Raises:
-        CheckpointError: the checkpoint lacks a part of a fragment.
-    """
-    from diffmoe_ds.distributed.deepspeed_seam import set_adam_step
-
-    for fragment, averaged in zip(fragments, ema, strict=True):
-        targets = {"fp32": fragment.fp32, "ema": averaged, **fragment.moments}
-        for kind, target in targets.items():
-            target.copy_(reader.read(kind, fragment.name, fragment.start, target.numel()))
-    saved = reader.metadata
-    set_adam_step(engine, saved.adam_step)
-    engine.global_steps = saved.step
-    engine.global_samples = saved.images
-    if engine.lr_scheduler is None:  # or no longer: the learning rate is that of the optimizer's settings
-        return
-    if saved.step:  # computed, not restored: the schedule may have been added or changed since
-        engine.lr_scheduler.step((saved.lr_scheduler or {}).get("last_batch_iteration", saved.step - 1))
-
-
-def _has_null(config: Config) -> bool:
+def has_null(config: Config) -> bool:
     """Return whether a model's class embedding has a row for "no label"."""
     return config.model.label_dropout > 0

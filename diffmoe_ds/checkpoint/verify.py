@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,10 @@ from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.control_files import read_text
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Digest, sha256_of
+from diffmoe_ds.text import reason
+
+SHOWN_PROBLEMS = 5
+"""Damaged checkpoints that an error describes."""
 
 MAX_NAME_BYTES = 4096
 """Limit of ``latest``, which holds the name of a checkpoint."""
@@ -27,6 +31,21 @@ def check_sizes(path: Path) -> dict[str, Digest]:
         CheckpointError: names the first file that is missing, truncated or changed.
     """
     files = read_manifest(path)
+    check_file_sizes(path, files)
+    check_contents(path, {META: files[META]})
+    return files
+
+
+def check_file_sizes(path: Path, files: Mapping[str, Digest]) -> None:
+    """Verify that files of a checkpoint exist with their sizes.
+
+    Args:
+        path: the checkpoint's directory.
+        files: the files, from the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or truncated.
+    """
     for name, digest in files.items():
         try:
             size = (path / name).stat().st_size
@@ -36,8 +55,6 @@ def check_sizes(path: Path) -> dict[str, Digest]:
             raise CheckpointError(
                 f"{path / name}: is damaged: it has {size} bytes, but was written with {digest.size}."
             )
-    check_contents(path, {META: files[META]})
-    return files
 
 
 def check_contents(path: Path, files: Mapping[str, Digest]) -> None:
@@ -96,18 +113,22 @@ def newest_valid(path: Path, *, full: bool) -> Path | None:
         CheckpointError: there are candidates, but none is valid.
     """
     every = candidates(path)
+    problems: list[CheckpointError] = []
     for candidate in every:
         try:
             files = check_sizes(candidate)
             if full:
                 check_contents(candidate, files)
-            return candidate
         except CheckpointError as error:
-            if len(every) == 1:
-                raise
-            warn_skipped(candidate, error)
+            problems.append(error)
+            continue
+        for skipped, problem in zip(every, problems, strict=False):
+            warn_skipped(skipped, problem)
+        return candidate
+    if len(every) == 1:
+        raise problems[0]
     if every:
-        raise no_valid_one(path, len(every))
+        raise no_valid_one(path, len(every), problems)
     return None
 
 
@@ -116,17 +137,30 @@ def warn_skipped(path: Path, error: CheckpointError) -> None:
     print(f"\n*** WARNING: the checkpoint {path} is skipped. {error} ***\n", file=sys.stderr, flush=True)
 
 
-def no_valid_one(path: Path, count: int) -> CheckpointError:
-    """Return the error for a directory with damaged checkpoints only; starting from scratch would hide the damage."""
+def no_valid_one(path: Path, count: int, problems: Sequence[CheckpointError] = ()) -> CheckpointError:
+    """Return the error for a directory with damaged checkpoints only; starting from scratch would hide the damage.
+
+    Args:
+        path: the directory.
+        count: number of its checkpoints.
+        problems: what is wrong with each; if empty, warnings have said it.
+    """
+    described = "; ".join(map(reason, problems[:SHOWN_PROBLEMS]))
+    if len(problems) > SHOWN_PROBLEMS:
+        described += f"; and {len(problems) - SHOWN_PROBLEMS} more"
     return CheckpointError(
-        f"{path}: none of its {count} checkpoint(s) is valid (see the warnings); restore one, or give another "
-        "--run-dir."
+        f"{path}: none of its {count} checkpoint(s) is valid ({described or 'see the warnings'}); restore one, or give "
+        "another --run-dir."
     )
 
 
 def shares(files: Mapping[str, Digest], rank: int, world: int) -> dict[str, Digest]:
-    """Return the files that one of several ranks verifies, so that together they verify all."""
-    return {name: digest for index, (name, digest) in enumerate(sorted(files.items())) if index % world == rank}
+    """Return the files that one of several ranks verifies, so that together they verify all.
+
+    On the layout that saved it, a rank gets its own file, which it reads afterwards.
+    """
+    names = sorted(files, key=lambda name: (name == META, name))
+    return {name: files[name] for name in names[rank::world]}
 
 
 def _preference(root: Path) -> Callable[[Path], tuple[bool, bool, tuple[int, int]]]:

@@ -12,10 +12,11 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from diffmoe_ds.cli import console
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
 from diffmoe_ds.distributed.shutdown import shutdown
-from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, Requeue
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue
 
 COMMANDS = {
     "init": "look at images and write a recipe that fits them",
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = Non
         handle_signals: whether this process exits afterwards, so that ``train`` may handle the signals that ask a run
             to stop, and a hung collective cannot delay the exit. Default: True if ``argv`` is None.
     """
+    console.protect()
     configure_torch()
     parser = _parser()
     args, surplus = parser.parse_known_args(argv)
@@ -94,6 +96,17 @@ def configure_torch() -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Run the parsed command (``args.run``) and return the exit code; benchmarks and examples use it too."""
+    console.protect()
+    code = _run(args)
+    lost = console.lost_output()
+    is_run = getattr(args, "command", None) == "train" and not args.dry_run  # its result is not what it prints
+    if code == 0 and lost is not None and not is_run:
+        print(f"diffmoe: error: standard output: cannot be written: {lost.strerror}.", file=sys.stderr, flush=True)
+        return CheckpointError.exit_code
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except Requeue as stop:

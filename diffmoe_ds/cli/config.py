@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import sys
 import textwrap
 
 import yaml
@@ -55,10 +53,7 @@ def config_command(args: argparse.Namespace) -> None:
         text = _recipe(args.recipe, _select(args.key))
     else:
         text = "\n\n".join(_describe(section) for section in _select(args.key))
-    try:
-        print(text.rstrip(), flush=True)
-    except BrokenPipeError:  # diffmoe config | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+    print(text.rstrip(), flush=True)
 
 
 def _select(key: str | None) -> list[SectionKeys]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path
 from diffmoe_ds.config.schema import DataConfig
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.files import write_text
 from diffmoe_ds.text import counted
 
 if TYPE_CHECKING:
@@ -63,12 +64,7 @@ def init_command(args: argparse.Namespace) -> None:
 
     found = survey(args.images)
     facts = _facts(args, out, found)
-    text = draft(facts)
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror}.") from None
+    write_text(out, draft(facts))
     too_many = _warn(out, found, facts)
     first = "repair or remove unreadable images, or raise data.max_unreadable; then " if too_many else ""
     print(f"{'images':>11}  {facts.title}\n{'recipe':>11}  {out}\n{'next':>11}  {first}diffmoe train --config {out}")

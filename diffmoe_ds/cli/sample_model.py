@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from diffmoe_ds.checkpoint.load import WeightsReader, restore_weights
+from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.cli.capacity import Dial, set_capacity
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, dtype_of, model_settings

@@ -67,9 +67,13 @@ def train_command(args: argparse.Namespace) -> None:
         return
 
     # imported lazily so that typos fail fast: these load DeepSpeed
+    from diffmoe_ds.distributed.surplus import wait_for_run
     from diffmoe_ds.training.loop import train
     from diffmoe_ds.training.session import join
 
+    if plan.launch.is_surplus:
+        wait_for_run(plan.launch, plan.config.run.start_timeout_s, plan.config.run.rank_timeout_s)
+        return
     with join(plan) as session:
         run = session.prepare()
         log, batches = session.open_log(run), session.open_batches(run)

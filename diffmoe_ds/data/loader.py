@@ -14,10 +14,15 @@ import functools
 import gc
 import itertools
 import math
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,11 +30,16 @@ import torch
 
 from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, Unreadable, check_labels, check_latents
 from diffmoe_ds.data.shuffle import FeistelShuffle, Shuffle, WholeShuffle, WindowShuffle
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.errors import DataError, WorkerLostError
 from diffmoe_ds.rng import TrainingDraws
 
 PREFETCHED_PER_WORKER = 2  # micro-batches that each worker may read ahead
 SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those read ahead, and the one being copied out
+HINTS: dict[int, str] = {
+    signal.SIGKILL: ", probably because memory ran out; lower data.num_workers or give the job more memory",
+    signal.SIGBUS: ", probably because shared memory ran out; lower data.num_workers or enlarge /dev/shm",
+}
+"""What to try when a signal has killed a worker."""
 
 
 class MicroBatch(NamedTuple):
@@ -107,7 +117,7 @@ class PositionLoader:
 
         Raises:
             DataError: the labels do not fit `num_classes`, or the latents `image_shape`.  Iterating raises it for a
-                sample that cannot be read or does not fit.
+                sample that cannot be read or does not fit, and `WorkerLostError` if a worker has died.
         """
         check_labels(dataset, settings.num_classes)
         check_latents(dataset.latents, settings.image_shape)
@@ -121,6 +131,7 @@ class PositionLoader:
         micro_batch, stride = settings.micro_batch, settings.world * settings.micro_batch
         self._dataset = dataset
         self._shuffle = shuffle
+        self._rank = settings.rank
         self._draws = draws
         self._num_workers = settings.num_workers
         self._replaces = settings.replaces_unreadable
@@ -151,9 +162,16 @@ class PositionLoader:
             worker_init_fn=functools.partial(_start_worker, os.getpid(), closing),
             generator=torch.Generator(),  # otherwise each new iterator draws from the global generator
         )
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         items = iter(loader)
+        started = [child for child in multiprocessing.active_children() if child not in others]
+        if workers and _in_main_thread():
+            # torch's handler raises wherever the main thread is when a worker dies, even in the middle of a save
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         try:
-            for number, item in enumerate(items):
+            for number in itertools.count():
+                with _reporting_deaths(started, self._rank):
+                    item = next(items)
                 if isinstance(item, DataError):
                     raise item
                 yield to_micro_batch(reader, number, item)
@@ -189,6 +207,56 @@ class _Positions:
     def __iter__(self) -> Iterator[Task]:
         for number, first in enumerate(itertools.count(self.first, self.stride)):
             yield Task(number, range(first, first + self.micro_batch))
+
+
+@contextmanager
+def _reporting_deaths(workers: Sequence[BaseProcess], rank: int) -> Iterator[None]:
+    """Within the context, report the death of a worker as soon as it happens, also if it was before.
+
+    Otherwise the main thread could wait forever for the rest of a message that the worker began to send.
+
+    Args:
+        workers: the worker processes.
+        rank: this rank, for the message.
+
+    Raises:
+        WorkerLostError: a worker is dead.
+    """
+    listens = bool(workers) and _in_main_thread()
+    before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+
+    def check(*_: object) -> None:
+        for worker in workers:
+            if worker.exitcode is not None:
+                if listens:
+                    signal.signal(signal.SIGCHLD, before)  # here, because the error may be raised in the finally below
+                raise _lost(worker, rank)
+
+    try:
+        if listens:
+            signal.signal(signal.SIGCHLD, check)
+        check()
+        yield
+    except Exception:
+        check()  # torch wraps what a handler raises
+        raise
+    finally:
+        if listens:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _lost(worker: BaseProcess, rank: int) -> WorkerLostError:
+    """Return the error for a worker that has died."""
+    code = worker.exitcode or 0
+    names = {-number: number.name for number in signal.Signals}
+    how = f"exited with code {code}" if code >= 0 else f"was killed by {names.get(code, f'signal {-code}')}"
+    where = f"rank {rank} (process {worker.pid} on {socket.gethostname()})"
+    return WorkerLostError(f"a loader worker of {where} {how}{HINTS.get(-code, '')}.")
+
+
+def _in_main_thread() -> bool:
+    """Return whether this thread may handle signals."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _identity(item: Any) -> Any:

@@ -75,12 +75,13 @@ def init_process_group() -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
-    """Return this rank's EP group of consecutive ranks; creates it together with the groups of expert replicas."""
+def expert_parallel_group(ep_size: int, *, replicas: bool = False) -> dist.ProcessGroup:
+    """Return this rank's EP group of consecutive ranks or, instead, the group that holds the same experts."""
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
-    group: dist.ProcessGroup = groups._get_expert_parallel_group(name)
+    find = groups._get_expert_data_parallel_group if replicas else groups._get_expert_parallel_group
+    group: dist.ProcessGroup = find(name)
     return group
 
 
@@ -297,8 +298,7 @@ def step(engine: deepspeed.DeepSpeedEngine, max_norm: float) -> Tensor | float |
         engine.step()
         return norm
     # DeepSpeed cannot skip this step, but has to count it and discard the gradients.
-    scheduler = engine.lr_scheduler
-    before = None if scheduler is None else (scheduler.state_dict(), scheduled(engine))
+    before = None if engine.lr_scheduler is None else (engine.lr_scheduler.state_dict(), scheduled(engine))
     engine.optimizer.step = lambda: None
     try:
         engine.step()

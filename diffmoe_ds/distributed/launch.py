@@ -31,7 +31,9 @@ DEFAULT_PORT = 29_500
 LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 """Set by torchrun and by deepspeed's launcher, perhaps inside a Slurm step or batch script, whose variables then do not
 describe this process."""
-EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Set to "True" by torchrun if its agent serves the store at the rendezvous address, instead of rank 0."""
+EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", AGENT_STORE)
 """Variables that torch.distributed's ``env://`` reads."""
 MAX_RANKS = 1 << 20
 """Largest world; a larger number is a mistake, and lists of ranks would fill the memory."""
@@ -63,6 +65,13 @@ class Launch:
     """Port of the rendezvous; None as above."""
     master_source: str = ""
     """Source of address and port, for messages."""
+    surplus: int = 0
+    """Number of ranks, from `world` on, that wait: an elastic launch has more than the configuration allows."""
+
+    @property
+    def is_surplus(self) -> bool:
+        """Whether this process is one of the surplus ranks."""
+        return self.rank >= self.world
 
     @property
     def address(self) -> str:
@@ -71,9 +80,11 @@ class Launch:
 
     def describe(self) -> str:
         """Return one line with the ranks, the rendezvous address and their sources."""
-        if self.world == 1:
+        if self.world == 1 and not self.surplus:
             return f"rank 0 of 1 ({self.source})"
         ranks = f"{self.world} ranks, {self.local_world} on this host ({self.source})"
+        if self.surplus:
+            ranks = f"{self.world} of {self.world + self.surplus} ranks, the others wait ({self.source})"
         if self.master_addr is None:
             return f"{ranks}; rank 0 will choose the rendezvous"
         return f"{ranks}; rendezvous at {self.address} ({self.master_source})"
@@ -245,7 +256,7 @@ def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
             raise TopologyError(f"MASTER_ADDR must be a host name or an IP address, got {_shown(address)}.")
     elif launch.world == 1:
         address, source = "127.0.0.1", "a single process"
-        port = port if given else _free_port()
+        port = port if given else free_port()
     elif "SLURM_STEP_NODELIST" in env:
         address, source = first_host(env["SLURM_STEP_NODELIST"]), "first of SLURM_STEP_NODELIST"
     else:
@@ -287,12 +298,13 @@ def _agree_over_mpi(launch: Launch) -> Launch:
     """Let rank 0 choose an address and send it to the others: mpirun does not provide one."""
     from mpi4py import MPI
 
-    mine = (socket.gethostname(), int(os.environ.get("MASTER_PORT", 0)) or _free_port()) if launch.rank == 0 else None
+    mine = (socket.gethostname(), int(os.environ.get("MASTER_PORT", 0)) or free_port()) if launch.rank == 0 else None
     host, port = MPI.COMM_WORLD.bcast(mine, root=0)
     return replace(launch, master_addr=host, master_port=port, master_source="sent by rank 0 over MPI")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

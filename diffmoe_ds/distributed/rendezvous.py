@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
 from diffmoe_ds.distributed.launch import Launch, export_launch
 from diffmoe_ds.distributed.shared_gpus import check_gpus, gpu_of
@@ -188,10 +189,11 @@ def join_ranks(
         LaunchError: a rank did not join, rank 0 cannot be reached, a rank's fingerprint differs, or two share a GPU.
         DiffMoEError: on all ranks, if any rank passed an error; see `consensus.raise_agreed`.
     """
-    launch = export_launch(launch)
-    if launch.world == 1:
+    if launch.world == 1 and not launch.surplus:
+        launch = move_to_own_store(export_launch(launch), timeout_s)
         return Rendezvous(launch, (socket.gethostname(),), None, timeout_s)
-    store, rank = _open(launch, timeout_s), launch.rank
+    launch, store = connect(launch, timeout_s)
+    rank = launch.rank
     mine = {"host": socket.gethostname(), "fingerprint": fingerprint, "error": encode_error(error, rank)}
     mine["gpu"] = gpu_of(launch)
     store.set(f"rank/{rank}", json.dumps(mine))
@@ -237,10 +239,14 @@ def _let_others_read(store: dist.Store, launch: Launch) -> None:
         store.add("left", 1)
 
 
-def _open(launch: Launch, timeout_s: float) -> dist.Store:
-    """Connect to the store. Rank 0 serves it, except under torchrun, whose agent does."""
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = launch.rank == 0 and not by_agent
+def connect(launch: Launch, timeout_s: float) -> tuple[Launch, dist.Store]:
+    """Connect to the store, which rank 0 serves; return the launch with its address, which is exported, and the store.
+
+    Raises:
+        LaunchError: rank 0 cannot be reached, or its port is in use.
+    """
+    launch = move_to_own_store(export_launch(launch), timeout_s)
+    serves = launch.rank == 0
     assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     try:
         store = dist.TCPStore(
@@ -262,8 +268,7 @@ def _open(launch: Launch, timeout_s: float) -> dist.Store:
             f"rank {launch.rank} on {host} cannot reach rank 0 at {launch.address} within {timeout_s:g} s; check that "
             "the address is right, that rank 0 was started and that the port is open."
         ) from None
-    # the store of torchrun's agent outlives a restart of its ranks
-    return dist.PrefixStore(f"diffmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return launch, dist.PrefixStore("diffmoe", store)
 
 
 def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[str, Any]]:

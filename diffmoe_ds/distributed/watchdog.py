@@ -20,6 +20,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from diffmoe_ds.distributed import flight_recorder
 from diffmoe_ds.errors import RankLostError
 
 MAX_BEAT_S = 1.0
@@ -179,11 +180,14 @@ class Watchdog:
             if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
                 self._store.set(VERDICT, json.dumps([why, list(stuck)]))
                 time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
-            print(f"diffmoe: error: {why}; rank {self._rank} exits.", file=sys.stderr, flush=True)
+            collectives = flight_recorder.path(self._rank)
+            hint = f" (its last collectives: {collectives})" if collectives else ""
+            print(f"diffmoe: error: {why}; rank {self._rank} exits{hint}.", file=sys.stderr, flush=True)
             if is_stuck:
                 stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
                 print(f"rank {self._rank} is stuck here:\n{stack}", file=sys.stderr, end="", flush=True)
             sys.stdout.flush()
+            flight_recorder.dump(self._rank)
         finally:
             _exit(is_stuck)
 

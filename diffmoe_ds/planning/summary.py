@@ -15,6 +15,7 @@ from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.planning.memory import StepMemory, fits_in, step_memory
 from diffmoe_ds.planning.messages import Message, messages_of_passes, step_messages
 from diffmoe_ds.planning.parameters import count_parameters
+from diffmoe_ds.planning.resume import ResumeCost, resume_cost
 from diffmoe_ds.planning.simulate import Passes, Simulation, estimate_passes, simulate
 
 GB = 1e9
@@ -41,6 +42,7 @@ def plan_summary(layout: Layout, device: Device, simulated: bool) -> dict[str, A
     return {
         **_model(layout),
         **_memory(layout, memory, passes),
+        **_resume(resume_cost(layout)),
         "bytes_per_step": sum(message.bytes for message in messages),
         "collectives": [_message(message) for message in messages],
         **_verdict(memory, device),
@@ -100,6 +102,15 @@ def _memory(layout: Layout, memory: StepMemory, passes: dict[bool, Passes]) -> d
         "dispatch_buffers_gb": memory.dispatch / GB,
         "host_checkpoint_gb": memory.host_checkpoint / GB,
         "host_optimizer_gb": memory.host_optimizer / GB,
+    }
+
+
+def _resume(cost: ResumeCost) -> dict[str, Any]:
+    return {
+        "resume_opens": cost.opens,
+        "resume_read_gb": cost.read / GB,
+        "resume_exchanged_gb": cost.exchanged / GB,
+        "resume_host_gb": cost.host_memory / GB,
     }
 
 

@@ -96,11 +96,19 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         _line("activations", f"{without:.2f} GB, {with_:.2f} GB with activation checkpointing"),
         _line("of which", f"{plan['dispatch_buffers_gb']:.2f} GB are rows sent to experts and back"),
         _line("host memory", host),
+        _line("resume", _resume(plan)),
         _line("verdict", f"{verdict} on {plan['gpu']}"),
         _line("fits on", ", ".join(fitting) or "none of the supported GPUs"),
         *([_line("tight on", f"{', '.join(tight)}: no room for the CUDA context and fragmentation")] if tight else []),
         *([_line("too small", ", ".join(short))] if short else []),
     ]
+
+
+def _resume(plan: dict[str, Any]) -> str:
+    read, exchanged, host = (
+        size_text(round(1e9 * plan[f"resume_{name}_gb"])) for name in ("read", "exchanged", "host")
+    )
+    return f"reads {read} per GPU in {plan['resume_opens']} opens, exchanges {exchanged}, needs {host} of host memory"
 
 
 def _traffic(plan: dict[str, Any]) -> list[str]:

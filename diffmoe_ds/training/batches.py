@@ -100,6 +100,7 @@ class BatchSource:
 
         Raises:
             DataError: on all ranks, if any could not read its images, or too many images are unreadable.
+            WorkerLostError: on all ranks, if a loader worker of any has died.
             RunDirectoryBusyError: on all ranks, if another job has taken over the run directory.
         """
         raise_agreed(self._winner, self._failure, get_rank())
@@ -122,7 +123,7 @@ class BatchSource:
             self._has_new = self._unreadable.add(self._next.unreadable)
         except DiffMoEError as error:
             self._failure = error
-        except Exception as error:  # e.g. a killed worker, out of memory, an unmounted file system
+        except Exception as error:  # e.g. out of memory, an unmounted file system
             self._failure = as_data_error(error)
         self._waited_s += time.perf_counter() - start
         self._watchdog.tick()  # so that a rank that cannot read is behind those that wait for it

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from diffmoe_ds.distributed import flight_recorder
 from diffmoe_ds.distributed.launch import cores_of_rank, local_device
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.training.plan import TrainPlan
@@ -15,6 +16,8 @@ def apply_device_settings(plan: TrainPlan) -> None:
     """Set up torch for a run. Call this before the process group and the model are created."""
     if local_device(plan.launch).type != "cuda":
         return
+    if plan.launch.world > 1:
+        flight_recorder.enable(plan.directory / "flight_recorder")
     set_tf32(True)
     if plan.config.run.deterministic:
         _be_deterministic()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmoe_ds.checkpoint.export import require_weights
-from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, first_difference
+from diffmoe_ds.checkpoint.load import WeightsReader, first_difference
 from diffmoe_ds.config.load import Recipe, config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -35,19 +35,19 @@ class Start(NamedTuple):
     """What the recipe did not say, as ``section.key value``."""
 
 
-def resolve_start(recipe: Recipe, checkpoint: Path | None = None) -> Start:
+def resolve_start(recipe: Recipe, resumed: Config | None = None) -> Start:
     """Complete a recipe that has ``model.init_from``.
 
     Args:
         recipe: keys that it does not set are those of the initial model.
-        checkpoint: the run's own, if it resumes; the initial model is then not needed.
+        resumed: the configuration in the run's own checkpoint, if it resumes; the initial model is then not needed.
 
     Raises:
         CheckpointError: the initial model is missing or damaged.
         ConfigError: the recipe is invalid, or sets a key that contradicts the initial model.
     """
-    if checkpoint is not None:
-        return Start(recipe.config(_inherited(recipe, CheckpointReader(checkpoint).config)), None, ())
+    if resumed is not None:
+        return Start(recipe.config(_inherited(recipe, resumed)), None, ())
     initial = require_weights(Path(str(recipe.init_from)), "model.init_from")
     inherited = _inherited(recipe, initial.config)
     config = recipe.config(inherited)

@@ -35,7 +35,7 @@ def make_hooks(
     run: Run, log: RunLog, batches: BatchSource, checkpointer: Checkpointer, stragglers: Stragglers, watchdog: Watchdog
 ) -> tuple[Hook, ...]:
     """Return the hooks of a run, in the order in which they are called."""
-    return (
+    hooks = (
         LogStep(run, log, batches),
         CompareRanks(run, log, stragglers),
         LogLine(run, log),
@@ -44,6 +44,17 @@ def make_hooks(
         SampleGrid(run, log, watchdog),
         ProfileSteps(run, log),
     )
+    return tuple(_counted(hook, watchdog) for hook in hooks)
+
+
+def _counted(hook: Hook, watchdog: Watchdog) -> Hook:
+    """Count a hook as progress: a rank that hangs in it is then behind those that wait for it in the next one."""
+
+    def call(step: StepResult) -> None:
+        hook(step)
+        watchdog.tick()
+
+    return call
 
 
 class Interval:

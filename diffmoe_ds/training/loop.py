@@ -10,7 +10,7 @@ from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import DataError, DiffMoEError, NonFiniteError
+from diffmoe_ds.errors import DataError, DiffMoEError, NonFiniteError, WorkerLostError
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.hooks import make_hooks
@@ -49,7 +49,7 @@ def train(
             skipped.count(error, checkpointer)
             continue
         except DiffMoEError as error:
-            if error.exit_code == DataError.exit_code:  # on all ranks, before the step
+            if error.exit_code in (DataError.exit_code, WorkerLostError.exit_code):  # on all ranks, before the step
                 log.settle()
                 checkpointer.save_before_exit()
             raise

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root, default_directory
+from diffmoe_ds.checkpoint.layout import default_directory
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings, read_deepspeed_json, resolve_deepspeed
 from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import config_to_dict, read_recipe
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed.elastic import fit_ranks
 from diffmoe_ds.distributed.launch import Launch, local_device
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.training.weights_and_biases import check_wandb_login
 
 if TYPE_CHECKING:
@@ -104,11 +104,15 @@ class TrainPlan:
         """Return the plan with its starting point re-read from the file system.
 
         Raises:
-            CheckpointError: `resume` contradicts the run directory, or a checkpoint does not match the model.
+            CheckpointError: `resume` contradicts the run directory, all checkpoints are damaged, or one does not match
+                the model.
         """
-        choices = resume_choices(self.resume, self.directory)
-        path = _first_complete(choices)
-        reader = None if path is None else open_checkpoint(path, self.config, self.settings)
+        from diffmoe_ds.training.start import check_resumable, first_complete, resume_choices
+
+        choices = resume_choices(self.resume, self.directory, self.launch)
+        reader = first_complete(choices, self.launch, self.reader)
+        if reader is not None:
+            check_resumable(reader, self.config, self.settings)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
@@ -124,7 +128,12 @@ class TrainPlan:
         """
         if path is None or (self.reader is not None and path == self.reader.path):
             return self
-        return replace(self, reader=open_checkpoint(path, self.config, self.settings), initial=None)
+        from diffmoe_ds.checkpoint.load import CheckpointReader
+        from diffmoe_ds.training.start import check_resumable
+
+        reader = CheckpointReader(path)
+        check_resumable(reader, self.config, self.settings)
+        return replace(self, reader=reader, initial=None)
 
 
 def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
@@ -136,7 +145,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         DataError: the dataset is missing or damaged.
     """
     directory = request.run_dir or default_directory(request.recipe)
-    config, initial, inherited = _read_recipe(request, directory)
+    config, initial, inherited = _read_recipe(request, directory, launch)
     config, source = _choose_deepspeed_section(config, request)
 
     # Everything below needs torch or DeepSpeed.
@@ -144,22 +153,17 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
 
     from diffmoe_ds.data.dataset import check_classes, check_exists, check_first_image, open_dataset, with_classes
     from diffmoe_ds.evaluation.held_out import open_held_out
-    from diffmoe_ds.planning.pool import pool_rows
 
     check_exists(config)
     dataset = open_dataset(config)
     config = with_classes(config, dataset)
     _check_sampling(config)
-    settings = resolve_deepspeed(
-        config.deepspeed, config, source, world=launch.world, local_world=launch.local_world,
-        device="cuda" if torch.cuda.is_available() else "cpu", is_prebuilt=_is_prebuilt,
-    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    launch, settings = fit_ranks(launch, lambda ranks: _resolve_settings(config, source, ranks, device))
     if "wandb" in settings.json and launch.rank == 0:
         check_wandb_login()
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
-    check_adaptive_previews(config, settings.ep_size, launch.world)
-    pool_rows(config, settings, launch.world)
     held_out = open_held_out(config, local_device(launch))
     plan = TrainPlan(
         launch, config, settings, directory, request.resume, dataset, held_out, initial=initial, inherited=inherited
@@ -170,14 +174,35 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     return plan
 
 
-def _read_recipe(request: TrainRequest, directory: Path) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
+def _resolve_settings(config: Config, source: str, launch: Launch, device: str) -> DeepSpeedSettings:
+    """Return the DeepSpeed settings for a number of ranks.
+
+    Raises:
+        ConfigError: the section is invalid, or the configuration is invalid for this number of ranks.
+    """
+    from diffmoe_ds.planning.pool import pool_rows
+
+    settings = resolve_deepspeed(
+        config.deepspeed, config, source, world=launch.world, local_world=launch.local_world, device=device,
+        is_prebuilt=_is_prebuilt,
+    )  # fmt: skip
+    check_adaptive_previews(config, settings.ep_size, launch.world)
+    pool_rows(config, settings, launch.world)
+    return settings
+
+
+def _read_recipe(
+    request: TrainRequest, directory: Path, launch: Launch
+) -> tuple[Config, WeightsReader | None, tuple[str, ...]]:
     """Return the configuration, and the model of ``model.init_from`` with what a new run takes over from it."""
     recipe = read_recipe(request.recipe, request.overrides)
     if recipe.init_from is None:
         return recipe.config(), None, ()
     from diffmoe_ds.training.fine_tuning import resolve_start
+    from diffmoe_ds.training.start import first_complete, resume_choices
 
-    return resolve_start(recipe, _first_complete(resume_choices(request.resume, directory)))
+    own = first_complete(resume_choices(request.resume, directory, launch), launch)
+    return resolve_start(recipe, None if own is None else own.config)
 
 
 def _choose_deepspeed_section(config: Config, request: TrainRequest) -> tuple[Config, str]:
@@ -256,72 +281,3 @@ def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
             f"sample.sampler {config.sample.sampler} runs as many forward passes as a rank's images need, but in this "
             "run the ranks share experts and must run the same number; use heun."
         )
-
-
-def resume_choices(resume: str, directory: Path) -> list[Path]:
-    """Return the checkpoints to resume from, in order of preference; an empty list starts a new run.
-
-    Args:
-        resume: ``auto``, ``none`` or a path.
-        directory: the run directory.
-
-    Raises:
-        CheckpointError: `resume` contradicts what the run directory contains, or the path has no checkpoint.
-    """
-    from diffmoe_ds.checkpoint.load import CheckpointReader
-    from diffmoe_ds.checkpoint.verify import candidates
-
-    own = candidates(directory)
-    if resume == "auto":
-        return own
-    if resume == "none":
-        if own:
-            raise CheckpointError(
-                f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which --resume none would mix "
-                "with its own; use another --run-dir, or use --resume auto."
-            )
-        return []
-    newest = _first_complete(own)
-    if newest is not None and CheckpointReader(newest).metadata.began_from == os.path.abspath(resume):
-        return own  # a rerun of the command that started this run
-    found = candidates(Path(resume))
-    if not found:
-        raise CheckpointError(f"--resume {resume}: not a checkpoint or a run directory with one.")
-    if own and found[0].resolve().parent != own[0].resolve().parent:
-        raise CheckpointError(
-            f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which would be mixed with those "
-            f"of {found[0]}; use another --run-dir."
-        )
-    return found
-
-
-def open_checkpoint(path: Path, config: Config, settings: DeepSpeedSettings) -> CheckpointReader:
-    """Open a checkpoint that this run can resume from.
-
-    Args:
-        path: the checkpoint's directory.
-        config: the run's configuration.
-        settings: its DeepSpeed settings.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or does not match the model or the optimizer.
-    """
-    from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
-
-    reader = CheckpointReader(path)
-    own_recipe = path.parent.parent / RESOLVED_RECIPE
-    hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
-    check_same_model(reader, config, hint)
-    check_same_moments(reader, settings.json["optimizer"]["type"])
-    return reader
-
-
-def _first_complete(choices: list[Path]) -> Path | None:
-    """Return the first choice whose files have the right sizes; the ranks verify the contents later."""
-    from diffmoe_ds.checkpoint.verify import check_sizes
-
-    for path in choices:
-        with suppress(CheckpointError):
-            check_sizes(path)
-            return path
-    return None

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from diffmoe_ds.checkpoint.layout import checkpoint_images
-from diffmoe_ds.checkpoint.verify import check_contents, check_sizes, no_valid_one, shares, warn_skipped
+from diffmoe_ds.checkpoint.metadata import read_manifest
+from diffmoe_ds.checkpoint.verify import check_contents, check_file_sizes, no_valid_one, shares, warn_skipped
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
@@ -81,7 +82,9 @@ def _verify_share(path: Path | None, images: int, wanted: int, directory: Path) 
             f"{directory}: rank 0 sees a checkpoint of {wanted:,} images but rank {rank} does not; the run directory "
             "must be on a shared file system."
         )
-    check_contents(path, shares(check_sizes(path), rank, get_world_size()))
+    files = shares(read_manifest(path), rank, get_world_size())
+    check_file_sizes(path, files)
+    check_contents(path, files)
     return path
 
 

@@ -86,10 +86,10 @@ class RunLog:
 
 
 def open_log(
-    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *, is_main: bool,
-    peak_images_per_s: float | None = None, evaluates: bool = False,
+    directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *,
+    peak_images_per_s: float | None = None, evaluates: bool = False, tmp_directory: Path | None = None,
 ) -> RunLog:  # fmt: skip
-    """Return the log of this rank.
+    """Open the log of rank 0.
 
     Args:
         directory: the run directory.
@@ -97,18 +97,16 @@ def open_log(
         images: images seen so far.
         step: optimizer steps so far; rows of an earlier attempt after it are dropped.
         total_images: images of the whole run, for the ETA.
-        is_main: whether this is rank 0.
         peak_images_per_s: throughput at the peak of all devices, see `peak_images_per_s`.
         evaluates: whether `RunLog.evaluation` will be called.
+        tmp_directory: see `replacing`.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    if not is_main:
-        return RunLog()
-    rows = JsonlLog(directory / "metrics.jsonl", step)
+    rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory)
     path = directory / "validation.jsonl"
-    evaluations = JsonlLog(path, step) if evaluates or path.exists() else None
+    evaluations = JsonlLog(path, step, tmp_directory) if evaluates or path.exists() else None
     board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
     return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
 
@@ -144,6 +142,7 @@ class MainLog(RunLog):
         self._since_line: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._printed_memory = False
+        self._monitor_failed = False
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
 
@@ -241,10 +240,12 @@ class MainLog(RunLog):
             print(f"{'straggler':>11}  {comparison}", flush=True)
             if self._board is not None:
                 self._board.add_text("ranks/straggler", str(comparison), images)
+                self._board.flush()
 
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
         if self._board is not None:
             self._board.add_image(tag, grid_HWC, images)
+            self._board.flush()
 
     def evaluation(self, row: dict[str, Any]) -> None:
         assert self._evaluations is not None, "opened for runs that evaluate"
@@ -265,11 +266,16 @@ class MainLog(RunLog):
             for tag, value in values.items():
                 self._board.add_scalar(tag, value, images)
             self._board.flush()
-        if self.monitor is not None:
-            try:
-                self.monitor([(tag, value, images) for tag, value in values.items()])
-            except OSError as error:
-                print(f"*** WARNING: {error}; dropping values of other monitors ***", file=sys.stderr, flush=True)
+        if self.monitor is None:
+            return
+        try:
+            self.monitor([(tag, value, images) for tag, value in values.items()])
+            self._monitor_failed = False
+        except Exception as error:  # other libraries raise errors of any kind, also for a network that is down
+            if not self._monitor_failed:
+                text = " ".join(str(error).split()) or type(error).__name__
+                print(f"*** WARNING: {text}; dropping values of other monitors ***", file=sys.stderr, flush=True)
+            self._monitor_failed = True
 
     def close(self) -> None:
         self.settle()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
+from diffmoe_ds.checkpoint.layout import MANIFEST, RESOLVED_RECIPE, checkpoint_root
 from diffmoe_ds.config.load import dump_config
 from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.collectives import broadcast
@@ -20,7 +20,9 @@ from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.distributed.surplus import release_surplus
 from diffmoe_ds.distributed.watchdog import Watchdog
+from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import write_text
 from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
@@ -83,15 +85,19 @@ class Session:
         peak = peak_images_per_s(run.config, run.topology.world, run.device)
         log = raise_on_all_ranks(
             run.device,
-            lambda: open_log(
-                directory,
-                board,
-                run.images,
-                run.step,
-                total,
-                is_main=run.is_main,
-                peak_images_per_s=peak,
-                evaluates=run.held_out is not None,
+            lambda: (
+                open_log(
+                    directory,
+                    board,
+                    run.images,
+                    run.step,
+                    total,
+                    peak_images_per_s=peak,
+                    evaluates=run.held_out is not None,
+                    tmp_directory=run.owner.directory(directory),
+                )
+                if run.is_main
+                else RunLog()
             ),
         )
         if run.is_main and run.engine.monitor.enabled:  # the wandb and csv_monitor sections of the DeepSpeed JSON
@@ -109,14 +115,20 @@ class Session:
         return batches
 
     def finish(self, run: Run, last: Path | None) -> None:
-        """Report a run that had nothing left to do.
+        """Report a run that had nothing left to do, and make sure that the last checkpoint still exists.
+
+        Every rank must call this.
 
         Args:
             run: the run.
             last: the last checkpoint that it wrote, if any.
+
+        Raises:
+            CheckpointError: on all ranks, if another process has removed the last checkpoint.
         """
         if run.is_main and last is None:
             print(f"{'complete':>11}  already trained on {run.images:,} images; for more, raise run.total_images")
+        raise_on_all_ranks(run.device, lambda: _require_present(last) if run.is_main and last is not None else None)
 
 
 @contextmanager
@@ -143,6 +155,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
         watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
         try:
             yield Session(plan, rendezvous.hosts, watchdog, lock, _owner(lock, local_device(launch)), resources)
+            release_surplus(launch, rendezvous.store)
         except RuntimeError as error:  # raised by collectives when a peer is gone, among other reasons
             lost = watchdog.find_lost()
             if lost is None:
@@ -159,6 +172,11 @@ def _owner(lock: RunLock | None, device: torch.device) -> Owner:
     token = bytes(8) if lock is None else bytes.fromhex(lock.owner.token)
     number = torch.tensor(int.from_bytes(token, "big", signed=True), device=device)
     return Owner(int(broadcast(number)).to_bytes(8, "big", signed=True).hex())
+
+
+def _require_present(checkpoint: Path) -> None:
+    if not (checkpoint / MANIFEST).is_file():
+        raise CheckpointError(f"{checkpoint}: was saved, but another process has removed it since.")
 
 
 def _write_resolved(directory: Path, run: Run) -> None:

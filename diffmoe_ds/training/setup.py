@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffmoe_ds.checkpoint.load import best_kind, restore_engine, restore_weights
+from diffmoe_ds.checkpoint.load import best_kind
+from diffmoe_ds.checkpoint.restore import restore_engine, restore_model, share_index
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import Objective, make_objective
 from diffmoe_ds.distributed import deepspeed_seam as seam
-from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.evaluation.held_out import HeldOut
@@ -106,15 +106,8 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
     settings, reader = plan.settings, plan.reader
     config = plan.config if reader is None else continued(plan.config, reader.config)
     topology = Topology(plan.launch.rank, plan.launch.world, settings.ep_size, config.num_experts)
-    device = local_device(plan.launch)
     model = build_model(config, topology, micro_batch=settings.micro_batch)
-    if reader is not None:
-        raise_on_all_ranks(device, lambda: restore_weights(model, reader, topology, "fp32"))
-    else:
-        init_weights(model, config.run.seed, topology.first_expert)
-        initial = plan.initial
-        if initial is not None:
-            raise_on_all_ranks(device, lambda: restore_weights(model, initial, topology, best_kind(initial)))
+    _fill(model, plan, topology)
     seam.tag_expert_weights(model)
     engine = seam.initialize(model, settings.json)
     engine.train()
@@ -137,9 +130,24 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:
-        raise_on_all_ranks(device, lambda: restore_engine(engine, reader, fragments, run.ema.values))
+        restore_engine(engine, reader, fragments, run.ema.values, run.ema.parts)
+        reader.close()  # so that its disk space is freed when it is removed
         run.images, run.step = reader.metadata.images, reader.metadata.step
     return run
+
+
+def _fill(model: DiT, plan: TrainPlan, topology: Topology) -> None:
+    """Fill a model with the weights that the run starts from. Every rank must call this."""
+    device = local_device(plan.launch)
+    if plan.reader is not None:
+        share_index(plan.reader, device)
+        restore_model(model, plan.reader, topology, "fp32", device)
+        return
+    init_weights(model, plan.config.run.seed, topology.first_expert)
+    if plan.initial is not None:
+        share_index(plan.initial, device)
+        restore_model(model, plan.initial, topology, best_kind(plan.initial), device)
+        plan.initial.close()
 
 
 def compile_blocks(model: DiT) -> None:

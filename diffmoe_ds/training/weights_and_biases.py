@@ -36,5 +36,9 @@ def check_wandb_login() -> None:
 def finish_wandb() -> None:
     """Upload or write what is left: the process may exit without Python's own cleanup."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None:
+    if wandb is None:
+        return
+    try:
         wandb.finish()
+    except Exception as error:  # of any kind; the run itself is saved
+        print(f"*** WARNING: Weights & Biases: {' '.join(str(error).split())} ***", file=sys.stderr, flush=True)

@@ -220,3 +220,24 @@ def test_a_worker_that_stops_responding_ends_the_run(tmp_path, rank, where):
     assert f"rank {rank} is stuck here:" in finished.output and "self._next = next(self._batches)" in finished.output
     assert f"rank {1 - rank} is stuck here:" not in finished.output
     wait_for_end(int(re.search(r"worker (\d+) is stuck", finished.output)[1]))
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("step", signal.SIGKILL),
+        pytest.param("read", signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("read", signal.SIGBUS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_loader_worker_is_a_reason_to_restart(tmp_path, where, number):
+    """Wherever its rank is when it dies: the save in progress is finished, and all ranks exit with code 85."""
+    config = write_json(tmp_path / "ds.json", ep=2, zero=1)
+    length = ("run.total_images=1600", "run.save_every_images=48", "data.num_workers=2")
+    arguments = ["train", *training_arguments(config, tmp_path / "run", *length)]
+    finished = run_ranks(2, [str(WORKERS / "killed_worker.py"), "1", where, str(int(number)), *arguments])
+    assert finished.code == 85 and "Traceback" not in finished.output, finished.output
+    (found,) = re.findall("error: a loader worker of rank 1 [(]process .*", finished.output)
+    assert f"was killed by {number.name}, probably because" in found and "data.num_workers" in found
+    rows = read_metrics(tmp_path / "run")
+    assert CheckpointReader(newest_valid(tmp_path / "run", full=True)).images == rows[-1]["images"]

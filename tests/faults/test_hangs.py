@@ -68,3 +68,11 @@ def test_a_hung_save_names_the_rank_whose_disk_hangs(server, tmp_path, victim, o
     assert codes == [85, 85], text
     assert f"rank {victim} on {socket.gethostname()} has been stuck for 6 s" in text, text
     assert f"rank {1 - victim} on" not in text, text
+
+
+@pytest.mark.slow
+def test_hung_metrics_name_rank_0_although_the_others_wait_in_the_hook_of_the_save(server, tmp_path):
+    codes, text = train(server, tmp_path, 0, Rule("write", "*/metrics.jsonl", "sleep:1000", n=2))
+    assert codes == [85, 85], text
+    assert f"rank 0 on {socket.gethostname()} has been stuck for 6 s in step" in text, text
+    assert "rank 1 on" not in text, text

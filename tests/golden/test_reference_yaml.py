@@ -13,7 +13,7 @@ import yaml
 
 import diffmoe_ds
 from diffmoe_ds.checkpoint.export import WEIGHTS, ModelFileReader
-from diffmoe_ds.checkpoint.load import restore_weights
+from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.cli import main
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.topology import Topology

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from diffmoe_ds.checkpoint import export as model_file
 from diffmoe_ds.checkpoint.export import ModelFileReader
 from diffmoe_ds.checkpoint.layout import checkpoint_name
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference, restore_weights
+from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
+from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.schema import Config
@@ -109,7 +110,7 @@ def test_export_holds_one_piece_in_memory(tmp_path):
 
 
 def test_an_export_replaces_no_model_and_a_header_that_lies_is_refused(tmp_path, run_directory, capsys):
-    """safetensors checks offsets itself; a checkpoint of ours must not be read past its end."""
+    """A file must not be read past its end."""
     out = tmp_path / "lie"
     assert main(["checkpoint", "export", str(run_directory), "--out", str(out)]) == 0
     path = out / "model.safetensors"

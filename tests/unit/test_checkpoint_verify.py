@@ -60,11 +60,42 @@ def test_damage_to_the_manifest_is_not_blamed_on_others(run_copy):
         flip(path / "manifest.json", position)
 
 
-def test_no_valid_checkpoint_is_an_error_not_a_new_run(run_copy, capsys):
+@pytest.mark.parametrize("resume", ("own", "path"))
+def test_no_valid_checkpoint_is_an_error_not_a_new_run(run_copy, tmp_path, capsys, resume):
+    """The same one for a run and its ``--dry-run``, which Slurm scripts trust."""
     for path in candidates(run_copy):
         (path / "meta.json").unlink()
-    assert main(["train", "--run-dir", str(run_copy), "--set", "model.name=nano-E4", "model.patch_size=8"]) == 5
-    assert "none of its 3 checkpoint(s) is valid" in capsys.readouterr().err
+    run = ["--run-dir", str(run_copy)]
+    if resume == "path":
+        run = ["--run-dir", str(tmp_path / "new"), "--resume", str(run_copy)]
+    errors = []
+    for options in ((), ("--dry-run",), ("--dry-run", "--json")):
+        assert main(["train", *run, *options, "--set", "model.name=nano-E4", "model.patch_size=8"]) == 5
+        printed = capsys.readouterr()
+        assert not printed.out and "none of its 3 checkpoint(s) is valid" in printed.err
+        errors.append(printed.err)
+    assert len(set(errors)) == 1
+    assert all(str(path / "meta.json") in errors[0] for path in candidates(run_copy))
+
+
+@pytest.mark.parametrize("damage", ("flipped", pytest.param("cut", marks=pytest.mark.slow)))
+def test_no_command_uses_a_damaged_checkpoint(run_copy, tmp_path, capsys, damage):
+    for path in candidates(run_copy):
+        DAMAGE[damage](path / "rank_00000.safetensors")
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=np.zeros((4, 28, 28, 1), np.uint8))
+    out = ["--out", str(tmp_path / "out")]
+    commands = [
+        ["sample", "--checkpoint", str(run_copy), "--num-images", "1", "--steps", "1", *out],
+        ["evaluate", "--checkpoint", str(run_copy), "--reference", str(reference)],
+        ["report", str(run_copy), *out],
+        ["checkpoint", "export", str(run_copy), *out],
+    ]
+    for command in commands:
+        assert main(command) == 5, command
+        error = capsys.readouterr().err
+        assert f"none of its 3 checkpoint(s) is valid ({run_copy}" in error and "is damaged" in error, error
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ("../../x\n", "/etc\n", "", "images_000000000999\n", "\xff\xfe", "a" * 5000))

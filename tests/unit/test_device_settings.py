@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from diffmoe_ds.distributed import flight_recorder
 from diffmoe_ds.distributed.launch import Launch, cores_of_rank
 from diffmoe_ds.training import device_settings
 
@@ -15,10 +17,19 @@ TORCHRUN = Launch(0, 16, 0, 8, "torchrun's RANK")
 SRUN = Launch(0, 16, 0, 8, "srun's SLURM_PROCID")
 
 
+@pytest.fixture(autouse=True)
+def recorded_in(monkeypatch) -> list[Path]:
+    """The folders of NCCL's flight recorder."""
+    folders: list[Path] = []
+    monkeypatch.setattr(flight_recorder, "enable", folders.append)
+    return folders
+
+
 def plan(offloads_optimizer: bool = False, deterministic: bool = False) -> SimpleNamespace:
     run = SimpleNamespace(deterministic=deterministic)
     settings = SimpleNamespace(offloads_optimizer=offloads_optimizer)
-    return SimpleNamespace(launch=TORCHRUN, settings=settings, config=SimpleNamespace(run=run))
+    directory = Path("run")
+    return SimpleNamespace(launch=TORCHRUN, directory=directory, settings=settings, config=SimpleNamespace(run=run))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +73,12 @@ def test_an_offloaded_optimizer_uses_the_cores_of_its_rank(monkeypatch, device, 
 
 
 @pytest.mark.parametrize(("device", "tf32"), (("cuda", [True]), ("cpu", [])))
-def test_training_on_a_gpu_uses_tf32(monkeypatch, device, tf32):
+def test_training_on_a_gpu_uses_tf32_and_records_collectives(monkeypatch, recorded_in, device, tf32):
     found = []
     monkeypatch.setattr(device_settings, "local_device", lambda launch: torch.device(device))
     monkeypatch.setattr(device_settings, "set_tf32", found.append)
     device_settings.apply_device_settings(plan())
+    assert recorded_in == [Path("run/flight_recorder")] * len(tf32)
     assert found == tf32 and not torch.are_deterministic_algorithms_enabled()
 
 

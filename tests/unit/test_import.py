@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffmoe_ds.checkpoint.export import open_weights
-from diffmoe_ds.checkpoint.load import restore_weights
+from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.model.dit import DiT, empty_model

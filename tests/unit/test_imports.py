@@ -41,7 +41,7 @@ RULES = {
     "data": "config",
     "data.prepare": "config data distributed",
     "sampling": "config diffusion model",
-    "planning": "config diffusion model model.layers moe moe.expert_parallel distributed",
+    "planning": "config diffusion model model.layers moe moe.expert_parallel distributed checkpoint",
     "checkpoint": "config model distributed",
     "training": (
         "config diffusion model model.conditioning moe moe.expert_parallel distributed data sampling planning"

@@ -121,7 +121,7 @@ def test_an_evaluation_is_logged_everywhere(tmp_path, capsys):
     metrics = {"extractor": "named", "n": 7, "n_reference": 9, "frechet": 12.3456, "recall": None}
     nothing = {"validation_loss": None, "metrics": {**metrics, "frechet": None}}
     for start, row in ((0, row_of(1)), (1, row_of(2, metrics=metrics)), (1, row_of(3, **nothing))):
-        log = open_log(tmp_path, tmp_path / "board", 16 * start, start, 1000, is_main=True, evaluates=True)
+        log = open_log(tmp_path, tmp_path / "board", 16 * start, start, 1000, evaluates=True)
         log.evaluation(row)
         log.close()
         rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
@@ -142,9 +142,9 @@ def test_an_evaluation_is_logged_everywhere(tmp_path, capsys):
 
 
 def test_a_run_without_evaluations_writes_no_file_but_drops_old_rows(tmp_path):
-    open_log(tmp_path, None, 0, 0, 1000, is_main=True).close()
+    open_log(tmp_path, None, 0, 0, 1000).close()
     path = tmp_path / "validation.jsonl"
     assert not path.exists()
     path.write_text("".join(json.dumps(row_of(step)) + "\n" for step in (1, 2, 3)))
-    open_log(tmp_path, None, 32, 2, 1000, is_main=True).close()
+    open_log(tmp_path, None, 32, 2, 1000).close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

@@ -192,10 +192,14 @@ def test_the_command_prints_one_object_or_a_page(capsys):
     assert plan["bytes_per_step"] == sum(message["bytes"] for message in plan["collectives"])
     assert plan["fits"] is True and plan["gpus"]["H100"]["fits"] is True
     assert plan["model"] == "tiny-E8"
+    assert (
+        plan["resume_opens"] > 0 and plan["resume_exchanged_gb"] > plan["resume_read_gb"] > 0 < plan["resume_host_gb"]
+    )
     assert main([*command, "--set", "model.depth=6", "routing.num_experts=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "custom-E4"
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("resume ") for line in lines)
     assert any(line.startswith("verdict") for line in lines) and max(map(len, lines)) <= 120
 
 

@@ -22,7 +22,7 @@ else:
 
 TARGETS = {
     "help", "demo", "test", "test-fast", "test-cluster", "test-torch", "test-long", "gpu-check", "lint", "docs",
-    "clean",
+    "lock", "audit", "clean",
 }  # fmt: skip
 
 

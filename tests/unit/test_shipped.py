@@ -128,6 +128,16 @@ def test_launchers_run_where_the_user_is(tmp_path, name, before):
     assert dry.returncode == 0 and words[-3:] == ["diffmoe_ds.train", *options] and "--dry-run" not in words
 
 
+def test_torchrun_with_a_range_of_nodes_is_elastic(tmp_path):
+    script = str(REPOSITORY / "launchers/torchrun.sh")
+    dry = run([script, "--dry-run"], tmp_path, NODES="1:4", MASTER_ADDR="node1", RESTARTS="5", PROCESSES="2")
+    assert shlex.split(dry.stdout) == shlex.split(
+        "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes 1:4 --nproc_per_node 2 "
+        "--max_restarts 5 --rdzv_backend c10d --rdzv_endpoint node1:29500 -m diffmoe_ds.train"
+    ), dry.stderr
+    assert "set it to the host name" in run([script], tmp_path, NODES="1:4").stderr
+
+
 def test_deepspeed_with_slurm_gets_the_file_because_it_ignores_module(tmp_path):
     dry = run(
         [str(REPOSITORY / "launchers/deepspeed.sh"), "--dry-run"], tmp_path, LAUNCHER="slurm", PYTHON=sys.executable
@@ -171,21 +181,22 @@ def test_sbatch_files_have_defaults_and_print_their_command(tmp_path):
 
 
 @pytest.mark.parametrize("name", SBATCH)
-@pytest.mark.parametrize("own", (False, True))
-def test_a_job_finds_env_sh_where_it_was_submitted_or_beside_the_original_script(tmp_path, name, own):
-    """Slurm runs a copy of the script, in a spool directory."""
-    for folder, text in (("tools/slurm", "beside"), ("submit/slurm", "submitted")):
+@pytest.mark.parametrize(("own", "tools"), ((False, "tools"), (True, "tools"), (False, "it's my $tools")))
+def test_a_job_finds_env_sh_where_it_was_submitted_or_beside_the_original_script(tmp_path, name, own, tools):
+    """Slurm runs a copy of the script, in a spool directory; it shows the original with its arguments, unquoted."""
+    for folder, text in ((f"{tools}/slurm", "beside"), ("submit/slurm", "submitted")):
         (tmp_path / folder).mkdir(parents=True)
         if own or text == "beside":
             (tmp_path / folder / "env.sh").write_text(f"[[ $NOT_SET == x ]]\nexport PYTHON=my-{text}\n")
     submit = tmp_path / "submit"
-    command = f"   Command={tmp_path}/tools/slurm/{name}.sbatch --set a=b"
-    stub(submit / "bin", "scontrol", f"printf '%s\\n' 'JobId=7' '{command}' '   WorkDir=x' 'JobId=8' '{command}'")
+    command = f"   Command={tmp_path}/{tools}/slurm/{name}.sbatch --set a=b"
+    lines = shlex.join(["JobId=7", f"{command} --dry-run", "   WorkDir=x", "JobId=8", command])
+    stub(submit / "bin", "scontrol", f"printf '%s\\n' {lines}")
     for text in ("beside", "submitted"):
         stub(submit / "bin", f"my-{text}", PLAN)
     spool = shutil.copy(REPOSITORY / f"slurm/{name}.sbatch", tmp_path / "slurm_script")
-    dry = run(
-        ["bash", str(spool), "--dry-run"], submit, SLURM_JOB_ID="7", SLURM_JOB_NUM_NODES="1", SLURM_SUBMIT_DIR="."
-    )
-    assert dry.returncode == 0 and dry.stderr == "", dry.stderr
-    assert f" my-{'submitted' if own else 'beside'} -u -m diffmoe_ds" in dry.stdout
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "."}
+    for options in ([], ["--set", "a=b"]) if tools == "tools" else (["--set", "a=b"],):
+        dry = run(["bash", str(spool), *options, "--dry-run"], submit, **variables)
+        assert dry.returncode == 0 and dry.stderr == "", dry.stderr
+        assert f" my-{'submitted' if own else 'beside'} -u -m diffmoe_ds" in dry.stdout

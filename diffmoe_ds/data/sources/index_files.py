@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, open_regular, read_json
 from diffmoe_ds.data.sources.latents import latent_format
@@ -59,8 +60,10 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
         CheckpointError: the files cannot be written.
     """
     for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
-        with atomic_write(folder / name) as file:
-            np.save(file, array, allow_pickle=False)
+        with atomic_write(folder / name) as file:  # np.save would ignore a full disk, see `sampling.output.write_array`
+            contiguous = np.ascontiguousarray(array)
+            npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(contiguous))
+            file.write(contiguous.data)
     tree = {
         "version": VERSION,
         "samples": len(index.samples),

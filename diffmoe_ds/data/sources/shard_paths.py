@@ -107,10 +107,10 @@ def kept_index(folder: Path | None, shards: Sequence[str], make: Callable[[], In
         kept.mkdir(parents=True, exist_ok=True)
         with locked(kept / ".lock"):  # only one rank per host reads the headers
             if (kept / INDEX).exists():
-                found = load_index(kept)
-                if len(found.shards) != len(shards):
-                    raise DataError(f"the index {kept / INDEX} lists other shards; delete it to regenerate it")
-                return found
+                with contextlib.suppress(DataError):  # damaged: it is only a copy
+                    found = load_index(kept)
+                    if len(found.shards) == len(shards):
+                        return found
             index = make()
             with contextlib.suppress(CheckpointError):  # a full disk
                 save_index(index, kept)

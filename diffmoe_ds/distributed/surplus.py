@@ -1,0 +1,96 @@
+"""Surplus ranks of an elastic launch: wait until the run is complete, without taking part in it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+from diffmoe_ds.distributed import signals
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.distributed.rendezvous import LINGER_S, connect
+from diffmoe_ds.errors import AlreadyReportedError, RankLostError
+
+COMPLETE, SEEN = "surplus/complete", "surplus/seen"
+"""Keys of the store: the run is complete; number of surplus ranks that know it."""
+POLL_S = 1.0
+"""Seconds between two questions."""
+
+
+def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) -> None:
+    """Wait on a surplus rank until the run is complete.
+
+    Args:
+        launch: this process's place; its rank is among the surplus.
+        start_timeout_s: seconds to wait for rank 0 to start.
+        rank_timeout_s: seconds that rank 0 may not answer afterwards.
+
+    Raises:
+        LaunchError: rank 0 cannot be reached.
+        RankLostError: rank 0 exited or does not answer. torchrun restarts this rank with the others.
+        AlreadyReportedError: a signal asked this process to exit.
+    """
+    _, store = connect(launch, start_timeout_s)
+    if launch.rank == launch.world:
+        last = launch.world + launch.surplus - 1
+        ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"
+        text = f"{'waiting':>11}  {ranks}, until the run ends or torchrun restarts all ranks"
+        print(text, file=sys.stderr, flush=True)
+    poll = _Poll(store)
+    poll.start()
+    while not poll.ended.wait(POLL_S / 4):
+        if signals.received():
+            raise AlreadyReportedError(RankLostError.exit_code)
+        silent = time.monotonic() - poll.answered
+        if silent > rank_timeout_s:
+            raise _lost(launch, f"rank 0 has not answered for {silent:.0f} s; the surplus ranks exit.")
+    if not poll.complete:
+        raise _lost(launch, "rank 0 exited before the run was complete; the surplus ranks exit.")
+
+
+def release_surplus(launch: Launch, store: dist.Store | None) -> None:
+    """Tell the surplus ranks that the run is complete, on rank 0; wait for a short time until they know it.
+
+    Args:
+        launch: this process's place among the ranks.
+        store: the rendezvous store.
+    """
+    if launch.rank != 0 or not launch.surplus:
+        return
+    assert store is not None, "a launch with surplus ranks has a store"
+    store.set(COMPLETE, "")
+    deadline = time.monotonic() + LINGER_S
+    while store.add(SEEN, 0) < launch.surplus and time.monotonic() < deadline:
+        time.sleep(POLL_S / 20)
+
+
+class _Poll(threading.Thread):
+    """Asks rank 0's store whether the run is complete; a question may block forever if its host lost power."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__(name="surplus", daemon=True)
+        self.ended = threading.Event()
+        self.complete = False
+        self.answered = time.monotonic()
+        self._store = store
+
+    def run(self) -> None:
+        try:
+            while not self._store.check([COMPLETE]):
+                self.answered = time.monotonic()
+                time.sleep(POLL_S)
+            self._store.add(SEEN, 1)
+            self.complete = True
+        except RuntimeError:  # the connection is closed
+            pass
+        finally:
+            self.ended.set()
+
+
+def _lost(launch: Launch, message: str) -> RankLostError:
+    """Return an error that only the first surplus rank prints."""
+    error = RankLostError(message)
+    error.same_on_all_ranks = launch.rank != launch.world
+    return error

@@ -1,0 +1,95 @@
+"""Where a run starts: the checkpoint that it resumes from, if any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
+from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
+from diffmoe_ds.checkpoint.verify import candidates, check_sizes, no_valid_one
+from diffmoe_ds.config.deepspeed import DeepSpeedSettings
+from diffmoe_ds.config.schema import Config
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.errors import CheckpointError
+
+
+def resume_choices(resume: str, directory: Path, launch: Launch) -> list[Path]:
+    """Return the checkpoints to resume from, in order of preference; an empty list starts a new run.
+
+    Args:
+        resume: ``auto``, ``none`` or a path.
+        directory: the run directory.
+        launch: this process's place among the ranks.
+
+    Raises:
+        CheckpointError: `resume` contradicts what the run directory contains, its checkpoints are all damaged, or the
+            path has no checkpoint.
+    """
+    own = candidates(directory)
+    if resume == "auto":
+        return own
+    if resume == "none":
+        if own:
+            raise CheckpointError(
+                f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which --resume none would mix "
+                "with its own; use another --run-dir, or use --resume auto."
+            )
+        return []
+    newest = first_complete(own, launch)
+    if newest is not None and newest.metadata.began_from == os.path.abspath(resume):
+        return own  # a rerun of the command that started this run
+    found = candidates(Path(resume))
+    if not found:
+        raise CheckpointError(f"--resume {resume}: not a checkpoint or a run directory with one.")
+    if own and found[0].resolve().parent != own[0].resolve().parent:
+        raise CheckpointError(
+            f"{checkpoint_root(directory)}: contains checkpoints of an earlier run, which would be mixed with those "
+            f"of {found[0]}; use another --run-dir."
+        )
+    return found
+
+
+def check_resumable(reader: CheckpointReader, config: Config, settings: DeepSpeedSettings) -> None:
+    """Check that this run can resume from a checkpoint.
+
+    Args:
+        reader: the checkpoint.
+        config: the run's configuration.
+        settings: its DeepSpeed settings.
+
+    Raises:
+        CheckpointError: the checkpoint does not match the model or the optimizer.
+    """
+    own_recipe = reader.path.parent.parent / RESOLVED_RECIPE
+    hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
+    check_same_model(reader, config, hint)
+    check_same_moments(reader, settings.json["optimizer"]["type"])
+
+
+def first_complete(paths: list[Path], launch: Launch, known: CheckpointReader | None = None) -> CheckpointReader | None:
+    """Open the first checkpoint whose files have the right sizes; the ranks verify the contents later.
+
+    Args:
+        paths: checkpoints in order of preference.
+        launch: this process's place among the ranks. Only rank 0, whose choice counts, compares the sizes.
+        known: the checkpoint that was opened before, if any.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged, or the metadata of a complete one cannot be used.
+    """
+    problems = []
+    for path in paths:
+        if known is not None and known.path == path and known.is_current():
+            return known
+        try:
+            if launch.rank:
+                return CheckpointReader(path)
+            check_sizes(path)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        return CheckpointReader(path)
+    if problems:
+        raise no_valid_one(paths[0].parent, len(paths), problems)
+    return None

@@ -1,0 +1,62 @@
+"""NCCL's flight recorder: torch's variables, the files and the watchdog's message, without NCCL."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from diffmoe_ds.distributed import flight_recorder, watchdog
+
+NAMES = (*(name for names in flight_recorder.DEFAULTS for name in names), *flight_recorder.FILES)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_it_is_on_by_default(tmp_path):
+    flight_recorder.enable(tmp_path / "f")
+    assert {name: os.environ[name] for name in NAMES if name in os.environ} == {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "f/rank_"),
+    }
+    assert (tmp_path / "f").is_dir(), "torch does not create it"
+
+
+def test_the_variables_of_the_user_are_kept(tmp_path, monkeypatch):
+    mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/trace_"}
+    for name, value in mine.items():
+        monkeypatch.setenv(name, value)
+    flight_recorder.enable(tmp_path / "f")
+    assert {name: os.environ[name] for name in NAMES if name in os.environ} == {
+        **mine, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }  # fmt: skip
+    assert not (tmp_path / "f").exists()
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    assert flight_recorder.path(3) == "/x/trace_3"
+
+
+def test_a_folder_that_cannot_be_created_does_not_end_the_run(tmp_path):
+    (tmp_path / "f").write_text("a file")
+    flight_recorder.enable(tmp_path / "f")
+
+
+@pytest.mark.parametrize("nccl", (True, False))
+def test_the_watchdog_names_and_writes_the_file(tmp_path, monkeypatch, capsys, nccl):
+    flight_recorder.enable(tmp_path)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    codes: list[bool] = []
+    monkeypatch.setattr(watchdog, "_exit", codes.append)
+    watchdog.Watchdog(1, 2, 60)._leave("rank 0 on a has been stuck for 60 s in step 5")
+    error = "diffmoe: error: rank 0 on a has been stuck for 60 s in step 5; rank 1 exits"
+    hint = f" (its last collectives: {tmp_path / 'rank_1'})" if nccl else ""
+    assert capsys.readouterr().err == f"{error}{hint}.\n" and codes == [False]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"trace"] if nccl else [])
