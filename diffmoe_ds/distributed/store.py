@@ -27,7 +27,7 @@ OTHER_FILES = 512
 LINGER_S = 10.0
 """Seconds that rank 0 keeps serving the store after an error, for the others to read it."""
 RESOLVER_OPTIONS = "timeout:1 attempts:5"
-"""Options of the C library's resolver on the rank with the store; by default, a lost packet costs 5 seconds."""
+"""Options of the C library's resolver; by default, a lost packet costs 5 seconds instead of 1."""
 POLL_S = 1.0
 """Longest blocking wait; Ctrl-C takes effect only in between."""
 SILENCE_S = 60.0
@@ -56,8 +56,8 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     serves = launch.rank == 0 and not is_served_by_agent()
     if serves:
         raise_file_limit(CONNECTIONS_PER_RANK * launch.world + OTHER_FILES, launch.world)
-        # torch looks up the name of every peer for its logs, in the only thread of the server
-        os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
+    # for its logs, torch looks up the name of every peer, on the server in its only thread
+    os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
     assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     try:
         store = dist.TCPStore(
