@@ -146,9 +146,9 @@ class Watchdog:
             return
         self._exit_code = RankLostError.exit_code if error is None else getattr(error, "exit_code", 1)
         self._state = LEFT if error is None or isinstance(error, DiffMoEError) else BROKEN
-        self._closing_at = time.monotonic()
         self._leaving.set()
         self._threads[0].join(JOIN_S + (LEAVE_S if self._rank == 0 else 0))
+        self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state)
