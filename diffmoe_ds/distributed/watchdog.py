@@ -147,9 +147,9 @@ class Watchdog:
             return
         self._exit_code = RankLostError.exit_code if error is None else getattr(error, "exit_code", 1)
         self._state = LEFT if error is None or isinstance(error, DiffMoEError) else BROKEN
-        self._closing_at = time.monotonic()
         self._leaving.set()
         self._threads[0].join(JOIN_S + (LEAVE_S if self._rank == 0 else 0))
+        self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state)
@@ -163,19 +163,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Run the thread that uses the store, on which it may block forever."""
-        judge = Judge(self._world, self._timeout, self._beat_s, time.monotonic())
+        checked = time.monotonic()
+        judge = Judge(self._world, self._timeout, self._beat_s, checked)
         try:
             while not (self._leaving.wait(self._beat_s) or self._status.why or self._status.has_left):
-                paused_s = time.monotonic() - self._answered
-                was_suspended = paused_s > self._timeout
+                before, checked = checked, time.monotonic()
+                was_suspended = checked - before > self._timeout
                 if was_suspended:
-                    self._suspended_s, self._status_at = paused_s, time.monotonic()
-                    judge.resume(self._status_at)
+                    self._suspended_s, self._status_at = checked - before, checked
+                    judge.resume(checked)
                 with suppress(dist.DistStoreError):  # a timeout: `_guard` decides
                     write_heartbeat(self._store, self._rank, self._heartbeat())
                     has_heard = self._lead(judge) if self._rank == 0 else self._follow()
                     if has_heard and not was_suspended:  # else what was heard may be from before
                         self._suspended_s = 0.0
+                checked = time.monotonic()  # a slow store is no suspension
             if not self._status.has_left:
                 self._say_goodbye()
         except dist.DistNetworkError:

@@ -46,7 +46,7 @@ POINTS = {
     "group": (session.seam, "init_process_group"),
     "setup": (session, "setup_run"),
     "step": (loop, "train_step", 3),
-    "save": (loop.Checkpointer, "save_rest"),
+    "save": (loop.Checkpointer, "start"),
     "close": (session.BatchSource, "close"),
 }
 if os.environ["RANK"] == rank:
