@@ -21,7 +21,7 @@ from tests.helpers.processes import WORKERS, run_ranks
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3}}
-SLOW_LAYOUTS = ((1, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
+SLOW_LAYOUTS = ((1, 1, 0, True), (2, 1, 0, True), (2, 2, 0, False), (2, 1, 2, True), (2, 2, 3, True))
 
 
 @pytest.mark.parametrize(
