@@ -132,6 +132,8 @@ OWN_READS = {
     "diffmoe_ds/interop/standalone/pipeline.py": "runs without the package",
     "diffmoe_ds/distributed/run_lock.py": "/proc, and a lock opened without blocking",
     "diffmoe_ds/distributed/rendezvous.py": "/proc",
+    "diffmoe_ds/distributed/elastic.py": "/proc",
+    "diffmoe_ds/training/log_files.py": "logs of the run, without blocking and line by line",
     "diffmoe_ds/distributed/shutdown.py": "/proc",
     "diffmoe_ds/doctor/facts.py": "/sys",
     "diffmoe_ds/training/host_memory.py": "/proc",
