@@ -139,7 +139,6 @@ OWN_READS = {
     "diffmoe_ds/training/host_memory.py": "/proc",
     "diffmoe_ds/data/sources/verified.py": "/proc, and a record opened without blocking",
     "diffmoe_ds/files.py": "directories, to flush them",
-    "diffmoe_ds/cli/config.py": "/dev/null",
     "diffmoe_ds/data/prepare/preparation.py": "a shard that it has just written",
     "diffmoe_ds/data/sources/cache.py": "a lock opened without blocking, and a download in a file of its own",
     "diffmoe_ds/data/sources/tar_index.py": "tarfile, on an open file",
