@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffmoe_ds.distributed.collectives import init_process_group
-from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
+from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.doctor.facts import OPS, rank_facts
 from diffmoe_ds.doctor.findings import to_fix
@@ -99,7 +99,7 @@ def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any]
     timed: dict[str, Any] = {}
     if launch.world > 1:
         try:
-            timed = _collectives(launch, args.timeout)
+            timed = _collectives(rendezvous, args.timeout)
         except RuntimeError as error:  # gloo and NCCL raise many kinds of errors
             failed = f"rank {launch.rank} on {facts['host']}: {str(error).splitlines()[0][:200]}"
     every = gather_facts(rendezvous, "timed", [failed, timed], args.timeout)
@@ -119,12 +119,12 @@ def _examine(rendezvous: Rendezvous, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _collectives(launch: Launch, timeout_s: float) -> dict[str, Any]:
-    device = local_device(launch)
+def _collectives(rendezvous: Rendezvous, timeout_s: float) -> dict[str, Any]:
+    device = local_device(rendezvous.launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    init_process_group(backend, timeout_s)
+    init_process_group(backend, rendezvous.init_method(), timeout_s)
     return timed_collectives(device)
 
 

@@ -60,7 +60,7 @@ def run_evaluation(args: argparse.Namespace) -> None:
     rendezvous.check_same("extractor name", extractor.name, "loads a different --extractor than rank 0.")
     team = Team(launch.rank, launch.world)
     if team.world > 1:
-        init_process_group("gloo")
+        init_process_group("gloo", rendezvous.init_method())
     with reporting_lost_ranks("run the same command again"):
         check_features(extractor, samples.size, team)
         if isinstance(samples, GeneratedImages):

@@ -18,7 +18,7 @@ from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
-from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
@@ -58,7 +58,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     )
     try:
         if launch.world > 1:
-            create_groups(topology, device)
+            create_groups(topology, device, rendezvous)
         with reporting_lost_ranks("finished shards are kept, and the same command continues"):
             missing = work.missing()
             if missing:
@@ -72,15 +72,15 @@ def run_sampling(args: argparse.Namespace) -> None:
         raise
 
 
-def create_groups(topology: Topology, device: torch.device) -> None:
+def create_groups(topology: Topology, device: torch.device, rendezvous: Rendezvous) -> None:
     """Create the process groups: gloo for errors and pixels, and the device's backend for rows of sharded experts."""
     if topology.ep_size == 1:
-        init_process_group("gloo")
+        init_process_group("gloo", rendezvous.init_method())
         return
     if topology.rank == 0:
         held = f"{topology.num_local_experts} of {topology.num_experts} on each rank"
         print(f"{'experts':>11}  {held}, EP size {topology.ep_size}", flush=True)
-    init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rendezvous.init_method())
     quiet_deepspeed()
     from diffmoe_ds.distributed import deepspeed_seam  # imported lazily: only sharded experts need DeepSpeed
 

@@ -52,14 +52,15 @@ WAITING = Waiting()
 """The stopwatch of this process."""
 
 
-def init_process_group(backend: str, timeout_s: float | None = None) -> None:
-    """Create the default process group from the ``env://`` variables that `rendezvous.join_ranks` sets.
+def init_process_group(backend: str, init_method: str, timeout_s: float | None = None) -> None:
+    """Create the default process group.
 
     Args:
         backend: ``gloo`` or ``nccl``.
+        init_method: from `rendezvous.Rendezvous.init_method`.
         timeout_s: seconds after which a collective fails; torch's default if None.
     """
-    dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, init_method, None if timeout_s is None else timedelta(seconds=timeout_s))
 
 
 def get_rank(group: Group | None = None) -> int:

@@ -64,15 +64,15 @@ _engines: weakref.WeakSet[deepspeed.DeepSpeedEngine] = weakref.WeakSet()
 """Engines that may still hold process groups."""
 
 
-def init_process_group() -> None:
-    """Create the default process group through DeepSpeed, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+def init_process_group(init_method: str = "env://") -> None:
+    """Create the default process group through DeepSpeed, by torch's ``init_method``; or adopt the one that exists."""
     # On a CPU, DeepSpeed would spend a minute compiling a shared-memory all-reduce that it hardly uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if get_accelerator().device_name() != "cpu":
         # DeepSpeed uses LOCAL_RANK as the device index; where each task sees only its own GPU, that is always 0.
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % get_accelerator().device_count())
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, init_method=init_method)
 
 
 def expert_parallel_group(ep_size: int, *, replicas: bool = False) -> dist.ProcessGroup:

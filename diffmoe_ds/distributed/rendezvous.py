@@ -7,53 +7,88 @@ error of one rank reaches the others at once (`Rendezvous.raise_on_all_ranks`), 
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.absent_ranks import absent_ranks
 from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
+from diffmoe_ds.distributed.heartbeats import write_first
 from diffmoe_ds.distributed.launch import Launch, export_launch
 from diffmoe_ds.distributed.shared_gpus import check_gpus, gpu_of
-from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, LaunchError
+from diffmoe_ds.distributed.store import (
+    LINGER_S,
+    POLL_S,
+    SILENCE_S,
+    init_method,
+    let_others_read,
+    open_store,
+    read_from_rank_0,
+)
+from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError
 
 START_TIMEOUT_S = 300.0
 """Seconds that ranks wait for each other: importing torch from a slow shared disk can take minutes."""
 TELL_AFTER_S = 15.0
 """Seconds after which rank 0 prints which ranks it is waiting for."""
-LINGER_S = 5.0
-"""Seconds that rank 0 keeps serving the store after an error, for the others to read it."""
+ANSWER_S = 60.0
+"""Least number of seconds to wait for a rank that has joined: rank 0 may first wait for a run lock to become stale."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells rank 0 when it joins."""
+
+    host: str
+    """Its host."""
+    fingerprint: str
+    """What must be equal on all ranks, such as a hash of the resolved configuration."""
+    gpu: str
+    """What identifies its GPU on the host; see `gpu_of`."""
+    error: int = 0
+    """An error that it has already hit, encoded; see `encode_error`."""
 
 
 class Rendezvous:
     """The joined ranks: their hosts, and a store for messages between them."""
 
-    def __init__(self, launch: Launch, hosts: tuple[str, ...], store: dist.Store | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        hosts: tuple[str, ...],
+        store: dist.Store | None,
+        timeout_s: float,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         """Wrap the result of `join_ranks`.
 
         Args:
             launch: this process's place among the ranks, with the address of the rendezvous.
             hosts: the host of every rank, by rank.
-            store: the shared key-value store; None in a world of one. It must live as long as the process group, which
-                shares its port.
-            timeout_s: seconds to wait for a message.
+            store: the shared key-value store; None in a world of one. Process groups use its connection too.
+            timeout_s: seconds to wait for another rank's answer, at least `ANSWER_S`. A watchdog ends the wait for a
+                rank that is lost.
+            silence_s: seconds that the store may go without answering.
         """
         self.launch = launch
         self.hosts = hosts
         self.store = store
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout = timedelta(seconds=max(timeout_s, ANSWER_S))
+        self._silence_s = silence_s
+
+    def init_method(self) -> str:
+        """Return torch's ``init_method`` for a process group of these ranks, which uses the store's open connection."""
+        return "env://" if self.store is None else init_method(self.store, self.launch)
 
     def raise_on_all_ranks(self, name: str, action: Callable[[], T]) -> T:
         """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call this.
@@ -73,6 +108,7 @@ class Rendezvous:
         Raises:
             DiffMoEError: on all ranks, if the action of any failed; see `consensus.raise_agreed`.
             LaunchError: a rank did not report within the timeout.
+            RankLostError: rank 0 died.
         """
         failure = None
         try:
@@ -106,6 +142,8 @@ class Rendezvous:
 
         Raises:
             DiffMoEError: on all ranks, if the action failed; see `consensus.raise_agreed`.
+            LaunchError: rank 0 did not report within the timeout.
+            RankLostError: rank 0 died.
         """
         failure, result = None, None
         if self.launch.rank == 0:
@@ -140,7 +178,7 @@ class Rendezvous:
             assert self.store is not None
             keys = [f"{name}/text/{rank}" for rank in range(self.launch.world)]
             self._wait(keys)
-            texts = [self.store.get(key) for key in keys]
+            texts = self.store.multi_get(keys)
             for rank, found in enumerate(texts):
                 if found != texts[0]:
                     raise LaunchError(f"rank {rank} on {self.hosts[rank]} {message}")
@@ -152,14 +190,14 @@ class Rendezvous:
         assert self.store is not None
         keys = [f"{name}/{rank}" for rank in range(self.launch.world)]
         self._wait(keys)
-        return [int(self.store.get(key)) for key in keys]
+        return [int(text) for text in self.store.multi_get(keys)]
 
     def _wait(self, keys: list[str]) -> None:
         """Wait for one key of every rank, by rank; LaunchError names the ranks that do not set theirs."""
         assert self.store is not None
         try:
             self.store.wait(keys, self._timeout)
-        except RuntimeError:
+        except dist.DistStoreError:  # the timeout
             silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in silent)
             raise LaunchError(
@@ -168,14 +206,20 @@ class Rendezvous:
 
     def _raise_agreed(self, name: str, mine: DiffMoEError | None) -> None:
         assert self.store is not None
-        winner = int(_read(self.store, name, 2 * self._timeout))
+        limit_s = 2 * self._timeout.total_seconds()  # rank 0 waits, too
+        rank_0 = f"rank 0 on {self.hosts[0]}"
+        winner = int(_read(self.store, self.launch, name, rank_0, limit_s, self._silence_s))
         if winner:
-            _let_others_read(self.store, self.launch)
+            let_others_read(self.store, self.launch)
         raise_agreed(winner, mine, self.launch.rank)
 
 
 def join_ranks(
-    launch: Launch, fingerprint: str = "", timeout_s: float = START_TIMEOUT_S, error: DiffMoEError | None = None
+    launch: Launch,
+    fingerprint: str = "",
+    timeout_s: float = START_TIMEOUT_S,
+    silence_s: float = SILENCE_S,
+    error: DiffMoEError | None = None,
 ) -> Rendezvous:
     """Wait until every rank has joined; sets the ``env://`` variables of torch.distributed.
 
@@ -183,36 +227,63 @@ def join_ranks(
         launch: from `resolve_launch`.
         fingerprint: what must be equal on all ranks, such as a hash of the resolved configuration.
         timeout_s: seconds to wait.
+        silence_s: seconds that rank 0's store may go without answering.
         error: an error that this rank has already hit; see `fail_together`.
 
     Raises:
         LaunchError: a rank did not join, rank 0 cannot be reached, a rank's fingerprint differs, or two share a GPU.
         DiffMoEError: on all ranks, if any rank passed an error; see `consensus.raise_agreed`.
     """
+    launch = move_to_own_store(export_launch(launch), timeout_s)
+    host, rank = socket.gethostname(), launch.rank
     if launch.world == 1 and not launch.surplus:
-        launch = move_to_own_store(export_launch(launch), timeout_s)
-        return Rendezvous(launch, (socket.gethostname(),), None, timeout_s)
-    launch, store = connect(launch, timeout_s)
-    rank = launch.rank
-    mine = {"host": socket.gethostname(), "fingerprint": fingerprint, "error": encode_error(error, rank)}
-    mine["gpu"] = gpu_of(launch)
-    store.set(f"rank/{rank}", json.dumps(mine))
-    if rank == 0:
-        reports: list[dict[str, Any]] = []
+        return Rendezvous(launch, (host,), None, timeout_s)
+    report = Report(host, fingerprint, gpu_of(launch), encode_error(error, rank))
+    store = open_store(launch, timeout_s)
+    winner, hosts, failure = exchange_reports(store, launch, report, timeout_s, silence_s)
+    if winner:
+        let_others_read(store, launch)
+        raise_agreed(winner, failure or error, rank)
+    return Rendezvous(launch, hosts, store, timeout_s, silence_s)
+
+
+def exchange_reports(
+    store: dist.Store, launch: Launch, report: Report, timeout_s: float, silence_s: float
+) -> tuple[int, tuple[str, ...], LaunchError | None]:
+    """Report this rank to rank 0 and wait until all ranks have done so. Every rank must call this.
+
+    Args:
+        store: from `open_store`.
+        launch: this rank's place among the ranks.
+        report: this rank's report.
+        timeout_s: seconds to wait.
+        silence_s: seconds that the store may go without answering.
+
+    Returns:
+        The error that the ranks agree on, encoded, or 0; the host of every rank, if there is no error; on rank 0, the
+        error if that is where it was found.
+
+    Raises:
+        RankLostError: rank 0 is gone.
+    """
+    write_first(store, launch.rank)  # before the report: the watchdog expects one from every rank that has joined
+    store.set(f"rank/{launch.rank}", json.dumps(asdict(report)))
+    failure = None
+    if launch.rank == 0:
+        hosts: list[str] = []
         try:
             reports = _gather(store, launch, timeout_s)
-            winner = max(report["error"] for report in reports)
+            hosts = [each.host for each in reports]
+            winner = max(each.error for each in reports)
             if not winner:
                 _check_fingerprints(reports)
-                check_gpus([report["host"] for report in reports], [report["gpu"] for report in reports])
-        except LaunchError as failure:
-            error, winner = failure, encode_error(failure, 0)
-        store.set("joined", json.dumps({"error": winner, "hosts": [report["host"] for report in reports]}))
-    joined = json.loads(_read(store, "joined", timedelta(seconds=timeout_s + LINGER_S)))
-    if joined["error"]:
-        _let_others_read(store, launch)
-        raise_agreed(joined["error"], error, rank)
-    return Rendezvous(launch, tuple(joined["hosts"]), store, timeout_s)
+                check_gpus(hosts, [each.gpu for each in reports])
+        except LaunchError as error:
+            failure, winner = error, encode_error(error, 0)
+        store.set("joined", json.dumps({"error": winner, "hosts": hosts}))
+    rank_0, limit_s = f"rank 0 at {launch.address}", timeout_s + LINGER_S
+    joined = json.loads(_read(store, launch, "joined", rank_0, limit_s, silence_s))
+    return joined["error"], tuple(joined["hosts"]), failure
 
 
 def fail_together(launch: Launch, error: DiffMoEError) -> None:
@@ -227,119 +298,47 @@ def fail_together(launch: Launch, error: DiffMoEError) -> None:
     """
     try:
         join_ranks(launch, error=error)
-    except LaunchError:  # this rank's own error is more specific
+    except (LaunchError, RankLostError):  # this rank's own error is more specific
         raise error from None
 
 
-def _let_others_read(store: dist.Store, launch: Launch) -> None:
-    """Call after reading an error: rank 0, which serves the store, exits last."""
-    if launch.rank == 0:
-        _linger(store, launch.world - 1)
-    else:
-        store.add("left", 1)
-
-
-def connect(launch: Launch, timeout_s: float) -> tuple[Launch, dist.Store]:
-    """Connect to the store, which rank 0 serves; return the launch with its address, which is exported, and the store.
+def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[Report]:
+    """Return the report of every rank, on rank 0.
 
     Raises:
-        LaunchError: rank 0 cannot be reached, or its port is in use.
+        LaunchError: a rank did not join in time.
     """
-    launch = move_to_own_store(export_launch(launch), timeout_s)
-    serves = launch.rank == 0
-    assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
-    try:
-        store = dist.TCPStore(
-            launch.master_addr,
-            launch.master_port,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,  # torch's env:// connects to the same port and shares this server
-        )
-    except RuntimeError as error:
-        host = socket.gethostname()
-        if serves and "EADDRINUSE" in str(error):
-            raise LaunchError(
-                f"rank 0 on {host}: port {launch.master_port} is in use; set MASTER_PORT (deepspeed: --master_port) to "
-                "a free one."
-            ) from None
-        raise LaunchError(
-            f"rank {launch.rank} on {host} cannot reach rank 0 at {launch.address} within {timeout_s:g} s; check that "
-            "the address is right, that rank 0 was started and that the port is open."
-        ) from None
-    return launch, dist.PrefixStore("diffmoe", store)
-
-
-def _gather(store: dist.Store, launch: Launch, timeout_s: float) -> list[dict[str, Any]]:
-    """Return what every rank reported: ``host``, ``fingerprint`` and ``error``."""
-    start = time.monotonic()
-    missing, told = set(range(launch.world)), False
-    while missing:
-        missing = {rank for rank in missing if not store.check([f"rank/{rank}"])}
-        waited = time.monotonic() - start
-        if waited > timeout_s or (missing and waited > TELL_AFTER_S and not told):
-            joined = {rank: json.loads(store.get(f"rank/{rank}"))["host"] for rank in range(launch.world)
-                    if rank not in missing}  # fmt: skip
-            if waited > timeout_s:
-                raise LaunchError(
-                    f"{_absent(missing, joined)} did not join within {timeout_s:g} s; run `diffmoe doctor`."
-                )
-            print(f"{'waiting':>11}  {_absent(missing, joined)} have not joined yet", file=sys.stderr, flush=True)
+    keys = [f"rank/{rank}" for rank in range(launch.world)]
+    start, told = time.monotonic(), False
+    while (waited := time.monotonic() - start) < timeout_s:
+        if waited > TELL_AFTER_S and not told:
             told = True
-        if missing:
-            time.sleep(0.05)
-    return [json.loads(store.get(f"rank/{rank}")) for rank in range(launch.world)]
+            if absent := absent_ranks(store, keys):
+                print(f"{'waiting':>11}  {absent} have not joined yet", file=sys.stderr, flush=True)
+        try:
+            store.wait(keys, timedelta(seconds=min(POLL_S, timeout_s - waited + 0.01)))
+            return [Report(**json.loads(text)) for text in store.multi_get(keys)]
+        except dist.DistStoreError:  # the timeout
+            continue
+    raise LaunchError(f"{absent_ranks(store, keys)} did not join within {timeout_s:g} s; run `diffmoe doctor`.")
 
 
-def _check_fingerprints(reports: list[dict[str, Any]]) -> None:
+def _read(store: dist.Store, launch: Launch, key: str, rank_0: str, timeout_s: float, silence_s: float) -> bytes:
+    """Return what rank 0 wrote under a key; see `read_from_rank_0`. If rank 0 is lost, only rank 1 reports it."""
+    if launch.rank == 0:
+        return store.get(key)
+    try:
+        return read_from_rank_0(store, key, rank_0, timeout_s, silence_s)
+    except RankLostError as lost:
+        lost.same_on_all_ranks = launch.rank != 1
+        raise
+
+
+def _check_fingerprints(reports: Sequence[Report]) -> None:
     """Raise LaunchError if a rank resolved a different configuration than rank 0."""
     for rank, report in enumerate(reports):
-        if report["fingerprint"] != reports[0]["fingerprint"]:
+        if report.fingerprint != reports[0].fingerprint:
             raise LaunchError(
-                f"rank {rank} on {report['host']} resolved a different configuration than rank 0 on "
-                f"{reports[0]['host']}; compare the files, the package versions and the number of ranks per host."
+                f"rank {rank} on {report.host} resolved a different configuration than rank 0 on "
+                f"{reports[0].host}; compare the files, the package versions and the number of ranks per host."
             )
-
-
-def _absent(missing: set[int], joined: Mapping[int, str]) -> str:
-    """Name the missing ranks, and the silent hosts as far as the launcher lists its hosts."""
-    short = {host.partition(".")[0] for host in joined.values()}
-    silent = [host for host in expected_hosts() if host.partition(".")[0] not in short]
-    where = f" (nothing from {', '.join(silent)})" if silent else ""
-    ranks = ", ".join(map(str, sorted(missing)[:8])) + (", ..." if len(missing) > 8 else "")
-    return f"rank(s) {ranks}{where} of {len(missing) + len(joined)}"
-
-
-def expected_hosts() -> list[str]:
-    """Return the hosts that the launcher was told to use; empty if unknown."""
-    if "SLURM_STEP_NODELIST" in os.environ:
-        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-        except (OSError, subprocess.SubprocessError):
-            return []
-    if "CROSS_SIZE" in os.environ:  # deepspeed's launcher is the parent process and has the list in its arguments
-        try:
-            arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
-            encoded = next(text for text in arguments if text.startswith("--world_info="))
-            return list(json.loads(base64.urlsafe_b64decode(encoded.partition("=")[2])))
-        except (OSError, StopIteration, ValueError):
-            return []
-    return []
-
-
-def _linger(store: dist.Store, others: int) -> None:
-    """Wait on rank 0, which serves the store, until the others have read its error."""
-    deadline = time.monotonic() + LINGER_S
-    while time.monotonic() < deadline and store.add("left", 0) < others:
-        time.sleep(0.05)
-
-
-def _read(store: dist.Store, key: str, timeout: timedelta) -> bytes:
-    """Return what rank 0 wrote. If rank 0 is gone it has already reported the reason."""
-    try:
-        store.wait([key], timeout)
-        return store.get(key)
-    except RuntimeError:
-        raise AlreadyReportedError(LaunchError.exit_code) from None

@@ -9,8 +9,9 @@ import time
 import torch.distributed as dist
 
 from diffmoe_ds.distributed import signals
-from diffmoe_ds.distributed.launch import Launch
-from diffmoe_ds.distributed.rendezvous import LINGER_S, connect
+from diffmoe_ds.distributed.agent_store import move_to_own_store
+from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.store import LINGER_S, open_store
 from diffmoe_ds.errors import AlreadyReportedError, RankLostError
 
 COMPLETE, SEEN = "surplus/complete", "surplus/seen"
@@ -32,7 +33,7 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
         RankLostError: rank 0 exited or does not answer. torchrun restarts this rank with the others.
         AlreadyReportedError: a signal asked this process to exit.
     """
-    _, store = connect(launch, start_timeout_s)
+    store = open_store(move_to_own_store(export_launch(launch), start_timeout_s), start_timeout_s)
     if launch.rank == launch.world:
         last = launch.world + launch.surplus - 1
         ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"

@@ -1,74 +1,124 @@
 """Watchdog: when a rank dies or stops responding, all other ranks exit and name it, instead of hanging.
 
-A thread of every rank writes heartbeats into the rendezvous store; rank 0's thread reads all of them, the others read
-rank 0's. It works while the main thread is blocked in a collective, and uses none itself. The store goes down
-with rank 0, which serves it, so a second thread only checks the clock.
+It works from the moment the ranks have joined to the end of the run. A thread of every rank writes heartbeats into the
+rendezvous store, through a connection of its own, so that it works while the main thread is blocked. Rank 0's thread
+reads all heartbeats and alone decides whom to blame; the others read its status. The store goes down with rank 0, which
+serves it, so a second thread only checks the clock.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from diffmoe_ds.distributed import flight_recorder
-from diffmoe_ds.errors import RankLostError
+from diffmoe_ds.distributed.heartbeats import (
+    BROKEN,
+    FAILED,
+    LEFT,
+    MISSED_BEATS,
+    WATCHING,
+    Heartbeat,
+    Judge,
+    Status,
+    read_heartbeats,
+    read_status,
+    write_heartbeat,
+    write_status,
+)
+from diffmoe_ds.distributed.store import is_served_by_agent
+from diffmoe_ds.errors import DiffMoEError, RankLostError
 
 MAX_BEAT_S = 1.0
 """Longest time between two heartbeats."""
-CONNECT_S = 4.0
-"""Seconds to reconnect to the store after a collective failed."""
 JOIN_S = 1.0
 """Seconds that the threads have to end; a thread that is blocked on the store is abandoned."""
 LEAVE_S = 5.0
 """Seconds to print and to tell the others before a process exits in any case."""
-VERDICT = "watchdog/verdict"
-"""Key of the store under which rank 0 says why all ranks exit, and which ranks are stuck."""
-MISSED_BEATS = 4
-"""After a collective failed, a rank that misses this many heartbeats is the lost one."""
 
 
 class Watchdog:
-    """Context manager that watches the ranks; with one rank it does nothing."""
+    """Context manager that watches the ranks while `watching` is active; with one rank it does nothing."""
 
-    def __init__(self, rank: int, world: int, timeout_s: float) -> None:
-        """Configure the watchdog; MASTER_ADDR and MASTER_PORT must be set.
+    def __init__(
+        self, rank: int, world: int, timeout_s: float, hosts: Sequence[str] = (), store: dist.Store | None = None
+    ) -> None:
+        """Configure the watchdog.
 
         Args:
             rank: this rank.
             world: number of ranks.
             timeout_s: seconds that a rank may go without heartbeats, or all ranks without progress.
+            hosts: the host of every rank.
+            store: the rendezvous store, after the ranks have joined.
         """
         self._rank, self._world, self._timeout = rank, world, timeout_s
+        self._hosts, self._shared = hosts, store
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
         self._step = self._ticks = self._waits = 0
-        self._left = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._state = WATCHING
+        self._status, self._status_at = Status(), time.monotonic()
+        self._blamed: Sequence[int] = ()
         self._answered = time.monotonic()
+        self._failed_at = self._suspended_s = 0.0
+        self._closing_at: float | None = None
+        self._exit_code = RankLostError.exit_code
+        self._concluded, self._leaving, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._concluding = threading.Lock()
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
-        if self._world > 1:
-            self._store = self._connect(self._timeout)
-            self._store.set(f"watchdog/host/{self._rank}", socket.gethostname())
-            for target in (self._watch, self._guard):
-                thread = threading.Thread(target=target, name="watchdog", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+        if self._world == 1:
+            return self
+        assert self._shared is not None, "several ranks share a store"
+        watch, guard = (threading.Thread(target=f, name="watchdog", daemon=True) for f in (self._watch, self._guard))
+        self._answered = self._status_at = time.monotonic()
+        guard.start()  # first: connecting to a frozen server may block
+        self._shared.set_timeout(timedelta(seconds=self._timeout))
+        try:
+            self._store: dist.Store = self._shared.clone()  # type: ignore[attr-defined]
+        except RuntimeError:
+            self._ended.set()
+            raise RankLostError(f"{self._server()} died during startup; the other ranks exit.") from None
+        self._answered = self._status_at = time.monotonic()
+        watch.start()
+        self._threads = [watch, guard]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left.set()
+        self._leaving.set()
+        self._ended.set()
         for thread in self._threads:  # the interpreter must not finalize while they are inside the store
             thread.join(JOIN_S)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the ranks within the context; the time that this rank needs to close afterwards is limited.
+
+        Raises:
+            RankLostError: instead of the error of a collective that failed because a rank was lost.
+        """
+        try:
+            yield
+        except (RuntimeError, RankLostError) as error:
+            lost = self.find_lost()
+            self._leave_group(error if lost is None else lost)
+            if lost is None:
+                raise
+            raise lost from error
+        except BaseException as error:
+            self._leave_group(error)
+            raise
+        self._leave_group(None)
 
     def tick(self, step: int | None = None) -> None:
         """Record progress that every rank makes in the same order; the rank with the fewest ticks holds up the others.
@@ -85,101 +135,167 @@ class Watchdog:
 
     def find_lost(self) -> RankLostError | None:
         """Return an error that names the lost rank, after a collective failed; None if all ranks respond."""
-        if self._world == 1:
+        if not self._threads:
             return None
-        self._left.set()  # from here on, this thread decides
-        try:
-            store = self._connect(min(CONNECT_S, self._timeout))
-            if (verdict := self._verdict(store)) is not None:  # another rank has left because of it
-                return RankLostError(f"{verdict[0]}; the other ranks exit.")
-            before = self._beats(store)
-            for _ in range(MISSED_BEATS):
-                time.sleep(self._beat_s)
-                self._beat(store)
-            after = self._beats(store)
-            lost = [rank for rank in range(self._world) if rank != self._rank and after[rank][:1] == before[rank][:1]]
-            if not lost:
-                return None
-            return RankLostError(
-                f"{self._name(store, lost)} died in step {after[lost[0]][1] + 1}; the other ranks exit."
-            )
-        except RuntimeError:  # rank 0 served the store
-            return RankLostError(f"rank 0 died in step {self._step + 1}; the other ranks exit.")
+        self._failed_at, self._state = time.monotonic(), FAILED
+        self._concluded.wait()  # `_guard` ends it if the store does not answer
+        return RankLostError(f"{self._status.why}; the other ranks exit.") if self._status.why else None
 
-    def _connect(self, timeout_s: float) -> dist.TCPStore:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    def _leave_group(self, error: BaseException | None) -> None:
+        """Tell the others that this rank leaves; errors of ours are raised on all ranks, any other ends the run."""
+        if not self._threads:
+            return
+        self._exit_code = RankLostError.exit_code if error is None else getattr(error, "exit_code", 1)
+        self._state = LEFT if error is None or isinstance(error, DiffMoEError) else BROKEN
+        self._leaving.set()
+        self._threads[0].join(JOIN_S + (LEAVE_S if self._rank == 0 else 0))
+        self._closing_at = time.monotonic()
 
-    def _beat(self, store: dist.TCPStore) -> None:
-        store.set(f"watchdog/beat/{self._rank}", f"{time.monotonic_ns()} {self._step} {self._ticks} {self._waits}")
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state)
 
-    def _beats(self, store: dist.TCPStore) -> list[tuple[int, int, int, int]]:
-        """Return (heartbeat, step, ticks, calls of `alive`) of every rank; all write one before the first step."""
-        texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(self._world)])
-        return [_numbers(text) for text in texts]
+    def _names(self, ranks: Sequence[int]) -> str:
+        names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks[:8])
+        return names + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
-    def _name(self, store: dist.TCPStore, ranks: list[int]) -> str:
-        hosts = store.multi_get([f"watchdog/host/{rank}" for rank in ranks])
-        return ", ".join(f"rank {rank} on {host.decode()}" for rank, host in zip(ranks, hosts, strict=True))
+    def _server(self) -> str:
+        return f"torchrun's agent at {os.environ.get('MASTER_ADDR')}" if is_served_by_agent() else self._names([0])
 
     def _watch(self) -> None:
-        """Run the thread that reads the store, on which it may block forever."""
-        seen: dict[int, tuple[tuple[int, ...], float]] = {}
-        moved, progress = time.monotonic(), None
-        while not self._left.wait(self._beat_s):
-            try:
-                self._beat(self._store)
-                if self._rank == 0:
-                    beats = dict(enumerate(self._beats(self._store)))
-                else:
-                    if (verdict := self._verdict(self._store)) is not None:
-                        self._leave(*verdict)
-                    beats = {0: _numbers(self._store.get("watchdog/beat/0"))}
-                answered = self._answered = time.monotonic()
-            except (RuntimeError, ValueError):
-                continue
-            for rank, beat in beats.items():
-                if rank not in seen or seen[rank][0] != beat[:1]:
-                    seen[rank] = (beat[:1], answered)
-            silent_ranks = [rank for rank, (_, since) in seen.items() if answered - since > self._timeout]
-            if silent_ranks:
-                name = self._name(self._store, silent_ranks)
-                step = beats[silent_ranks[0]][1]
-                self._leave(f"{name} has not answered for {self._timeout:.0f} s, since step {step + 1}")
-            if self._rank == 0:
-                now, fewest = [beat[2:] for beat in beats.values()], min(beat[2] for beat in beats.values())
-                if now != progress or fewest == 0:  # setup may take long and does not tick
-                    moved, progress = answered, now
-                elif answered - moved > self._timeout:
-                    behind = [rank for rank, beat in beats.items() if beat[2] == fewest]
-                    where = self._name(self._store, behind)
-                    step = beats[behind[0]][1]
-                    self._leave(f"{where} has been stuck for {self._timeout:.0f} s in step {step + 1}", behind)
+        """Run the thread that uses the store, on which it may block forever."""
+        checked = time.monotonic()
+        judge = Judge(self._world, self._timeout, self._beat_s, checked)
+        try:
+            while not (self._leaving.wait(self._beat_s) or self._status.why or self._status.has_left):
+                before, checked = checked, time.monotonic()
+                was_suspended = checked - before > self._timeout
+                if was_suspended:
+                    self._suspended_s, self._status_at = checked - before, checked
+                    judge.resume(checked)
+                with suppress(dist.DistStoreError):  # a timeout: `_guard` decides
+                    write_heartbeat(self._store, self._rank, self._heartbeat())
+                    has_heard = self._lead(judge) if self._rank == 0 else self._follow()
+                    if has_heard and not was_suspended:  # else what was heard may be from before
+                        self._suspended_s = 0.0
+                checked = time.monotonic()  # a slow store is no suspension
+            if not self._status.has_left:
+                self._say_goodbye()
+        except dist.DistNetworkError:
+            self._conclude(f"{self._server()} died {self._heartbeat().when}", is_connected=False)
+
+    def _lead(self, judge: Judge) -> bool:
+        """Judge all ranks and publish the result, on rank 0; return whether others have written heartbeats."""
+        beats = read_heartbeats(self._store, self._world)
+        self._answered = time.monotonic()
+        verdict = judge.judge(beats, self._answered)
+        if verdict is None:
+            write_status(self._store, Status(time.monotonic_ns(), cleared=judge.cleared))
+            if self._rank in judge.cleared:
+                self._concluded.set()
+        else:
+            self._blamed = verdict.ranks
+            self._conclude(f"{self._names(verdict.ranks)} {verdict.what}", verdict.ranks if verdict.is_stuck else ())
+        return judge.has_heard_others
+
+    def _follow(self) -> bool:
+        """Read what rank 0 has published and act on it, on the other ranks; return whether it is new."""
+        status = read_status(self._store)
+        self._answered = time.monotonic()
+        is_new = status.time != self._status.time
+        if is_new:
+            self._status_at = self._answered
+        self._status = status
+        silent_s, patience_s = self._answered - self._status_at, MISSED_BEATS * self._beat_s
+        me = self._heartbeat()
+        if status.why:
+            self._conclude(status.why, status.stuck)
+        elif status.has_left:
+            self._closing_at = self._answered  # from here on, `_guard` limits the time that this rank needs to leave
+            if self._failed_at:
+                self._conclude(f"{self._names([0])} left {me.when}", is_connected=False)
+        elif silent_s > self._timeout:
+            self._conclude(f"{self._names([0])} has not answered for {silent_s:.0f} s, since {me.place}")
+        elif self._failed_at:
+            failed_s = self._answered - self._failed_at
+            if self._rank in status.cleared:
+                self._concluded.set()
+            elif is_served_by_agent() and min(silent_s, failed_s) > patience_s:  # otherwise the store were gone, too
+                self._conclude(f"{self._names([0])} died {me.when}")
+        return is_new
 
     def _guard(self) -> None:
         """Run the thread that only checks the clock."""
-        while not self._left.wait(self._beat_s):
-            silent = time.monotonic() - self._answered
-            if silent > self._timeout + 2 * self._beat_s:
-                self._leave(f"rank 0 has not answered for {silent:.0f} s, since step {self._step + 1}")
+        checked = time.monotonic()
+        while not self._ended.wait(self._beat_s):
+            before, checked = checked, time.monotonic()
+            silent_s = checked - self._answered
+            if checked - before > self._timeout:
+                self._suspended_s, self._answered = checked - before, checked
+                self._closing_at = None if self._closing_at is None else checked
+            elif self._closing_at is not None:
+                if checked - self._closing_at > self._timeout:
+                    why = f"{self._names([self._rank])} has been stuck for {self._timeout:.0f} s while the run ended"
+                    self._exit(why, self._exit_code, is_stuck=True, is_connected=False)
+            elif silent_s > self._timeout + 2 * self._beat_s:
+                place = self._heartbeat().place
+                why = f"{self._server()} has not answered for {silent_s:.0f} s, since {place}"
+                self._conclude(why, is_connected=False)
 
-    def _leave(self, why: str, stuck: Sequence[int] = ()) -> None:
+    def _conclude(self, why: str, stuck: Sequence[int] = (), is_connected: bool = True) -> None:
+        """End this rank: by an error of its main thread if that waits for one, else at once.
+
+        Args:
+            why: the reason, which names the ranks to blame.
+            stuck: ranks that are alive but make no progress.
+            is_connected: whether the store answers, and this is the thread that uses it.
+        """
+        if self._leaving.is_set() or not self._concluding.acquire(blocking=False):
+            return
+        if self._suspended_s:
+            seconds = f"{self._suspended_s:.0f} s"
+            why = f"{self._names([self._rank])} was suspended for {seconds}, and the other ranks have left"
+        self._status = Status(time.monotonic_ns(), why, stuck)
+        if self._failed_at:
+            self._state = LEFT
+            self._concluded.set()
+            return
+        self._state = LEFT
+        self._exit(why, RankLostError.exit_code, self._rank in stuck, is_connected)
+
+    def _say_goodbye(self) -> None:
+        """Tell the others that this rank leaves; rank 0, which serves the store, waits until all have read it."""
+        write_heartbeat(self._store, self._rank, self._heartbeat())
+        if self._rank:
+            return
+        if self._state == BROKEN and not self._status.why:
+            self._status.why = f"{self._names([0])} failed {self._heartbeat().when}"
+        self._status.time, self._status.has_left = time.monotonic_ns(), True
+        write_status(self._store, self._status)
+        deadline = time.monotonic() + LEAVE_S
+        others = set(range(1, self._world)) - set(self._blamed)
+        while time.monotonic() < deadline:
+            beats = read_heartbeats(self._store, self._world)
+            if all(beats[rank].state in (BROKEN, LEFT) for rank in others):
+                return
+            time.sleep(0.02)
+
+    def _exit(self, why: str, exit_code: int, is_stuck: bool, is_connected: bool) -> None:
         """Exit this process, whose main thread may be in a call that never returns.
 
         Args:
-            why: the reason, which names the ranks.
-            stuck: ranks that are alive but do not progress; each prints where its main thread is.
+            why: the reason.
+            exit_code: the exit code.
+            is_stuck: whether the main thread makes no progress: print where it is, and end the loader's workers, one
+                of which it may be waiting for.
+            is_connected: whether to tell the other ranks first.
         """
-        if self._left.is_set():
-            return
-        is_stuck = self._rank in stuck
-        timer = threading.Timer(2 * self._beat_s + LEAVE_S, _exit, (is_stuck,))
+        timer = threading.Timer(2 * LEAVE_S, _exit_now, (exit_code, is_stuck))
         timer.daemon = True
         timer.start()  # what follows may block, e.g. on the file system that the rank is stuck on
         try:
-            if self._rank == 0 and time.monotonic() - self._answered < self._beat_s:
-                self._store.set(VERDICT, json.dumps([why, list(stuck)]))
-                time.sleep(2 * self._beat_s)  # for the others to read it from rank 0's store
+            if is_connected:
+                with suppress(RuntimeError):
+                    self._say_goodbye()
             collectives = flight_recorder.path(self._rank)
             hint = f" (its last collectives: {collectives})" if collectives else ""
             print(f"diffmoe: error: {why}; rank {self._rank} exits{hint}.", file=sys.stderr, flush=True)
@@ -189,25 +305,13 @@ class Watchdog:
             sys.stdout.flush()
             flight_recorder.dump(self._rank)
         finally:
-            _exit(is_stuck)
-
-    def _verdict(self, store: dist.TCPStore) -> tuple[str, list[int]] | None:
-        """Return why all ranks exit and which are stuck, if rank 0 has said so."""
-        if not store.check([VERDICT]):
-            return None
-        why, stuck = json.loads(store.get(VERDICT))
-        return why, stuck
+            _exit_now(exit_code, is_stuck)
 
 
-def _exit(with_workers: bool) -> None:
+def _exit_now(exit_code: int, with_workers: bool) -> None:
     """Exit immediately; with the loader's workers, because one that does not respond would outlive this process."""
     try:
         for worker in multiprocessing.active_children() if with_workers else ():
             worker.kill()
     finally:
-        os._exit(RankLostError.exit_code)
-
-
-def _numbers(text: bytes) -> tuple[int, int, int, int]:
-    beat, step, ticks, waits = map(int, text.split())
-    return beat, step, ticks, waits
+        os._exit(exit_code)

@@ -76,7 +76,7 @@ def _check(host: str, token: Path) -> str | None:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
     try:
         done = subprocess.run(
-            ["ssh", *options, host, remote], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            ["ssh", *options, "--", host, remote], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=HOST_TIMEOUT_S, check=False,
         )  # fmt: skip
     except FileNotFoundError:

@@ -133,34 +133,33 @@ class Session:
 
 @contextmanager
 def join(plan: TrainPlan) -> Iterator[Session]:
-    """Join the other ranks, take the run lock, print the banner, and create the process group and the watchdog.
+    """Join the other ranks, start the watchdog, take the run lock, print the banner and create the process group.
 
     Raises:
         LaunchError: a rank did not join, or resolved a different configuration.
         RunDirectoryBusyError: another job is writing into the run directory.
         RankLostError: a rank died or stopped responding while the session was open.
     """
-    rendezvous = join_ranks(plan.launch, plan.fingerprint(), plan.config.run.start_timeout_s)
+    timeout_s = plan.config.run.rank_timeout_s
+    rendezvous = join_ranks(plan.launch, plan.fingerprint(), plan.config.run.start_timeout_s, timeout_s)
+    launch = rendezvous.launch
     with ExitStack() as resources:
-        lock = rendezvous.on_main("lock", lambda: resources.enter_context(_lock(plan.directory)))
-        # re-read: an earlier job may have saved until it released the lock
-        start = rendezvous.raise_on_all_ranks("start", plan.with_start)
-        plan = start.with_launch(rendezvous.launch)
-        if plan.is_main:
-            print(banner(plan, rendezvous.hosts), flush=True)
-        quiet_deepspeed()
-        apply_device_settings(plan)
-        seam.init_process_group()
-        launch, timeout_s = plan.launch, plan.config.run.rank_timeout_s
-        watchdog = resources.enter_context(Watchdog(launch.rank, launch.world, timeout_s))
-        try:
-            yield Session(plan, rendezvous.hosts, watchdog, lock, _owner(lock, local_device(launch)), resources)
+        watchdog = resources.enter_context(
+            Watchdog(launch.rank, launch.world, timeout_s, rendezvous.hosts, rendezvous.store)
+        )
+        with watchdog.watching():
+            lock = rendezvous.on_main("lock", lambda: resources.enter_context(_lock(plan.directory)))
+            # re-read: an earlier job may have saved until it released the lock
+            start = rendezvous.raise_on_all_ranks("start", plan.with_start)
+            plan = start.with_launch(launch)
+            if plan.is_main:
+                print(banner(plan, rendezvous.hosts), flush=True)
+            quiet_deepspeed()
+            apply_device_settings(plan)
+            seam.init_process_group(rendezvous.init_method())
+            owner = _owner(lock, local_device(launch))
+            yield Session(plan, rendezvous.hosts, watchdog, lock, owner, resources)
             release_surplus(launch, rendezvous.store)
-        except RuntimeError as error:  # raised by collectives when a peer is gone, among other reasons
-            lost = watchdog.find_lost()
-            if lost is None:
-                raise
-            raise lost from error
 
 
 def _lock(directory: Path) -> RunLock:

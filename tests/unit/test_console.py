@@ -102,9 +102,10 @@ def test_json_with_a_name_that_is_not_utf8(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_files_with_names_that_are_not_utf8(tmp_path, capsys):
-    """Recipes and pages that mention them are written, and recipes read back."""
+    """Recipes, checkpoints and pages in such a directory, or that mention it, are written and read back."""
     sys.stdout.reconfigure(errors="backslashreplace")  # pytest's, which `protect` leaves alone
-    odd, run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + ODD)), tmp_path / "run"
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + ODD))
+    run = odd / "run"
     for number in range(20):
         path = odd / "images" / str(number % 2) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,20 @@ def test_files_with_names_that_are_not_utf8(tmp_path, capsys):
         ["init", str(odd / "images"), "--out", str(odd / "recipe.yaml")],
         ["train", "--config", str(odd / "recipe.yaml"), "--dry-run"],
         ["train", *training_arguments(config, run, f"data.path={odd / 'images'}", "model.num_classes=2")],
-        ["train", "--config", str(run / "resolved.yaml")],
+        ["train", "--config", str(run / "resolved.yaml"), "--set", "run.total_images=96"],
         ["report", str(run), "--out", str(odd / "report")],
         ["checkpoint", "export", str(run), "--out", str(odd / "exported")],
+        [
+            "sample",
+            "--checkpoint",
+            str(odd / "exported"),
+            "--num-images",
+            "2",
+            "--steps",
+            "2",
+            "--out",
+            str(odd / "out"),
+        ],
         ["prepare", "images", "--images", str(odd / "images"), "--size", "28", "--out", str(odd / "shards")],
         ["scripts", "--out", str(odd / "scripts")],
     )

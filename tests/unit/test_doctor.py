@@ -105,7 +105,9 @@ def test_hostfile_mistakes(tmp_path, text, message):
 
 
 SSH = """#!/bin/sh
-while [ "$1" = -o ]; do shift 2; done
+while :; do
+  case $1 in --) shift; break ;; -o) shift 2 ;; -*) touch injected; shift ;; *) break ;; esac
+done
 host=$1; shift
 case $host in
   good) exec sh -c "$*" ;;
@@ -134,6 +136,7 @@ def test_every_host_is_checked_over_ssh(tmp_path, monkeypatch):
         "other": "is not the same directory as on this host",
     }  # fmt: skip
     assert check_hosts(["good"]) == []
+    assert len(check_hosts(["-oProxyCommand=true"])) == 1 and not Path("injected").exists()  # a host, not an option
     found = check_hosts(["good", *expected])
     assert len(found) == len(expected)
     for sentence, (host, message) in zip(found, expected.items(), strict=True):

@@ -13,9 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from diffmoe_ds.cli import main
-from diffmoe_ds.distributed import agent_store, elastic, rendezvous, signals, surplus
+from diffmoe_ds.distributed import agent_store, elastic, signals, surplus
 from diffmoe_ds.distributed.agent_store import ADDRESS, move_to_own_store
 from diffmoe_ds.distributed.launch import AGENT_STORE, EXPORTED, Launch, free_port
+from diffmoe_ds.distributed.store import open_store
 from diffmoe_ds.errors import AlreadyReportedError, ConfigError, LaunchError, RankLostError
 from tests.helpers.processes import clean_environment
 from tests.helpers.training import training_arguments, write_json
@@ -149,7 +150,7 @@ SURPLUS = Launch(1, 1, 0, 1, "torchrun's RANK", "127.0.0.1", 1, surplus=1)
 
 def test_a_surplus_rank_waits_until_the_run_is_complete(capsys):
     launch = replace(SURPLUS, rank=0, master_port=free_port())
-    launch, store = rendezvous.connect(launch, 60)
+    store = open_store(launch, 60)
     thread, result = in_thread(lambda: surplus.wait_for_run(replace(launch, rank=1), 60, 60))
     thread.join(1.5)
     assert not result
@@ -173,14 +174,14 @@ class Store:
 
 @pytest.mark.parametrize(("silent", "message"), ((False, "exited before the run"), (True, "has not answered for")))
 def test_a_surplus_rank_exits_with_rank_0(monkeypatch, silent, message):
-    monkeypatch.setattr(surplus, "connect", lambda launch, timeout: (launch, Store(silent)))
+    monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent))
     with pytest.raises(RankLostError, match=f"rank 0 {message}") as raised:
         surplus.wait_for_run(SURPLUS, 1, 0.5)
     assert raised.value.exit_code == 85 and not raised.value.same_on_all_ranks, "the first surplus rank reports it"
 
 
 def test_a_surplus_rank_exits_when_torchrun_restarts_the_ranks(monkeypatch):
-    monkeypatch.setattr(surplus, "connect", lambda launch, timeout: (launch, Store(silent=True)))
+    monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent=True))
     monkeypatch.setattr(signals, "received", lambda: "SIGTERM")
     with pytest.raises(AlreadyReportedError) as raised:
         surplus.wait_for_run(SURPLUS, 1, 60)

@@ -53,10 +53,10 @@ def test_the_watchdog_names_and_writes_the_file(tmp_path, monkeypatch, capsys, n
     flight_recorder.enable(tmp_path)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
-    codes: list[bool] = []
-    monkeypatch.setattr(watchdog, "_exit", codes.append)
-    watchdog.Watchdog(1, 2, 60)._leave("rank 0 on a has been stuck for 60 s in step 5")
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog, "_exit_now", lambda code, with_workers: codes.append(code))
+    watchdog.Watchdog(1, 2, 60)._exit("rank 0 on a has been stuck for 60 s in step 5", 85, False, False)
     error = "diffmoe: error: rank 0 on a has been stuck for 60 s in step 5; rank 1 exits"
     hint = f" (its last collectives: {tmp_path / 'rank_1'})" if nccl else ""
-    assert capsys.readouterr().err == f"{error}{hint}.\n" and codes == [False]
+    assert capsys.readouterr().err == f"{error}{hint}.\n" and codes == [85]
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([b"trace"] if nccl else [])

@@ -1,0 +1,179 @@
+"""Heartbeats: what the ranks tell each other about their progress, and rank 0's rules for whom to blame.
+
+The rules need no process, store or clock, so that they can be tested alone. `diffmoe_ds.distributed.watchdog` applies
+them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+MISSED_BEATS = 4
+"""After a collective failed, a rank that misses this many heartbeats is the lost one."""
+STATUS = "watchdog/status"
+"""Key under which rank 0 writes its `Status`."""
+WATCHING, FAILED, BROKEN, LEFT = range(4)
+"""States of a rank: all is well; a collective failed; it exits with an error of its own; it has finished, or knows why
+all ranks exit."""
+
+
+class Heartbeat(NamedTuple):
+    """What a rank writes about itself at each beat."""
+
+    time: int
+    """Differs between any two heartbeats of a rank."""
+    step: int
+    """Optimizer steps finished."""
+    ticks: int
+    """Calls of `Watchdog.tick`; 0 during startup."""
+    waits: int
+    """Calls of `Watchdog.alive`."""
+    state: int
+    """`WATCHING`, `FAILED`, `BROKEN` or `LEFT`."""
+
+    @property
+    def place(self) -> str:
+        """Where the rank is, for messages."""
+        return f"step {self.step + 1}" if self.ticks else "startup"
+
+    @property
+    def when(self) -> str:
+        """When something happened to the rank, for messages."""
+        return f"in {self.place}" if self.ticks else f"during {self.place}"
+
+
+@dataclass
+class Status:
+    """What rank 0 writes for the other ranks at each beat."""
+
+    time: int = 0
+    """Differs between any two beats."""
+    why: str = ""
+    """Why all ranks exit, naming the ranks to blame; empty while all is well."""
+    stuck: Sequence[int] = ()
+    """Ranks that are alive but make no progress; each prints where its main thread is."""
+    cleared: Sequence[int] = ()
+    """Ranks with a failed collective although no rank is lost."""
+    has_left: bool = False
+    """Whether rank 0 has finished."""
+
+
+class Verdict(NamedTuple):
+    """Whom to blame."""
+
+    ranks: Sequence[int]
+    """The ranks."""
+    what: str
+    """What happened to them."""
+    is_stuck: bool = False
+    """Whether they are alive but make no progress."""
+
+
+def write_first(store: dist.Store, rank: int) -> None:
+    """Write a rank's first heartbeat, before the rank joins: from then on the others expect more of them."""
+    if rank == 0:
+        write_status(store, Status())
+    write_heartbeat(store, rank, Heartbeat(0, 0, 0, 0, WATCHING))
+
+
+def write_heartbeat(store: dist.Store, rank: int, beat: Heartbeat) -> None:
+    """Write a rank's heartbeat into the store."""
+    store.set(f"watchdog/beat/{rank}", " ".join(map(str, beat)))
+
+
+def read_heartbeats(store: dist.Store, world: int) -> list[Heartbeat]:
+    """Return the heartbeats of all ranks, in one round trip."""
+    texts = store.multi_get([f"watchdog/beat/{rank}" for rank in range(world)])
+    return [Heartbeat(*map(int, text.split())) for text in texts]
+
+
+def write_status(store: dist.Store, status: Status) -> None:
+    """Write rank 0's status into the store."""
+    store.set(STATUS, json.dumps(asdict(status)))
+
+
+def read_status(store: dist.Store) -> Status:
+    """Return rank 0's status."""
+    return Status(**json.loads(store.get(STATUS)))
+
+
+class Judge:
+    """Decides from the heartbeats whether a rank is lost, and which."""
+
+    def __init__(self, world: int, timeout_s: float, beat_s: float, now: float) -> None:
+        """Start at a time at which all ranks respond.
+
+        Args:
+            world: number of ranks.
+            timeout_s: seconds that a rank may go without heartbeats, or all ranks without progress.
+            beat_s: seconds between two heartbeats.
+            now: the time in seconds, on any clock that never goes back.
+        """
+        self._timeout, self._patience = timeout_s, MISSED_BEATS * beat_s
+        self._last = [-1] * world
+        self._seen = [now] * world
+        self._progress: list[tuple[int, int, int]] = []
+        self._progress_at = now
+        self._suspected_at: float | None = None
+        self.cleared: Sequence[int] = ()
+        """Ranks with a failed collective although no rank is lost."""
+        self.has_heard_others = False
+        """Whether other ranks than rank 0 have written heartbeats since the last call of `judge`."""
+
+    def resume(self, now: float) -> None:
+        """Forget how long the ranks have been silent, because this process was suspended."""
+        self._seen = [now] * len(self._seen)
+        self._progress_at = now
+
+    def judge(self, beats: Sequence[Heartbeat], now: float) -> Verdict | None:
+        """Return whom to blame, if any rank.
+
+        Args:
+            beats: the heartbeats of all ranks.
+            now: when they were read.
+        """
+        new = [rank for rank, beat in enumerate(beats) if beat.time != self._last[rank]]
+        for rank in new:
+            self._last[rank], self._seen[rank] = beats[rank].time, now
+        self.has_heard_others = any(rank > 0 for rank in new)
+        present = [rank for rank, beat in enumerate(beats) if beat.state != LEFT]
+        if broken := [rank for rank in present if beats[rank].state == BROKEN]:
+            return Verdict(broken, f"failed {beats[broken[0]].when}")
+        if silent := [rank for rank in present if now - self._seen[rank] > self._timeout]:
+            place = beats[silent[0]].place
+            return Verdict(silent, f"has not answered for {self._timeout:.0f} s, since {place}")
+        return self._judge_failures(beats, present, now) or self._judge_progress(beats, present, now)
+
+    def _judge_failures(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
+        """After a collective failed on a rank, find the rank that has been silent since, or has left."""
+        failed = [rank for rank in present if beats[rank].state == FAILED]
+        if not failed:
+            self._suspected_at = None
+            return None
+        if self._suspected_at is None:
+            self._suspected_at = now
+        if now - self._suspected_at < self._patience:
+            return None
+        lost = [rank for rank in present if self._seen[rank] <= self._suspected_at]
+        lost = lost or [rank for rank, beat in enumerate(beats) if beat.state == LEFT]
+        if lost:
+            return Verdict(lost, f"died {beats[lost[0]].when}")
+        self.cleared = failed
+        return None
+
+    def _judge_progress(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
+        """Find the ranks that hold up the others; startup may take long, unless other ranks have left."""
+        progress = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
+        fewest = min((ticks for _, ticks, _ in progress), default=0)
+        is_startup = fewest == 0 and len(present) == len(beats)
+        if is_startup or progress != self._progress:
+            self._progress, self._progress_at = progress, now
+        elif now - self._progress_at > self._timeout:
+            behind = [rank for rank, ticks, _ in progress if ticks == fewest]
+            return Verdict(behind, f"has been stuck for {self._timeout:.0f} s {beats[behind[0]].when}", is_stuck=True)
+        return None

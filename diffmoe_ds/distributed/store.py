@@ -1,0 +1,171 @@
+"""The rendezvous store: a key-value server on rank 0, and the ranks' connections to it.
+
+Every rank keeps two connections open for the whole run: one for the rendezvous and then for torch's process groups, and
+a clone of it for the watchdog. One is not enough, because a connection is locked while a call waits on it, and the
+watchdog must work while the main thread waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.errors import LaunchError, RankLostError
+
+CONNECTIONS_PER_RANK = 2
+"""Connections that every rank keeps open; NCCL opens more."""
+OTHER_FILES = 512
+"""Open files that the rank with the store needs besides: libraries, shards, logs, and the process groups' sockets."""
+LINGER_S = 10.0
+"""Seconds that rank 0 keeps serving the store after an error, for the others to read it."""
+RESOLVER_OPTIONS = "timeout:1 attempts:5"
+"""Options of the C library's resolver; by default, a lost packet costs 5 seconds instead of 1."""
+POLL_S = 1.0
+"""Longest blocking wait; Ctrl-C takes effect only in between."""
+SILENCE_S = 60.0
+"""Seconds after which a store that does not answer counts as lost, if there is no watchdog."""
+SCHEME = "diffmoe"
+"""Scheme of `init_method`."""
+_joined: list[tuple[dist.Store, int, int]] = []
+"""The store, rank and world of the process group to create."""
+
+
+def is_served_by_agent() -> bool:
+    """Return whether torchrun's agent serves the store instead of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def open_store(launch: Launch, timeout_s: float) -> dist.Store:
+    """Connect to the store. Rank 0 serves it, except under torchrun, whose agent does.
+
+    Args:
+        launch: this process's place among the ranks, with the rendezvous address.
+        timeout_s: seconds to wait for the server.
+
+    Raises:
+        LaunchError: the server cannot be reached, or cannot be started.
+    """
+    serves = launch.rank == 0 and not is_served_by_agent()
+    if serves:
+        raise_file_limit(CONNECTIONS_PER_RANK * launch.world + OTHER_FILES, launch.world)
+    # for its logs, torch looks up the name of every peer, on the server in its only thread
+    os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
+    assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
+    try:
+        store = dist.TCPStore(
+            launch.master_addr,
+            launch.master_port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        host = socket.gethostname()
+        if serves and "EADDRINUSE" in str(error):
+            raise LaunchError(
+                f"rank 0 on {host}: port {launch.master_port} is in use; set MASTER_PORT (deepspeed: --master_port) to "
+                "a free one."
+            ) from None
+        server, advice = "rank 0", "that rank 0 was started"
+        if is_served_by_agent():
+            server = "torchrun's agent"
+            advice = f"that `ulimit -n` there is at least {CONNECTIONS_PER_RANK * launch.world + OTHER_FILES}"
+        raise LaunchError(
+            f"rank {launch.rank} on {host} cannot reach {server} at {launch.address} within {timeout_s:g} s; check "
+            f"that the address is right, {advice} and that the port is open."
+        ) from None
+    return dist.PrefixStore("diffmoe", store)
+
+
+def init_method(store: dist.Store, launch: Launch) -> str:
+    """Return an ``init_method`` with which torch.distributed creates a process group over the store.
+
+    Args:
+        store: from `open_store`.
+        launch: this process's place among the ranks.
+    """
+    _joined[:] = [(store, launch.rank, launch.world)]
+    with contextlib.suppress(RuntimeError):  # registered before
+        dist.register_rendezvous_handler(SCHEME, lambda url, **_: iter(_joined))
+    return f"{SCHEME}://"
+
+
+def raise_file_limit(needed: int, world: int) -> None:
+    """Raise this process's soft limit of open files to its hard limit if it is too low.
+
+    Args:
+        needed: files that the process has to open.
+        world: number of ranks, for the message.
+
+    Raises:
+        LaunchError: the hard limit is too low as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise LaunchError(
+            f"rank 0 on {socket.gethostname()} may open only {hard} files, but needs {needed} to serve {world} ranks; "
+            "raise the hard limit of open files on that host (`ulimit -Hn`)."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else hard, hard))
+
+
+def read_from_rank_0(store: dist.Store, key: str, rank_0: str, timeout_s: float, silence_s: float) -> bytes:
+    """Wait for what rank 0 writes under a key, on another rank.
+
+    Args:
+        store: from `open_store`.
+        key: the key.
+        rank_0: name of rank 0, for the message.
+        timeout_s: seconds to wait for the key.
+        silence_s: seconds that the store may go without answering.
+
+    Raises:
+        RankLostError: rank 0 died, or did not write the key in time, or the store does not answer.
+    """
+    found: list[bytes | dist.DistError] = []
+    start = answered = time.monotonic()
+
+    def wait() -> None:
+        nonlocal answered
+        while not found:
+            try:
+                store.wait([key], timedelta(seconds=POLL_S))
+                found.append(store.get(key))
+            except dist.DistStoreError:  # the timeout
+                answered = time.monotonic()
+            except dist.DistError as error:
+                found.append(error)
+
+    # a thread, because torch waits without limit for a server that is frozen
+    thread = threading.Thread(target=wait, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        now = time.monotonic()
+        if not found and (now - start > timeout_s or now - answered > silence_s + POLL_S):
+            waited_s = min(now - start, max(now - answered, timeout_s))
+            found.append(b"")  # ends the thread
+            raise RankLostError(f"{rank_0} has not answered for {waited_s:.0f} s, since startup; the other ranks exit.")
+    if isinstance(found[0], bytes):
+        return found[0]
+    raise RankLostError(f"{rank_0} died during startup; the other ranks exit.") from None
+
+
+def let_others_read(store: dist.Store, launch: Launch) -> None:
+    """Call this on every rank after it has read an error: rank 0, which serves the store, returns last."""
+    if launch.rank:
+        store.add("left", 1)
+        return
+    deadline = time.monotonic() + LINGER_S
+    while time.monotonic() < deadline and store.add("left", 0) < launch.world - 1:
+        time.sleep(0.05)

@@ -1,0 +1,41 @@
+"""The rendezvous of many ranks, and its limits."""
+
+from __future__ import annotations
+
+import json
+import resource
+
+import pytest
+
+from diffmoe_ds.distributed import store
+from diffmoe_ds.errors import LaunchError
+from tests.helpers.processes import WORKERS, free_port, run_ranks
+
+
+def test_many_ranks_join_with_two_connections_each():
+    """64 ranks in one process, whose soft limit of open files is too low for them."""
+    finished = run_ranks(1, [str(WORKERS / "many_ranks.py"), "64", str(free_port())], timeout=120)
+    assert finished.code == 0, finished.output
+    found = json.loads(finished.output.splitlines()[-1])
+    assert 2 * 64 <= found["connections"] < 3 * 64  # torch may connect again if the server is slow
+    assert found["limit_before"] < found["open_files"] < found["limit_after"]
+
+
+@pytest.mark.long
+def test_a_thousand_ranks_join_within_a_minute():
+    finished = run_ranks(1, ["-m", "benchmarks.rendezvous", "--json"], timeout=300, PYTHONUNBUFFERED="1")
+    assert finished.code == 0, finished.output
+    found = json.loads(finished.output.splitlines()[-1])
+    assert found["agreed"] < 60 and found["connections"] >= 2 * 1024, found
+
+
+def test_too_few_open_files_are_an_error(monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    store.raise_file_limit(1000, 100)
+    assert limits == []
+    store.raise_file_limit(2560, 1024)
+    assert limits == [(4096, 4096)]
+    with pytest.raises(LaunchError, match="may open only 4096 files, but needs 8704 to serve 4096 ranks"):
+        store.raise_file_limit(8704, 4096)
