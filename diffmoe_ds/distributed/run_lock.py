@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import socket
-import stat
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffmoe_ds.control_files import open_regular, parse_json
 from diffmoe_ds.distributed.ownership import LEFTOVERS, OWNERS, Owner
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
 from diffmoe_ds.files import write_synced
@@ -210,14 +210,10 @@ class RunLock:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the contents of the lock file, with all keys; None if it is missing or invalid."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place must not block
-        try:
-            status = os.fstat(file)
-            text = os.read(file, MAX_LOCK_BYTES) if stat.S_ISREG(status.st_mode) else b""
-        finally:
-            os.close(file)
-        found = json.loads(text)
-    except (OSError, ValueError, RecursionError):
+        with open_regular(path) as file:
+            modified_ns = os.fstat(file.fileno()).st_mtime_ns
+            found = parse_json(file.read(MAX_LOCK_BYTES).decode())
+    except (OSError, ValueError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("token"), str):
         return None
@@ -226,7 +222,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         "process": process if isinstance(process, dict) else {},
         "restarts": found["restarts"] if type(found.get("restarts")) is int else 0,
         "pid": found["pid"] if type(found.get("pid")) is int else 0,
-        "modified": status.st_mtime_ns,
+        "modified": modified_ns,
     }
     return {"host": None, "job": None, "since": None, "beat": 0, **found, **known}
 

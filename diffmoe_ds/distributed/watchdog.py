@@ -177,7 +177,7 @@ class Watchdog:
                     has_heard = self._lead(judge) if self._rank == 0 else self._follow()
                     if has_heard and not was_suspended:  # else what was heard may be from before
                         self._suspended_s = 0.0
-                checked = time.monotonic()  # a slow store is no suspension
+                checked = time.monotonic()  # not earlier: the store may be slow
             if not self._status.has_left:
                 self._say_goodbye()
         except dist.DistNetworkError:

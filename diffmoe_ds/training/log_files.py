@@ -23,14 +23,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from diffmoe_ds.control_files import parse_json, read_lines
 from diffmoe_ds.files import replacing, write_error
 
 MAX_WAITING_BYTES = 64 << 20
 """Records that wait in memory; beyond that, the oldest are dropped."""
 CHUNK_BYTES = 1 << 20
 """Most bytes of one write."""
-MAX_LINE_BYTES = 1 << 20
-"""Longer lines of ``metrics.jsonl`` are damage."""
 TRANSIENT = frozenset(
     (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 )
@@ -295,20 +294,13 @@ def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> None:
 
 
 def _lines_until(path: Path, step: int) -> Iterator[bytes]:
-    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=_open_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        while line := file.readline(MAX_LINE_BYTES):
+    with contextlib.suppress(FileNotFoundError):
+        for line in read_lines(path):
             try:
-                if json.loads(line)["step"] <= step:
-                    yield line.rstrip() + b"\n"
-            except (ValueError, KeyError, TypeError, RecursionError):
+                if parse_json(line)["step"] <= step:
+                    yield line.encode() + b"\n"
+            except (ValueError, KeyError, TypeError):
                 continue  # a line that a killed run left incomplete
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file that may be a FIFO without a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _text(error: OSError) -> str:

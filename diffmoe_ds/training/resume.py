@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe_ds.checkpoint.layout import checkpoint_images
+from diffmoe_ds.checkpoint.layout import checkpoint_order
 from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.checkpoint.verify import check_contents, check_file_sizes, no_valid_one, shares, warn_skipped
 from diffmoe_ds.config.schema import Config
@@ -51,13 +51,12 @@ def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.
     Raises:
         CheckpointError: on all ranks, if all choices are damaged.
     """
-    count = _from_main(len(choices), device)
+    (count,) = _from_main((len(choices),), device)
     for number in range(count):
         path = choices[number] if number < len(choices) else None
-        images = -1 if path is None else checkpoint_images(path.name) or 0
-        wanted = _from_main(images, device)
+        wanted = _from_main(_order(path), device)
         try:
-            return raise_on_all_ranks(device, lambda: _verify_share(path, images, wanted, directory))  # noqa: B023
+            return raise_on_all_ranks(device, lambda: _verify_share(path, wanted, directory))  # noqa: B023
         except AlreadyReportedError:
             continue
         except CheckpointError as error:
@@ -67,20 +66,24 @@ def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.
     return None
 
 
-def _verify_share(path: Path | None, images: int, wanted: int, directory: Path) -> Path:
+def _order(path: Path | None) -> tuple[int, ...]:
+    """Return what orders a checkpoint among those of its run, or what no checkpoint has."""
+    return (-1, -1) if path is None else checkpoint_order(path.name) or (0, 1)
+
+
+def _verify_share(path: Path | None, wanted: tuple[int, ...], directory: Path) -> Path:
     """Verify this rank's share of a checkpoint's files.
 
     Args:
         path: the checkpoint; None if this rank does not see as many checkpoints as rank 0.
-        images: images of the checkpoint.
-        wanted: images of the checkpoint that rank 0 sees.
+        wanted: `_order` of the checkpoint that rank 0 sees.
         directory: the run directory, for error messages.
     """
     rank = get_rank()
-    if path is None or images != wanted:
+    if path is None or _order(path) != wanted:
         raise CheckpointError(
-            f"{directory}: rank 0 sees a checkpoint of {wanted:,} images but rank {rank} does not; the run directory "
-            "must be on a shared file system."
+            f"{directory}: rank 0 sees a checkpoint of {wanted[0]:,} images but rank {rank} does not; the run "
+            "directory must be on a shared file system."
         )
     files = shares(read_manifest(path), rank, get_world_size())
     check_file_sizes(path, files)
@@ -88,6 +91,6 @@ def _verify_share(path: Path | None, images: int, wanted: int, directory: Path) 
     return path
 
 
-def _from_main(value: int, device: torch.device) -> int:
-    """Return rank 0's value on all ranks."""
-    return int(broadcast(torch.tensor(value, device=device)))
+def _from_main(values: tuple[int, ...], device: torch.device) -> tuple[int, ...]:
+    """Return rank 0's values on all ranks."""
+    return tuple(broadcast(torch.tensor(values, device=device)).tolist())
