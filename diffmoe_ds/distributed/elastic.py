@@ -68,7 +68,7 @@ def is_elastic(environ: Mapping[str, str] | None = None) -> bool:
     if "TORCHELASTIC_RUN_ID" not in env:
         return False
     nodes = _nnodes_of_agent() or env.get("PET_NNODES", "")  # the option, or torchrun's variable for it
-    found = re.fullmatch(r"(\d+):(\d+)", nodes)
+    found = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", nodes)
     return found is not None and int(found[1]) < int(found[2])
 
 
