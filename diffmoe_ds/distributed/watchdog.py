@@ -67,7 +67,7 @@ class Watchdog:
         self._step = self._ticks = self._waits = 0
         self._state = WATCHING
         self._status, self._status_at = Status(), time.monotonic()
-        self._blamed: Sequence[int] = ()
+        self._lost: Sequence[int] = ()
         self._answered = time.monotonic()
         self._failed_at = self._suspended_s = 0.0
         self._closing_at: float | None = None
@@ -193,8 +193,11 @@ class Watchdog:
             if self._rank in judge.cleared:
                 self._concluded.set()
         else:
-            self._blamed = verdict.ranks
-            self._conclude(f"{self._names(verdict.ranks)} {verdict.what}", verdict.ranks if verdict.is_stuck else ())
+            if verdict.is_stuck:
+                self._conclude(f"{self._names(verdict.ranks)} {verdict.what}", stuck=verdict.ranks)
+            else:
+                self._lost = verdict.ranks
+                self._conclude(f"{self._names(verdict.ranks)} {verdict.what}")
         return judge.has_heard_others
 
     def _follow(self) -> bool:
@@ -271,7 +274,7 @@ class Watchdog:
             self._status.why = f"{self._names([0])} {self._heartbeat().failed}"
         self._status.time, self._status.has_left = time.monotonic_ns(), True
         write_status(self._store, self._status)
-        others = set(range(1, self._world)) - set(self._blamed)
+        others = set(range(1, self._world)) - set(self._lost)
         start = heard = time.monotonic()
         before: list[Heartbeat] = []
         while time.monotonic() < min(start + self._timeout, heard + LEAVE_S):
