@@ -42,9 +42,14 @@ class Heartbeat(NamedTuple):
         return f"step {self.step + 1}" if self.ticks else "startup"
 
     @property
-    def when(self) -> str:
-        """When something happened to the rank, for messages."""
-        return f"in {self.place}" if self.ticks else f"during {self.place}"
+    def died(self) -> str:
+        """That the rank died here, for messages."""
+        return f"died in step {self.step + 1}" if self.ticks else "died during startup"
+
+    @property
+    def failed(self) -> str:
+        """That the rank exits here with an error of its own, for messages."""
+        return f"failed in step {self.step + 1}" if self.ticks else "failed during startup"
 
 
 @dataclass
@@ -143,7 +148,7 @@ class Judge:
         self.has_heard_others = any(rank > 0 for rank in new)
         present = [rank for rank, beat in enumerate(beats) if beat.state != LEFT]
         if broken := [rank for rank in present if beats[rank].state == BROKEN]:
-            return Verdict(broken, f"failed {beats[broken[0]].when}")
+            return Verdict(broken, beats[broken[0]].failed)
         if silent := [rank for rank in present if now - self._seen[rank] > self._timeout]:
             place = beats[silent[0]].place
             return Verdict(silent, f"has not answered for {self._timeout:.0f} s, since {place}")
@@ -162,7 +167,7 @@ class Judge:
         lost = [rank for rank in present if self._seen[rank] <= self._suspected_at]
         lost = lost or [rank for rank, beat in enumerate(beats) if beat.state == LEFT]
         if lost:
-            return Verdict(lost, f"died {beats[lost[0]].when}")
+            return Verdict(lost, beats[lost[0]].died)
         self.cleared = failed
         return None
 
@@ -175,5 +180,7 @@ class Judge:
             self._progress, self._progress_at = progress, now
         elif now - self._progress_at > self._timeout:
             behind = [rank for rank, ticks, _ in progress if ticks == fewest]
-            return Verdict(behind, f"has been stuck for {self._timeout:.0f} s {beats[behind[0]].when}", is_stuck=True)
+            return Verdict(
+                behind, f"has been stuck for {self._timeout:.0f} s in {beats[behind[0]].place}", is_stuck=True
+            )
         return None

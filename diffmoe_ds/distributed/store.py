@@ -74,13 +74,16 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
                 f"rank 0 on {host}: port {launch.master_port} is in use; set MASTER_PORT (deepspeed: --master_port) to "
                 "a free one."
             ) from None
-        server, advice = "rank 0", "that rank 0 was started"
+        within = f"{launch.address} within {timeout_s:g} s; check that the address is right"
         if is_served_by_agent():
-            server = "torchrun's agent"
-            advice = f"that `ulimit -n` there is at least {CONNECTIONS_PER_RANK * launch.world + OTHER_FILES}"
+            needed = CONNECTIONS_PER_RANK * launch.world + OTHER_FILES
+            raise LaunchError(
+                f"rank {launch.rank} on {host} cannot reach torchrun's agent at {within}, that the port is open and "
+                f"that `ulimit -n` there is at least {needed}."
+            ) from None
         raise LaunchError(
-            f"rank {launch.rank} on {host} cannot reach {server} at {launch.address} within {timeout_s:g} s; check "
-            f"that the address is right, {advice} and that the port is open."
+            f"rank {launch.rank} on {host} cannot reach rank 0 at {within}, that rank 0 was started and that the port "
+            "is open."
         ) from None
     return dist.PrefixStore("diffmoe", store)
 

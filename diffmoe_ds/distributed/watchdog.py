@@ -67,7 +67,7 @@ class Watchdog:
         self._step = self._ticks = self._waits = 0
         self._state = WATCHING
         self._status, self._status_at = Status(), time.monotonic()
-        self._blamed: Sequence[int] = ()
+        self._lost: Sequence[int] = ()
         self._answered = time.monotonic()
         self._failed_at = self._suspended_s = 0.0
         self._closing_at: float | None = None
@@ -148,7 +148,7 @@ class Watchdog:
         self._exit_code = RankLostError.exit_code if error is None else getattr(error, "exit_code", 1)
         self._state = LEFT if error is None or isinstance(error, DiffMoEError) else BROKEN
         self._leaving.set()
-        self._threads[0].join(JOIN_S + (LEAVE_S if self._rank == 0 else 0))
+        self._threads[0].join(JOIN_S + (self._timeout + LEAVE_S if self._rank == 0 else 0))
         self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
@@ -181,7 +181,7 @@ class Watchdog:
             if not self._status.has_left:
                 self._say_goodbye()
         except dist.DistNetworkError:
-            self._conclude(f"{self._server()} died {self._heartbeat().when}", is_connected=False)
+            self._conclude(f"{self._server()} {self._heartbeat().died}", is_connected=False)
 
     def _lead(self, judge: Judge) -> bool:
         """Judge all ranks and publish the result, on rank 0; return whether others have written heartbeats."""
@@ -193,8 +193,11 @@ class Watchdog:
             if self._rank in judge.cleared:
                 self._concluded.set()
         else:
-            self._blamed = verdict.ranks
-            self._conclude(f"{self._names(verdict.ranks)} {verdict.what}", verdict.ranks if verdict.is_stuck else ())
+            if verdict.is_stuck:
+                self._conclude(f"{self._names(verdict.ranks)} {verdict.what}", stuck=verdict.ranks)
+            else:
+                self._lost = verdict.ranks
+                self._conclude(f"{self._names(verdict.ranks)} {verdict.what}")
         return judge.has_heard_others
 
     def _follow(self) -> bool:
@@ -212,7 +215,7 @@ class Watchdog:
         elif status.has_left:
             self._closing_at = self._answered  # from here on, `_guard` limits the time that this rank needs to leave
             if self._failed_at:
-                self._conclude(f"{self._names([0])} left {me.when}", is_connected=False)
+                self._conclude(f"{self._names([0])} has left in {me.place}", is_connected=False)
         elif silent_s > self._timeout:
             self._conclude(f"{self._names([0])} has not answered for {silent_s:.0f} s, since {me.place}")
         elif self._failed_at:
@@ -220,7 +223,7 @@ class Watchdog:
             if self._rank in status.cleared:
                 self._concluded.set()
             elif is_served_by_agent() and min(silent_s, failed_s) > patience_s:  # otherwise the store were gone, too
-                self._conclude(f"{self._names([0])} died {me.when}")
+                self._conclude(f"{self._names([0])} {me.died}")
         return is_new
 
     def _guard(self) -> None:
@@ -263,20 +266,24 @@ class Watchdog:
         self._exit(why, RankLostError.exit_code, self._rank in stuck, is_connected)
 
     def _say_goodbye(self) -> None:
-        """Tell the others that this rank leaves; rank 0, which serves the store, waits until all have read it."""
+        """Tell the others that this rank leaves; rank 0, which serves the store, waits for those that still respond."""
         write_heartbeat(self._store, self._rank, self._heartbeat())
         if self._rank:
             return
         if self._state == BROKEN and not self._status.why:
-            self._status.why = f"{self._names([0])} failed {self._heartbeat().when}"
+            self._status.why = f"{self._names([0])} {self._heartbeat().failed}"
         self._status.time, self._status.has_left = time.monotonic_ns(), True
         write_status(self._store, self._status)
-        deadline = time.monotonic() + LEAVE_S
-        others = set(range(1, self._world)) - set(self._blamed)
-        while time.monotonic() < deadline:
+        others = set(range(1, self._world)) - set(self._lost)
+        start = heard = time.monotonic()
+        before: list[Heartbeat] = []
+        while time.monotonic() < min(start + self._timeout, heard + LEAVE_S):
             beats = read_heartbeats(self._store, self._world)
-            if all(beats[rank].state in (BROKEN, LEFT) for rank in others):
+            present = [beats[rank] for rank in others if beats[rank].state not in (BROKEN, LEFT)]
+            if not present:
                 return
+            if present != before:
+                before, heard = present, time.monotonic()
             time.sleep(0.02)
 
     def _exit(self, why: str, exit_code: int, is_stuck: bool, is_connected: bool) -> None:

@@ -94,7 +94,7 @@ def test_startup_may_take_long_until_another_rank_leaves(clock):
     clock.change(2, state=LEFT)
     assert clock.pass_seconds(61, silent=(1, 2), ticking=False) is None
     verdict = clock.pass_seconds(1, silent=(1, 2), ticking=False)
-    assert verdict == ([0], "has been stuck for 60 s during startup", True)
+    assert verdict == ([0], "has been stuck for 60 s in startup", True)
 
 
 def test_a_suspended_judge_waits_for_the_others_again(clock):
