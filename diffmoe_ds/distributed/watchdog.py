@@ -272,7 +272,8 @@ class Watchdog:
         self._status.time, self._status.has_left = time.monotonic_ns(), True
         write_status(self._store, self._status)
         deadline = time.monotonic() + LEAVE_S
-        others = set(range(1, self._world)) - set(self._blamed)
+        lost = set(self._blamed) - set(self._status.stuck)  # the watchdog of a stuck rank works
+        others = set(range(1, self._world)) - lost
         while time.monotonic() < deadline:
             beats = read_heartbeats(self._store, self._world)
             if all(beats[rank].state in (BROKEN, LEFT) for rank in others):
