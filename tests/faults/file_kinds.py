@@ -169,7 +169,7 @@ def full_disk(trial: Trial) -> None:
         settings = (f"checkpoint.on_error={on_error}", "checkpoint.keep_last=2")
         ranks = trial.start(*settings)
         trial.wait_for(ranks, lambda: "continues" in ranks.text())
-        trial.pause(ranks, 0.6)
+        trial.pause(ranks, 0.35)
         began, filler = time.monotonic(), disk / "filler"
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:

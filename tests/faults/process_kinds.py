@@ -21,7 +21,7 @@ def kill(trial: Trial) -> None:
     victim = trial.draw_rank()
     trial.tell(f"rank {victim}")
     ranks = trial.start()
-    trial.pause(ranks)
+    trial.pause(ranks, 0.85)
     began = time.monotonic()
     ranks.kill(victim)
     if victim not in ranks.killed:
@@ -63,7 +63,7 @@ def freeze(trial: Trial) -> None:
     victim, wakes = trial.draw_rank(), trial.random.random() < 0.5
     trial.tell(f"rank {victim}{', wakes up' if wakes else ''}")
     ranks = trial.start()
-    trial.pause(ranks)
+    trial.pause(ranks, 0.85)
     began = time.monotonic()
     ranks.send(victim, signal.SIGSTOP)
     trial.finish(ranks, Expected(victims=(victim,)), began, without=victim)
@@ -115,7 +115,7 @@ def lose_a_worker(trial: Trial) -> None:
     ranks = trial.start("data.num_workers=2")
     pid = ranks.processes[victim].pid
     trial.wait_for(ranks, lambda: len(loader_workers(pid)) == 2)
-    trial.pause(ranks, 0.4)
+    trial.pause(ranks, 0.2)
     workers = loader_workers(pid)
     if not workers:
         raise TooLate

@@ -181,7 +181,7 @@ class Trial:
         self.started.append(ranks)
         return ranks
 
-    def pause(self, ranks: Ranks, share: float = 1.0) -> None:
+    def pause(self, ranks: Ranks, share: float) -> None:
         """Wait for a random time, at most a share of the time of a whole run, or until a rank has exited."""
         deadline = time.monotonic() + self.random.uniform(0, share * self.ground.duration_s)
         self.wait_for(ranks, lambda: time.monotonic() > deadline)
