@@ -30,6 +30,16 @@ REMOVING_PREFIX = ".removing-"
 """Start of the name of a directory that is being removed."""
 
 
+Progress = Callable[[], object]
+"""Called whenever more bytes are read or written."""
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[Progress]:
+    """Do nothing; see `diffmoe_ds.distributed.watchdog.Watchdog.reading`."""
+    yield lambda: None
+
+
 class Digest(NamedTuple):
     """Size and checksum of a file, as a manifest lists them."""
 
@@ -244,8 +254,12 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: Progress = lambda: None) -> str:
     """Return the hexadecimal SHA-256 of a file's contents.
+
+    Args:
+        path: the file.
+        progress: called after every chunk.
 
     Raises:
         OSError: the file cannot be read, or is not a regular file.
@@ -254,6 +268,7 @@ def sha256_of(path: Path) -> str:
     with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            progress()
     return digest.hexdigest()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import Progress, unwatched
 
 FIXED = {
     "model": (
@@ -111,6 +113,8 @@ class CheckpointReader:
         self._index: PieceIndex | None = None
         self._buffers: dict[str, Run] = {}
         self._files: OrderedDict[int, TensorFile] = OrderedDict()  # the least recently used first
+        self.reading: Callable[[], AbstractContextManager[Progress]] = unwatched
+        """Entered while a file is read; its value is called whenever more bytes are read."""
 
     def is_current(self) -> bool:
         """Return whether the path still is the checkpoint that was opened, not another one of the same name."""
@@ -127,7 +131,8 @@ class CheckpointReader:
         """
         rows = []
         for number in files:
-            header = self._file(number).header()
+            with self.reading():
+                header = self._file(number).header()
             try:
                 rows.append(rows_of(header, number, self.metadata.shapes))
                 self._buffers.update(buffers_of(header, number))
@@ -179,7 +184,8 @@ class CheckpointReader:
         """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
         out = torch.empty(numel, dtype=torch.float32) if out is None else out
         for run in self.runs(kind, name, start, numel):
-            self._file(run.file).read(run.offset, out[run.start - start : run.start - start + run.numel])
+            with self.reading() as progress:
+                self._file(run.file).read(run.offset, out[run.start - start : run.start - start + run.numel], progress)
         return out
 
     def _all_pieces(self) -> PieceIndex:

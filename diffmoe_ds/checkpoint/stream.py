@@ -20,7 +20,7 @@ from torch import Tensor
 from diffmoe_ds.files import Digest
 
 CHUNK_BYTES = 16 << 20
-"""Bytes hashed and written at once."""
+"""Bytes hashed and written, or read, at once."""
 SYNC_BYTES = 256 << 20
 """Bytes after which the file is synced."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmoe_ds.checkpoint.stream import DTYPE_NAMES
+from diffmoe_ds.checkpoint.stream import CHUNK_BYTES, DTYPE_NAMES
 from diffmoe_ds.control_files import open_descriptor, parse_json
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.files import Progress
 
 MAX_HEADER_BYTES = 16 << 20
 """Largest header that is read; those of 10^5 tensors fit."""
@@ -85,32 +86,34 @@ class TensorFile:
             raise self._error(f"its header is damaged: {error}") from None
         return {name: stored for name, (_, _, stored) in found.items()}
 
-    def read(self, offset: int, out: Tensor) -> None:
+    def read(self, offset: int, out: Tensor, progress: Progress = lambda: None) -> None:
         """Fill a contiguous CPU tensor with bytes of the file.
 
         Args:
             offset: the first byte.
             out: of the type that is stored.
+            progress: called whenever more bytes are read.
 
         Raises:
             CheckpointError: they cannot be read.
         """
-        self._read_into(offset, memoryview(out.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._read_into(offset, memoryview(out.view(torch.uint8).numpy()), progress)  # type: ignore[arg-type]
 
     def _read(self, offset: int, size: int) -> bytes:
         data = bytearray(size)
         self._read_into(offset, memoryview(data))
         return bytes(data)
 
-    def _read_into(self, offset: int, out: memoryview) -> None:
+    def _read_into(self, offset: int, out: memoryview, progress: Progress = lambda: None) -> None:
         while out:
             try:
-                done = os.preadv(self._file.fileno(), [out], offset)
+                done = os.preadv(self._file.fileno(), [out[:CHUNK_BYTES]], offset)
             except OSError as error:
                 raise self._error(error.strerror) from None
             if not done:
                 raise self._error("it is truncated")
             out, offset = out[done:], offset + done
+            progress()
 
     def _error(self, reason: str | None) -> CheckpointError:
         return CheckpointError(f"{self.path}: cannot be read: {reason}.")

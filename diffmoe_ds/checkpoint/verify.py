@@ -11,7 +11,7 @@ from diffmoe_ds.checkpoint.layout import LATEST, MANIFEST, META, checkpoint_orde
 from diffmoe_ds.checkpoint.metadata import read_manifest
 from diffmoe_ds.control_files import read_text
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import Digest, sha256_of
+from diffmoe_ds.files import Digest, Progress, sha256_of
 from diffmoe_ds.text import reason
 
 SHOWN_PROBLEMS = 5
@@ -57,19 +57,20 @@ def check_file_sizes(path: Path, files: Mapping[str, Digest]) -> None:
             )
 
 
-def check_contents(path: Path, files: Mapping[str, Digest]) -> None:
+def check_contents(path: Path, files: Mapping[str, Digest], progress: Progress = lambda: None) -> None:
     """Verify the checksums of files of a checkpoint.
 
     Args:
         path: the checkpoint's directory.
         files: the files to read, from the manifest.
+        progress: called whenever more bytes are read.
 
     Raises:
         CheckpointError: names the first file whose contents have changed.
     """
     for name, digest in files.items():
         try:
-            found = sha256_of(path / name)
+            found = sha256_of(path / name, progress)
         except OSError as error:
             raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
         if found != digest.sha256:

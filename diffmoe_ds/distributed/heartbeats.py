@@ -35,6 +35,8 @@ class Heartbeat(NamedTuple):
     """Calls of `Watchdog.alive`."""
     state: int
     """`WATCHING`, `FAILED`, `BROKEN` or `LEFT`."""
+    is_reading: int = 0
+    """1 within `Watchdog.reading`."""
 
     @property
     def place(self) -> str:
@@ -122,6 +124,8 @@ class Judge:
         self._timeout, self._patience = timeout_s, MISSED_BEATS * beat_s
         self._last = [-1] * world
         self._seen = [now] * world
+        self._reads = [(-1, now)] * world
+        """By rank, the number of reads so far, and since when it is the same."""
         self._progress: list[tuple[int, int, int]] = []
         self._progress_at = now
         self._suspected_at: float | None = None
@@ -133,6 +137,7 @@ class Judge:
     def resume(self, now: float) -> None:
         """Forget how long the ranks have been silent, because this process was suspended."""
         self._seen = [now] * len(self._seen)
+        self._reads = [(reads, now) for reads, _ in self._reads]
         self._progress_at = now
 
     def judge(self, beats: Sequence[Heartbeat], now: float) -> Verdict | None:
@@ -152,7 +157,11 @@ class Judge:
         if silent := [rank for rank in present if now - self._seen[rank] > self._timeout]:
             place = beats[silent[0]].place
             return Verdict(silent, f"has not answered for {self._timeout:.0f} s, since {place}")
-        return self._judge_failures(beats, present, now) or self._judge_progress(beats, present, now)
+        return (
+            self._judge_failures(beats, present, now)
+            or self._judge_reads(beats, present, now)
+            or self._judge_progress(beats, present, now)
+        )
 
     def _judge_failures(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
         """After a collective failed on a rank, find the rank that has been silent since, or has left."""
@@ -171,6 +180,14 @@ class Judge:
         self.cleared = failed
         return None
 
+    def _judge_reads(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
+        """Find the ranks that wait for a disk."""
+        for rank in present:
+            if not beats[rank].is_reading or beats[rank].waits != self._reads[rank][0]:
+                self._reads[rank] = beats[rank].waits, now
+        stuck = [rank for rank in present if now - self._reads[rank][1] > self._timeout]
+        return self._stuck(stuck, beats) if stuck else None
+
     def _judge_progress(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
         """Find the ranks that hold up the others; startup may take long, unless other ranks have left."""
         progress = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
@@ -179,8 +196,8 @@ class Judge:
         if is_startup or progress != self._progress:
             self._progress, self._progress_at = progress, now
         elif now - self._progress_at > self._timeout:
-            behind = [rank for rank, ticks, _ in progress if ticks == fewest]
-            return Verdict(
-                behind, f"has been stuck for {self._timeout:.0f} s in {beats[behind[0]].place}", is_stuck=True
-            )
+            return self._stuck([rank for rank, ticks, _ in progress if ticks == fewest], beats)
         return None
+
+    def _stuck(self, ranks: Sequence[int], beats: Sequence[Heartbeat]) -> Verdict:
+        return Verdict(ranks, f"has been stuck for {self._timeout:.0f} s in {beats[ranks[0]].place}", is_stuck=True)

@@ -97,7 +97,8 @@ def init_method(store: dist.Store, launch: Launch) -> str:
     """
     _joined[:] = [(store, launch.rank, launch.world)]
     with contextlib.suppress(RuntimeError):  # registered before
-        dist.register_rendezvous_handler(SCHEME, lambda url, **_: iter(_joined))
+        # afterwards only the process group refers to the store, which closes its port with its last reference
+        dist.register_rendezvous_handler(SCHEME, lambda url, **_: iter([_joined.pop()]))
     return f"{SCHEME}://"
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -65,7 +65,7 @@ class Watchdog:
         self._hosts, self._shared = hosts, store
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
         self._step = self._ticks = self._waits = 0
-        self._state = WATCHING
+        self._state, self._is_reading = WATCHING, False
         self._status, self._status_at = Status(), time.monotonic()
         self._lost: Sequence[int] = ()
         self._answered = time.monotonic()
@@ -133,6 +133,20 @@ class Watchdog:
         """Record that this rank is working on something that takes every rank a different number of calls."""
         self._waits += 1
 
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[], None]]:
+        """Limit the time without progress within the context, also during startup.
+
+        Yields:
+            A function to call whenever this rank has read more. It must not wait for other ranks in between.
+        """
+        self._is_reading = True
+        try:
+            yield self.alive
+        finally:
+            self._is_reading = False
+            self.alive()
+
     def find_lost(self) -> RankLostError | None:
         """Return an error that names the lost rank, after a collective failed; None if all ranks respond."""
         if not self._threads:
@@ -152,7 +166,7 @@ class Watchdog:
         self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state)
+        return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state, int(self._is_reading))
 
     def _names(self, ranks: Sequence[int]) -> str:
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks[:8])

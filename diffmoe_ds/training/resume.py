@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
+from diffmoe_ds.files import Progress, unwatched
 
+Reading = Callable[[], AbstractContextManager[Progress]]
+"""See `Watchdog.reading`."""
 KEPT = {"data": ("shuffle", "shuffle_window"), "ema": ("warmup",)}
 """By section, the keys that keep their values when a run resumes, unless its recipe sets them; defaults may change."""
 
@@ -34,7 +38,9 @@ def continued(config: Config, saved: Config) -> Config:
     return config.model_copy(update=sections)
 
 
-def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.device) -> Path | None:
+def agree_on_checkpoint(
+    choices: Sequence[Path], directory: Path, device: torch.device, reading: Reading = unwatched
+) -> Path | None:
     """Return the first undamaged choice. Every rank must call this.
 
     The files are divided between the ranks. A damaged choice is skipped with a warning that names the file, printed by
@@ -44,6 +50,7 @@ def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.
         choices: checkpoints in order of preference. Rank 0's list is used; the other ranks must see the same ones.
         directory: the run directory, for error messages.
         device: device for the tensors of the collectives.
+        reading: entered while this rank reads, see `Watchdog.reading`.
 
     Returns:
         The checkpoint; None if there are no choices.
@@ -56,7 +63,7 @@ def agree_on_checkpoint(choices: Sequence[Path], directory: Path, device: torch.
         path = choices[number] if number < len(choices) else None
         wanted = _from_main(_order(path), device)
         try:
-            return raise_on_all_ranks(device, lambda: _verify_share(path, wanted, directory))  # noqa: B023
+            return raise_on_all_ranks(device, lambda: _verify_share(path, wanted, directory, reading))  # noqa: B023
         except AlreadyReportedError:
             continue
         except CheckpointError as error:
@@ -71,13 +78,14 @@ def _order(path: Path | None) -> tuple[int, ...]:
     return (-1, -1) if path is None else checkpoint_order(path.name) or (0, 1)
 
 
-def _verify_share(path: Path | None, wanted: tuple[int, ...], directory: Path) -> Path:
+def _verify_share(path: Path | None, wanted: tuple[int, ...], directory: Path, reading: Reading) -> Path:
     """Verify this rank's share of a checkpoint's files.
 
     Args:
         path: the checkpoint; None if this rank does not see as many checkpoints as rank 0.
         wanted: `_order` of the checkpoint that rank 0 sees.
         directory: the run directory, for error messages.
+        reading: see `agree_on_checkpoint`.
     """
     rank = get_rank()
     if path is None or _order(path) != wanted:
@@ -85,9 +93,10 @@ def _verify_share(path: Path | None, wanted: tuple[int, ...], directory: Path) -
             f"{directory}: rank 0 sees a checkpoint of {wanted[0]:,} images but rank {rank} does not; the run "
             "directory must be on a shared file system."
         )
-    files = shares(read_manifest(path), rank, get_world_size())
-    check_file_sizes(path, files)
-    check_contents(path, files)
+    with reading() as progress:
+        files = shares(read_manifest(path), rank, get_world_size())
+        check_file_sizes(path, files)
+        check_contents(path, files, progress)
     return path
 
 

@@ -58,13 +58,15 @@ class Session:
             CheckpointError: on all ranks, if no checkpoint can be read or the run directory cannot be written.
         """
         plan, device = self.plan, local_device(self.plan.launch)
-        path = agree_on_checkpoint(plan.choices, plan.directory, device)
+        path = agree_on_checkpoint(plan.choices, plan.directory, device, self.watchdog.reading)
         self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
         if self.plan is not plan and plan.is_main:
             print(f"{'instead':>11}  {describe_start(self.plan)}", flush=True)
         if "wandb" in self.plan.settings.json and "WANDB_DIR" not in os.environ:
             os.environ["WANDB_DIR"] = str(plan.directory)  # otherwise it writes into the current directory
             self.resources.callback(os.environ.pop, "WANDB_DIR", None)
+        if self.plan.reader is not None:
+            self.plan.reader.reading = self.watchdog.reading
         run = setup_run(self.plan, self.owner)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)

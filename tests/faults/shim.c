@@ -164,6 +164,10 @@ DEFINE_OPENAT(openat64)
     }
 DEFINE_ON_FILE(ssize_t, "read", read, (int file, void *data, size_t size), (file, data, size))
 DEFINE_ON_FILE(ssize_t, "read", pread64, (int file, void *data, size_t size, off64_t at), (file, data, size, at))
+DEFINE_ON_FILE(ssize_t, "read", preadv64, (int file, const struct iovec *parts, int n, off64_t at),
+               (file, parts, n, at))
+DEFINE_ON_FILE(ssize_t, "read", preadv64v2, (int file, const struct iovec *parts, int n, off64_t at, int flags),
+               (file, parts, n, at, flags))
 DEFINE_ON_FILE(ssize_t, "write", write, (int file, const void *data, size_t size), (file, data, size))
 DEFINE_ON_FILE(ssize_t, "write", pwrite64, (int file, const void *data, size_t size, off64_t at),
                (file, data, size, at))

@@ -76,3 +76,17 @@ def test_hung_metrics_name_rank_0_although_the_others_wait_in_the_hook_of_the_sa
     assert codes == [85, 85], text
     assert f"rank 0 on {socket.gethostname()} has been stuck for 6 s in step" in text, text
     assert "rank 1 on" not in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", (1, 4))
+def test_a_hung_read_of_a_resume_names_the_rank_whose_disk_hangs(server, tmp_path, n):
+    """While it verifies its share of the files, and while it restores them."""
+    rules = Rule("rename", "*/nothing", "EIO")
+    codes, text = train(server, tmp_path, 0, rules, "run.total_images=64")
+    assert codes == [0, 0], text
+    reading = Rule("read", "*/checkpoints/images_*/rank_*", "sleep:1000", n=n)
+    codes, text = train(server, tmp_path, 1, reading, "run.total_images=128")
+    assert codes == [85, 85], text
+    assert f"rank 1 on {socket.gethostname()} has been stuck for 6 s in startup" in text, text
+    assert "rank 0 on" not in text, text

@@ -44,7 +44,7 @@ def test_auto_is_the_number_of_the_set(tmp_path):
 
 @pytest.mark.parametrize("value", ("0", "-3", "1.5", "many", "true"))
 def test_wrong_numbers_are_named(value):
-    with pytest.raises(ConfigError, match=r'model\.num_classes must be a positive integer or "auto", got'):
+    with pytest.raises(ConfigError, match=r'model\.num_classes must be "auto" or an integer from 1 to 10,000,000, got'):
         load_config("fashion", [f"model.num_classes={value}"])
 
 

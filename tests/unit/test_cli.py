@@ -53,7 +53,7 @@ def wrong(capsys, arguments: list[str], code: int, message: str) -> None:
             "error: --set: deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got 7.",
         ),
         (["--set", "deepspeed.train_batch_size=auto"], 2, "error: fashion with --set: deepspeed: train_batch_size or"),
-        (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive, got 0"),
+        (["--set", "sample.steps=0"], 2, "error: --set: sample.steps must be positive and at most 100000, got 0"),
         (["--set", "objective.kind=ddpm", "sample.steps=1001"], 2, "sample.steps must be an integer from 1 to 1000"),
         (
             ["--set", "routing.pool_images=3"],

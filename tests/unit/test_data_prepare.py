@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from numpy.lib import format as npy
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.cli import prepare as prepare_cli
@@ -235,7 +236,7 @@ def test_a_full_disk_gives_a_one_sentence_error(made, monkeypatch, tmp_path, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(np, "save", full)
+        patched.setattr(npy, "write_array_header_1_0", full)
         prepare(tmp_path / "out", made, code=5)
     assert "index-samples.npy: cannot be written: No space left on device" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")

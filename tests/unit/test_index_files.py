@@ -18,7 +18,8 @@ from diffmoe_ds.errors import CheckpointError
 
 @pytest.fixture
 def index():
-    samples = np.arange(50 * len(Entry._fields), dtype=np.int64).reshape(50, -1)
+    rows = [Entry(0, 0, 512 + n, 100, n, n, 2) for n in range(50)]
+    samples = np.array(rows, np.int64)
     return Index((ShardInfo("a.tar", 10240, 50),), samples, np.arange(100, dtype=np.uint8))
 
 

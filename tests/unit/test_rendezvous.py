@@ -9,12 +9,12 @@ import pytest
 
 from diffmoe_ds.distributed import store
 from diffmoe_ds.errors import LaunchError
-from tests.helpers.processes import WORKERS, free_port, run_ranks
+from tests.helpers.processes import free_port, run_ranks
 
 
 def test_many_ranks_join_with_two_connections_each():
     """64 ranks in one process, whose soft limit of open files is too low for them."""
-    finished = run_ranks(1, [str(WORKERS / "many_ranks.py"), "64", str(free_port())], timeout=120)
+    finished = run_ranks(1, ["-m", "tests.distributed.workers.many_ranks", "64", str(free_port())], timeout=120)
     assert finished.code == 0, finished.output
     found = json.loads(finished.output.splitlines()[-1])
     assert 2 * 64 <= found["connections"] < 3 * 64  # torch may connect again if the server is slow

@@ -97,6 +97,18 @@ def test_startup_may_take_long_until_another_rank_leaves(clock):
     assert verdict == ([0], "has been stuck for 60 s in startup", True)
 
 
+def test_a_read_that_hangs_is_stuck_also_during_startup(clock):
+    """But not one that gets more bytes, nor a rank that waits for it."""
+    for rank in range(3):
+        clock.change(rank, ticks=0)
+    clock.change(2, is_reading=1)
+    for number in range(5):
+        clock.change(2, waits=number)
+        assert clock.pass_seconds(50, ticking=False) is None
+    assert clock.pass_seconds(10, ticking=False) is None
+    assert clock.pass_seconds(2, ticking=False) == ([2], "has been stuck for 60 s in startup", True)
+
+
 def test_a_suspended_judge_waits_for_the_others_again(clock):
     clock.pass_seconds(1)
     clock.now += 1000
