@@ -236,7 +236,7 @@ def test_a_full_disk_gives_a_one_sentence_error(made, monkeypatch, tmp_path, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(npy, "write_array_header_1_0", full)
+        patched.setattr(npy, "header_data_from_array_1_0", full)
         prepare(tmp_path / "out", made, code=5)
     assert "index-samples.npy: cannot be written: No space left on device" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")

@@ -22,11 +22,11 @@ read, setup_run = TensorFile.read, session.setup_run
 sizes: Counter[str] = Counter()
 
 
-def recorded_read(self, offset, out):
+def recorded_read(self, offset, out, *rest):
     if RANK == FAILING:
         raise CheckpointError(f"{self.path}: cannot be read: Input/output error.")
     sizes[self.path.name] += out.nbytes
-    read(self, offset, out)
+    read(self, offset, out, *rest)
 
 
 def recorded_setup(*arguments):
