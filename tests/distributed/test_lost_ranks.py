@@ -65,16 +65,22 @@ def training(tmp_path: Path, world: int, struck: int, action: str, point: str, *
                 process.kill()
 
 
-FAST = [("kill", 0, "start"), ("stop", 1, "group")]
+FAST = [("kill", 0, "start")]
+SLOW = [
+    ("stop", 1, "group"), ("kill", 0, "joined"), ("kill", 2, "setup"), ("kill", 0, "save"), ("stop", 0, "lock"),
+    ("stop", 2, "step"),
+]  # fmt: skip
 POINTS = [(rank, point) for point in ("joined", "start", "group", "setup", "step", "save") for rank in (0, 2)]
-SLOW = [(action, rank, point) for action in ("kill", "stop") for rank, point in [*POINTS, (0, "lock")]]
+EVERY = [(action, rank, point) for action in ("kill", "stop") for rank, point in [*POINTS, (0, "lock")]]
+LONG = [case for case in EVERY if case not in FAST + SLOW]
 
 
 @pytest.mark.parametrize(
     ("action", "rank", "point"),
     (
         *FAST,
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [*SLOW, ("kill", 0, "lock"), ("stop", 0, "lock")]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
     ),
 )
 def test_a_lost_rank_is_named_by_the_others(tmp_path, action, rank, point):
@@ -89,6 +95,7 @@ def test_a_lost_rank_is_named_by_the_others(tmp_path, action, rank, point):
     assert blamed and blamed <= {NAME.format(rank), *(["rank 0 at 127.0.0.1"] if rank == 0 else [])}, text
 
 
+@pytest.mark.slow
 def test_a_slow_start_is_no_hang(tmp_path):
     """The other ranks wait for rank 0, longer than they would wait for ranks to join or for one that is lost."""
     with training(tmp_path, 2, 0, str(TIMEOUT_S + 3), "start", "run.start_timeout_s=2") as ranks:

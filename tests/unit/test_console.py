@@ -77,7 +77,7 @@ def test_a_run_goes_on_without_its_console(tmp_path, closed_pipe):
 
 
 @pytest.mark.parametrize(
-    "encoding", ("ascii", *(pytest.param(e, marks=pytest.mark.slow) for e in ("utf-8", "latin-1")))
+    "encoding", [pytest.param(encoding, marks=pytest.mark.slow) for encoding in ("ascii", "utf-8", "latin-1")]
 )
 def test_a_run_directory_that_is_not_utf8(tmp_path, encoding):
     """The banner has the bytes of its name if the encoding allows, because scripts read that line."""

@@ -12,6 +12,7 @@ from diffmoe_ds.errors import LaunchError
 from tests.helpers.processes import free_port, run_ranks
 
 
+@pytest.mark.slow
 def test_many_ranks_join_with_two_connections_each():
     """64 ranks in one process, whose soft limit of open files is too low for them."""
     finished = run_ranks(1, ["-m", "tests.distributed.workers.many_ranks", "64", str(free_port())], timeout=120)

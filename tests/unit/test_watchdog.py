@@ -160,6 +160,7 @@ def test_all_ranks_name_the_one_that_died():
     assert found == ["rank 2 on c died during startup; the other ranks exit."] * 2
 
 
+@pytest.mark.slow
 def test_a_busy_store_does_not_mean_that_rank_0_died():
     """Its answers take longer than a dead rank's heartbeats may be missing."""
     store = Shared()
