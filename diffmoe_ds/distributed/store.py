@@ -38,22 +38,17 @@ _joined: list[tuple[dist.Store, int, int]] = []
 """The store, rank and world of the process group to create."""
 
 
-def is_served_by_agent() -> bool:
-    """Return whether torchrun's agent serves the store instead of rank 0."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def open_store(launch: Launch, timeout_s: float) -> dist.Store:
-    """Connect to the store. Rank 0 serves it, except under torchrun, whose agent does.
+    """Connect to the store, which rank 0 serves.
 
     Args:
-        launch: this process's place among the ranks, with the rendezvous address.
+        launch: this process's place among the ranks, with the rendezvous address; see `move_to_own_store`.
         timeout_s: seconds to wait for the server.
 
     Raises:
         LaunchError: the server cannot be reached, or cannot be started.
     """
-    serves = launch.rank == 0 and not is_served_by_agent()
+    serves = launch.rank == 0
     if serves:
         raise_file_limit(CONNECTIONS_PER_RANK * launch.world + OTHER_FILES, launch.world)
     # for its logs, torch looks up the name of every peer, on the server in its only thread
@@ -74,16 +69,9 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
                 f"rank 0 on {host}: port {launch.master_port} is in use; set MASTER_PORT (deepspeed: --master_port) to "
                 "a free one."
             ) from None
-        within = f"{launch.address} within {timeout_s:g} s; check that the address is right"
-        if is_served_by_agent():
-            needed = CONNECTIONS_PER_RANK * launch.world + OTHER_FILES
-            raise LaunchError(
-                f"rank {launch.rank} on {host} cannot reach torchrun's agent at {within}, that the port is open and "
-                f"that `ulimit -n` there is at least {needed}."
-            ) from None
         raise LaunchError(
-            f"rank {launch.rank} on {host} cannot reach rank 0 at {within}, that rank 0 was started and that the port "
-            "is open."
+            f"rank {launch.rank} on {host} cannot reach rank 0 at {launch.address} within {timeout_s:g} s; check that "
+            "the address is right, that rank 0 was started and that the port is open."
         ) from None
     return dist.PrefixStore("diffmoe", store)
 

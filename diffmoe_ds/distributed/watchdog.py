@@ -25,7 +25,6 @@ from diffmoe_ds.distributed.heartbeats import (
     BROKEN,
     FAILED,
     LEFT,
-    MISSED_BEATS,
     WATCHING,
     Heartbeat,
     Judge,
@@ -35,7 +34,6 @@ from diffmoe_ds.distributed.heartbeats import (
     write_heartbeat,
     write_status,
 )
-from diffmoe_ds.distributed.store import is_served_by_agent
 from diffmoe_ds.errors import DiffMoEError, RankLostError
 
 MAX_BEAT_S = 1.0
@@ -88,7 +86,7 @@ class Watchdog:
             self._store: dist.Store = self._shared.clone()  # type: ignore[attr-defined]
         except RuntimeError:
             self._ended.set()
-            raise RankLostError(f"{self._server()} died during startup; the other ranks exit.") from None
+            raise RankLostError(f"{self._names([0])} died during startup; the other ranks exit.") from None
         self._answered = self._status_at = time.monotonic()
         watch.start()
         self._threads = [watch, guard]
@@ -172,9 +170,6 @@ class Watchdog:
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks[:8])
         return names + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
-    def _server(self) -> str:
-        return f"torchrun's agent at {os.environ.get('MASTER_ADDR')}" if is_served_by_agent() else self._names([0])
-
     def _watch(self) -> None:
         """Run the thread that uses the store, on which it may block forever."""
         checked = time.monotonic()
@@ -195,7 +190,7 @@ class Watchdog:
             if not self._status.has_left:
                 self._say_goodbye()
         except dist.DistNetworkError:
-            self._conclude(f"{self._server()} {self._heartbeat().died}", is_connected=False)
+            self._conclude(f"{self._names([0])} {self._heartbeat().died}", is_connected=False)
 
     def _lead(self, judge: Judge) -> bool:
         """Judge all ranks and publish the result, on rank 0; return whether others have written heartbeats."""
@@ -222,7 +217,7 @@ class Watchdog:
         if is_new:
             self._status_at = self._answered
         self._status = status
-        silent_s, patience_s = self._answered - self._status_at, MISSED_BEATS * self._beat_s
+        silent_s = self._answered - self._status_at
         me = self._heartbeat()
         if status.why:
             self._conclude(status.why, status.stuck)
@@ -232,12 +227,8 @@ class Watchdog:
                 self._conclude(f"{self._names([0])} has left in {me.place}", is_connected=False)
         elif silent_s > self._timeout:
             self._conclude(f"{self._names([0])} has not answered for {silent_s:.0f} s, since {me.place}")
-        elif self._failed_at:
-            failed_s = self._answered - self._failed_at
-            if self._rank in status.cleared:
-                self._concluded.set()
-            elif is_served_by_agent() and min(silent_s, failed_s) > patience_s:  # otherwise the store were gone, too
-                self._conclude(f"{self._names([0])} {me.died}")
+        elif self._failed_at and self._rank in status.cleared:
+            self._concluded.set()
         return is_new
 
     def _guard(self) -> None:
@@ -255,7 +246,7 @@ class Watchdog:
                     self._exit(why, self._exit_code, is_stuck=True, is_connected=False)
             elif silent_s > self._timeout + 2 * self._beat_s:
                 place = self._heartbeat().place
-                why = f"{self._server()} has not answered for {silent_s:.0f} s, since {place}"
+                why = f"{self._names([0])} has not answered for {silent_s:.0f} s, since {place}"
                 self._conclude(why, is_connected=False)
 
     def _conclude(self, why: str, stuck: Sequence[int] = (), is_connected: bool = True) -> None:
