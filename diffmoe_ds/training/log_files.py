@@ -49,13 +49,13 @@ class LogFile:
     directory.  A file that another process put in its place is not touched: it may belong to another job.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[], object] | None = None, header: bytes = b"") -> None:
+    def __init__(self, path: Path, prepare: Callable[[], int] | None = None, header: bytes = b"") -> None:
         """Describe the file without touching it.
 
         Args:
             path: the file.
-            prepare: creates the file, possibly with rows of an earlier attempt; called until it succeeds once. If None,
-                the file must not exist.
+            prepare: creates the file, possibly with rows of an earlier attempt, and returns its inode; called until it
+                succeeds once. If None, the file must not exist.
             header: the first bytes of a new file.
         """
         self._path = path
@@ -132,12 +132,14 @@ class LogFile:
             if self._prepare is None:
                 flags |= os.O_CREAT | os.O_EXCL  # never a file that another job has created meanwhile
             else:
-                self._prepare()
+                self._inode = self._prepare()
                 self._prepare = None
         self._file = os.open(self._path, flags, 0o666)
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
+        if self._inode not in (None, status.st_ino):  # since it was prepared
+            raise OSError(errno.EEXIST, "another file was put in its place")
         self._inode = status.st_ino
         return self._file
 
@@ -281,8 +283,11 @@ def _time_after_others(directory: Path) -> float:
     return latest
 
 
-def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> None:
+def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> int:
     """Replace a JSONL file by its rows up to a step; create an empty one if it does not exist.
+
+    Returns:
+        The inode of the new file.
 
     Raises:
         OSError: it cannot be read or written.
@@ -291,6 +296,8 @@ def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> None:
         file.writelines(_lines_until(path, step))
         file.flush()
         os.fsync(file.fileno())
+        inode = os.fstat(file.fileno()).st_ino
+    return inode
 
 
 def _lines_until(path: Path, step: int) -> Iterator[bytes]:

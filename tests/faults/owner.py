@@ -22,6 +22,7 @@ from diffmoe_ds.config.schema import CheckpointConfig, Config
 from diffmoe_ds.distributed import run_lock
 from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.files import write_text
+from diffmoe_ds.training.log_files import JsonlLog
 
 PAUSE_LIMIT_S = 120
 
@@ -39,8 +40,10 @@ def main() -> None:
         found = newest_valid(args.run, full=True)
         images = 0 if found is None else int(found.name.split("_")[1])
         print("resumed", found, flush=True)
+        log = JsonlLog(args.run / "metrics.jsonl", images // 16, lock.owner.directory(args.run))
         saver = CheckpointSaver(args.run, CheckpointConfig(keep_last=2), torch.device("cpu"), lock.owner)
         for number in range(1, args.saves + 1):
+            log.add({"step": images // 16 + number, "process": os.getpid()})
             metadata = CheckpointMetadata(1, images + 16 * number, 1, 1, {}, Config(), ScheduledValues(1e-3, (0.9,)))
             saver.start([], [], {"threshold": torch.full((1,), os.getpid(), dtype=torch.float32)}, metadata)
             try:
@@ -54,6 +57,7 @@ def main() -> None:
             deadline = time.monotonic() + PAUSE_LIMIT_S
             while number == 1 and args.pause and not args.pause.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
+        log.close()
     dist.destroy_process_group()
 
 

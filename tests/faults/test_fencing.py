@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -20,7 +21,7 @@ from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import REPOSITORY, ForkedProcess, ForkServer, clean_environment
 
 LIMIT_S = 120
-MODULES = ("torch", "diffmoe_ds.checkpoint.save", "diffmoe_ds.checkpoint.verify", "diffmoe_ds.distributed.run_lock")
+MODULES = ("torch", "diffmoe_ds.checkpoint.save", "diffmoe_ds.distributed.run_lock", "diffmoe_ds.training.log_files")
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,9 @@ def check_complete(run: Path, text: str) -> None:
     assert candidates(run) == saved[:0:-1], (candidates(run), text)  # keep_last is 2
     assert newest_valid(run, full=True) == saved[-1]
     assert (run / "checkpoints" / "latest").read_text() == f"{saved[-1].name}\n"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "no row is lost, and none appears twice"
+    assert len({row["process"] for row in rows[-3:]}) == 1, "those of the new job"
     hidden = list(run.rglob(".*"))
     assert not hidden and not (run / "lock.json").exists(), hidden
 
@@ -134,9 +138,15 @@ def test_a_woken_job_changes_nothing(server, tmp_path, n):
     assert wake_up(server, tmp_path / "run", "stop", n, during=n == 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("action", ("stop", "after-stop"))
-@pytest.mark.parametrize("during", (True, False))
+@pytest.mark.parametrize(
+    ("action", "during"),
+    (
+        pytest.param("stop", True, marks=pytest.mark.slow),
+        pytest.param("after-stop", False, marks=pytest.mark.slow),
+        pytest.param("stop", False, marks=pytest.mark.long),
+        pytest.param("after-stop", True, marks=pytest.mark.long),
+    ),
+)
 def test_a_job_woken_around_any_rename_changes_nothing(server, tmp_path, action, during):
     for n in range(1, 100):
         if not wake_up(server, tmp_path / f"run-{n}", action, n, during=during):
