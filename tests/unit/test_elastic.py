@@ -115,6 +115,7 @@ def test_the_range_of_nodes_is_read_from_the_agents_command_line(words, expected
     assert done.stdout.strip() == str(expected), done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_find_the_store_of_their_own_attempt(monkeypatch):
     """torchrun's store still has the addresses of earlier attempts: one is gone, one still answers."""
     monkeypatch.setenv(AGENT_STORE, "True")
