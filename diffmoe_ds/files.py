@@ -34,9 +34,13 @@ Progress = Callable[[], object]
 """Called whenever more bytes are read or written."""
 
 
+Reading = Callable[[], contextlib.AbstractContextManager[Progress]]
+"""Entered while files are read; see `diffmoe_ds.distributed.watchdog.Watchdog.reading`."""
+
+
 @contextlib.contextmanager
 def unwatched() -> Iterator[Progress]:
-    """Do nothing; see `diffmoe_ds.distributed.watchdog.Watchdog.reading`."""
+    """Watch nothing (a `Reading`)."""
     yield lambda: None
 
 
@@ -202,26 +206,6 @@ def new_directory(out: Path) -> Iterator[Path]:
         sync_directory(out.parent)
     except OSError as error:
         raise write_error(out, error) from None
-    finally:
-        remove_tree(tmp, ignore_errors=True)
-
-
-def create_exclusively(path: Path, data: bytes) -> bool:
-    """Create a file with its contents in one atomic step, unless it exists.
-
-    Returns:
-        Whether this call created the file; of several processes that try, one succeeds.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
-    try:
-        write_synced(tmp, data)
-        os.link(tmp, path)
-        return True
-    except FileExistsError:
-        return False
     finally:
         remove_tree(tmp, ignore_errors=True)
 

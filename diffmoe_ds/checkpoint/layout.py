@@ -53,7 +53,7 @@ def checkpoint_name(images: int, number: int = 1) -> str:
 
     Args:
         images: images that the run has seen.
-        number: 1, or more if the run has come to this number of images before.
+        number: 1 for the first checkpoint at this number of images, 2 for the second, and so on.
     """
     return f"images_{images:012d}" + (f"_{number}" if number > 1 else "")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import Progress, unwatched
+from diffmoe_ds.files import Reading, unwatched
 
 FIXED = {
     "model": (
@@ -113,7 +112,7 @@ class CheckpointReader:
         self._index: PieceIndex | None = None
         self._buffers: dict[str, Run] = {}
         self._files: OrderedDict[int, TensorFile] = OrderedDict()  # the least recently used first
-        self.reading: Callable[[], AbstractContextManager[Progress]] = unwatched
+        self.reading: Reading = unwatched
         """Entered while a file is read; its value is called whenever more bytes are read."""
 
     def is_current(self) -> bool:

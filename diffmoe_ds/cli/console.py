@@ -13,7 +13,7 @@ ERRORS = "diffmoe.escape"
 
 
 class _Output(io.FileIO):
-    """The file descriptor of a standard stream, which it does not close; what cannot be written is dropped."""
+    """Raw standard stream that drops what it cannot write; closing it leaves the file descriptor open."""
 
     error: OSError | None = None
     """The first error."""

@@ -260,8 +260,8 @@ def exchange_reports(
         silence_s: seconds that the store may go without answering.
 
     Returns:
-        The error that the ranks agree on, encoded, or 0; the host of every rank, if there is no error; on rank 0, the
-        error if that is where it was found.
+        The agreed error, encoded (0 for none); the host of every rank (empty after an error); and rank 0's own error,
+        if it found one.
 
     Raises:
         RankLostError: rank 0 is gone.

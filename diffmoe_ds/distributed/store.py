@@ -31,7 +31,7 @@ RESOLVER_OPTIONS = "timeout:1 attempts:5"
 POLL_S = 1.0
 """Longest blocking wait; Ctrl-C takes effect only in between."""
 SILENCE_S = 60.0
-"""Seconds after which a store that does not answer counts as lost, if there is no watchdog."""
+"""Seconds without a response after which the store counts as lost, where no watchdog runs."""
 SCHEME = "diffmoe"
 """Scheme of `init_method`."""
 _joined: list[tuple[dist.Store, int, int]] = []

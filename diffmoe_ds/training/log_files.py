@@ -276,7 +276,7 @@ class TensorBoardLog:
 def _time_after_others(directory: Path) -> float:
     """Return the present, or if it is later, the first second after the event files of a directory."""
     latest = time.time()
-    with contextlib.suppress(OSError):  # most often there is no directory yet
+    with contextlib.suppress(OSError):  # usually, the directory does not exist yet
         for path in directory.iterdir():
             if match := EVENT_FILE.match(path.name):
                 latest = max(latest, int(match[1]) + 1, math.ceil(path.stat().st_mtime))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +14,8 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
-from diffmoe_ds.files import Progress, unwatched
+from diffmoe_ds.files import Reading, unwatched
 
-Reading = Callable[[], AbstractContextManager[Progress]]
-"""See `Watchdog.reading`."""
 KEPT = {"data": ("shuffle", "shuffle_window"), "ema": ("warmup",)}
 """By section, the keys that keep their values when a run resumes, unless its recipe sets them; defaults may change."""
 

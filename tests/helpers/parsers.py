@@ -6,7 +6,9 @@ Each entry writes valid files into a directory and names the one to replace; `pa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +68,15 @@ def outcome(parser: Parser, path: Path) -> str:
         assert 0 < len(str(error)) < 4000, str(error)
         return str(error)
     return ""
+
+
+@contextmanager
+def changing(name: str) -> Iterator[Path]:
+    """Provide a valid file of a format, and parse what the block has made of it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = PARSERS[name].write(Path(directory))
+        yield path
+        outcome(PARSERS[name], path)
 
 
 def _checkpoint(directory: Path) -> Path:

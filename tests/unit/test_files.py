@@ -19,7 +19,6 @@ from diffmoe_ds.files import (
     REMOVING_PREFIX,
     TMP_PREFIX,
     atomic_write,
-    create_exclusively,
     remove_leftovers,
     remove_tree,
     rename_for_removal,
@@ -123,18 +122,6 @@ def test_files_written_together_all_appear_or_none(tmp_path):
 
 def fail_at(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def test_only_one_of_many_creates_the_file(tmp_path):
-    path, won = tmp_path / "lock", []
-    threads = [
-        threading.Thread(target=lambda n=n: create_exclusively(path, b"%d" % n) and won.append(n)) for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1 and path.read_bytes() == b"%d" % won[0] and [p.name for p in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.fixture

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.fuzz import changed_bytes, fuzz
-from tests.helpers.parsers import PARSERS, outcome
+from tests.helpers.parsers import PARSERS, changing, outcome
 
 pytestmark = pytest.mark.usefixtures("hang_limit")
 
@@ -24,7 +21,5 @@ def test_valid_files_are_accepted(tmp_path, name):
 @fuzz(5)
 @given(data=st.data())
 def test_changed_bytes(name, data):
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS[name].write(Path(directory))
+    with changing(name) as path:
         path.write_bytes(data.draw(changed_bytes(path.read_bytes())))
-        outcome(PARSERS[name], path)

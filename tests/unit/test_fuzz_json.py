@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.fuzz import changed_trees, fuzz, to_json
-from tests.helpers.parsers import PARSERS, outcome
+from tests.helpers.parsers import changing
 
 pytestmark = pytest.mark.usefixtures("hang_limit")
 
@@ -51,30 +49,24 @@ FORMATS = (
 @fuzz(15)
 @given(data=st.data())
 def test_changed_json(name, data):
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS[name].write(Path(directory))
+    with changing(name) as path:
         tree = data.draw(changed_trees(json.loads(path.read_text())))
         path.write_text(to_json(SIGNED.get(name, lambda same: same)(tree)))
-        outcome(PARSERS[name], path)
 
 
 @pytest.mark.parametrize("name", ("recipe", "reference-yaml"))
 @fuzz(15)
 @given(data=st.data())
 def test_changed_yaml(name, data):
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS[name].write(Path(directory))
+    with changing(name) as path:
         tree = data.draw(changed_trees(yaml.safe_load(path.read_text())))
         path.write_text(yaml.safe_dump(tree).replace("<raw>", ""), errors="replace")
-        outcome(PARSERS[name], path)
 
 
 @pytest.mark.parametrize("name", ("metrics", "validation"))
 @fuzz(15)
 @given(data=st.data())
 def test_changed_lines(name, data):
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS[name].write(Path(directory))
+    with changing(name) as path:
         first, *others = path.read_text().splitlines(keepends=True)
         path.write_text(to_json(data.draw(changed_trees(json.loads(first)))) + "\n" + "".join(others))
-        outcome(PARSERS[name], path)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import tarfile
-import tempfile
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.helpers.fuzz import fuzz
-from tests.helpers.parsers import PARSERS, outcome
+from tests.helpers.parsers import changing
 
 pytestmark = pytest.mark.usefixtures("hang_limit")
 FIELDS = {
@@ -53,8 +51,7 @@ def extended(kind: bytes, payload: bytes, size: int | None = None) -> bytes:
 @fuzz(50)
 @given(data=st.data())
 def test_fields(data):
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS["shard"].write(Path(directory))
+    with changing("shard") as path:
         content = bytearray(path.read_bytes())
         starts = [start for start in range(0, len(content), 512) if content[start + 257 : start + 262] == b"ustar"]
         for _ in range(data.draw(st.integers(1, 3))):
@@ -64,7 +61,6 @@ def test_fields(data):
             header = bytes(content[start : start + 512])
             content[start : start + 512] = checked(header[:offset] + value + header[offset + size :])
         path.write_bytes(content)
-        outcome(PARSERS["shard"], path)
 
 
 RECORDS = st.lists(
@@ -128,7 +124,5 @@ def test_extended_headers(records, kind, claimed, count):
         text = b" " + key + b"=" + value + b"\n"
         length = len(text) + len(str(len(text) + 2)) if length is None else length
         payload += str(length).encode() + text
-    with tempfile.TemporaryDirectory() as directory:
-        path = PARSERS["shard"].write(Path(directory))
+    with changing("shard") as path:
         path.write_bytes(extended(kind, payload, claimed) * (count if len(payload) < 1000 else 1) + path.read_bytes())
-        outcome(PARSERS["shard"], path)
