@@ -27,7 +27,7 @@ from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import sha256_of, write_json, write_together
+from diffmoe_ds.files import Reading, sha256_of, unwatched, write_json, write_together
 from diffmoe_ds.model.dit import empty_model
 
 WEIGHTS_FILE = "model.safetensors"
@@ -55,6 +55,7 @@ class ModelFileReader:
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
         self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
+        self.reading: Reading = unwatched
         self._file: TensorFile | None = None
         self._tensors = self._open().header()
         self.close()
@@ -96,7 +97,8 @@ class ModelFileReader:
             raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
         (run,) = self.runs(kind, name, start, numel)
         found = torch.empty(numel, dtype=DTYPES[self._tensors[name].dtype])
-        self._open().read(run.offset, found)
+        with self.reading() as progress:
+            self._open().read(run.offset, found, progress)
         return found.float() if out is None else out.copy_(found)
 
     def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:

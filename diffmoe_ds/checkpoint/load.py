@@ -49,6 +49,8 @@ class WeightsReader(Protocol):
     """Name of each label, if labels have names."""
     initial_share: float
     """Share of the initial weights in the averaged ones; 0 if unknown."""
+    reading: Reading
+    """Entered while a file is read; its value is called whenever more bytes are read."""
 
     def kinds(self) -> list[str]:
         """Return what is stored of each parameter: some of `layout.KINDS`, and `layout.BUFFER`."""
@@ -113,7 +115,6 @@ class CheckpointReader:
         self._buffers: dict[str, Run] = {}
         self._files: OrderedDict[int, TensorFile] = OrderedDict()  # the least recently used first
         self.reading: Reading = unwatched
-        """Entered while a file is read; its value is called whenever more bytes are read."""
 
     def is_current(self) -> bool:
         """Return whether the path still is the checkpoint that was opened, not another one of the same name."""

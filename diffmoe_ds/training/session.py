@@ -65,8 +65,9 @@ class Session:
         if "wandb" in self.plan.settings.json and "WANDB_DIR" not in os.environ:
             os.environ["WANDB_DIR"] = str(plan.directory)  # otherwise it writes into the current directory
             self.resources.callback(os.environ.pop, "WANDB_DIR", None)
-        if self.plan.reader is not None:
-            self.plan.reader.reading = self.watchdog.reading
+        for reader in (self.plan.reader, self.plan.initial):
+            if reader is not None:
+                reader.reading = self.watchdog.reading
         run = setup_run(self.plan, self.owner)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)

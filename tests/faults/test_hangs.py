@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from diffmoe_ds.cli import main
 from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import MODULES, REPOSITORY, ForkServer, free_port, rank_environment
 from tests.helpers.training import training_arguments, write_json
@@ -87,6 +88,20 @@ def test_a_hung_read_of_a_resume_names_the_rank_whose_disk_hangs(server, tmp_pat
     assert codes == [0, 0], text
     reading = Rule("read", "*/checkpoints/images_*/rank_*", "sleep:1000", n=n)
     codes, text = train(server, tmp_path, 1, reading, "run.total_images=128")
+    assert codes == [85, 85], text
+    assert f"rank 1 on {socket.gethostname()} has been stuck for 6 s in startup" in text, text
+    assert "rank 0 on" not in text, text
+
+
+@pytest.mark.slow
+def test_a_hung_read_of_the_initial_model_names_the_rank_whose_disk_hangs(server, tmp_path):
+    codes, text = train(server, tmp_path, 0, Rule("rename", "*/nothing", "EIO"), "run.total_images=32")
+    assert codes == [0, 0], text
+    (tmp_path / "run").rename(tmp_path / "source")
+    assert main(["checkpoint", "export", str(tmp_path / "source"), "--out", str(tmp_path / "model")]) == 0
+    initial = f"model.init_from={tmp_path / 'model'}"
+    weights = Rule("read", "*/model/model.safetensors", "sleep:1000", n=3)  # after the two parts of the header
+    codes, text = train(server, tmp_path, 1, weights, initial)
     assert codes == [85, 85], text
     assert f"rank 1 on {socket.gethostname()} has been stuck for 6 s in startup" in text, text
     assert "rank 0 on" not in text, text
