@@ -93,16 +93,24 @@ class ModelFileReader:
 
     def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return a range of a flattened tensor; see `WeightsReader.read`."""
-        if kind not in (BUFFER, WEIGHTS[self.weights]):
-            raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
         (run,) = self.runs(kind, name, start, numel)
-        found = torch.empty(numel, dtype=DTYPES[self._tensors[name].dtype])
+        out = torch.empty(numel, dtype=torch.float32) if out is None else out
+        self.read_run(name, run, out)
+        return out
+
+    def read_run(self, name: str, run: Run, out: Tensor) -> None:
+        """Fill a tensor with a run; see `WeightsReader.read_run`."""
+        dtype = DTYPES[self._tensors[name].dtype]
+        found = out if dtype == out.dtype else torch.empty(run.numel, dtype=dtype)
         with self.reading() as progress:
             self._open().read(run.offset, found, progress)
-        return found.float() if out is None else out.copy_(found)
+        if found is not out:
+            out.copy_(found)
 
     def runs(self, kind: str, name: str, start: int, numel: int) -> list[Run]:
         """Return where a range of a flattened tensor is stored; see `WeightsReader.runs`."""
+        if kind not in (BUFFER, WEIGHTS[self.weights]):
+            raise CheckpointError(f"{self.path}: holds only {self.weights} weights; use --weights {self.weights}.")
         total = torch.Size(self.shape(name)).numel()
         if start + numel > total:
             raise CheckpointError(f"{self.path}: {name!r} has {total} elements, fewer than the model's.")

@@ -83,6 +83,18 @@ class WeightsReader(Protocol):
             CheckpointError: some do not exist.
         """
 
+    def read_run(self, name: str, run: Run, out: Tensor) -> None:
+        """Fill a tensor with one of the runs of a parameter.
+
+        Args:
+            name: the parameter.
+            run: from `runs`.
+            out: of ``run.numel`` elements, otherwise as in `read`.
+
+        Raises:
+            CheckpointError: the elements cannot be read.
+        """
+
     def close(self) -> None:
         """Close files that are open; reading afterwards opens them again."""
 
@@ -184,9 +196,13 @@ class CheckpointReader:
         """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
         out = torch.empty(numel, dtype=torch.float32) if out is None else out
         for run in self.runs(kind, name, start, numel):
-            with self.reading() as progress:
-                self._file(run.file).read(run.offset, out[run.start - start : run.start - start + run.numel], progress)
+            self.read_run(name, run, out[run.start - start : run.start - start + run.numel])
         return out
+
+    def read_run(self, name: str, run: Run, out: Tensor) -> None:
+        """Fill a tensor with a run; see `WeightsReader.read_run`."""
+        with self.reading() as progress:
+            self._file(run.file).read(run.offset, out, progress)
 
     def _all_pieces(self) -> PieceIndex:
         if self._index is None:

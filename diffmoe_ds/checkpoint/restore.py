@@ -249,8 +249,7 @@ def _exchange(
             try:
                 for run in reader.runs(target.kind, target.name, start, part.numel()) if failure is None else ():
                     if run.file in mine:
-                        place = found[run.start - start : run.start - start + run.numel]
-                        reader.read(target.kind, target.name, run.start, run.numel, out=place)
+                        reader.read_run(target.name, run, found[run.start - start : run.start - start + run.numel])
             except CheckpointError as error:
                 failure = error
             found = found.to(device)
