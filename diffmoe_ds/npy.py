@@ -1,9 +1,13 @@
-"""Read the headers of untrusted .npy data: NumPy would allocate whatever a header claims."""
+"""Read and write .npy data where NumPy's own functions do not suffice.
+
+When they read, they allocate whatever a header claims; when they write, they may miss that the disk is full.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -79,3 +83,26 @@ def read_array(file: IO[bytes], available: int) -> np.ndarray:
     if len(data) != header.array_bytes:
         raise ValueError("is truncated")
     return np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.by_columns else "C")
+
+
+def write_array(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
+    """Write the same bytes as `np.save`, holding one part of the array in memory at a time.
+
+    `np.save` writes to a file through the C library and ignores its last error; this detects a full disk.
+
+    Args:
+        file: where to write.
+        shape: of the whole array.
+        dtype: of the array.
+        parts: its rows, in order.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    written = 0
+    for part in parts:
+        assert part.shape[1:] == shape[1:] and part.dtype == dtype
+        file.write(np.ascontiguousarray(part).data)
+        written += len(part)
+    assert written == shape[0], "the parts are the whole array"

@@ -11,14 +11,13 @@ import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
-from numpy.lib import format as npy
 from PIL import Image
 
 from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.npy import write_array
 from diffmoe_ds.sampling.grid import Pixels
 
 SAMPLES, PNG, GRID = "samples.npz", "png", "grid.png"
@@ -46,29 +45,11 @@ def write_npz(path: Path, shape: tuple[int, ...], parts: Iterable[Pixels], label
     with open(path, "xb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                written = write_array(member, shape, parts)
+                write_array(member, shape, np.dtype(np.uint8), parts)
             with archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                npy.write_array(member, labels_N, allow_pickle=False)
+                write_array(member, labels_N.shape, labels_N.dtype, [labels_N])
         file.flush()
         os.fsync(file.fileno())
-    assert written == shape[0], "the parts hold all images"
-
-
-def write_array(file: IO[bytes], shape: tuple[int, ...], parts: Iterable[Pixels]) -> int:
-    """Write uint8 parts as one array in the npy format, and return the number of images.
-
-    Unlike `np.save`, which writes files through the C library and ignores its last error, this detects a full disk.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    written = 0
-    for part in parts:
-        assert part.shape[1:] == shape[1:] and part.dtype == np.uint8
-        file.write(np.ascontiguousarray(part).data)
-        written += len(part)
-    return written
 
 
 def write_pngs(folder: Path, images: range, pixels: Pixels, num_images: int) -> None:

@@ -8,7 +8,6 @@ Legend: B images of a shard, H, W height and width, C channels, L MoE layers, E 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -32,9 +31,9 @@ from diffmoe_ds.files import (
     write_error,
     write_json,
 )
-from diffmoe_ds.npy import read_array, read_header
+from diffmoe_ds.npy import read_array, read_header, write_array
 from diffmoe_ds.sampling.grid import Pixels
-from diffmoe_ds.sampling.output import PNG, write_array
+from diffmoe_ds.sampling.output import PNG
 from diffmoe_ds.sampling.turns import Shard
 
 FOLDER = "unfinished"
@@ -138,11 +137,9 @@ class UnfinishedSet:
             CheckpointError: the file cannot be written.
         """
         assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
-        after_images = io.BytesIO()  # np.save on the file itself would ignore a full disk, see `write_array`
-        np.save(after_images, counts, allow_pickle=False)
         with atomic_write(self._path(shard)) as file:
-            write_array(file, pixels.shape, [pixels])
-            file.write(after_images.getbuffer())
+            for array in (pixels, counts):
+                write_array(file, array.shape, array.dtype, [array])
 
     def read(self, shard: Shard) -> Pixels:
         """Return the images of a shard, uint8 [B, H, W, C].

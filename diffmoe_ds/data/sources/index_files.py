@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, open_regular, read_json
 from diffmoe_ds.data.sources.latents import latent_format
@@ -34,7 +33,7 @@ from diffmoe_ds.data.sources.tar_index import (
 from diffmoe_ds.data.sources.verified import has_sha256
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json
-from diffmoe_ds.npy import read_header
+from diffmoe_ds.npy import read_header, write_array
 
 INDEX = "index.json"
 SAMPLES = "index-samples.npy"
@@ -60,10 +59,8 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
         CheckpointError: the files cannot be written.
     """
     for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
-        with atomic_write(folder / name) as file:  # np.save would ignore a full disk, see `sampling.output.write_array`
-            contiguous = np.ascontiguousarray(array)
-            npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(contiguous))
-            file.write(contiguous.data)
+        with atomic_write(folder / name) as file:
+            write_array(file, array.shape, array.dtype, [array])
     tree = {
         "version": VERSION,
         "samples": len(index.samples),
