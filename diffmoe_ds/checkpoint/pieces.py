@@ -1,7 +1,7 @@
 """Where the pieces of a checkpoint's tensors are, in 64 bytes per piece.
 
 With ZeRO 3, every rank saves a piece of every tensor: over a million at 1,024 ranks. The kinds of a piece (master
-weights, moments, averaged weights) share one row of numbers, and rows are what ranks tell each other.
+weights, moments, averaged weights) share one row of numbers, and ranks exchange rows.
 """
 
 from __future__ import annotations

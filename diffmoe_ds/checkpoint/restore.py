@@ -1,7 +1,7 @@
 """Fill a model and an engine from a checkpoint.
 
 Ranks that need the same weights read each byte of them once: a rank reads some of the files, and what it has read
-reaches the others in an all-reduce, to which they contribute zeros. As integers, so that every bit survives.
+reaches the others in an all-reduce, to which they contribute zeros. It adds the bits as integers, so that all survive.
 """
 
 from __future__ import annotations

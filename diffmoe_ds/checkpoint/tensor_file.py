@@ -1,7 +1,7 @@
 """Read safetensors files by offset.
 
 The safetensors library maps a file for as long as it is open: its disk space is not freed when it is removed, and a
-disk error is a SIGBUS. Here, a file is read with ``pread`` where it is needed, and errors are ours.
+disk error is a SIGBUS. Here, ``preadv`` reads what is needed, and every error is a `CheckpointError`.
 """
 
 from __future__ import annotations

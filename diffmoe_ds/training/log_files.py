@@ -33,7 +33,7 @@ CHUNK_BYTES = 1 << 20
 TRANSIENT = frozenset(
     (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 )
-"""Errors that may pass without anybody's help, so that a run starts in spite of them."""
+"""Errors that may go away by themselves; a run starts despite them."""
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 """Start of the name of an event file: TensorBoard reads the files of a directory in the order of their names."""
 POSITIVE_BINS = tuple(1e-12 * 1.1**power for power in range(774))
@@ -193,7 +193,7 @@ class JsonlLog:
             tmp_directory: see `replacing`.
 
         Raises:
-            CheckpointError: the file cannot be written, for a reason that somebody has to mend.
+            CheckpointError: the file cannot be written, and the error is not one of `TRANSIENT`.
         """
         self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory))
         try:
