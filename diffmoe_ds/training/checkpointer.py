@@ -90,6 +90,7 @@ class Checkpointer:
         self.complete()
         if self._run.images > self._saved_images:
             self.start(wait=True)
+        self._saver.wait_for_retention()  # the run ends next
 
     def save_before_exit(self) -> None:
         """Finish the checkpoint in progress and save any unsaved progress, before the run ends with another error."""
@@ -133,8 +134,6 @@ class Checkpointer:
             if isinstance(error, CheckpointError):  # AlreadyReportedError: another rank prints it
                 print(f"\n*** WARNING: {error} Training continues without it. ***\n", file=sys.stderr, flush=True)
             return
-        if must_succeed:
-            self._saver.wait_for_retention()
         self._pause_s += time.perf_counter() - start
         if self._run.is_main:
             print(f"{'saved':>11}  {self.last} (training waited {self._pause_s:.3f} s)", flush=True)

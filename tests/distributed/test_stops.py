@@ -15,6 +15,7 @@ import pytest
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
+from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import REPOSITORY, WORKERS, clean_environment, run_ranks, wait_for_end
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
@@ -142,6 +143,20 @@ def test_a_signal_saves_and_requests_a_requeue(tmp_path, number, resume, again):
 
 
 @pytest.mark.slow
+def test_a_requeue_waits_until_older_checkpoints_are_removed(tmp_path):
+    """Also if the last one was started before the signal."""
+    slow_disk = fault_environment(Rule("rename", "*/.removing-images_*", "sleep:1", repeats=True))
+    keep = ("run.total_images=100000", "run.save_every_images=16", "checkpoint.keep_last=1")
+    process, directory = _start(tmp_path, *keep, **slow_disk)
+    _wait_for_rows(directory)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 85 and "WARNING" not in output, output
+    newest = newest_valid(directory, full=True)
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"latest", newest.name}
+
+
+@pytest.mark.slow
 def test_a_signal_after_the_end_changes_nothing(tmp_path):
     """Signals are sent from the last step until the process has exited."""
     process, directory = _start(tmp_path, "run.total_images=160")
@@ -185,18 +200,19 @@ def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
         process.stdout.close()
 
 
-def _start(tmp_path, *overrides, options=()):
+def _start(tmp_path, *overrides, options=(), **environment):
     config = write_json(tmp_path / "ds.json", ep=1, zero=1)
     directory = tmp_path / "run"
     arguments = training_arguments(config, directory, *overrides, options=options)
     command = [sys.executable, "-m", "diffmoe_ds.cli", "train", *arguments]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean_environment()
-    )
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=clean_environment(**environment),
+    )  # fmt: skip
     return process, directory
 
 
-def _wait_for_rows(directory, seconds=90):
+def _wait_for_rows(directory, seconds=300):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         path = directory / "metrics.jsonl"
