@@ -73,6 +73,7 @@ def test_step(capsys):
     assert set(case["tflop"]) == opponents and all(value > 0 for value in case["tflop"].values())
 
 
+@pytest.mark.slow
 def test_whole_step_under_deepspeed():
     finished = run_ranks(1, ["-m", "benchmarks.step", "--quick", "--json", "--deepspeed"])
     assert finished.code == 0, finished.output

@@ -212,10 +212,9 @@ def test_image_depends_on_its_seed_alone(trained, tmp_path):
 
 
 def test_every_inference_choice_of_one_checkpoint(trained, tmp_path):
-    for routing in ("static", "dynamic", "per_token"):
-        for sampler in ("euler", "heun"):
-            options = ("--num-images", "2", "--routing", routing, "--sampler", sampler)
-            sample(trained, tmp_path / f"{routing}-{sampler}", *options)
+    for routing, sampler in (("static", "euler"), ("dynamic", "heun"), ("per_token", "euler")):
+        options = ("--num-images", "2", "--routing", routing, "--sampler", sampler)
+        sample(trained, tmp_path / f"{routing}-{sampler}", *options)
     for options in (("--sampler", "dopri5", "--rtol", "1e-2"), ("--sampler", "sde")):
         sample(trained, tmp_path / options[1], "--num-images", "2", *options)
     raw = sample(trained, tmp_path / "raw", "--num-images", "2", "--weights", "raw")

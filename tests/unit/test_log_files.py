@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -288,8 +289,10 @@ def test_a_run_with_failing_log_files_on_hosts_with_different_clocks(tmp_path):
 def test_other_monitors_never_end_a_run(tmp_path, capsys, monkeypatch):
     from deepspeed.monitor.csv_monitor import csvMonitor
 
+    failures = itertools.cycle((RuntimeError("the service\ndied"), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+
     def lose(*arguments: object) -> None:
-        raise RuntimeError("the service\ndied")
+        raise next(failures)
 
     monkeypatch.setattr(csvMonitor, "write_events", lose)
     config = write_json(tmp_path / "ds.json", ep=1, zero=0, csv_monitor={"enabled": True})

@@ -24,24 +24,13 @@ def values(path: Path) -> list[tuple[int, float]]:
 
 
 def test_csv_files(tmp_path):
-    train(tmp_path, csv_monitor={"enabled": True})
+    train(tmp_path, "run.total_images=32", csv_monitor={"enabled": True})
     rows = read_metrics(tmp_path / "run")
     folder = tmp_path / "run" / "csv"
     assert values(folder / "loss_loss.csv") == pytest.approx([(row["images"], row["loss"]) for row in rows])
     assert len(values(folder / "load_per_expert_block_01_expert_03.csv")) == len(rows)
-    train(tmp_path, "run.total_images=96", csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "x"})
-    assert [images for images, _ in values(tmp_path / "x" / "loss_loss.csv")] == [96]
-
-
-def test_a_full_disk_does_not_end_the_run(tmp_path, capsys, monkeypatch):
-    from deepspeed.monitor.csv_monitor import csvMonitor
-
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(csvMonitor, "write_events", fail)
-    train(tmp_path, csv_monitor={"enabled": True})
-    assert "No space left on device; dropping values of other monitors" in capsys.readouterr().err
+    train(tmp_path, "run.total_images=48", csv_monitor={"enabled": True, "output_path": str(tmp_path), "job_name": "x"})
+    assert [images for images, _ in values(tmp_path / "x" / "loss_loss.csv")] == [48]
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
@@ -49,7 +38,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    train(tmp_path, wandb={"enabled": True, "group": "g"})
+    train(tmp_path, "run.total_images=32", wandb={"enabled": True, "group": "g"})
     (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert not (tmp_path / "wandb").exists() and "WANDB_DIR" not in os.environ
     data = b"".join(path.read_bytes() for path in run.glob("*.wandb"))

@@ -1,8 +1,8 @@
 """Train a few steps in several layouts; print, for a step once the search is warm, what it waits for and sends.
 
-python counting.py FOLDER
+python counting.py FOLDER CASE...
 
-The folder contains zero2.json and zero3.json, DeepSpeed configurations.
+The folder contains zero2.json and zero3.json, DeepSpeed configurations. The cases are names of `CASES`.
 """
 
 import json
@@ -34,7 +34,7 @@ CASES = {
 MODEL = ["model.name=nano-E4", "model.patch_size=4"]
 STEPS = 4
 train_step, forward = loop.train_step, MoELayer.forward
-(folder,) = sys.argv[1:]
+folder, *chosen = sys.argv[1:]
 rank, results = int(os.environ["RANK"]), {}
 step, layer_calls = 0, []
 
@@ -61,9 +61,9 @@ def counting_step(run, *arguments):
 
 
 loop.train_step = counting_step
-for name, overrides in CASES.items():
+for name in chosen:
     step, layer_calls = 0, []
-    sets = [f"run.total_images={STEPS * 16}", "run.save_every_images=0", *MODEL, *overrides]
+    sets = [f"run.total_images={STEPS * 16}", "run.save_every_images=0", *MODEL, *CASES[name]]
     deepspeed = f"{folder}/{'zero3' if name.startswith('ZeRO 3') else 'zero2'}.json"
     arguments = ["train", "--deepspeed_config", deepspeed, "--run-dir", f"{folder}/{name}"]
     code = main([*arguments, *(part for value in sets for part in ("--set", value))])
