@@ -46,7 +46,7 @@ def report(run: Path, out: Path, *options: str) -> ReadPage:
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
     """Rendering at full resolution would be a third of the time of these tests."""
-    monkeypatch.setattr(style, "DPI", 50)
+    monkeypatch.setattr(style, "DPI", 80)
 
 
 @pytest.fixture
@@ -104,6 +104,7 @@ def test_latents_ddpm_one_row_and_an_unfinished_run(tmp_path):
         "does not support classifier-free guidance",
         "0 <b>boot</b>, 250, 500, 750",
         "9 to 10, the same for every class",
+        "takes as many tokens as have a predicted probability above its threshold.",
     ):
         assert sentence in page.text
 
@@ -115,6 +116,7 @@ def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
         shutil.copy(run / name, model)
     page = report(model, tmp_path / "out", "--classes", "coat", "--capacity", "2")
     assert "7 images of 1 class" in page.text
+    assert "use other thresholds, calibrated to 2 experts per token." in page.text
     assert "loss" not in page.figures() and "no curves" in page.text
     assert "capacity_by_class" not in page.figures(), "there is one class"
     adaptive = ("--sampler", "dopri5", "--rtol", "0.1", "--atol", "0.1")
@@ -126,9 +128,7 @@ def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     (
-        (("--routing", "dynamic"), "takes as many tokens as have a predicted probability above its threshold."),
         (("--routing", "static"), "do not depend on the thresholds: their routing is static."),
-        (("--capacity", "2"), "use other thresholds, calibrated to 2 experts per token."),
     ),
 )
 def test_thresholds_are_explained_for_the_routing_used(run, tmp_path, options, sentence):
