@@ -127,9 +127,7 @@ def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    (
-        (("--routing", "static"), "do not depend on the thresholds: their routing is static."),
-    ),
+    ((("--routing", "static"), "do not depend on the thresholds: their routing is static."),),
 )
 def test_thresholds_are_explained_for_the_routing_used(run, tmp_path, options, sentence):
     page = report(run, tmp_path / "out", *options)
