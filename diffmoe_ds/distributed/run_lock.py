@@ -10,6 +10,7 @@ directory any more (see `ownership`); when it resumes, it finds another job's to
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -79,8 +80,8 @@ class RunLock:
         try:
             self._acquire()
         except OSError as error:
-            if self._file >= 0 and not self._mine.exists():  # moved away by whoever has the lock now
-                raise self._just_locked() from None
+            if error.errno in (errno.ENOENT, errno.ESTALE) and self._directory.is_dir():
+                raise self._just_locked() from None  # whoever has the lock now has moved our directory away
             raise CheckpointError(f"{self._path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
         finally:
             if not self._acquired:
@@ -164,12 +165,26 @@ class RunLock:
 
     def _require_ours(self) -> None:
         """Raise if another job has taken the lock."""
-        holder = _read(self._path)
+        holder = self._restore()
         if holder is None or holder["token"] != self._me["token"] or not self._mine.exists():
             raise self._just_locked()
 
+    def _restore(self) -> dict[str, Any] | None:
+        """Return the contents of the lock file, after putting ours back if somebody has removed it.
+
+        A holder that resumes before its directory is moved away may release a lock that has just been taken from it.
+        """
+        holder = _read(self._path)
+        if holder is None:
+            with contextlib.suppress(FileExistsError):
+                os.link(self._mine, self._path)
+            holder = _read(self._path)
+        return holder
+
     def _just_locked(self) -> RunDirectoryBusyError:
-        return RunDirectoryBusyError(f"{self._directory}: was just locked by {_who(_read(self._path) or {})}.")
+        holder, mine = _read(self._path) or {}, self._me["token"]
+        who = _who(holder) if holder.get("token", mine) != mine else "another job"  # which has left since
+        return RunDirectoryBusyError(f"{self._directory}: was just locked by {who}.")
 
     def _release(self) -> None:
         """Remove our directories, and that of the checkpoints if it is empty."""
@@ -197,11 +212,8 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):  # a file system that does not respond now may do so later
-                holder = _read(self._path)
-                if holder is None:  # somebody has removed or damaged it
-                    with contextlib.suppress(FileExistsError):
-                        os.link(self._mine, self._path)
-                elif holder["token"] != self._me["token"]:
+                holder = self._restore()
+                if holder is not None and holder["token"] != self._me["token"]:
                     self._lost_to = holder
                     return
                 os.utime(self._file)  # needs no space, and never touches the file of a new holder

@@ -22,7 +22,7 @@ from diffmoe_ds.distributed.rendezvous import join_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.surplus import release_surplus
 from diffmoe_ds.distributed.watchdog import Watchdog
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError
 from diffmoe_ds.files import write_text
 from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
@@ -56,7 +56,12 @@ class Session:
 
         Raises:
             CheckpointError: on all ranks, if no checkpoint can be read or the run directory cannot be written.
+            RunDirectoryBusyError: on all ranks, if another job has taken the run directory over meanwhile.
         """
+        with self._as_owner():
+            return self._prepare()
+
+    def _prepare(self) -> Run:
         plan, device = self.plan, local_device(self.plan.launch)
         path = agree_on_checkpoint(plan.choices, plan.directory, device, self.watchdog.reading)
         self.plan = raise_on_all_ranks(device, lambda: plan.with_checkpoint(path))
@@ -82,11 +87,22 @@ class Session:
 
         Raises:
             CheckpointError: on all ranks, if the files cannot be written.
+            RunDirectoryBusyError: on all ranks, if another job has taken the run directory over meanwhile.
         """
+        with self._as_owner():
+            log = self._open_files(run)
+        if run.is_main and run.engine.monitor.enabled:  # the wandb and csv_monitor sections of the DeepSpeed JSON
+            log.monitor = run.engine.monitor.write_events
+            run.engine.monitor.enabled = False  # DeepSpeed's own values repeat ours, and would fail on a full disk
+            self.resources.callback(finish_wandb)
+        self.resources.callback(log.close)
+        return log
+
+    def _open_files(self, run: Run) -> RunLog:
         settings, directory, total = run.settings, run.directory, run.config.run.total_images
         board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
         peak = peak_images_per_s(run.config, run.topology.world, run.device)
-        log = raise_on_all_ranks(
+        return raise_on_all_ranks(
             run.device,
             lambda: (
                 open_log(
@@ -103,12 +119,6 @@ class Session:
                 else RunLog()
             ),
         )
-        if run.is_main and run.engine.monitor.enabled:  # the wandb and csv_monitor sections of the DeepSpeed JSON
-            log.monitor = run.engine.monitor.write_events
-            run.engine.monitor.enabled = False  # DeepSpeed's own values repeat ours, and would fail on a full disk
-            self.resources.callback(finish_wandb)
-        self.resources.callback(log.close)
-        return log
 
     def open_batches(self, run: Run) -> BatchSource:
         """Start this rank's data loader, whose workers end with the session."""
@@ -128,10 +138,29 @@ class Session:
 
         Raises:
             CheckpointError: on all ranks, if another process has removed the last checkpoint.
+            RunDirectoryBusyError: on all ranks, if another job has taken the run directory over meanwhile.
         """
         if run.is_main and last is None:
             print(f"{'complete':>11}  already trained on {run.images:,} images; for more, raise run.total_images")
+        self._check_lock()
         raise_on_all_ranks(run.device, lambda: _require_present(last) if run.is_main and last is not None else None)
+
+    @contextmanager
+    def _as_owner(self) -> Iterator[None]:
+        """Run a block that reads or writes the run directory, and whose errors all ranks raise.
+
+        Raises:
+            RunDirectoryBusyError: on all ranks, if it failed because another job has taken the run directory over.
+        """
+        try:
+            yield
+        except (CheckpointError, AlreadyReportedError):
+            self._check_lock()
+            raise
+
+    def _check_lock(self) -> None:
+        """Raise RunDirectoryBusyError on all ranks if another job has taken over the run directory."""
+        raise_on_all_ranks(local_device(self.plan.launch), lambda: None if self.lock is None else self.lock.check_now())
 
 
 @contextmanager

@@ -8,17 +8,29 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+from diffmoe_ds.checkpoint.layout import checkpoint_root
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
+from diffmoe_ds.distributed.run_lock import RunLock
+from diffmoe_ds.files import remove_tree
 from tests.faults.processes import snapshot
 from tests.faults.shim import Rule, fault_environment
-from tests.helpers.processes import REPOSITORY, ForkedProcess, ForkServer, clean_environment
+from tests.helpers.processes import MODULES as TRAINING_MODULES
+from tests.helpers.processes import (
+    REPOSITORY,
+    ForkedProcess,
+    ForkServer,
+    clean_environment,
+    free_port,
+    rank_environment,
+)
+from tests.helpers.training import training_arguments, write_json
 
 LIMIT_S = 120
 MODULES = ("torch", "diffmoe_ds.checkpoint.save", "diffmoe_ds.distributed.run_lock", "diffmoe_ds.training.log_files")
@@ -27,6 +39,13 @@ MODULES = ("torch", "diffmoe_ds.checkpoint.save", "diffmoe_ds.distributed.run_lo
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
     server = ForkServer(MODULES, **fault_environment())
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def training_server() -> Iterator[ForkServer]:
+    server = ForkServer(TRAINING_MODULES, **fault_environment())
     yield server
     server.close()
 
@@ -66,17 +85,23 @@ def state(pid: int) -> str:
 def job(server: ForkServer, run: Path, *options: str, rules: tuple[Rule, ...] = ()) -> Iterator[Job]:
     """Start a job, and kill it at the end of the block if it is still there."""
     environment = clean_environment(**fault_environment(*rules))
+    with started(server, ["tests/faults/owner.py", str(run), *options], environment) as found:
+        yield found
+
+
+@contextmanager
+def started(server: ForkServer, arguments: list[str], environment: dict[str, str]) -> Iterator[Job]:
+    """Start a process, and kill it at the end of the block if it is still there."""
     with tempfile.TemporaryFile("w+") as output:
-        arguments = ["tests/faults/owner.py", str(run), *options]
         process = server.start(arguments, environment, REPOSITORY, output)
-        started = Job(process, output)
+        found = Job(process, output)
         try:
-            yield started
+            yield found
         finally:
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.kill()
-            started.told = started.text()
+            found.told = found.text()
 
 
 def wake_up(server: ForkServer, run: Path, action: str, n: int, *, during: bool) -> bool:
@@ -151,6 +176,47 @@ def test_a_job_woken_around_any_rename_changes_nothing(server, tmp_path, action,
         if not wake_up(server, tmp_path / f"run-{n}", action, n, during=during):
             break
     assert n > 12, "renames of the lock, the recipe, and four checkpoints"
+
+
+def training(server: ForkServer, run: Path, rank: int, port: int, *rules: Rule) -> AbstractContextManager[Job]:
+    """Start a rank of a run of three steps on two ranks, in Slurm job 7."""
+    config = write_json(run.with_name("ds.json"), ep=2, zero=2)
+    settings = ("run.total_images=48", "run.save_every_images=16")
+    environment = rank_environment(rank, 2, port, SLURM_JOB_ID="7", **fault_environment(*rules))
+    return started(server, ["diffmoe_ds/train.py", *training_arguments(config, run, *settings)], environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "resumes"),
+    (
+        pytest.param(Rule("read", "*/rank_00000.safetensors", "stop"), True, id="resume"),
+        pytest.param(Rule("rename", "*/resolved.yaml", "stop"), False, id="recipe"),
+        pytest.param(Rule("open", "*/.writing-metrics*", "stop"), False, id="log"),
+        pytest.param(Rule("rename", "*/images_000000000048", "after-stop"), False, id="end"),
+    ),
+)
+def test_a_woken_run_says_that_another_job_has_taken_over(training_server, tmp_path, rule, resumes):
+    """Whatever it was about to do, the missing files are not what it reports."""
+    run, codes = tmp_path / "run", []
+    for rules in ((), (rule,)) if resumes else ((rule,),):
+        port = free_port()
+        ranks = training(training_server, run, 0, port, *rules), training(training_server, run, 1, port)
+        with ranks[0] as first, ranks[1] as second:
+            if rules:
+                assert first.wait(until_stopped=True) is None, first.text()
+                with RunLock(run, checkpoint_root(run), {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
+                    if resumes:
+                        remove_tree(checkpoint_root(run) / "images_000000000048")
+                    before = snapshot(run)
+                    os.kill(first.process.pid, signal.SIGCONT)
+                    codes = [first.wait(), second.wait()]
+                    assert snapshot(run) == before
+            else:
+                assert [first.wait(), second.wait()] == [0, 0], first.text()
+    assert codes == [2, 2], first.told + second.told
+    assert f"error: {run}: was taken over by job 7, process {os.getpid()} on " in first.told
+    assert "Traceback" not in first.told + second.told
 
 
 def test_leftovers_that_cannot_be_removed_do_not_matter(server, tmp_path):

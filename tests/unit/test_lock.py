@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffmoe_ds.distributed import run_lock as lock_module
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
 from tests.helpers.processes import clean_environment
@@ -124,6 +125,36 @@ def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
         with pytest.raises(RunDirectoryBusyError, match="was taken over by job 13"):
             frozen.check()
     assert json.loads((tmp_path / "lock.json").read_text())["job"] == "13"
+
+
+def test_start_whose_directory_is_moved_away_names_the_cause(tmp_path, monkeypatch):
+    """Another job takes the lock and ends while a start is suspended, here between its two directories."""
+    late, claim = lock(tmp_path), Owner.claim
+
+    def claim_slowly(owner, root):
+        claim(owner, root)
+        if owner is late.owner:
+            with lock(tmp_path):
+                pass
+
+    monkeypatch.setattr(Owner, "claim", claim_slowly)
+    with pytest.raises(RunDirectoryBusyError, match="was just locked by another job"):
+        late.__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_holder_that_releases_the_lock_during_a_takeover_does_not_end_the_new_job(tmp_path, monkeypatch):
+    path, sleep = elsewhere(tmp_path), time.sleep
+
+    def release(seconds):
+        if seconds == lock_module.SETTLE_S:
+            path.unlink()
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", release)
+    with lock(tmp_path) as taken:
+        assert json.loads(path.read_text())["token"] == taken.owner.token
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_lock_is_replaced(tmp_path):
