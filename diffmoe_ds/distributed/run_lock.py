@@ -267,5 +267,12 @@ def _restarts(text: str) -> int:
 
 
 def _who(holder: Mapping[str, Any]) -> str:
-    job = f"job {holder['job']}, " if holder.get("job") else ""
-    return f"{job}process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
+    job = f"job {_shown(holder['job'])}, " if holder.get("job") else ""
+    pid, host, since = (_shown(holder.get(key)) for key in ("pid", "host", "since"))
+    return f"{job}process {pid} on {host} (since {since})"
+
+
+def _shown(value: object) -> str:
+    """Return a value from the lock file, which anybody may have written, as part of a one-line message."""
+    text = str(value)[:80]
+    return text if value is not None and text.isprintable() else "unknown"

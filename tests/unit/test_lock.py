@@ -127,6 +127,13 @@ def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["job"] == "13"
 
 
+def test_holder_is_named_in_one_line(tmp_path):
+    with lock(tmp_path) as frozen:
+        elsewhere(tmp_path, host="node\n\x1b[31m", since="x" * 1000)
+        with pytest.raises(RunDirectoryBusyError, match=r"by process 7 on unknown \(since x{80}\) while"):
+            frozen.check_now()
+
+
 def test_start_whose_directory_is_moved_away_names_the_cause(tmp_path, monkeypatch):
     """Another job takes the lock and ends while a start is suspended, here between its two directories."""
     late, claim = lock(tmp_path), Owner.claim
