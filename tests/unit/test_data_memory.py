@@ -1,11 +1,15 @@
 """Memory that grows with the dataset, in ranks and in loader workers."""
 
+import errno
 import gc
 import io
 import json
 import multiprocessing
+import os
+import pickle
 import re
 import tarfile
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 
 from benchmarks import memory
 from diffmoe_ds.data.sources import folder
+from diffmoe_ds.data.sources.compressed import StoredBytes
 from diffmoe_ds.data.sources.folder import ImageFolder
 from diffmoe_ds.data.sources.shards import Sample, ShardDataset
 from diffmoe_ds.errors import DataError
@@ -94,7 +99,40 @@ def test_only_the_images_of_a_compressed_shard_are_kept(tmp_path):
     assert dataset[49].label == 3 and dataset.labels.tolist() == [3] * 50 + [4]
     with pytest.raises(DataError, match="has a link"):
         dataset.image_bytes(50)
-    assert sum(map(len, dataset._unpacked.values())) <= 50 * (len(PNG) + 1) + 1
+    (stored,) = dataset._unpacked.values()
+    assert os.fstat(stored._file.fileno()).st_size <= 50 * (len(PNG) + 1) + 1
+
+
+def anonymous_mb() -> float:
+    """The memory of this process that no file backs."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous:\s+(\d+)", text)[1]) / 2**10
+
+
+def test_decompressed_images_are_in_a_file_if_there_is_room_for_one(tmp_path, monkeypatch):
+    data = np.random.default_rng(0).bytes(64 * MB)
+    before = anonymous_mb()
+    stored = [StoredBytes(data)]
+    assert anonymous_mb() - before < 32 and stored[0]._data is None
+    stored.append(pickle.loads(pickle.dumps(stored[0])))
+
+    class Full(io.FileIO):
+        """A file on a full disk."""
+
+        def write(self, data) -> int:
+            if self.tell():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:1000])
+
+    full = Full(tmp_path / "full", "w+")
+    for error in (lambda **_: full, lambda **_: Path("/nowhere/file").open("wb")):
+        monkeypatch.setattr(tempfile, "TemporaryFile", error)
+        stored.append(StoredBytes(data))
+    assert full.closed
+    for each in stored:
+        buffers = bytearray(1000), np.empty(24, np.uint8)
+        each.read(12_345, buffers)
+        assert b"".join(buffers) == data[12_345 : 12_345 + 1024]
 
 
 def test_the_log_describes_the_memory_of_rank_and_workers():
