@@ -1,7 +1,8 @@
-"""Host memory of a rank and of its loader workers, and of a process that only imports the same modules.
+"""Host memory of a rank and of its loader workers, and of processes that only import the same modules.
 
 A small model trains on the embedded images. Sizes are anonymous memory in MiB: pages of programs and libraries on the
-disk are not counted. A worker is forked from its rank; of its pages, only the private ones are additional.
+disk are not counted. A worker is forked from its rank; of its pages, only the private ones are additional. They are
+compared with those of a worker of torch's that reads nothing.
 
     python -m benchmarks.memory --json
 """
@@ -41,7 +42,12 @@ for name in names:
     with contextlib.suppress(Exception):
         importlib.import_module(name)
 print("imported", flush=True)
-sys.stdin.read()
+sys.stdin.readline()
+items = iter(torch.utils.data.DataLoader([None] * 100, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+for _ in range(20):
+    next(items)
+print("forked", flush=True)
+sys.stdin.readline()
 """
 
 
@@ -61,15 +67,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(folder: Path, workers: int) -> dict[str, Any]:
-    """Return ``imports_mb``, ``rank_mb``, ``rank_above_imports_mb`` and ``workers_private_mb``."""
+    """Return ``imports_mb``, ``rank_mb``, ``rank_above_imports_mb``, and the private memory of workers."""
     modules = folder / "modules.json"
     rank, private = _trained(folder / "run", modules, workers)
-    imports = _imported(modules)
+    imports, idle = _imported(modules)
     return {
         "imports_mb": round(imports, 1),
         "rank_mb": round(rank, 1),
         "rank_above_imports_mb": round(rank - imports, 1),
         "workers_private_mb": [round(size, 1) for size in private],
+        "idle_worker_private_mb": round(idle, 1),
     }
 
 
@@ -85,20 +92,35 @@ def _trained(run: Path, modules: Path, workers: int) -> tuple[float, list[float]
         while _rows(run) < MEASURED_AFTER:
             assert process.poll() is None and time.monotonic() < deadline, "the run has failed"
             time.sleep(0.1)
-        rank = _sizes(process.pid)["Anonymous"]
-        children = psutil.Process(process.pid).children()
-        private = [sizes["Private_Clean"] + sizes["Private_Dirty"] for sizes in map(_sizes, [c.pid for c in children])]
+        rank, private = _sizes(process.pid)["Anonymous"], _private(process.pid)
         assert process.wait(TIMEOUT_S) == 0, "the run has failed"
     return rank, private
 
 
-def _imported(modules: Path) -> float:
-    """Return the memory of a process that imports some modules."""
+def _imported(modules: Path) -> tuple[float, float]:
+    """Return the memory of a process that imports some modules, and the private memory of an idle worker of it."""
     with _running([sys.executable, "-c", IMPORTED, str(modules)]) as process:
-        assert process.stdout is not None
-        while "imported" not in process.stdout.readline():
-            assert process.poll() is None, "the modules cannot be imported"
-        return _sizes(process.pid)["Anonymous"]
+        assert process.stdin is not None
+        _wait_for("imported", process)
+        imports = _sizes(process.pid)["Anonymous"]
+        process.stdin.write("\n")
+        process.stdin.flush()
+        _wait_for("forked", process)
+        (idle,) = _private(process.pid)
+        return imports, idle
+
+
+def _wait_for(word: str, process: subprocess.Popen[str]) -> None:
+    """Wait until a process prints a word."""
+    assert process.stdout is not None
+    while word not in process.stdout.readline():
+        assert process.poll() is None, "the modules cannot be imported"
+
+
+def _private(pid: int) -> list[float]:
+    """Return the private memory of each worker of a process."""
+    workers = map(_sizes, [child.pid for child in psutil.Process(pid).children()])
+    return [sizes["Private_Clean"] + sizes["Private_Dirty"] for sizes in workers]
 
 
 @contextlib.contextmanager

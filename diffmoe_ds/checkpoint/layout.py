@@ -88,6 +88,6 @@ def parse_key(key: str) -> tuple[str, str, int]:
     """
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("@")
-    if not re.fullmatch("[0-9]{1,18}", start):
+    if not (start.isdecimal() and start.isascii() and len(start) <= 18):
         raise ValueError(f"{key[:80]!r} is not KIND/NAME@START")
     return kind, name, int(start)

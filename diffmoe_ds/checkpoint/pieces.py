@@ -75,8 +75,8 @@ def buffers_of(header: Mapping[str, Stored], file: int) -> dict[str, Run]:
     """
     found = {}
     for key, stored in header.items():
-        kind, name, start = parse_key(key)
-        if kind == BUFFER:
+        if key.startswith(f"{BUFFER}/"):
+            _, name, start = parse_key(key)
             found[name] = Run(start, stored.shape[0], file, stored.offset)
     return found
 

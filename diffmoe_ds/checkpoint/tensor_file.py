@@ -26,6 +26,8 @@ MAX_DIMENSIONS = 8
 """Most dimensions of a tensor."""
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 """The supported types by their name in a header."""
+ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+"""Bytes of an element of each."""
 
 
 class Stored(NamedTuple):
@@ -37,6 +39,8 @@ class Stored(NamedTuple):
     """Its shape."""
     offset: int
     """Its first byte in the file."""
+    end: int
+    """The byte after its last one."""
 
 
 class TensorFile:
@@ -73,18 +77,18 @@ class TensorFile:
             raise self._error(f"its header has {length:,} bytes, of a file of {self._size:,} bytes")
         try:
             tree = parse_json(self._read(8, length).decode())
-            found = {name: _stored(entry) for name, entry in tree.items() if name != "__metadata__"}
-            end = 0
-            for name, (first, last, stored) in sorted(found.items(), key=lambda item: item[1][:2]):
-                if first != end:  # also if a name occurs twice
+            tree.pop("__metadata__", None)
+            found = {name: _stored(entry, 8 + length) for name, entry in tree.items()}
+            end = 8 + length
+            for stored, name in sorted((stored[2:], name) for name, stored in found.items()):
+                if stored[0] != end:  # also if a name occurs twice
                     raise ValueError(f"{name!r} overlaps another tensor, or leaves a gap")
-                end = last
-                found[name] = first, last, stored._replace(offset=8 + length + first)
-            if end != self._size - 8 - length:
-                raise ValueError(f"it describes {end:,} bytes, but {self._size - 8 - length:,} follow")
+                end = stored[1]
+            if end != self._size:
+                raise ValueError(f"it describes {end - 8 - length:,} bytes, but {self._size - 8 - length:,} follow")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._error(f"its header is damaged: {error}") from None
-        return {name: stored for name, (_, _, stored) in found.items()}
+        return found
 
     def read(self, offset: int, out: Tensor, progress: Progress = lambda: None) -> None:
         """Fill a contiguous CPU tensor with bytes of the file.
@@ -119,17 +123,21 @@ class TensorFile:
         return CheckpointError(f"{self.path}: cannot be read: {reason}.")
 
 
-def _stored(entry: Any) -> tuple[int, int, Stored]:
-    """Return first and last byte of a tensor among the tensors' bytes, and its description without the offset.
+def _stored(entry: Any, first_byte: int) -> Stored:
+    """Return the description of a tensor in a header.
+
+    Args:
+        entry: the description in JSON.
+        first_byte: of all tensors, in the file.
 
     Raises:
         ValueError: the description contradicts itself.
         KeyError: it is incomplete; as TypeError and AttributeError, raised for JSON of another structure.
     """
     dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    numbers = (*shape, first, last)
-    if type(dtype) is not str or len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
+    valid = type(dtype) is str and len(shape) <= MAX_DIMENSIONS
+    for number in (*shape, first, last):
+        valid = valid and type(number) is int and number >= 0
+    if not valid or first > last or (dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first):
         raise ValueError(f"it describes a tensor as {str(entry)[:80]}")
-    if first > last or (dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != last - first):
-        raise ValueError(f"it describes a tensor as {str(entry)[:80]}")
-    return first, last, Stored(dtype, shape, 0)
+    return Stored(dtype, shape, first_byte + first, first_byte + last)

@@ -19,6 +19,7 @@ from diffmoe_ds.files import replacing
 from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
+from diffmoe_ds.training.host_memory import gather_host_memory
 from diffmoe_ds.training.preview import Preview
 from diffmoe_ds.training.profiler import ProfileSteps
 from diffmoe_ds.training.routing_report import routing_report
@@ -107,11 +108,12 @@ class CompareRanks:
 
 
 class LogLine:
-    """Print a log line and write scalars and routing statistics to TensorBoard."""
+    """Print a log line and write scalars and routing statistics to TensorBoard; after the first line, host memory."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self._run, self._log = run, log
         self._due = Interval(run.config.run.log_every_images, run.images)
+        self._is_first = True
 
     def __call__(self, step: StepResult) -> None:
         if not (self._due(self._run.images) or self._run.is_complete):
@@ -120,6 +122,9 @@ class LogLine:
             report = routing_report(step.routing, step.noise_level_B)
             self._log.routing(report, self._run.model.moe_layers(), self._run.images)
         self._log.line()
+        if self._is_first:
+            self._is_first = False
+            self._log.host_memory(gather_host_memory(self._run.device), self._run.images)
 
 
 class Validate:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffmoe_ds.distributed.stragglers import Comparison
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.devices import device_reported
 from diffmoe_ds.planning.flops import flops_per_image
-from diffmoe_ds.training.host_memory import describe_host_memory
+from diffmoe_ds.training.host_memory import HostMemory, describe_largest, largest
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from diffmoe_ds.training.routing_report import RoutingReport
 
@@ -67,6 +67,14 @@ class RunLog:
 
     def ranks(self, comparison: Comparison, images: int) -> None:
         """Write how much slower the slowest rank is than the others, and print it if it is a straggler."""
+
+    def host_memory(self, ranks: Sequence[HostMemory], images: int) -> None:
+        """Print and write what the rank with the most host memory takes.
+
+        Args:
+            ranks: the memory of every rank.
+            images: images seen so far.
+        """
 
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
         """Write a uint8 image to TensorBoard."""
@@ -141,7 +149,6 @@ class MainLog(RunLog):
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), images)], maxlen=SPEED_STEPS + 1)
         self._since_line: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
-        self._printed_memory = False
         self._monitor_failed = False
         if torch.cuda.is_available():
             self._copied = torch.cuda.Event()
@@ -206,10 +213,6 @@ class MainLog(RunLog):
             f"{last['peak_memory_mb']:,.0f} MB | ETA {_clock(left)}",
             flush=True,
         )
-        memory = None if self._printed_memory else describe_host_memory()
-        self._printed_memory = True
-        if memory is not None:
-            print(f"{'memory':>11}  rank 0 takes {memory}", flush=True)
 
     def routing(self, report: RoutingReport, layers: Mapping[int, MoELayer], images: int) -> None:
         if self._board is None and self.monitor is None:
@@ -241,6 +244,13 @@ class MainLog(RunLog):
             if self._board is not None:
                 self._board.add_text("ranks/straggler", str(comparison), images)
                 self._board.flush()
+
+    def host_memory(self, ranks: Sequence[HostMemory], images: int) -> None:
+        rank = largest(ranks)
+        if not ranks[rank].total_mb:
+            return
+        self._scalars({"ranks/host_memory_mb": ranks[rank].total_mb, "ranks/host_memory_rank": rank}, images)
+        print(f"{'memory':>11}  {describe_largest(ranks)}", flush=True)
 
     def image(self, tag: str, grid_HWC: np.ndarray, images: int) -> None:
         if self._board is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -153,6 +154,18 @@ def test_few_files_are_open_and_none_after_closing(tmp_path, monkeypatch):
         assert opened(reader) == []
     with open("/proc/self/maps") as maps:
         assert str(reader.path) not in maps.read()
+
+
+def test_the_garbage_collector_is_paused_while_headers_are_read(tmp_path, monkeypatch):
+    checkpoint(tmp_path / "a", [[("fp32", 0, torch.zeros(3))], [("fp32", 3, torch.zeros(3))]], (6,))
+    header, enabled = TensorFile.header, []
+    monkeypatch.setattr(TensorFile, "header", lambda file: (enabled.append(gc.isenabled()), header(file))[1])
+    assert CheckpointReader(tmp_path / "a").kinds() == ["fp32"]
+    assert enabled == [False, False] and gc.isenabled()
+    os.truncate(tmp_path / "a" / rank_file(1), 100)
+    with pytest.raises(CheckpointError, match=rank_file(1)):
+        CheckpointReader(tmp_path / "a").kinds()
+    assert gc.isenabled()
 
 
 def test_constructing_a_reader_reads_the_metadata_only(run_copy):

@@ -1,11 +1,15 @@
 """Memory that grows with the dataset, in ranks and in loader workers."""
 
+import errno
 import gc
 import io
 import json
 import multiprocessing
+import os
+import pickle
 import re
 import tarfile
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -14,10 +18,11 @@ import pytest
 
 from benchmarks import memory
 from diffmoe_ds.data.sources import folder
+from diffmoe_ds.data.sources.compressed import StoredBytes
 from diffmoe_ds.data.sources.folder import ImageFolder
 from diffmoe_ds.data.sources.shards import Sample, ShardDataset
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.training.host_memory import describe_host_memory
+from diffmoe_ds.training.host_memory import HostMemory, describe_largest, measure_host_memory
 from tests.helpers.data import PNG, loader, take
 
 MB = 2**20
@@ -94,26 +99,67 @@ def test_only_the_images_of_a_compressed_shard_are_kept(tmp_path):
     assert dataset[49].label == 3 and dataset.labels.tolist() == [3] * 50 + [4]
     with pytest.raises(DataError, match="has a link"):
         dataset.image_bytes(50)
-    assert sum(map(len, dataset._unpacked.values())) <= 50 * (len(PNG) + 1) + 1
+    (stored,) = dataset._unpacked.values()
+    assert os.fstat(stored._file.fileno()).st_size <= 50 * (len(PNG) + 1) + 1
 
 
-def test_the_log_describes_the_memory_of_rank_and_workers():
-    assert describe_host_memory().endswith(" MB of host memory")
+def anonymous_mb() -> float:
+    """The memory of this process that no file backs."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"Anonymous:\s+(\d+)", text)[1]) / 2**10
+
+
+def test_decompressed_images_are_in_a_file_if_there_is_room_for_one(tmp_path, monkeypatch):
+    data = np.random.default_rng(0).bytes(64 * MB)
+    before = anonymous_mb()
+    stored = [StoredBytes(data)]
+    assert anonymous_mb() - before < 32 and stored[0]._data is None
+    stored.append(pickle.loads(pickle.dumps(stored[0])))
+
+    class Full(io.FileIO):
+        """A file on a full disk."""
+
+        def write(self, data) -> int:
+            if self.tell():
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:1000])
+
+    full = Full(tmp_path / "full", "w+")
+    for opened in (lambda **_: full, lambda **_: io.FileIO("/nowhere/file", "w+")):
+        monkeypatch.setattr(tempfile, "TemporaryFile", opened)
+        stored.append(StoredBytes(data))
+    assert full.closed
+    for each in stored:
+        buffers = bytearray(1000), np.empty(24, np.uint8)
+        each.read(12_345, buffers)
+        assert b"".join(buffers) == data[12_345 : 12_345 + 1024]
+
+
+def test_the_log_describes_the_memory_of_the_rank_that_takes_most():
+    alone = measure_host_memory()
     context = multiprocessing.get_context("fork")
     end = context.Event()
     worker = context.Process(target=end.wait)
     worker.start()
     try:
-        text = describe_host_memory()
+        both = measure_host_memory()
     finally:
         end.set()
         worker.join(60)
-    assert re.fullmatch(r"[\d,]+ MB of host memory with \d+ loader workers?, \d+ MB for each of them", text)
+    assert both.workers == alone.workers + 1 and 0 < both.worker_mb < both.total_mb
+    ranks = [HostMemory(377.6, 0, 0), HostMemory(1400.2, 2, 10.4), HostMemory(0, 0, 0)]
+    assert describe_largest(ranks[:1]) == "rank 0 takes 378 MB of host memory"
+    assert describe_largest(ranks) == (
+        "rank 1 takes 1,400 MB of host memory with 2 loader workers, 10 MB for each of them; the most of 3 ranks"
+    )
 
 
 @pytest.mark.slow
 def test_the_benchmark_compares_a_rank_with_its_imports(capsys):
     assert memory.main(["--json", "--workers", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"imports_mb", "rank_mb", "rank_above_imports_mb", "workers_private_mb"}
+    assert set(report) == {
+        "imports_mb", "rank_mb", "rank_above_imports_mb", "workers_private_mb", "idle_worker_private_mb",
+    }  # fmt: skip
     assert report["rank_mb"] > report["imports_mb"] > 50 and len(report["workers_private_mb"]) == 1
+    assert report["idle_worker_private_mb"] > 0

@@ -1,11 +1,14 @@
-"""Decompress shards, within bounds."""
+"""Decompress shards, within bounds, and store what is read from them again and again."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import mmap
 import os
-from collections.abc import Iterator
-from typing import BinaryIO
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 from diffmoe_ds.errors import DataError
 
@@ -38,3 +41,42 @@ def decompress(shard: str, file: BinaryIO) -> Iterator[bytes]:
                     "decompression bomb"
                 )
             yield chunk
+
+
+class StoredBytes:
+    """Bytes in an unnamed temporary file, or in memory if there is no room for the file.
+
+    The kernel can drop the pages of a file when memory is scarce. Forked processes share the file, which disappears
+    with the last of them.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Store the bytes."""
+        self._data: bytes | None = data
+        with contextlib.suppress(OSError), contextlib.ExitStack() as on_error:  # a full or read-only disk, for example
+            file = on_error.enter_context(tempfile.TemporaryFile(buffering=0))
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+            on_error.pop_all()
+            self._file, self._data = file, None
+
+    def read(self, offset: int, buffers: Sequence[Any]) -> None:
+        """Fill buffers with the bytes from an offset on.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._data is None:
+            os.preadv(self._file.fileno(), buffers, offset)
+            return
+        for buffer in buffers:
+            buffer[:] = memoryview(self._data)[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def __reduce__(self) -> tuple[type[StoredBytes], tuple[bytes]]:
+        data = self._data
+        if data is None:
+            with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as file:
+                data = file[:]
+        return StoredBytes, (data,)

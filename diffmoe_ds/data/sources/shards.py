@@ -18,7 +18,7 @@ import numpy as np
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.control_files import open_descriptor, open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
-from diffmoe_ds.data.sources.compressed import decompress
+from diffmoe_ds.data.sources.compressed import StoredBytes, decompress
 from diffmoe_ds.data.sources.images import decode_pixels
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.remote import is_url
@@ -43,7 +43,7 @@ EMBEDDED_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 
-MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is kept in memory
+MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is decompressed in memory
 MAX_OPEN_FILES = 512  # per dataset and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
 KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index; the scanned one is cached next to them
@@ -89,7 +89,7 @@ class ShardDataset:
         assert shards, "expand() never gives an empty list"
         self._shards = [str(shard) for shard in shards]
         self._cache = cache or shard_cache(DataConfig())
-        self._unpacked: dict[int, bytes] = {}
+        self._unpacked: dict[int, StoredBytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
         self.index = self._open_index() if use_index else self._scan_all()
         if unlabelled:
@@ -222,7 +222,7 @@ class ShardDataset:
             return join(list(pool.map(self._scan, range(len(self._shards)))))
 
     def _scan(self, number: int) -> Index:
-        """Return the samples of a shard; if it is gzipped, its images are kept in memory, decompressed."""
+        """Return the samples of a shard; if it is gzipped, its images are stored decompressed."""
         shard = self._shards[number]
         try:
             with os.fdopen(self._cache.open(shard), "rb") if is_url(shard) else open_regular(shard) as file:
@@ -234,17 +234,16 @@ class ShardDataset:
                 unpacked = _unpack(shard, file)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
-        index, self._unpacked[number] = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
+        index, images = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
+        self._unpacked[number] = StoredBytes(images)
         return index
 
     def _read(self, number: int, offset: int, buffers: list[Any], size: int) -> None:
         """Fill buffers of `size` bytes in total from a shard."""
-        if number in self._unpacked:
-            for buffer in buffers:
-                buffer[:] = memoryview(self._unpacked[number])[offset : offset + len(buffer)]
-                offset += len(buffer)
-            return
         try:
+            if number in self._unpacked:
+                self._unpacked[number].read(offset, buffers)
+                return
             file, changed = self._file(number)
             done = os.preadv(file.fileno(), buffers, offset)
             status = os.fstat(file.fileno())
