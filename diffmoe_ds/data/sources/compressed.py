@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import mmap
 import os
@@ -68,7 +69,8 @@ class StoredBytes:
             OSError: the file cannot be read.
         """
         if self._data is None:
-            os.preadv(self._file.fileno(), buffers, offset)
+            if os.preadv(self._file.fileno(), buffers, offset) != sum(map(len, buffers)):
+                raise OSError(errno.EIO, "The temporary file is truncated")
             return
         for buffer in buffers:
             buffer[:] = memoryview(self._data)[offset : offset + len(buffer)]
