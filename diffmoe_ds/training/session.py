@@ -148,7 +148,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
     launch = rendezvous.launch
     with ExitStack() as resources:
         watchdog = resources.enter_context(
-            Watchdog(launch.rank, launch.world, timeout_s, rendezvous.hosts, rendezvous.store)
+            Watchdog(launch.rank, launch.world, timeout_s, rendezvous.hosts, rendezvous.store, rendezvous.timeout_s)
         )
         with watchdog.watching():
             lock = rendezvous.on_main("lock", lambda: resources.enter_context(_lock(plan.directory)))
