@@ -142,7 +142,8 @@ class Watchdog:
         """Limit the time without progress within the context, also during startup.
 
         Yields:
-            A function to call whenever this rank has read more. It must not wait for other ranks in between.
+            A function to call whenever this rank has read or written more. It must not wait for other ranks in
+            between.
         """
         self._is_reading = True
         try:
