@@ -198,7 +198,7 @@ class Judge:
         """Find the ranks that hold up the others; startup may take long, unless other ranks wait or have left."""
         fewest = min((beats[rank].ticks for rank in present), default=0)
         is_startup = fewest == 0 and len(present) == len(beats)
-        progress = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
+        progress: list[tuple[int, ...]] = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
         if is_startup:  # there are no ticks yet
             progress += [(rank, beats[rank].is_waiting) for rank in present]
         limit_s = self._startup if is_startup else self._timeout
