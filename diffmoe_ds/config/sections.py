@@ -241,7 +241,8 @@ class RunConfig(Section):
     """Interval in images between sample grids, written to TensorBoard and `samples/`, plus one at the end; 0 disables
     them."""
     start_timeout_s: Seconds = 300.0
-    """Seconds to wait at startup for all ranks; then the run fails and names the missing ranks."""
+    """Seconds to wait at startup for all ranks; then the run fails and names the missing ranks. Later, ranks wait that
+    long, and at least 60 s, for one that hangs before its first batch."""
     straggler_steps: NonNegativeInteger = 100
     """Interval in optimizer steps between comparisons of the ranks' compute times; 0 disables them."""
     straggler_ratio: PositiveNumber = 1.5

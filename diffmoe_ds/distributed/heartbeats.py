@@ -37,6 +37,8 @@ class Heartbeat(NamedTuple):
     """`WATCHING`, `FAILED`, `BROKEN` or `LEFT`."""
     is_reading: int = 0
     """1 within `Watchdog.reading`."""
+    is_waiting: int = 0
+    """1 while its main thread waits for other ranks."""
 
     @property
     def place(self) -> str:
@@ -112,7 +114,9 @@ def read_status(store: dist.Store) -> Status:
 class Judge:
     """Decides from the heartbeats whether a rank is lost, and which."""
 
-    def __init__(self, world: int, timeout_s: float, beat_s: float, now: float) -> None:
+    def __init__(
+        self, world: int, timeout_s: float, beat_s: float, now: float, startup_s: float = 0.0
+    ) -> None:  # fmt: skip
         """Start at a time at which all ranks respond.
 
         Args:
@@ -120,13 +124,15 @@ class Judge:
             timeout_s: seconds that a rank may go without heartbeats, or all ranks without progress.
             beat_s: seconds between two heartbeats.
             now: the time in seconds, on any clock that never goes back.
+            startup_s: seconds that ranks wait for others during startup, if that is longer than `timeout_s`.
         """
         self._timeout, self._patience = timeout_s, MISSED_BEATS * beat_s
+        self._startup = max(timeout_s, startup_s)
         self._last = [-1] * world
         self._seen = [now] * world
         self._reads = [(-1, now)] * world
         """By rank, the number of reads so far, and since when it is the same."""
-        self._progress: list[tuple[int, int, int]] = []
+        self._progress: list[tuple[int, ...]] = []
         self._progress_at = now
         self._suspected_at: float | None = None
         self.cleared: Sequence[int] = ()
@@ -186,18 +192,24 @@ class Judge:
             if not beats[rank].is_reading or beats[rank].waits != self._reads[rank][0]:
                 self._reads[rank] = beats[rank].waits, now
         stuck = [rank for rank in present if now - self._reads[rank][1] > self._timeout]
-        return self._stuck(stuck, beats) if stuck else None
+        return self._stuck(stuck, beats, self._timeout) if stuck else None
 
     def _judge_progress(self, beats: Sequence[Heartbeat], present: Sequence[int], now: float) -> Verdict | None:
-        """Find the ranks that hold up the others; startup may take long, unless other ranks have left."""
-        progress = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
-        fewest = min((ticks for _, ticks, _ in progress), default=0)
+        """Find the ranks that hold up the others; startup may take long, unless other ranks wait or have left."""
+        fewest = min((beats[rank].ticks for rank in present), default=0)
         is_startup = fewest == 0 and len(present) == len(beats)
-        if is_startup or progress != self._progress:
+        progress: list[tuple[int, ...]] = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
+        if is_startup:  # there are no ticks yet
+            progress += [(rank, beats[rank].is_waiting) for rank in present]
+        limit_s = self._startup if is_startup else self._timeout
+        if progress != self._progress:
             self._progress, self._progress_at = progress, now
-        elif now - self._progress_at > self._timeout:
-            return self._stuck([rank for rank, ticks, _ in progress if ticks == fewest], beats)
+        elif now - self._progress_at > limit_s:
+            behind = [rank for rank in present if beats[rank].ticks == fewest]
+            working = [rank for rank in behind if not beats[rank].is_waiting]
+            if not is_startup or 0 < len(working) < len(present):
+                return self._stuck(working or behind, beats, limit_s)
         return None
 
-    def _stuck(self, ranks: Sequence[int], beats: Sequence[Heartbeat]) -> Verdict:
-        return Verdict(ranks, f"has been stuck for {self._timeout:.0f} s in {beats[ranks[0]].place}", is_stuck=True)
+    def _stuck(self, ranks: Sequence[int], beats: Sequence[Heartbeat], seconds: float) -> Verdict:
+        return Verdict(ranks, f"has been stuck for {seconds:.0f} s in {beats[ranks[0]].place}", is_stuck=True)

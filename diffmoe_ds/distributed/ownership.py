@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffmoe_ds.files import REMOVING_PREFIX, TMP_PREFIX, free_name, remove_tree
+from diffmoe_ds.files import REMOVING_PREFIX, TMP_PREFIX, Progress, free_name, remove_tree
 
 MOVING = "moving"
 """Subdirectory for what is on its way from one published name to another."""
@@ -43,7 +43,7 @@ class Owner:
         """
         (self.directory(root) / MOVING).mkdir(parents=True)
 
-    def fence_others(self, root: Path, leftovers: re.Pattern[str]) -> None:
+    def fence_others(self, root: Path, leftovers: re.Pattern[str], progress: Progress = lambda: None) -> None:
         """Move away and remove what others have left in a directory; from then on, they cannot rename anything in it.
 
         What cannot be removed stays, with a warning.
@@ -51,6 +51,7 @@ class Owner:
         Args:
             root: the directory.
             leftovers: names of what may be removed, `OWNERS` or `LEFTOVERS`.
+            progress: called after each of them.
 
         Raises:
             OSError: the directory cannot be read.
@@ -65,6 +66,7 @@ class Owner:
                 remove_tree(garbage)
             except OSError as error:
                 print(f"*** WARNING: {path}: cannot be removed: {error.strerror} ***", file=sys.stderr, flush=True)
+            progress()
 
     def move(self, source: Path, target: Path) -> None:
         """Rename something in a directory that this owner owns.

@@ -32,6 +32,7 @@ from diffmoe_ds.distributed.store import (
     let_others_read,
     open_store,
     read_from_rank_0,
+    wait_for,
 )
 from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError
 
@@ -83,7 +84,8 @@ class Rendezvous:
         self.launch = launch
         self.hosts = hosts
         self.store = store
-        self._timeout = timedelta(seconds=max(timeout_s, ANSWER_S))
+        self.timeout_s = max(timeout_s, ANSWER_S)
+        """Seconds that ranks which have joined wait for each other."""
         self._silence_s = silence_s
 
     def init_method(self) -> str:
@@ -196,17 +198,15 @@ class Rendezvous:
         """Wait for one key of every rank, by rank; LaunchError names the ranks that do not set theirs."""
         assert self.store is not None
         try:
-            self.store.wait(keys, self._timeout)
+            wait_for(self.store, keys, self.timeout_s)
         except dist.DistStoreError:  # the timeout
             silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             names = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in silent)
-            raise LaunchError(
-                f"{names}: no answer for {self._timeout.total_seconds():g} s after the ranks joined."
-            ) from None
+            raise LaunchError(f"{names}: no answer for {self.timeout_s:g} s after the ranks joined.") from None
 
     def _raise_agreed(self, name: str, mine: DiffMoEError | None) -> None:
         assert self.store is not None
-        limit_s = 2 * self._timeout.total_seconds()  # rank 0 waits, too
+        limit_s = 2 * self.timeout_s  # rank 0 waits, too
         rank_0 = f"rank 0 on {self.hosts[0]}"
         winner = int(_read(self.store, self.launch, name, rank_0, limit_s, self._silence_s))
         if winner:

@@ -25,7 +25,7 @@ from typing import Any
 from diffmoe_ds.control_files import open_regular, parse_json
 from diffmoe_ds.distributed.ownership import LEFTOVERS, OWNERS, Owner
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
-from diffmoe_ds.files import write_synced
+from diffmoe_ds.files import Progress, write_synced
 
 LOCK_FILE = "lock.json"
 MAX_LOCK_BYTES = 1 << 16
@@ -41,13 +41,20 @@ SETTLE_S = 1.0
 class RunLock:
     """Context manager that locks a run directory; rank 0 only."""
 
-    def __init__(self, directory: Path, checkpoints: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        checkpoints: Path,
+        environ: Mapping[str, str] | None = None,
+        progress: Progress = lambda: None,
+    ) -> None:
         """Prepare the lock without acquiring it.
 
         Args:
             directory: the run directory.
             checkpoints: the directory of its checkpoints, which may be on another file system.
             environ: environment with Slurm's variables; ``os.environ`` if None.
+            progress: called while the lock is acquired, whenever the file system has answered.
         """
         env = os.environ if environ is None else environ
         self.owner = Owner(secrets.token_hex(8))
@@ -56,6 +63,7 @@ class RunLock:
         self._mine = self.owner.directory(directory) / LOCK_FILE  # a second link to our file, wherever the first is
         self._file = -1
         self._acquired = False
+        self._progress = progress
         self._me: dict[str, Any] = {
             "token": self.owner.token,
             "host": socket.gethostname(),
@@ -134,8 +142,9 @@ class RunLock:
         except FileExistsError:
             self._take_over()
         self._require_ours()
-        self.owner.fence_others(self._directory, OWNERS)  # other leftovers may be those of a running export
-        self.owner.fence_others(self._checkpoints, LEFTOVERS)
+        # in the run directory, other leftovers may be those of a running export
+        self.owner.fence_others(self._directory, OWNERS, self._progress)
+        self.owner.fence_others(self._checkpoints, LEFTOVERS, self._progress)
         self._require_ours()
         self._acquired = True
 
@@ -151,6 +160,7 @@ class RunLock:
             while time.monotonic() < deadline:
                 time.sleep(BEAT_S / 4)
                 now = _read(self._path)
+                self._progress()
                 if now is None:  # released meanwhile
                     break
                 if _signs_of_life(now) != _signs_of_life(holder):

@@ -153,6 +153,20 @@ def read_from_rank_0(store: dist.Store, key: str, rank_0: str, timeout_s: float,
     raise RankLostError(f"{rank_0} died during startup; the other ranks exit.") from None
 
 
+def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
+    """Wait for keys that other ranks write.
+
+    Args:
+        store: from `open_store`.
+        keys: the keys.
+        timeout_s: seconds to wait.
+
+    Raises:
+        DistStoreError: they were not written in time.
+    """
+    store.wait(keys, timedelta(seconds=timeout_s))
+
+
 def let_others_read(store: dist.Store, launch: Launch) -> None:
     """Call this on every rank after it has read an error: rank 0, which serves the store, returns last."""
     if launch.rank:

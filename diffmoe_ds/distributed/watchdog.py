@@ -13,14 +13,13 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from diffmoe_ds.distributed import flight_recorder
+from diffmoe_ds.distributed import flight_recorder, main_thread
 from diffmoe_ds.distributed.heartbeats import (
     BROKEN,
     FAILED,
@@ -48,7 +47,13 @@ class Watchdog:
     """Context manager that watches the ranks while `watching` is active; with one rank it does nothing."""
 
     def __init__(
-        self, rank: int, world: int, timeout_s: float, hosts: Sequence[str] = (), store: dist.Store | None = None
+        self,
+        rank: int,
+        world: int,
+        timeout_s: float,
+        hosts: Sequence[str] = (),
+        store: dist.Store | None = None,
+        startup_s: float = 0.0,
     ) -> None:
         """Configure the watchdog.
 
@@ -58,8 +63,9 @@ class Watchdog:
             timeout_s: seconds that a rank may go without heartbeats, or all ranks without progress.
             hosts: the host of every rank.
             store: the rendezvous store, after the ranks have joined.
+            startup_s: seconds that ranks wait for others during startup, if that is longer than `timeout_s`.
         """
-        self._rank, self._world, self._timeout = rank, world, timeout_s
+        self._rank, self._world, self._timeout, self._startup = rank, world, timeout_s, startup_s
         self._hosts, self._shared = hosts, store
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
         self._step = self._ticks = self._waits = 0
@@ -136,7 +142,8 @@ class Watchdog:
         """Limit the time without progress within the context, also during startup.
 
         Yields:
-            A function to call whenever this rank has read more. It must not wait for other ranks in between.
+            A function to call whenever this rank has read or written more. It must not wait for other ranks in
+            between.
         """
         self._is_reading = True
         try:
@@ -164,7 +171,8 @@ class Watchdog:
         self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state, int(self._is_reading))
+        flags = int(self._is_reading), int(main_thread.waits_for_others())
+        return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state, *flags)
 
     def _names(self, ranks: Sequence[int]) -> str:
         names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks[:8])
@@ -173,7 +181,7 @@ class Watchdog:
     def _watch(self) -> None:
         """Run the thread that uses the store, on which it may block forever."""
         checked = time.monotonic()
-        judge = Judge(self._world, self._timeout, self._beat_s, checked)
+        judge = Judge(self._world, self._timeout, self._beat_s, checked, self._startup)
         try:
             while not (self._leaving.wait(self._beat_s) or self._status.why or self._status.has_left):
                 before, checked = checked, time.monotonic()
@@ -312,7 +320,7 @@ class Watchdog:
             hint = f" (its last collectives: {collectives})" if collectives else ""
             print(f"diffmoe: error: {why}; rank {self._rank} exits{hint}.", file=sys.stderr, flush=True)
             if is_stuck:
-                stack = "".join(traceback.format_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+                stack = main_thread.stack()
                 print(f"rank {self._rank} is stuck here:\n{stack}", file=sys.stderr, end="", flush=True)
             sys.stdout.flush()
             flight_recorder.dump(self._rank)

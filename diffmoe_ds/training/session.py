@@ -77,8 +77,14 @@ class Session:
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
         # not earlier: a rejected run must not change the file
-        raise_on_all_ranks(device, lambda: _write_resolved(plan.directory, run) if plan.is_main else None)
+        raise_on_all_ranks(device, lambda: self._write_resolved(run) if plan.is_main else None)
         return run
+
+    def _write_resolved(self, run: Run) -> None:
+        """Write the resolved configuration, which ``--config`` accepts."""
+        directory = run.directory
+        with self.watchdog.reading():
+            write_text(directory / RESOLVED_RECIPE, dump_config(run.config), run.owner.directory(directory))
 
     def open_log(self, run: Run) -> RunLog:
         """Open the run log, which is closed with the session; a no-op on all ranks but rank 0.
@@ -177,10 +183,10 @@ def join(plan: TrainPlan) -> Iterator[Session]:
     launch = rendezvous.launch
     with ExitStack() as resources:
         watchdog = resources.enter_context(
-            Watchdog(launch.rank, launch.world, timeout_s, rendezvous.hosts, rendezvous.store)
+            Watchdog(launch.rank, launch.world, timeout_s, rendezvous.hosts, rendezvous.store, rendezvous.timeout_s)
         )
         with watchdog.watching():
-            lock = rendezvous.on_main("lock", lambda: resources.enter_context(_lock(plan.directory)))
+            lock = rendezvous.on_main("lock", lambda: _take_lock(plan.directory, watchdog, resources))
             # re-read: an earlier job may have saved until it released the lock
             start = rendezvous.raise_on_all_ranks("start", plan.with_start)
             plan = start.with_launch(launch)
@@ -194,8 +200,9 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             release_surplus(launch, rendezvous.store)
 
 
-def _lock(directory: Path) -> RunLock:
-    return RunLock(directory, checkpoint_root(directory))
+def _take_lock(directory: Path, watchdog: Watchdog, resources: ExitStack) -> RunLock:
+    with watchdog.reading() as progress:
+        return resources.enter_context(RunLock(directory, checkpoint_root(directory), progress=progress))
 
 
 def _owner(lock: RunLock | None, device: torch.device) -> Owner:
@@ -208,8 +215,3 @@ def _owner(lock: RunLock | None, device: torch.device) -> Owner:
 def _require_present(checkpoint: Path) -> None:
     if not (checkpoint / MANIFEST).is_file():
         raise CheckpointError(f"{checkpoint}: was saved, but another process has removed it since.")
-
-
-def _write_resolved(directory: Path, run: Run) -> None:
-    """Write the resolved configuration, which ``--config`` accepts."""
-    write_text(directory / RESOLVED_RECIPE, dump_config(run.config), run.owner.directory(directory))

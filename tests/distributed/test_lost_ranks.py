@@ -103,6 +103,16 @@ def test_a_slow_start_is_no_hang(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rank", "point"), ((0, "lock"), (2, "setup"), (0, "log"), (1, "step")))
+def test_a_rank_that_hangs_alone_is_named(tmp_path, rank, point):
+    """The others wait for it, during startup or inside a step that all have begun."""
+    with training(tmp_path, 3, rank, "hang", point, "run.start_timeout_s=20") as ranks:
+        assert ranks.wait(0, 1, 2) == [85, 85, 85], ranks.text()
+        text = ranks.text()
+    assert set(re.findall(r"error: (.*) has been stuck for", text)) == {NAME.format(rank)}, text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_rank_that_wakes_up_blames_itself(tmp_path, rank):
     with training(tmp_path, 2, rank, "stop", "step") as ranks:

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from diffmoe_ds.distributed import heartbeats
+from diffmoe_ds.distributed import heartbeats, main_thread
 from diffmoe_ds.distributed.heartbeats import BROKEN, FAILED, LEFT, WATCHING, Heartbeat, Judge, Status, Verdict
+from diffmoe_ds.distributed.store import read_from_rank_0
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import RankLostError
 
-TIMEOUT_S, BEAT_S = 60.0, 1.0
+TIMEOUT_S, BEAT_S, STARTUP_S = 60.0, 1.0, 90.0
 HOSTS = ("a", "b", "c")
 
 
@@ -23,7 +24,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.judge = Judge(3, TIMEOUT_S, BEAT_S, self.now)
+        self.judge = Judge(3, TIMEOUT_S, BEAT_S, self.now, STARTUP_S)
         self.beats = [Heartbeat(0, 4, 5, 0, WATCHING)] * 3
 
     def pass_seconds(self, seconds: int, silent: tuple[int, ...] = (), ticking: bool = True) -> Verdict | None:
@@ -109,12 +110,45 @@ def test_a_read_that_hangs_is_stuck_also_during_startup(clock):
     assert clock.pass_seconds(2, ticking=False) == ([2], "has been stuck for 60 s in startup", True)
 
 
+def test_a_rank_that_waits_for_others_is_not_the_stuck_one(clock):
+    clock.pass_seconds(1)
+    for rank in (0, 2):
+        clock.change(rank, is_waiting=1)
+    assert clock.pass_seconds(60, ticking=False) is None
+    assert clock.pass_seconds(1, ticking=False) == ([1], "has been stuck for 60 s in step 5", True)
+
+
+def test_during_startup_a_rank_is_stuck_if_others_wait_for_it(clock):
+    """But not while they also work, as long as that takes."""
+    for rank in range(3):
+        clock.change(rank, ticks=0)
+    assert clock.pass_seconds(1000, ticking=False) is None
+    for rank in (0, 1):
+        clock.change(rank, is_waiting=1)
+        assert clock.pass_seconds(80, ticking=False) is None
+    assert clock.pass_seconds(12, ticking=False) == ([2], "has been stuck for 90 s in startup", True)
+
+
 def test_a_suspended_judge_waits_for_the_others_again(clock):
     clock.pass_seconds(1)
     clock.now += 1000
     clock.judge.resume(clock.now)
     assert clock.judge.judge(clock.beats, clock.now) is None and not clock.judge.has_heard_others
     assert clock.pass_seconds(100) is None and clock.judge.has_heard_others
+
+
+def test_a_rank_that_waits_for_rank_0_is_seen_by_its_other_threads():
+    found = []
+
+    class Store:
+        def wait(self, keys: list[str], timeout: object) -> None:
+            found.append(main_thread.waits_for_others())
+
+        def get(self, key: str) -> bytes:
+            return b""
+
+    read_from_rank_0(Store(), "key", "rank 0", 60, 60)
+    assert found == [True] and not main_thread.waits_for_others()
 
 
 class Shared:

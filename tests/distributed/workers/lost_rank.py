@@ -1,6 +1,6 @@
-"""Train with one rank that is lost at a given point: it kills or stops itself, or only takes very long.
+"""Train with one rank that is lost at a given point: it kills or stops itself, hangs, or only takes very long.
 
-Arguments: the rank; ``kill``, ``stop`` or a number of seconds to wait; the point; then those of ``diffmoe``.
+Arguments: the rank; ``kill``, ``stop``, ``hang`` or a number of seconds to wait; the point; then those of ``diffmoe``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 
 from diffmoe_ds.cli import main
+from diffmoe_ds.distributed import rendezvous
 from diffmoe_ds.training import loop, session
 
 rank, action, point, *arguments = sys.argv[1:]
@@ -23,7 +24,7 @@ def strike() -> None:
     elif action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        time.sleep(float(action))
+        time.sleep(1000 if action == "hang" else float(action))
 
 
 def strike_before(owner, name, call=1):
@@ -45,10 +46,13 @@ POINTS = {
     "start": (session.TrainPlan, "with_start", 2),  # the first call is before joining
     "group": (session.seam, "init_process_group"),
     "setup": (session, "setup_run"),
+    "log": (session, "open_log"),
     "step": (loop, "train_step", 3),
     "save": (loop.Checkpointer, "start"),
     "close": (session.BatchSource, "close"),
 }
+if action == "hang":
+    rendezvous.ANSWER_S = 1.0  # run.start_timeout_s decides
 if os.environ["RANK"] == rank:
     strike_before(*POINTS[point])
 sys.exit(main(arguments, handle_signals=True))
