@@ -10,6 +10,7 @@
 #   MASTER_ADDR   host name of the node with NODE_RANK 0, or with MIN:MAX of any; required with several nodes (localhost)
 #   MASTER_PORT   rendezvous port on that node (29500)
 #   RESTARTS      restarts of each node's ranks after failures, with MIN:MAX (3)
+#   RUN_ID        name of the run, the same on all nodes, with MIN:MAX (a checksum of the options)
 #   PROCESSES     ranks per node (the number of GPUs, or 1)
 #   PYTHON        the interpreter (python)
 set -euo pipefail
@@ -23,7 +24,10 @@ address=${MASTER_ADDR:-localhost} port=${MASTER_PORT:-29500}
 if [[ ${NODES:-1} == *:* ]]; then
   # Otherwise torchrun keeps the address of the first rank 0 for all restarts.
   command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
-  rendezvous=(--max_restarts "${RESTARTS:-3}" --rdzv_backend c10d --rdzv_endpoint "$address:$port")
+  # The options name the run: torchrun would let a run with the same name join this one.
+  name=$(printf '%s\n' "${options[@]}" | cksum)
+  rendezvous=(--max_restarts "${RESTARTS:-3}" --rdzv_backend c10d --rdzv_endpoint "$address:$port"
+    --rdzv_id "${RUN_ID:-${name%% *}}")
 else
   command=()
   rendezvous=(--node_rank "${NODE_RANK:-0}" --master_addr "$address" --master_port "$port")

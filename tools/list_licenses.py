@@ -20,7 +20,8 @@ HEADER = """\
 
 The packages of `requirements.txt` with the licenses that their metadata declares. Two versions of a package are for
 different versions of Python. torch, which is installed separately, declares BSD-3-Clause and the licenses of what it
-bundles; its CUDA builds also install NVIDIA's libraries under NVIDIA's own license.
+bundles. It also installs filelock (MIT), mpmath, networkx and sympy (BSD), and with CUDA triton (MIT) and NVIDIA's
+libraries under NVIDIA's own license.
 
 | package | version | license |
 |---|---|---|"""

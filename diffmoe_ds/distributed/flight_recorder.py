@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+"""Names of the variable with the number of collectives to keep; 0 switches the recorder off."""
 DEFAULTS = {
-    ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+    SIZE: "2000",
     ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
 }
 """Names of a variable, the current one first, and its value unless the user has set one of them."""
@@ -41,9 +43,9 @@ def enable(folder: Path) -> None:
 
 
 def path(rank: int) -> str:
-    """Return the path of a rank's file; empty without NCCL."""
-    prefix = next((os.environ[name] for name in FILES if name in os.environ), "")
-    return f"{prefix}{rank}" if prefix and dist.is_nccl_available() else ""
+    """Return the path of a rank's file; empty without NCCL, or if the user has switched the recorder off."""
+    prefix, size = (next((os.environ[name] for name in names if name in os.environ), "") for names in (FILES, SIZE))
+    return f"{prefix}{rank}" if prefix and size.strip() != "0" and dist.is_nccl_available() else ""
 
 
 def dump(rank: int) -> None:

@@ -12,7 +12,7 @@ from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.launch import Launch, export_launch
 from diffmoe_ds.distributed.store import LINGER_S, open_store
-from diffmoe_ds.errors import AlreadyReportedError, RankLostError
+from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, RankLostError
 
 COMPLETE, SEEN = "surplus/complete", "surplus/seen"
 """Keys of the store: the run is complete; number of surplus ranks that know it."""
@@ -31,9 +31,10 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
     Raises:
         LaunchError: rank 0 cannot be reached.
         RankLostError: rank 0 exited or does not answer. torchrun restarts this rank with the others.
-        AlreadyReportedError: a signal asked this process to exit.
+        AlreadyReportedError: likewise, on all surplus ranks but the first; or a signal asked this process to exit.
     """
-    store = open_store(move_to_own_store(export_launch(launch), start_timeout_s), start_timeout_s)
+    launch = move_to_own_store(export_launch(launch), start_timeout_s)
+    store = open_store(launch, start_timeout_s)
     if launch.rank == launch.world:
         last = launch.world + launch.surplus - 1
         ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"
@@ -46,9 +47,9 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
             raise AlreadyReportedError(RankLostError.exit_code)
         silent = time.monotonic() - poll.answered
         if silent > rank_timeout_s:
-            raise _lost(launch, f"rank 0 has not answered for {silent:.0f} s; the surplus ranks exit.")
+            raise _lost(launch, f"has not answered for {silent:.0f} s")
     if not poll.complete:
-        raise _lost(launch, "rank 0 exited before the run was complete; the surplus ranks exit.")
+        raise _lost(launch, "exited before the run was complete")
 
 
 def release_surplus(launch: Launch, store: dist.Store | None) -> None:
@@ -90,8 +91,8 @@ class _Poll(threading.Thread):
             self.ended.set()
 
 
-def _lost(launch: Launch, message: str) -> RankLostError:
-    """Return an error that only the first surplus rank prints."""
-    error = RankLostError(message)
-    error.same_on_all_ranks = launch.rank != launch.world
-    return error
+def _lost(launch: Launch, what: str) -> DiffMoEError:
+    """Return the error that rank 0 is lost, which only the first surplus rank prints."""
+    if launch.rank != launch.world:
+        return AlreadyReportedError(RankLostError.exit_code)
+    return RankLostError(f"rank 0 at {launch.address} {what}; the surplus ranks exit.")

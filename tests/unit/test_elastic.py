@@ -7,17 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
-from diffmoe_ds.cli import main
+from diffmoe_ds.cli import main, run_command
 from diffmoe_ds.distributed import agent_store, elastic, signals, surplus
 from diffmoe_ds.distributed.agent_store import ADDRESS, move_to_own_store
 from diffmoe_ds.distributed.launch import AGENT_STORE, EXPORTED, Launch, free_port
 from diffmoe_ds.distributed.store import open_store
-from diffmoe_ds.errors import AlreadyReportedError, ConfigError, LaunchError, RankLostError
+from diffmoe_ds.errors import AlreadyReportedError, ConfigError, LaunchError
 from tests.helpers.processes import clean_environment
 from tests.helpers.training import training_arguments, write_json
 
@@ -174,11 +175,15 @@ class Store:
 
 
 @pytest.mark.parametrize(("silent", "message"), ((False, "exited before the run"), (True, "has not answered for")))
-def test_a_surplus_rank_exits_with_rank_0(monkeypatch, silent, message):
+def test_surplus_ranks_exit_with_rank_0(monkeypatch, capsys, silent, message):
+    """One of them reports it, by the name of rank 0's host."""
     monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent))
-    with pytest.raises(RankLostError, match=f"rank 0 {message}") as raised:
-        surplus.wait_for_run(SURPLUS, 1, 0.5)
-    assert raised.value.exit_code == 85 and not raised.value.same_on_all_ranks, "the first surplus rank reports it"
+    for rank, reports in ((1, True), (2, False)):
+        launch = replace(SURPLUS, rank=rank, surplus=2)
+        args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, 0.5))
+        assert run_command(args) == 85
+        printed = capsys.readouterr().err
+        assert (f"diffmoe: error: rank 0 at 127.0.0.1:1 {message}" in printed) == reports, printed
 
 
 def test_a_surplus_rank_exits_when_torchrun_restarts_the_ranks(monkeypatch):

@@ -31,7 +31,7 @@ def test_it_is_on_by_default(tmp_path):
 
 
 def test_the_variables_of_the_user_are_kept(tmp_path, monkeypatch):
-    mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/trace_"}
+    mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "500", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/trace_"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
     flight_recorder.enable(tmp_path / "f")
@@ -41,6 +41,16 @@ def test_the_variables_of_the_user_are_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "f").exists()
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     assert flight_recorder.path(3) == "/x/trace_3"
+
+
+@pytest.mark.parametrize("name", ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"))
+def test_no_file_is_named_or_written_if_the_user_has_switched_it_off(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
+    flight_recorder.enable(tmp_path / "f")
+    flight_recorder.dump(1)
+    assert flight_recorder.path(1) == "" and not list(tmp_path.glob("f/*"))
 
 
 def test_a_folder_that_cannot_be_created_does_not_end_the_run(tmp_path):

@@ -130,12 +130,20 @@ def test_launchers_run_where_the_user_is(tmp_path, name, before):
 
 def test_torchrun_with_a_range_of_nodes_is_elastic(tmp_path):
     script = str(REPOSITORY / "launchers/torchrun.sh")
-    dry = run([script, "--dry-run"], tmp_path, NODES="1:4", MASTER_ADDR="node1", RESTARTS="5", PROCESSES="2")
+    variables = {"NODES": "1:4", "MASTER_ADDR": "node1", "RESTARTS": "5", "PROCESSES": "2"}
+    dry = run([script, "--dry-run"], tmp_path, RUN_ID="a", **variables)
     assert shlex.split(dry.stdout) == shlex.split(
         "env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes 1:4 --nproc_per_node 2 "
-        "--max_restarts 5 --rdzv_backend c10d --rdzv_endpoint node1:29500 -m diffmoe_ds.train"
+        "--max_restarts 5 --rdzv_backend c10d --rdzv_endpoint node1:29500 --rdzv_id a -m diffmoe_ds.train"
     ), dry.stderr
     assert "set it to the host name" in run([script], tmp_path, NODES="1:4").stderr
+
+    def name(*options: str) -> str:
+        words = shlex.split(run([script, "--dry-run", *options], tmp_path, **variables).stdout)
+        return words[words.index("--rdzv_id") + 1]
+
+    runs = {name(), name("--run-dir", "a"), name("--run-dir", "b")}
+    assert len(runs) == 3 and name("--run-dir", "a") in runs, "torchrun would let one run join the other"
 
 
 def test_deepspeed_with_slurm_gets_the_file_because_it_ignores_module(tmp_path):

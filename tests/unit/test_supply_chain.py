@@ -93,6 +93,17 @@ def test_the_license_list_has_every_locked_package():
     assert listed == rows, "run `make lock`"
 
 
+def test_the_license_list_names_what_torch_installs():
+    waiting, names = ["torch"], set()
+    while waiting:
+        names.add(name := waiting.pop())
+        needed = [Requirement(line) for line in metadata.requires(name) or ()]
+        found = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+        waiting += {canonicalize_name(one.name) for one in found} - names
+    text = read("docs/licenses.md")
+    assert not [name for name in names if name not in text and not name.startswith(("nvidia-", "cuda-"))]
+
+
 @pytest.mark.parametrize(("fields", "expected"), (
     ({"License-Expression": "MIT", "Classifier": "License :: OSI Approved :: BSD License"}, "MIT"),
     ({"License": "BSD", "Classifier": "License :: OSI Approved :: BSD License"}, "BSD License"),
