@@ -79,9 +79,11 @@ class RunLock:
         try:
             self._acquire()
         except OSError as error:
-            if self._file >= 0 and not self._mine.exists():  # moved away by whoever has the lock now
+            if self._file >= 0 and self._is_fenced():
                 raise self._just_locked() from None
-            raise CheckpointError(f"{self._path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
+            of_checkpoints = str(error.filename).startswith(str(self._checkpoints))
+            path = self._checkpoints if of_checkpoints else self._path
+            raise CheckpointError(f"{path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
         finally:
             if not self._acquired:
                 self._release()
@@ -104,11 +106,10 @@ class RunLock:
             RunDirectoryBusyError: another job has taken it over while this process was suspended.
         """
         if self._lost_to is not None:
-            who = _who(self._lost_to) if self._lost_to else "another job"
-            raise RunDirectoryBusyError(
-                f"{self._directory}: was taken over by {who} while this process was suspended; it exits without "
-                "writing anything."
-            )
+            how = f"was taken over by {_who(self._lost_to)} while this process was suspended"
+            if not self._lost_to:
+                how = "was moved or replaced, or another job has used it, while this run was using it"
+            raise RunDirectoryBusyError(f"{self._directory}: {how}; it exits without writing anything.")
 
     def check_now(self) -> None:
         """Read the lock and verify that it is still ours.
@@ -119,7 +120,7 @@ class RunLock:
         holder = _read(self._path)
         if holder is not None and holder["token"] != self._me["token"]:
             self._lost_to = holder
-        elif self._directory.exists() and not self._mine.exists():  # taken over, and released since
+        elif self._is_fenced() and os.path.exists(self._directory):  # taken over and released since, or replaced
             self._lost_to = {}
         self.check()
 
@@ -163,13 +164,25 @@ class RunLock:
         time.sleep(SETTLE_S)
 
     def _require_ours(self) -> None:
-        """Raise if another job has taken the lock."""
-        holder = _read(self._path)
-        if holder is None or holder["token"] != self._me["token"] or not self._mine.exists():
+        """Raise if another job has taken the lock, or if it cannot be read."""
+        holder = None
+        with contextlib.suppress(FileNotFoundError):  # taken, and released since
+            holder = _load(self._path)
+        if holder is None or holder["token"] != self._me["token"] or self._is_fenced():
             raise self._just_locked()
 
     def _just_locked(self) -> RunDirectoryBusyError:
         return RunDirectoryBusyError(f"{self._directory}: was just locked by {_who(_read(self._path) or {})}.")
+
+    def _is_fenced(self) -> bool:
+        """Return whether another job, which has the lock now, has moved our directory away."""
+        try:
+            os.stat(self._mine)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a disk that does not respond says nothing about the lock
+            pass
+        return False
 
     def _release(self) -> None:
         """Remove our directories, and that of the checkpoints if it is empty."""
@@ -208,12 +221,25 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of the lock file, with all keys; None if it is missing or invalid."""
+    """Return the contents of the lock file, like `_load`; None if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            modified_ns = os.fstat(file.fileno()).st_mtime_ns
-            found = parse_json(file.read(MAX_LOCK_BYTES).decode())
-    except (OSError, ValueError):
+        return _load(path)
+    except OSError:
+        return None
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """Return the contents of the lock file, with all keys; None if it is invalid.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        modified_ns = os.fstat(file.fileno()).st_mtime_ns
+        data = file.read(MAX_LOCK_BYTES)
+    try:
+        found = parse_json(data.decode())
+    except ValueError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("token"), str):
         return None
@@ -255,5 +281,7 @@ def _restarts(text: str) -> int:
 
 
 def _who(holder: Mapping[str, Any]) -> str:
+    if not holder:
+        return "another job"
     job = f"job {holder['job']}, " if holder.get("job") else ""
     return f"{job}process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
