@@ -186,13 +186,13 @@ class RunLock:
 
     def _release(self) -> None:
         """Remove our directories, and that of the checkpoints if it is empty."""
+        if self._file >= 0:  # first: NFS keeps what is open, and with it our directory
+            os.close(self._file)
+            self._file = -1
         for root in (self._directory, self._checkpoints):
             self.owner.release(root)
         with contextlib.suppress(OSError):
             self._checkpoints.rmdir()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
     def _is_gone(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder is known to be gone."""

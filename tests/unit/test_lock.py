@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from diffmoe_ds.distributed import run_lock as lock_module
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.errors import CheckpointError, RunDirectoryBusyError
 from tests.helpers.processes import clean_environment
@@ -184,3 +185,18 @@ def test_a_run_directory_that_was_replaced_is_not_blamed_on_a_job(tmp_path):
         run.mkdir()
         with pytest.raises(RunDirectoryBusyError, match=r"run: was moved or replaced, or another job has used it"):
             held.check_now()
+
+
+def test_no_file_is_open_when_it_is_removed(tmp_path, monkeypatch):
+    """NFS would keep it as ``.nfs...``, and the directory with it."""
+    opened, release = [], Owner.release
+
+    def watch(owner: Owner, root: Path) -> None:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        opened.extend(target for target in map(os.path.realpath, links) if target.startswith(str(tmp_path)))
+        release(owner, root)
+
+    monkeypatch.setattr(Owner, "release", watch)
+    with lock(tmp_path):
+        pass
+    assert not opened and not list(tmp_path.iterdir())
