@@ -191,7 +191,7 @@ class JsonlLog:
             tmp_directory: see `replacing`.
 
         Raises:
-            CheckpointError: the file cannot be written, and the error is not one of `TRANSIENT`.
+            CheckpointError: the file cannot be written, and the error is one of `LASTING`.
         """
         self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory))
         try:
