@@ -4,6 +4,8 @@ A message is one sentence: the key or file, the value found, and what is valid. 
 traceback and exits with ``exit_code``; `slurm/train.sbatch` decides from the code whether a restart can help.
 """
 
+import os
+
 
 class DiffMoEError(Exception):
     """Base class of errors that are reported as a sentence instead of a traceback."""
@@ -75,3 +77,16 @@ class Requeue(DiffMoEError):
     """The run was asked to stop, has saved, and should be requeued; not a failure."""
 
     exit_code = 85
+
+
+def as_reported(error: DiffMoEError | OSError) -> DiffMoEError:
+    """Return the error to report: a system error about a file, such as one of a network disk, becomes a sentence.
+
+    Raises:
+        OSError: the error itself, if it is not about a file.
+    """
+    if isinstance(error, DiffMoEError):
+        return error
+    if error.filename is None:
+        raise error
+    return CheckpointError(f"{os.fsdecode(error.filename)}: cannot be used: {error.strerror}.")

@@ -237,7 +237,7 @@ def read_manifest(path: Path) -> dict[str, Digest]:
             raise ValueError("changed")
         files = {name: _digest(entry) for name, entry in tree["files"].items()}
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file}: is damaged: it is not a manifest.") from None
     wrong = [name for name in files if not FILE_NAME.fullmatch(name)]

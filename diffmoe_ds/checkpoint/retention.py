@@ -75,36 +75,43 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 
 def surplus(
-    names: Sequence[str], newest: str, config: CheckpointConfig, is_valid: Callable[[str], bool]
+    names: Sequence[str], newest: str, config: CheckpointConfig, is_valid: Callable[[str], bool | None]
 ) -> list[str]:  # fmt: skip
     """Return the checkpoints that are neither the newest, nor among the N newest valid ones, nor permanent.
 
     A checkpoint is permanent if a multiple of ``keep_every_images`` lies between it and the checkpoint before it.
-    A damaged checkpoint does not count among the N, so damage never costs a valid one.
+    A damaged checkpoint does not count among the N, so damage never costs a valid one. Neither does one that cannot be
+    read now, but it is kept: it may be valid.
 
     Args:
         names: all checkpoints, the newest first.
         newest: the one just completed.
         config: how many are kept.
-        is_valid: whether the checkpoint of a name passes verification.
+        is_valid: whether the checkpoint of a name passes verification; None if it cannot be read.
     """
     if config.keep_last == 0:
         return []
     period = config.keep_every_images
     images = [checkpoint_images(name) or 0 for name in names] + [0]
-    kept = {newest}
+    kept, unknown = {newest}, set()
     for name in names:
-        if len(kept) < config.keep_last and is_valid(name):
+        if len(kept) == config.keep_last:
+            break
+        valid = is_valid(name)
+        if valid is None:
+            unknown.add(name)
+        elif valid:
             kept.add(name)
     for index, name in enumerate(names):
         if period and images[index] // period > images[index + 1] // period:
             kept.add(name)
-    return [name for name in names if name not in kept]
+    return [name for name in names if name not in kept | unknown]
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: Path) -> bool | None:
     try:
         check_sizes(path)
-    except CheckpointError:
-        return False
+    except CheckpointError as error:
+        is_unknown = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+        return None if is_unknown else False
     return True

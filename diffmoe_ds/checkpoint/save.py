@@ -186,13 +186,17 @@ class CheckpointSaver:
         pointer.unlink(missing_ok=True)  # of a save that failed
         write_synced(pointer, f"{name}\n".encode())  # all that needs space is on the disk before the first rename
         self._tmp.rename(self._root / name)
+        # this checkpoint is saved in any case, and `candidates` prefers it if one of these two steps succeeds
         try:
-            pointer.rename(self._root / LATEST)
-            sync_directory(self._root)
             left = leave_abandoned(self._root, name, self._owner)
             if left:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
-        except OSError as error:  # this checkpoint is saved in any case, and `candidates` prefers it
+        except OSError as error:
+            self._warn(error, "the checkpoint is saved, but some of an abandoned branch keep their names")
+        try:
+            pointer.rename(self._root / LATEST)
+            sync_directory(self._root)
+        except OSError as error:
             self._warn(error, f"the checkpoint is saved, but {LATEST} may name an older one")
         self._retention = threading.Thread(target=self._retain, args=(name,), name="retention", daemon=True)
         self._retention.start()

@@ -28,7 +28,8 @@ def check_sizes(path: Path) -> dict[str, Digest]:
         The manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing, truncated or changed.
+        CheckpointError: names the first file that is missing, truncated or changed. If it cannot be read, the cause is
+            an `OSError`.
     """
     files = read_manifest(path)
     check_file_sizes(path, files)
@@ -50,7 +51,7 @@ def check_file_sizes(path: Path, files: Mapping[str, Digest]) -> None:
         try:
             size = (path / name).stat().st_size
         except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
+            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from error
         if size != digest.size:
             raise CheckpointError(
                 f"{path / name}: is damaged: it has {size} bytes, but was written with {digest.size}."
@@ -72,7 +73,7 @@ def check_contents(path: Path, files: Mapping[str, Digest], progress: Progress =
         try:
             found = sha256_of(path / name, progress)
         except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from None
+            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}.") from error
         if found != digest.sha256:
             raise CheckpointError(f"{path / name}: is damaged: its SHA-256 differs from {MANIFEST}.")
 

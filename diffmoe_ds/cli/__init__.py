@@ -16,7 +16,7 @@ from diffmoe_ds.cli import console
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
 from diffmoe_ds.distributed.shutdown import shutdown
-from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue
+from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue, as_reported
 
 COMMANDS = {
     "init": "look at images and write a recipe that fits them",
@@ -113,7 +113,8 @@ def _run(args: argparse.Namespace) -> int:
         if resolve_launch().rank == 0:
             print(f"diffmoe: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
-    except DiffMoEError as error:
+    except (DiffMoEError, OSError) as raised:
+        error = as_reported(raised)
         if _should_print(error):
             print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -8,7 +8,7 @@ import json
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.distributed.launch import Launch, resolve_launch
-from diffmoe_ds.errors import ConfigError, DiffMoEError
+from diffmoe_ds.errors import ConfigError, DiffMoEError, as_reported
 from diffmoe_ds.training.plan import TrainPlan, TrainRequest, resolve_plan
 
 EXAMPLES = """examples:
@@ -37,7 +37,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text = "check everything, print the banner and an estimate of the memory, and exit; writes nothing"
     add("--dry-run", action="store_true", help=text)
-    text = "with --dry-run: also read all images of the run, and name those that cannot be read"
+    text = "with --dry-run: also read all images, and name those that cannot be read, and checkpoints over 1 GiB"
     add("--thorough", action="store_true", help=text)
     add(
         "--json", action="store_true",
@@ -85,20 +85,22 @@ def _resolve(args: argparse.Namespace, launch: Launch) -> TrainPlan:
     request = TrainRequest(args.config, args.overrides, args.deepspeed_config, args.run_dir, args.resume)
     try:
         return resolve_plan(request, launch)
-    except DiffMoEError as error:
+    except (DiffMoEError, OSError) as raised:
+        error = as_reported(raised)
         if launch.world > 1 and not error.same_on_all_ranks and not args.dry_run:
             from diffmoe_ds.distributed.rendezvous import fail_together
 
             fail_together(launch, error)
-        raise
+        raise error from None
 
 
 def _dry_run(plan: TrainPlan, as_json: bool, thorough: bool) -> None:
-    """Print the plan, the memory that it needs and, if asked, whether its images can be read."""
+    """Print the plan with a verified checkpoint, the needed memory and, if asked, whether its images can be read."""
     from diffmoe_ds.planning.traffic import assumed_hosts
     from diffmoe_ds.training.banner import aligned, banner, summary
-    from diffmoe_ds.training.dry_run import estimate_memory, read_all_images
+    from diffmoe_ds.training.dry_run import estimate_memory, read_all_images, verify_checkpoint
 
+    plan = verify_checkpoint(plan, thorough=thorough)
     hosts = assumed_hosts(plan.launch.world, plan.launch.local_world)
     memory = estimate_memory(plan)
     if not as_json:

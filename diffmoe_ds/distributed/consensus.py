@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.distributed.collectives import all_reduce, get_rank, get_world_size
-from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError
+from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, as_reported
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:
 
     Args:
         device: device for the tensors of the collectives.
-        action: may raise a `DiffMoEError`.
+        action: may raise a `DiffMoEError`, or an `OSError` about a file.
 
     Returns:
         What the action returns on this rank.
@@ -133,7 +133,7 @@ def raise_on_all_ranks(device: torch.device, action: Callable[[], T]) -> T:
     failure = None
     try:
         result = action()
-    except DiffMoEError as error:
-        failure = error
+    except (DiffMoEError, OSError) as error:
+        failure = as_reported(error)
     vote(device, failure)
     return result

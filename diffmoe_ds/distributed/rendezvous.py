@@ -34,7 +34,7 @@ from diffmoe_ds.distributed.store import (
     read_from_rank_0,
     wait_for,
 )
-from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError
+from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError, as_reported
 
 START_TIMEOUT_S = 300.0
 """Seconds that ranks wait for each other: importing torch from a slow shared disk can take minutes."""
@@ -102,7 +102,7 @@ class Rendezvous:
 
         Args:
             name: a key of the store, different for each call.
-            action: may raise a `DiffMoEError`.
+            action: may raise a `DiffMoEError`, or an `OSError` about a file.
 
         Returns:
             What the action returns on this rank.
@@ -115,8 +115,8 @@ class Rendezvous:
         failure = None
         try:
             result = action()
-        except DiffMoEError as error:
-            failure = error
+        except (DiffMoEError, OSError) as error:
+            failure = as_reported(error)
         if self.store is None:
             if failure is not None:
                 raise failure
@@ -137,7 +137,7 @@ class Rendezvous:
 
         Args:
             name: a key of the store, different for each call.
-            action: may raise a `DiffMoEError`.
+            action: may raise a `DiffMoEError`, or an `OSError` about a file.
 
         Returns:
             What the action returns on rank 0; None elsewhere.
@@ -151,8 +151,8 @@ class Rendezvous:
         if self.launch.rank == 0:
             try:
                 result = action()
-            except DiffMoEError as error:
-                failure = error
+            except (DiffMoEError, OSError) as error:
+                failure = as_reported(error)
             if self.store is not None:
                 self.store.set(name, str(encode_error(failure, 0)))
         if self.store is not None:

@@ -88,9 +88,12 @@ class RunLock:
         try:
             self._acquire()
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE) and self._directory.is_dir():
-                raise self._just_locked() from None  # whoever has the lock now has moved our directory away
-            raise CheckpointError(f"{self._path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
+            was_moved = error.errno in (errno.ENOENT, errno.ESTALE) and not os.path.exists(self._mine.parent)
+            if was_moved and os.path.isdir(self._directory):  # by whoever has the lock now
+                raise self._just_locked() from None
+            of_checkpoints = str(error.filename).startswith(str(self._checkpoints))
+            path = self._checkpoints if of_checkpoints else self._path
+            raise CheckpointError(f"{path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
         finally:
             if not self._acquired:
                 self._release()
@@ -113,11 +116,10 @@ class RunLock:
             RunDirectoryBusyError: another job has taken it over while this process was suspended.
         """
         if self._lost_to is not None:
-            who = _who(self._lost_to) if self._lost_to else "another job"
-            raise RunDirectoryBusyError(
-                f"{self._directory}: was taken over by {who} while this process was suspended; it exits without "
-                "writing anything."
-            )
+            how = f"was taken over by {_who(self._lost_to)} while this process was suspended"
+            if not self._lost_to:
+                how = "was moved or replaced, or another job has used it, while this run was using it"
+            raise RunDirectoryBusyError(f"{self._directory}: {how}; it exits without writing anything.")
 
     def check_now(self) -> None:
         """Read the lock and verify that it is still ours.
@@ -128,7 +130,7 @@ class RunLock:
         holder = _read(self._path)
         if holder is not None and holder["token"] != self._me["token"]:
             self._lost_to = holder
-        elif self._directory.exists() and not self._mine.exists():  # taken over, and released since
+        elif self._is_fenced() and os.path.exists(self._directory):  # taken over and released since, or replaced
             self._lost_to = {}
         self.check()
 
@@ -174,37 +176,49 @@ class RunLock:
         time.sleep(SETTLE_S)
 
     def _require_ours(self) -> None:
-        """Raise if another job has taken the lock."""
+        """Raise if another job has taken the lock, or if it cannot be read."""
         holder = self._restore()
-        if holder is None or holder["token"] != self._me["token"] or not self._mine.exists():
+        if holder is None or holder["token"] != self._me["token"] or self._is_fenced():
             raise self._just_locked()
 
     def _restore(self) -> dict[str, Any] | None:
         """Return the contents of the lock file, after putting ours back if somebody has removed it.
 
         A holder that resumes before its directory is moved away may release a lock that has just been taken from it.
+
+        Raises:
+            OSError: it cannot be read, or our directory was moved away.
         """
-        holder = _read(self._path)
-        if holder is None:
-            with contextlib.suppress(FileExistsError):
-                os.link(self._mine, self._path)
-            holder = _read(self._path)
-        return holder
+        with contextlib.suppress(FileNotFoundError):
+            return _load(self._path)
+        with contextlib.suppress(FileExistsError):
+            os.link(self._mine, self._path)
+        return _load(self._path)
 
     def _just_locked(self) -> RunDirectoryBusyError:
         holder, mine = _read(self._path) or {}, self._me["token"]
         who = _who(holder) if holder.get("token", mine) != mine else "another job"  # which has left since
         return RunDirectoryBusyError(f"{self._directory}: was just locked by {who}.")
 
+    def _is_fenced(self) -> bool:
+        """Return whether another job, which has the lock now, has moved our directory away."""
+        try:
+            os.stat(self._mine)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:  # a disk that does not respond says nothing about the lock
+            pass
+        return False
+
     def _release(self) -> None:
         """Remove our directories, and that of the checkpoints if it is empty."""
+        if self._file >= 0:  # first: NFS keeps what is open, and with it our directory
+            os.close(self._file)
+            self._file = -1
         for root in (self._directory, self._checkpoints):
             self.owner.release(root)
         with contextlib.suppress(OSError):
             self._checkpoints.rmdir()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
     def _is_gone(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder is known to be gone."""
@@ -230,12 +244,25 @@ class RunLock:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of the lock file, with all keys; None if it is missing or invalid."""
+    """Return the contents of the lock file, like `_load`; None if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            modified_ns = os.fstat(file.fileno()).st_mtime_ns
-            found = parse_json(file.read(MAX_LOCK_BYTES).decode())
-    except (OSError, ValueError):
+        return _load(path)
+    except OSError:
+        return None
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """Return the contents of the lock file, with all keys; None if it is invalid.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        modified_ns = os.fstat(file.fileno()).st_mtime_ns
+        data = file.read(MAX_LOCK_BYTES)
+    try:
+        found = parse_json(data.decode())
+    except ValueError:
         return None
     if not isinstance(found, dict) or not isinstance(found.get("token"), str):
         return None

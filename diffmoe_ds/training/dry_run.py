@@ -1,4 +1,4 @@
-"""What ``diffmoe train --dry-run`` adds to the banner: an estimate of the memory, and reading of all images."""
+"""What ``diffmoe train --dry-run`` adds to the banner: verified checkpoints, memory, and reading of all images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from diffmoe_ds.checkpoint.inspect import SMALL
+from diffmoe_ds.checkpoint.verify import check_contents, check_sizes, no_valid_one, warn_skipped
 from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.errors import CheckpointError, DataError
 from diffmoe_ds.evaluation.held_out import HeldOut
 from diffmoe_ds.planning.layout import Layout
 from diffmoe_ds.planning.memory import StepMemory, fits_in, step_memory
@@ -73,6 +75,33 @@ class MemoryEstimate:
             "device_gb": self.available / GB,
             "fits": self.fits,
         }
+
+
+def verify_checkpoint(plan: TrainPlan, *, thorough: bool) -> TrainPlan:
+    """Verify the checkpoint that a run would resume from, and skip damaged ones as it does.
+
+    Args:
+        plan: the plan, whose checkpoint has files of the right sizes.
+        thorough: verify the contents of checkpoints of any size, not only up to `SMALL` bytes.
+
+    Returns:
+        The plan with the first undamaged checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    for path in plan.choices:
+        try:
+            files = check_sizes(path)
+            if thorough or sum(digest.size for digest in files.values()) <= SMALL:
+                check_contents(path, files)
+        except CheckpointError as error:
+            warn_skipped(path, error)
+            continue
+        return plan.with_checkpoint(path)
+    if plan.choices:
+        raise no_valid_one(plan.directory, len(plan.choices))
+    return plan
 
 
 def estimate_memory(plan: TrainPlan) -> MemoryEstimate:

@@ -30,10 +30,8 @@ MAX_WAITING_BYTES = 64 << 20
 """Records that wait in memory; beyond that, the oldest are dropped."""
 CHUNK_BYTES = 1 << 20
 """Most bytes of one write."""
-TRANSIENT = frozenset(
-    (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
-)
-"""Errors that may go away by themselves; a run starts despite them."""
+LASTING = frozenset((errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EEXIST))
+"""Errors that do not go away by themselves; a run does not start with them."""
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 """Start of the name of an event file: TensorBoard reads the files of a directory in the order of their names."""
 POSITIVE_BINS = tuple(1e-12 * 1.1**power for power in range(774))
@@ -193,13 +191,13 @@ class JsonlLog:
             tmp_directory: see `replacing`.
 
         Raises:
-            CheckpointError: the file cannot be written, and the error is not one of `TRANSIENT`.
+            CheckpointError: the file cannot be written, and the error is one of `LASTING`.
         """
         self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory))
         try:
             self._file.write()
         except OSError as error:
-            if error.errno not in TRANSIENT:
+            if error.errno in LASTING:
                 raise write_error(path, error) from None
             self._file.flush()  # warns, or succeeds by now
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -114,7 +115,7 @@ def open_log(
     """
     rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory)
     path = directory / "validation.jsonl"
-    evaluations = JsonlLog(path, step, tmp_directory) if evaluates or path.exists() else None
+    evaluations = JsonlLog(path, step, tmp_directory) if evaluates or os.path.exists(path) else None
     board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
     return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
 

@@ -62,7 +62,7 @@ def check_resumable(reader: CheckpointReader, config: Config, settings: DeepSpee
         CheckpointError: the checkpoint does not match the model or the optimizer.
     """
     own_recipe = reader.path.parent.parent / RESOLVED_RECIPE
-    hint = f"; to continue that run, pass --config {own_recipe}" if own_recipe.is_file() else ""
+    hint = f"; to continue that run, pass --config {own_recipe}" if os.path.isfile(own_recipe) else ""
     check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
 

@@ -145,3 +145,40 @@ def test_a_full_disk_at_any_file_leaves_no_trace(save, tmp_path, monkeypatch, fi
     with pytest.raises(CheckpointError, match=expected):
         save(32)
     assert names(tmp_path) == before and newest_valid(tmp_path, full=True).name == checkpoint_name(16)
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_kept(save, tmp_path, monkeypatch):
+    """Retention does not take it for a damaged one."""
+    for images in (16, 32, 48):
+        save(images)
+    opened = os.open
+
+    def fail(path: object, *arguments: object, **options: object) -> int:
+        if str(path).endswith("images_000000000032/manifest.json"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", fail)
+        save(64, keep_last=3)
+    assert names(tmp_path) == [*map(checkpoint_name, (16, 32, 48, 64)), "latest"]
+    save(80, keep_last=3)
+    assert names(tmp_path) == [*map(checkpoint_name, (48, 64, 80)), "latest"]
+
+
+def test_a_run_that_went_back_continues_from_its_own_checkpoint_if_latest_cannot_be_updated(
+    save, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    for images in (16, 32, 48):
+        save(images, keep_last=0)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target.name == "latest":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    assert save(32, keep_last=0).name == "images_000000000032_2"
+    assert "the checkpoint is saved, but latest may name an older one" in capsys.readouterr().err
+    assert candidates(tmp_path)[0].name == "images_000000000032_2"

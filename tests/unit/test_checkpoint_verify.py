@@ -78,6 +78,23 @@ def test_no_valid_checkpoint_is_an_error_not_a_new_run(run_copy, tmp_path, capsy
     assert all(str(path / "meta.json") in errors[0] for path in candidates(run_copy))
 
 
+def test_a_dry_run_reads_checkpoints_as_the_run_would(run_copy, capsys):
+    """Slurm scripts trust it: damage that no size shows is skipped, and no checkpoint without damage is an error."""
+    command = ["train", "--run-dir", str(run_copy), "--dry-run", "--json", "--set", "model.name=nano-E4"]
+    command += ["model.patch_size=8"]
+    newest, *others = candidates(run_copy)
+    flip(newest / "rank_00000.safetensors", 5000)
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["checkpoint"]["path"] == str(others[0]), printed.out
+    assert f"the checkpoint {newest} is skipped" in printed.err
+    for path in others:
+        flip(path / "rank_00000.safetensors", 5000)
+    assert main(command) == 5
+    printed = capsys.readouterr()
+    assert not printed.out and "none of its 3 checkpoint(s) is valid" in printed.err, printed.err
+
+
 @pytest.mark.parametrize("damage", ("flipped", pytest.param("cut", marks=pytest.mark.slow)))
 def test_no_command_uses_a_damaged_checkpoint(run_copy, tmp_path, capsys, damage):
     for path in candidates(run_copy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -174,3 +175,65 @@ def test_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written on"):
         lock(tmp_path / "file" / "run").__enter__()
+
+
+@pytest.mark.parametrize("kind", ("file", "dangling link", "link to itself"))
+def test_checkpoints_that_are_no_directory_are_named(tmp_path, kind):
+    root = tmp_path / "checkpoints"
+    if kind == "file":
+        root.touch()
+    else:
+        root.symlink_to(tmp_path / "missing" if kind == "dangling link" else root)
+    with pytest.raises(CheckpointError, match=rf"^{root}: cannot be written on [^\n]*\.$"):
+        lock(tmp_path).__enter__()
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_a_lock_that_cannot_be_read_back_is_no_other_job(tmp_path, monkeypatch):
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(lock_module, "open_regular", fail)
+        with pytest.raises(CheckpointError, match=r"lock\.json: cannot be written on .*: Input/output error\.$"):
+            lock(tmp_path).__enter__()
+    with lock(tmp_path):
+        pass
+
+
+def test_a_disk_that_fails_for_a_moment_does_not_cost_the_lock(tmp_path, monkeypatch):
+    with lock(tmp_path) as held:
+        own, stat = tmp_path / f".writing-{held.owner.token}", os.stat
+
+        def fail(path: object, **options: object) -> os.stat_result:
+            if str(path).startswith((str(own), str(tmp_path / "lock.json"))):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return stat(path, **options)
+
+        with monkeypatch.context() as context:
+            context.setattr(os, "stat", fail)
+            held.check_now()
+
+
+def test_a_run_directory_that_was_replaced_is_not_blamed_on_a_job(tmp_path):
+    run = tmp_path / "run"
+    with lock(run) as held:
+        run.rename(tmp_path / "moved")
+        run.mkdir()
+        with pytest.raises(RunDirectoryBusyError, match=r"run: was moved or replaced, or another job has used it"):
+            held.check_now()
+
+
+def test_no_file_is_open_when_it_is_removed(tmp_path, monkeypatch):
+    """NFS would keep it as ``.nfs...``, and the directory with it."""
+    opened, release = [], Owner.release
+
+    def watch(owner: Owner, root: Path) -> None:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        opened.extend(target for target in map(os.path.realpath, links) if target.startswith(str(tmp_path)))
+        release(owner, root)
+
+    monkeypatch.setattr(Owner, "release", watch)
+    with lock(tmp_path):
+        pass
+    assert not opened and not list(tmp_path.iterdir())

@@ -103,16 +103,17 @@ def test_rows_that_are_never_written_are_counted(tmp_path, capsys, monkeypatch):
     assert "1 record(s) were not written" in capsys.readouterr().err
 
 
-def test_a_disk_that_fails_at_the_start(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", (errno.EIO, errno.EMFILE, errno.EBUSY, errno.ESHUTDOWN))
+def test_a_disk_that_fails_at_the_start(tmp_path, capsys, monkeypatch, number):
     """The rows of the earlier attempt are kept, and those after its checkpoint are dropped as soon as possible."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row(step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "te')
     before = path.read_bytes()
     with monkeypatch.context() as context:
-        context.setattr(log_files.os, "fsync", fail())
+        context.setattr(log_files.os, "fsync", fail(number))
         log = JsonlLog(path, 2)
         log.add(row(3))
-        assert path.read_bytes() == before and "Input/output error" in capsys.readouterr().err
+        assert path.read_bytes() == before and os.strerror(number) in capsys.readouterr().err
     log.add(row(4))
     log.close()
     assert steps(path) == [1, 2, 3, 4] and os.listdir(tmp_path) == ["metrics.jsonl"]
