@@ -11,7 +11,7 @@ from diffmoe_ds.checkpoint.verify import check_sizes
 from diffmoe_ds.config.schema import CheckpointConfig
 from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import free_name
+from diffmoe_ds.files import Progress, free_name
 
 
 def new_name(root: Path, images: int) -> str:
@@ -46,7 +46,9 @@ def leave_abandoned(root: Path, newest: str, owner: Owner) -> list[str]:
     return left
 
 
-def remove_surplus(root: Path, newest: str, config: CheckpointConfig, owner: Owner) -> list[str]:
+def remove_surplus(
+    root: Path, newest: str, config: CheckpointConfig, owner: Owner, progress: Progress = lambda: None
+) -> list[str]:  # fmt: skip
     """Remove the checkpoints that the configuration does not keep.
 
     Args:
@@ -54,6 +56,7 @@ def remove_surplus(root: Path, newest: str, config: CheckpointConfig, owner: Own
         newest: name of the checkpoint just completed, which is never removed.
         config: how many are kept.
         owner: of the run directory.
+        progress: called after each removed file.
 
     Returns:
         The names of the removed checkpoints.
@@ -64,7 +67,7 @@ def remove_surplus(root: Path, newest: str, config: CheckpointConfig, owner: Own
     names = sorted_names(path.name for path in root.iterdir())
     removed = surplus(names, newest, config, lambda name: _is_valid(root / name))
     for name in removed:
-        owner.remove(root / name)
+        owner.remove(root / name, progress)
     return removed
 
 

@@ -46,7 +46,14 @@ class CheckpointSaver:
     Every rank has one, and all ranks must construct it, `start` and `finish` together.
     """
 
-    def __init__(self, run_directory: Path, config: CheckpointConfig, device: torch.device, owner: Owner) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        config: CheckpointConfig,
+        device: torch.device,
+        owner: Owner,
+        alive: Callable[[], object] = lambda: None,
+    ) -> None:
         """Prepare for saving.
 
         Args:
@@ -54,11 +61,13 @@ class CheckpointSaver:
             config: how many checkpoints are kept.
             device: where the process group's tensors live.
             owner: of the run directory; has claimed the directory of its checkpoints.
+            alive: called whenever the disk has done something for which this rank waits; see `Watchdog.alive`.
         """
         self._root = checkpoint_root(run_directory)
         self._config = config
         self._device = device
         self._owner = owner
+        self._alive = alive
         self._host: dict[str, Tensor] = {}  # the copies, allocated by the first save and reused
         self._thread: threading.Thread | None = None
         self._retention: threading.Thread | None = None
@@ -66,8 +75,8 @@ class CheckpointSaver:
         self._metadata: CheckpointMetadata | None = None
         self._digest = Digest(0, "")
         self._failure: CheckpointError | None = None
-        self.progress = 0
-        """Increases while this rank's thread writes."""
+        self._progress = 0
+        """Increases while a thread writes or removes something."""
 
     @property
     def is_open(self) -> bool:
@@ -133,7 +142,7 @@ class CheckpointSaver:
                 are unchanged.
         """
         assert self._thread is not None, "start() a checkpoint first"
-        self._thread.join()
+        self._join(self._thread)
         self._thread = None
         tick()
         self._agree()
@@ -149,7 +158,16 @@ class CheckpointSaver:
     def wait_for_retention(self) -> None:
         """Wait until this rank has removed the checkpoints that the last save made superfluous."""
         if self._retention is not None:
-            self._retention.join()
+            self._join(self._retention)
+
+    def _join(self, thread: threading.Thread) -> None:
+        """Wait for a thread; only its progress is a sign of life, because it may hang."""
+        progress = self._progress
+        while thread.is_alive():
+            thread.join(0.01)
+            if self._progress != progress:
+                progress = self._progress
+                self._alive()
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         for key, value in tensors.items():
@@ -169,7 +187,7 @@ class CheckpointSaver:
             raise write_error(path, error) from None
 
     def _advance(self) -> None:
-        self.progress += 1
+        self._progress += 1
 
     def _complete(self, digests: Sequence[Digest]) -> int:
         """Complete the checkpoint, and start to remove older ones; runs on rank 0.
@@ -180,12 +198,16 @@ class CheckpointSaver:
         assert self._metadata is not None
         files = {rank_file(rank): digest for rank, digest in enumerate(digests)}
         files[META] = write_json(self._tmp / META, self._metadata.to_json())
+        self._alive()
         write_manifest(self._tmp, files)
+        self._alive()
         name = new_name(self._root, self.images)
         pointer = self._owner.directory(self._root) / LATEST
         pointer.unlink(missing_ok=True)  # of a save that failed
         write_synced(pointer, f"{name}\n".encode())  # all that needs space is on the disk before the first rename
+        self._alive()
         self._tmp.rename(self._root / name)
+        self._alive()
         # this checkpoint is saved in any case, and `candidates` prefers it if one of these two steps succeeds
         try:
             left = leave_abandoned(self._root, name, self._owner)
@@ -193,6 +215,7 @@ class CheckpointSaver:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
         except OSError as error:
             self._warn(error, "the checkpoint is saved, but some of an abandoned branch keep their names")
+        self._alive()
         try:
             pointer.rename(self._root / LATEST)
             sync_directory(self._root)
@@ -207,7 +230,7 @@ class CheckpointSaver:
     def _retain(self, newest: str) -> None:
         """Remove older checkpoints; runs in a thread of rank 0."""
         try:
-            remove_surplus(self._root, newest, self._config, self._owner)
+            remove_surplus(self._root, newest, self._config, self._owner, self._advance)
         except OSError as error:
             self._warn(error, "keeping older checkpoints")
 

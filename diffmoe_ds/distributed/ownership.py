@@ -9,6 +9,7 @@ rename of a suspended owner fails, because one of its two paths no longer exists
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from diffmoe_ds.files import REMOVING_PREFIX, TMP_PREFIX, Progress, free_name, r
 
 MOVING = "moving"
 """Subdirectory for what is on its way from one published name to another."""
-OWNERS = re.compile(re.escape(TMP_PREFIX) + "[0-9a-f]{16}")
-"""Names of the directories of owners."""
+OWNERS = re.compile(f"({re.escape(REMOVING_PREFIX)})?{re.escape(TMP_PREFIX)}[0-9a-f]{{16}}")
+"""Names of the directories of owners, also of those that could not be removed."""
 LEFTOVERS = re.compile(f"({re.escape(TMP_PREFIX)}|{re.escape(REMOVING_PREFIX)}).*")
 """Names of everything that killed processes may have left behind."""
 
@@ -46,12 +47,12 @@ class Owner:
     def fence_others(self, root: Path, leftovers: re.Pattern[str], progress: Progress = lambda: None) -> None:
         """Move away and remove what others have left in a directory; from then on, they cannot rename anything in it.
 
-        What cannot be removed stays, with a warning.
+        What cannot be removed stays under another name, with a warning; the next owner tries again.
 
         Args:
             root: the directory.
             leftovers: names of what may be removed, `OWNERS` or `LEFTOVERS`.
-            progress: called after each of them.
+            progress: called after each removed file.
 
         Raises:
             OSError: the directory cannot be read.
@@ -59,14 +60,16 @@ class Owner:
         for path in sorted(root.iterdir()):
             if path == self.directory(root) or not leftovers.fullmatch(path.name):
                 continue
-            garbage = self._own(root, f"{REMOVING_PREFIX}{path.name}")
+            name = f"{REMOVING_PREFIX}{path.name.removeprefix(REMOVING_PREFIX)}"
+            garbage = free_name(self._own(root, name))
             try:
                 path.rename(garbage)
                 _restore(garbage, root)
-                remove_tree(garbage)
+                _remove(garbage, progress)
             except OSError as error:
                 print(f"*** WARNING: {path}: cannot be removed: {error.strerror} ***", file=sys.stderr, flush=True)
-            progress()
+                with contextlib.suppress(OSError):  # otherwise it would be a level deeper after every start
+                    garbage.rename(free_name(root / name))
 
     def move(self, source: Path, target: Path) -> None:
         """Rename something in a directory that this owner owns.
@@ -78,15 +81,19 @@ class Owner:
         source.rename(passing)
         passing.rename(target)
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: Path, progress: Progress = lambda: None) -> None:
         """Remove something from a directory that this owner owns; it disappears at once, its contents gradually.
+
+        Args:
+            path: what to remove.
+            progress: called after each removed file.
 
         Raises:
             OSError: it cannot be moved, for example because another owner has taken over, or not be removed completely.
         """
         garbage = free_name(self._own(path.parent, f"{REMOVING_PREFIX}{path.name}"))
         path.rename(garbage)
-        remove_tree(garbage)
+        _remove(garbage, progress)
 
     def release(self, root: Path) -> None:
         """Remove this owner's directory, and with it whatever is not published."""
@@ -94,6 +101,16 @@ class Owner:
 
     def _own(self, root: Path, name: str) -> Path:
         return self.directory(root) / name
+
+
+def _remove(garbage: Path, progress: Progress) -> None:
+    """Remove something that was moved into an owner's directory, reporting progress on directories of many files."""
+    if garbage.is_dir() and not garbage.is_symlink():
+        for path in garbage.iterdir():
+            remove_tree(path)
+            progress()
+    remove_tree(garbage)
+    progress()
 
 
 def _restore(garbage: Path, root: Path) -> None:

@@ -27,13 +27,15 @@ class Checkpointer:
 
         Args:
             run: the run to save.
-            watchdog: told that the rank is alive while a checkpoint is written.
+            watchdog: told that the rank is alive while the files of a checkpoint are written or removed.
             lock: the run lock, on the rank that holds it; nothing is written once another job has taken it.
         """
         self._run = run
         self._watchdog = watchdog
         self._lock = lock
-        self._saver = CheckpointSaver(run.directory, run.config.checkpoint, run.device, run.owner)
+        self._saver = CheckpointSaver(
+            run.directory, run.config.checkpoint, run.device, run.owner, watchdog.alive
+        )  # fmt: skip
         self._saved_images = self._started_images = run.images
         self._started_s = time.monotonic()
         self._pause_s = 0.0
@@ -117,13 +119,7 @@ class Checkpointer:
         )
 
     def _finish(self, must_succeed: bool = False) -> None:
-        start, progress = time.perf_counter(), -1
-        while self.is_writing:
-            time.sleep(0.01)
-            if self._saver.progress != progress:  # a write that hangs must not count as a sign of life
-                progress = self._saver.progress
-                self._watchdog.alive()
-        images = self._saver.images
+        start, images = time.perf_counter(), self._saver.images
         try:
             self.last = self._saver.finish(self._watchdog.tick)
             self._saved_images = images

@@ -233,6 +233,8 @@ def test_leftovers_that_cannot_be_removed_do_not_matter(server, tmp_path):
         with job(server, run, "--saves", "1", rules=(Rule("unlink", "*.nfs*", "EBUSY", repeats=True),)) as found:
             assert found.wait() == 0, found.text()
         assert warnings_of(found, "cannot be removed: Device or resource busy") == 1, found.told
+        kept = [str(path.relative_to(root)) for path in run.rglob(".nfs*")]
+        assert kept == [".removing-.writing-images_000000000016/.nfs0001"], "not deeper at every start"
     with job(server, run, "--saves", "1") as found:
         assert found.wait() == 0 and not warnings_of(found, "")
     assert (outside / "file").exists() and not list(run.rglob(".*"))

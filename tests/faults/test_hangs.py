@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ def server():
     server.close()
 
 
-def train(server: ForkServer, folder: Path, victim: int, rule: Rule, *overrides: str) -> tuple[list[int], str]:
-    """Train on two ranks with a fault on one of them; return the exit codes and the output."""
+def train(
+    server: ForkServer, folder: Path, victim: int, rules: Rule | Sequence[Rule], *overrides: str
+) -> tuple[list[int], str]:  # fmt: skip
+    """Train on two ranks with faults on one of them; return the exit codes and the output."""
+    rules = [rules] if isinstance(rules, Rule) else rules
     config = write_json(folder / "ds.json", ep=2, zero=2)
     settings = ("run.total_images=4800", "run.save_every_images=32", "run.rank_timeout_s=6", *overrides)
     arguments = ["diffmoe_ds/train.py", *training_arguments(config, folder / "run", *settings)]
@@ -34,7 +38,7 @@ def train(server: ForkServer, folder: Path, victim: int, rule: Rule, *overrides:
         ranks = [
             server.start(
                 arguments,
-                rank_environment(rank, 2, port, **fault_environment(*([rule] if rank == victim else []))),
+                rank_environment(rank, 2, port, **fault_environment(*(rules if rank == victim else []))),
                 REPOSITORY,
                 output,
             )
@@ -69,6 +73,19 @@ def test_a_hung_save_names_the_rank_whose_disk_hangs(server, tmp_path, victim, o
     assert codes == [85, 85], text
     assert f"rank {victim} on {socket.gethostname()} has been stuck for 6 s" in text, text
     assert f"rank {1 - victim} on" not in text, text
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_no_hang(server, tmp_path):
+    """The last save, and then the removal of the checkpoint before it, take longer than the limit, but progress."""
+    slow_calls = (
+        Rule("fsync", "*/checkpoints*", "sleep:2", n=8, repeats=True),
+        Rule("unlink", "*/.removing-images_*", "sleep:2", repeats=True),
+    )
+    overrides = ("run.total_images=64", "checkpoint.keep_last=1")
+    codes, text = train(server, tmp_path, 0, slow_calls, *overrides)
+    assert codes == [0, 0], text
+    assert "saved" in text
 
 
 @pytest.mark.slow
