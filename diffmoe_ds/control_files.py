@@ -33,6 +33,8 @@ MAX_DEPTH = 32
 """Deepest nesting of objects and lists."""
 MAX_NODES = 1 << 19
 """Most objects and lists in a JSON file."""
+MAX_VALUES = 600_000
+"""Most values in a JSON file, with commas in strings; the index of 140,000 shards has 560,000."""
 INT_RANGE = range(-(2**63), 2**64)
 """Integers that a file may hold."""
 
@@ -121,11 +123,13 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         pairs: builds an object from its keys and values; None builds a `dict`.
 
     Raises:
-        ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, holds more than `MAX_NODES` objects and lists, or
-            a number that is not finite or, if it is an integer, not of 64 bits.
+        ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, holds more than `MAX_NODES` objects and lists or
+            `MAX_VALUES` values, or a number that is not finite or, if it is an integer, not of 64 bits.
     """
     if text.count("{") + text.count("[") > MAX_NODES:
         raise ValueError(f"more than {MAX_NODES:,} objects and lists")
+    if text.count(",") >= MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values")
     integer = _integer if re.search("[0-9]{19}", text) else None  # Python's own is several times faster
     try:
         tree = json.loads(

@@ -48,6 +48,10 @@ ADVICE = {
 """Options that other programs have for training, and what to use here."""
 
 
+MAX_MESSAGE = 4000
+"""Most characters of an error; one that quotes a hostile file could have millions."""
+
+
 def main(argv: Sequence[str] | None = None, *, handle_signals: bool | None = None) -> int:
     """Run a command and return its exit code; user errors are one sentence on stderr, without a traceback.
 
@@ -116,7 +120,9 @@ def _run(args: argparse.Namespace) -> int:
     except (DiffMoEError, OSError) as raised:
         error = as_reported(raised)
         if _should_print(error):
-            print(f"diffmoe: error: {error}", file=sys.stderr, flush=True)
+            text = str(error)
+            shown = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
+            print(f"diffmoe: error: {shown}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

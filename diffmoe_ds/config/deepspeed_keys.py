@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from diffmoe_ds.config.deepspeed_unsupported import PAGE, is_known, refusal
@@ -167,6 +168,10 @@ SCHEDULES: dict[str, dict[str, bool]] = {
 """DeepSpeed's schedules: each parameter, and whether it is required. A contract test compares this with DeepSpeed."""
 
 
+MAX_PROBLEMS = 50
+"""Invalid keys that an error names; finding the nearest valid ones for a hostile file's would take seconds."""
+
+
 def check_keys(tree: dict[str, Any], source: str) -> None:
     """Check the whole JSON against `KEYS`.
 
@@ -176,13 +181,15 @@ def check_keys(tree: dict[str, Any], source: str) -> None:
 
     Raises:
         ConfigError: unknown keys, each with the nearest valid one; invalid values, each with the valid ones; settings
-            of DeepSpeed that are not supported, each with what to use instead. All of them at once.
+            of DeepSpeed that are not supported, each with what to use instead. Up to `MAX_PROBLEMS` at once.
     """
-    problems = [*_problems(tree, KEYS, ""), *_schedule_problems(tree.get("scheduler"))]
+    every = chain(_problems(tree, KEYS, ""), _schedule_problems(tree.get("scheduler")))
+    problems = list(islice(every, MAX_PROBLEMS + 1))
     if len(problems) == 1:
         raise ConfigError(f"{source}: {problems[0]}")
     if problems:
-        raise ConfigError("\n  ".join([f"{source}: {len(problems)} keys are invalid:", *problems]))
+        count = len(problems) if len(problems) <= MAX_PROBLEMS else f"more than {MAX_PROBLEMS}"
+        raise ConfigError("\n  ".join([f"{source}: {count} keys are invalid:", *problems[:MAX_PROBLEMS]]))
 
 
 def _problems(tree: dict[str, Any], keys: dict[str, Any], section: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +16,7 @@ from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.config.strict_yaml import MalformedValueError, parse_yaml, read_yaml
+from diffmoe_ds.control_files import MAX_DEPTH
 from diffmoe_ds.errors import ConfigError
 
 DEFAULT_RECIPE = "fashion"
@@ -114,7 +116,7 @@ def _find(what: str, recipe: str, path: Path) -> Path:
     known = recipes()
     if recipe in known:
         return known[recipe]
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib's raises for a name that is too long
         return path
     if len(Path(recipe).parts) > 1 or recipe.startswith("./") or path.suffix in (".yaml", ".yml"):
         raise ConfigError(
@@ -233,6 +235,8 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must have the form section.key=value, got {override!r}.")
+    if key.count(".") > MAX_DEPTH:
+        raise ConfigError(f"--set must have the form section.key=value, got {override[:80]!r}...")
     try:
         value = parse_yaml(text)
     except MalformedValueError as error:

@@ -97,13 +97,13 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
     if "image_size" in reader:
         height, width = _small(reader, "image_size", (2,))
         check_size(path, (height, width), size)
-    pooled = read_gaussian(reader, "mu", "sigma")
     outputs = extractor.extract(torch.zeros(1, 3, *size, dtype=torch.uint8))
-    _check_width(path, pooled, outputs.features_BF, extractor.name)
+    _check_width(reader, "mu", outputs.features_BF, extractor.name)
+    pooled = read_gaussian(reader, "mu", "sigma")
     spatial = None
     if "mu_s" in reader and outputs.spatial_BS is not None:
+        _check_width(reader, "mu_s", outputs.spatial_BS, f"{extractor.name} (sFID)")
         spatial = read_gaussian(reader, "mu_s", "sigma_s")
-        _check_width(path, spatial, outputs.spatial_BS, f"{extractor.name} (sFID)")
     count = None
     if "n" in reader:
         (count,) = _small(reader, "n", (1,))
@@ -190,10 +190,11 @@ def save_reference(
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def _check_width(path: str, statistics: Gaussian, features_BF: Tensor, name: str) -> None:
-    found, expected = len(statistics.mean_F), features_BF.shape[1]
-    if found != expected:
-        raise DataError(f"{path}: has statistics of {found} features, but {name} has {expected}.")
+def _check_width(reader: NpzReader, mean: str, features_BF: Tensor, name: str) -> None:
+    """Check the number of features before the covariance is read and factorized, which takes minutes for many."""
+    found, expected = reader.header(mean).shape, features_BF.shape[1]
+    if len(found) == 1 and found[0] != expected:
+        raise DataError(f"{reader.path}: has statistics of {found[0]} features, but {name} has {expected}.")
 
 
 def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:

@@ -66,6 +66,8 @@ def test_nesting_is_bounded():
                 parse_json(opening * depth + "1" + closing * depth)
     with pytest.raises(ValueError, match="more than 524,288 objects and lists"):
         parse_json("[" + "[]," * control_files.MAX_NODES + "1]")
+    with pytest.raises(ValueError, match="more than 600,000 values"):
+        parse_json("[" + "1," * control_files.MAX_VALUES + "1]")
 
 
 def test_long_lines_are_skipped(tmp_path):

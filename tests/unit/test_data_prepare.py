@@ -205,6 +205,13 @@ def test_check_finds_duplicate_keys_and_bad_samples_in_any_shards(tmp_path, caps
     assert len(report["problems"]) == 2 and "sample 'm' of shard" in report["problems"][0]
 
 
+def test_shards_whose_records_could_not_be_read_are_refused(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffmoe_ds.data.prepare.preparation.MAX_SHARD_IMAGES", 4)
+    prepare(tmp_path / "out", made, code=2)
+    assert "--shard-images must be at most 4, got 5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_rank_0_notices_missing_ranks(made, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     as_rank(monkeypatch, 0, 2)

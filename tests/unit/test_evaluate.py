@@ -302,6 +302,10 @@ def test_invalid_statistics_are_refused(samples, tmp_path, evaluate):
     ):
         np.savez(tmp_path / "r.npz", **{**valid, **changed})
         assert message in evaluate(samples, tmp_path / "r.npz", code=4), message
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffmoe_ds.evaluation.reference.factor", None)  # takes minutes for 16,384 features
+        np.savez(tmp_path / "wide.npz", **{**valid, "mu": np.zeros(900), "sigma": np.eye(900)})
+        assert "statistics of 900 features, but" in evaluate(samples, tmp_path / "wide.npz", code=4)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(48), sigma=np.eye(48))
     assert "name no extractor, so they are Inception's" in evaluate(samples, tmp_path / "adm.npz", code=4)
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=pictures(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -144,3 +145,18 @@ def test_long_curves_are_averaged(tmp_path):
     curve = read_history(tmp_path).curves["loss"]
     assert len(curve.value_P) == MAX_POINTS and (curve.value_P == 0.5).all()
     assert curve.images_P[0] == 10 and curve.images_P[-1] == 6000
+
+
+@pytest.mark.usefixtures("hang_limit")
+def test_hostile_log_files_cost_little(tmp_path):
+    levels, metrics = [0.5] * 5000, dict.fromkeys(map(str, range(5000)), 1)
+    row = {"images": 8, "validation_loss": 0.5, "validation_loss_by_noise_level": levels, "metrics": metrics}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "tensorboard").mkdir()
+    events = tmp_path / "tensorboard" / "events.out.tfevents.1.host"
+    for make in (os.mkfifo, os.mkdir):
+        make(events)
+        found = read_history(tmp_path)
+        assert found.thresholds == {}
+        assert len(found.validation.by_noise_level) == len(found.validation.metrics) == 100
+        (events.rmdir if events.is_dir() else events.unlink)()

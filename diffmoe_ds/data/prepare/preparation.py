@@ -32,6 +32,8 @@ from diffmoe_ds.files import TMP_PREFIX, remove_leftovers, remove_tree, sha256_o
 REPORT = "report.json"
 MIXING_SEED = 0
 """Seed of the permutation that mixes the images; without it, each shard would hold a single class."""
+MAX_SHARD_IMAGES = 100_000
+"""Most images of a shard; the record of a larger one could exceed the limits of a JSON file."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,9 @@ def begin(preparation: Preparation) -> None:
         DataError: two images have the same key.
         CheckpointError: the directory cannot be written.
     """
+    per_shard = min(preparation.shard_images, len(preparation.source))
+    if per_shard > MAX_SHARD_IMAGES:
+        raise ConfigError(f"--shard-images must be at most {MAX_SHARD_IMAGES:,}, got {per_shard:,}.")
     settings = _settings(preparation)
     path = preparation.out / SETTINGS
     try:

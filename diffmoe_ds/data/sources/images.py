@@ -13,6 +13,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_BYTES = 64 << 20
+MAX_SIDE = 65_535
+"""Largest width or height, that of JPEG; rows of a pixel or two would take several times the memory of the pixels."""
+MAX_WEBP_PIXELS = 62_000_000
+"""Most pixels of a WebP, of which its library keeps several copies."""
+MAX_SCANS = 100
+"""Most scans of a JPEG, each of which is a pass over all pixels that takes a few bytes; usual are 1 to 20."""
+MAX_READS = 1 << 19
+"""Most reads of a file, one or more for every chunk, marker, tag or run of pixels that Pillow decodes in Python."""
+STRIP_PIXELS = 1 << 20
+"""Pixels that are composited together, so that a large image does not take several times its memory."""
 PIL_FORMATS = {
     "png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP",
     "gif": "GIF", "bmp": "BMP", "tif": "TIFF", "tiff": "TIFF",
@@ -33,8 +43,8 @@ def decode_pixels(data: bytes, suffix: str) -> np.ndarray:
         raise ValueError(f"pixel mode {picture.mode} is not supported, expected 8 bits per channel")
     picture = _on_white(_upright(picture))
     if grey:
-        return np.array(picture.convert("L"))[None]
-    return np.ascontiguousarray(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
+        return np.array(_converted(picture, "L"))[None]
+    return np.ascontiguousarray(np.asarray(_converted(picture, "RGB")).transpose(2, 0, 1))
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -49,10 +59,13 @@ def open_rgb(data: bytes) -> Image.Image:
         raise ValueError(f"the file has {len(data)} bytes; the limit is {MAX_IMAGE_BYTES >> 20} MiB")
     picture = _upright(_open(data, RAW_FORMATS, "an image"))
     if picture.mode.startswith("I;16"):
-        picture = Image.fromarray(np.round(np.asarray(picture, np.float64) / 257).astype(np.uint8))
+        pixels = np.asarray(picture).astype(np.uint32)  # rounded in place: floats would take four times the memory
+        pixels += 257 // 2
+        pixels //= 257
+        picture = Image.fromarray(pixels.astype(np.uint8))
     if picture.mode not in (*GREY_MODES, *COLOUR_MODES, "La", "RGBa", "LAB", "HSV"):
         raise ValueError(f"pixel mode {picture.mode} has no known range")
-    return _on_white(picture).convert("RGB")
+    return _converted(_on_white(picture), "RGB")
 
 
 def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
@@ -95,23 +108,49 @@ def _on_white(picture: Image.Image) -> Image.Image:
     """Composite alpha onto white."""
     if not picture.has_transparency_data:
         return picture
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    flat = Image.new("RGB", picture.size)
+    rows = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        flat.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return flat
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    """Convert an image unless it has the mode already; Pillow would copy it."""
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+class _BoundedFile(io.BytesIO):
+    """An image file that ends a loop over millions of its parts."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ValueError(f"it has more than {MAX_READS:,} parts")
+        return super().read(size)
 
 
 def _open(data: bytes, formats: tuple[str, ...], kind: str) -> Image.Image:
     try:
-        picture = Image.open(io.BytesIO(data), formats=formats)
+        picture = Image.open(_BoundedFile(data), formats=formats)
     except UnidentifiedImageError:
         raise ValueError(f"it does not start like {kind} file") from None
     _check_area(*picture.size)
+    if picture.format == "WEBP" and picture.width * picture.height > MAX_WEBP_PIXELS:
+        raise ValueError(f"a WebP of {picture.width}x{picture.height} pixels could be a decompression bomb")
     # MPO is a camera's JPEG followed by a second, smaller view of the same photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        frames = getattr(picture, "n_frames", "several")
-        raise ValueError(f"it is animated, with {frames} frames; expected a still image")
+        raise ValueError("it is animated, with several frames; expected a still image")  # counting them may take hours
+    if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"it has more than {MAX_SCANS} scans and could be a decompression bomb")
     return picture
 
 
 def _check_area(width: int, height: int) -> None:
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+    too_large = Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+    if too_large or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width}x{height} pixels could be a decompression bomb")

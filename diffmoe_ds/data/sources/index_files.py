@@ -154,7 +154,7 @@ def listed(folder: Path) -> list[str]:
     """Return the shards that `index.json` lists; none if it is missing, or damaged, which `load_index` reports."""
     try:
         names = [shard_info(shard).name for shard in read_json(folder / INDEX, MAX_INDEX_BYTES)["shards"]]
-        return [name for name in names if Path(name).name == name]
+        return [name for name in names if name and os.path.basename(name) == name]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 

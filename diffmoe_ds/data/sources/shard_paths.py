@@ -52,7 +52,7 @@ def expand(path: str | Path) -> list[str]:
             names = {p.name for p in whole.iterdir() if is_shard(p.name)}
             if not names:
                 raise DataError(f"directory {path} holds no shards; expected files named *.tar or *.tar.gz")
-            return sorted(str(whole / name) for name in names.union(listed(whole)))
+            return sorted(os.path.join(whole, name) for name in names.union(listed(whole)))
         if whole.exists():
             return [str(whole)]
         shards = []
@@ -72,8 +72,8 @@ def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
     Raises:
         DataError: the index is damaged, or the shards belong to an unfinished preparation.
     """
-    for folder in {Path(shard).parent for shard in shards if not is_url(shard)}:
-        refuse_unfinished(folder)
+    for parent in {os.path.dirname(shard) for shard in shards if not is_url(shard)}:
+        refuse_unfinished(Path(parent))
     if any(shard.startswith("pipe:") for shard in shards):
         return None
     places = {shard.rpartition("/")[0] for shard in shards}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "grad_norm"
 """Keys of ``metrics.jsonl`` to draw as curves."""
 MAX_POINTS = 600
 """Maximum number of points per curve; longer curves are averaged over equal numbers of rows."""
+MAX_SERIES = 100
+"""Most noise levels, and most metrics, that are drawn."""
 THRESHOLD_TAG = "threshold/"
 """Prefix of the TensorBoard tags of thresholds, such as ``threshold/block_01/expert_00``."""
 
@@ -135,14 +138,14 @@ def _validation(rows: list[dict[str, Any]]) -> Validation | None:
         return None
     images = [float(row["images"]) for row in rows]
     levels = [row.get("validation_loss_by_noise_level") for row in rows]
-    count = max((len(found) for found in levels if isinstance(found, list)), default=0)
+    count = min(max((len(found) for found in levels if isinstance(found, list)), default=0), MAX_SERIES)
     by_level = []
     for level in range(count):
         values = [_number(row[level]) if isinstance(row, list) and level < len(row) else math.nan for row in levels]
         by_level.append(_curve(images, values))
     measured = [row["metrics"] if isinstance(row.get("metrics"), dict) else {} for row in rows]
     metrics = {}
-    for name in dict.fromkeys(name for found in measured for name in found):
+    for name in list(dict.fromkeys(name for found in measured for name in found))[:MAX_SERIES]:
         curve = _curve(images, [_number(found.get(name)) for found in measured])
         if len(curve.images_P):
             metrics[name] = curve
@@ -153,7 +156,8 @@ def _validation(rows: list[dict[str, Any]]) -> Validation | None:
 
 def _thresholds(directory: Path) -> dict[str, tuple[Curve, ...]]:
     """Read the thresholds from TensorBoard event files."""
-    if not directory.is_dir():
+    files = list(directory.glob("*tfevents*"))
+    if not files or not all(map(os.path.isfile, files)):  # TensorBoard would wait for a named pipe
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes half a second
 
