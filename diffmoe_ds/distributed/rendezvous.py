@@ -89,8 +89,11 @@ class Rendezvous:
         self._silence_s = silence_s
 
     def init_method(self) -> str:
-        """Return torch's ``init_method`` for a process group of these ranks, which uses the store's open connection."""
-        return "env://" if self.store is None else init_method(self.store, self.launch)
+        """Return torch's ``init_method`` for a process group of these ranks, which uses the store's open connection.
+
+        A single rank needs no server, whose port another process could take first.
+        """
+        return init_method(self.store or dist.HashStore(), self.launch)
 
     def raise_on_all_ranks(self, name: str, action: Callable[[], T]) -> T:
         """Run an action that may fail on a single rank; if it fails on any, all ranks raise. Every rank must call this.

@@ -80,7 +80,7 @@ def init_method(store: dist.Store, launch: Launch) -> str:
     """Return an ``init_method`` with which torch.distributed creates a process group over the store.
 
     Args:
-        store: from `open_store`.
+        store: from `open_store`, or any other for a single rank.
         launch: this process's place among the ranks.
     """
     _joined[:] = [(store, launch.rank, launch.world)]

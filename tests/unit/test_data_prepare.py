@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from numpy.lib import format as npy
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.cli import prepare as prepare_cli
 from diffmoe_ds.data.prepare import run as prepare_run
 from diffmoe_ds.data.prepare.progress import Progress
+from diffmoe_ds.data.sources import index_files
 from diffmoe_ds.data.sources.images import centre_crop, open_rgb
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
@@ -243,7 +243,7 @@ def test_a_full_disk_gives_a_one_sentence_error(made, monkeypatch, tmp_path, cap
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(npy, "header_data_from_array_1_0", full)
+        patched.setattr(index_files, "write_array", full)
         prepare(tmp_path / "out", made, code=5)
     assert "index-samples.npy: cannot be written: No space left on device" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")

@@ -67,11 +67,12 @@ def test_malformed_weights_are_named(tmp_path, capsys, state, case):
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ("blocks.x.mlp.experts.0.fc1.weight", f"blocks.{'9' * 5000}.mlp.experts.0.fc1.weight"))
-def test_a_block_without_a_valid_number_is_named(tmp_path, capsys, state, name):
+@pytest.mark.parametrize("block", ("x", pytest.param("9" * 5000, id="9...9")))
+def test_a_block_without_a_valid_number_is_named(tmp_path, capsys, state, block):
+    name = f"blocks.{block}.mlp.experts.0.fc1.weight"
     torch.save({**state, name: torch.zeros(2, 2)}, tmp_path / "official.pt")
     assert convert(tmp_path / "official.pt") == 5
-    assert name in capsys.readouterr().err
+    assert name[:1000] in capsys.readouterr().err
 
 
 def test_num_heads_that_do_not_divide_the_width_are_an_option_error(tmp_path, capsys, state):
