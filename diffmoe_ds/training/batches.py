@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -187,8 +188,13 @@ class UnreadableImages:
 
 
 def as_data_error(error: Exception) -> DataError:
-    """Wrap any other error that occurred while reading images."""
-    return DataError(f"cannot read images: {type(error).__name__}: {' '.join(str(error).split())}")
+    """Wrap any other error that occurred while reading images; torch's error of a worker is its traceback."""
+    text = str(error).strip()
+    places = re.findall(r'File "(.+)", line ([0-9]+)', text)
+    if "Original Traceback" in text and places:
+        file, line = places[-1]
+        return DataError(f"cannot read images: {text.splitlines()[-1]} (in a loader worker, at {file}:{line})")
+    return DataError(f"cannot read images: {type(error).__name__}: {' '.join(text.split())}")
 
 
 def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:

@@ -38,3 +38,19 @@ def test_a_run_reads_only_the_micro_batches_of_its_steps(monkeypatch, seen, micr
         source.take()
         assert source.agree((), torch.ones(1)) == [1.0]
     assert len(read) == micro_steps
+
+
+class Broken(torch.utils.data.Dataset[int]):
+    """A dataset whose workers run out of memory."""
+
+    def __getitem__(self, _: int) -> int:
+        raise MemoryError("17 GiB")
+
+
+def test_an_error_of_a_worker_is_one_sentence_with_its_place():
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[0], num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(MemoryError) as found:
+        next(iter(loader))
+    expected = f"cannot read images: MemoryError: 17 GiB (in a loader worker, at {__file__}:"
+    assert str(batches.as_data_error(found.value)).startswith(expected)
+    assert str(batches.as_data_error(ValueError("two\nlines"))) == "cannot read images: ValueError: two lines"
