@@ -16,7 +16,7 @@ import pytest
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from tests.faults.shim import Rule, fault_environment
-from tests.helpers.processes import REPOSITORY, WORKERS, clean_environment, run_ranks, wait_for_end
+from tests.helpers.processes import LAUNCH_TIMEOUT, REPOSITORY, WORKERS, clean_environment, run_ranks, wait_for_end
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
 
@@ -135,7 +135,7 @@ def test_a_signal_saves_and_requests_a_requeue(tmp_path, number, resume, again):
     process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
     _wait_for_rows(directory)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
     assert process.returncode == 85, output
     rows = read_metrics(directory)
     assert CheckpointReader(newest_valid(directory, full=True)).metadata.images == rows[-1]["images"]
@@ -150,7 +150,7 @@ def test_a_requeue_waits_until_older_checkpoints_are_removed(tmp_path):
     process, directory = _start(tmp_path, *keep, **slow_disk)
     _wait_for_rows(directory)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
     assert process.returncode == 85 and "WARNING" not in output, output
     newest = newest_valid(directory, full=True)
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"latest", newest.name}
@@ -160,13 +160,13 @@ def test_a_requeue_waits_until_older_checkpoints_are_removed(tmp_path):
 def test_a_signal_after_the_end_changes_nothing(tmp_path):
     """Signals are sent from the last step until the process has exited."""
     process, directory = _start(tmp_path, "run.total_images=160")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LAUNCH_TIMEOUT
     while not (directory / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGUSR1)
         time.sleep(0.002)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
     assert process.returncode == 0, output
 
 
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
     process, directory = _start(tmp_path, "run.total_images=100000")
     _wait_for_rows(directory)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
     assert process.returncode == 85 and "press Ctrl-C again to exit now" in output
     assert newest_valid(directory, full=True) is not None
 
@@ -193,7 +193,7 @@ def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
         time.sleep(0.4)  # long enough for the next one to count as a second press
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(LAUNCH_TIMEOUT) == 130
     finally:
         process.kill()
         process.wait()
@@ -212,8 +212,8 @@ def _start(tmp_path, *overrides, options=(), **environment):
     return process, directory
 
 
-def _wait_for_rows(directory, seconds=300):
-    deadline = time.monotonic() + seconds
+def _wait_for_rows(directory):
+    deadline = time.monotonic() + LAUNCH_TIMEOUT
     while time.monotonic() < deadline:
         path = directory / "metrics.jsonl"
         if path.exists() and os.path.getsize(path) > 500:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from diffmoe_ds.cli import main, run_command
 from diffmoe_ds.distributed import agent_store, elastic, signals, surplus
 from diffmoe_ds.distributed.agent_store import ADDRESS, move_to_own_store
-from diffmoe_ds.distributed.launch import AGENT_STORE, EXPORTED, Launch, free_port
+from diffmoe_ds.distributed.launch import AGENT_STORE, EXPORTED, Launch
 from diffmoe_ds.distributed.store import open_store
 from diffmoe_ds.errors import AlreadyReportedError, ConfigError, LaunchError
-from tests.helpers.processes import clean_environment
+from tests.helpers.processes import clean_environment, free_port
 from tests.helpers.training import training_arguments, write_json
 
 TORCHRUN = {
@@ -180,7 +180,8 @@ def test_surplus_ranks_exit_with_rank_0(monkeypatch, capsys, silent, message):
     monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent))
     for rank, reports in ((1, True), (2, False)):
         launch = replace(SURPLUS, rank=rank, surplus=2)
-        args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, 0.5))
+        limit_s = 0.5 if silent else 60
+        args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, limit_s))
         assert run_command(args) == 85
         printed = capsys.readouterr().err
         assert (f"diffmoe: error: rank 0 at 127.0.0.1:1 {message}" in printed) == reports, printed
