@@ -8,7 +8,7 @@ from diffmoe_ds.cli import main
 from tests.cluster.board import open_browser
 from tests.helpers.reports import report_config, write_run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 
 def test_the_page_in_a_browser(tmp_path):

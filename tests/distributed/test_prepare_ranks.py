@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.helpers.data import photographs
-from tests.helpers.processes import clean_environment, run_processes
+from tests.helpers.processes import clean_environment, run_processes, run_ranks
 
 
 def test_rank_0_notices_ranks_that_failed(tmp_path):
@@ -16,11 +16,7 @@ def test_rank_0_notices_ranks_that_failed(tmp_path):
     for path in (bad / "class-0").iterdir():
         path.write_bytes(b"")
     arguments = ["prepare", "images", "--images", str(bad), "--size", "16", "--shard-images", "4", "--out"]
-    commands = []
-    for rank in range(2):
-        environment = clean_environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-        commands.append(([sys.executable, "-m", "diffmoe_ds.cli", *arguments, str(tmp_path / "failed")], environment))
-    finished = run_processes(commands, timeout=60)
+    finished = run_ranks(2, ["-m", "diffmoe_ds.cli", *arguments, str(tmp_path / "failed")])
     assert finished.code == 4 and "images could not be read" in finished.output
     assert "Traceback" not in finished.output and not (tmp_path / "failed" / "index.json").exists()
 

@@ -9,14 +9,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from typing import IO
 
 import pytest
 
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from tests.faults.shim import Rule, fault_environment
-from tests.helpers.processes import LAUNCH_TIMEOUT, REPOSITORY, WORKERS, clean_environment, run_ranks, wait_for_end
+from tests.helpers.processes import (
+    LAUNCH_TIMEOUT,
+    REPOSITORY,
+    WORKERS,
+    ColdProcess,
+    ForkedProcess,
+    clean_environment,
+    fork_server,
+    run_ranks,
+    wait_for_end,
+)
 from tests.helpers.training import read_metrics, training_arguments, write_json
 
 
@@ -132,11 +145,11 @@ def test_a_full_disk_on_another_rank_is_reported(tmp_path):
     ),
 )
 def test_a_signal_saves_and_requests_a_requeue(tmp_path, number, resume, again):
-    process, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
+    run, directory = _start(tmp_path, "run.total_images=100000", options=("--resume", resume))
     _wait_for_rows(directory)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    assert process.returncode == 85, output
+    run.send(number)
+    code, output = run.wait()
+    assert code == 85, output
     rows = read_metrics(directory)
     assert CheckpointReader(newest_valid(directory, full=True)).metadata.images == rows[-1]["images"]
     assert f"asked to stop ({number.name})" in output and again in output
@@ -147,11 +160,11 @@ def test_a_requeue_waits_until_older_checkpoints_are_removed(tmp_path):
     """Also if the last one was started before the signal."""
     slow_disk = fault_environment(Rule("rename", "*/.removing-images_*", "sleep:1", repeats=True))
     keep = ("run.total_images=100000", "run.save_every_images=16", "checkpoint.keep_last=1")
-    process, directory = _start(tmp_path, *keep, **slow_disk)
+    run, directory = _start(tmp_path, *keep, **slow_disk)
     _wait_for_rows(directory)
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    assert process.returncode == 85 and "WARNING" not in output, output
+    run.send(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 85 and "WARNING" not in output, output
     newest = newest_valid(directory, full=True)
     assert {path.name for path in (directory / "checkpoints").iterdir()} == {"latest", newest.name}
 
@@ -159,24 +172,24 @@ def test_a_requeue_waits_until_older_checkpoints_are_removed(tmp_path):
 @pytest.mark.slow
 def test_a_signal_after_the_end_changes_nothing(tmp_path):
     """Signals are sent from the last step until the process has exited."""
-    process, directory = _start(tmp_path, "run.total_images=160")
+    run, directory = _start(tmp_path, "run.total_images=160")
     deadline = time.monotonic() + LAUNCH_TIMEOUT
     while not (directory / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    while process.poll() is None and time.monotonic() < deadline:
-        process.send_signal(signal.SIGUSR1)
+    while run.process.poll() is None and time.monotonic() < deadline:
+        run.send(signal.SIGUSR1)
         time.sleep(0.002)
-    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    assert process.returncode == 0, output
+    code, output = run.wait()
+    assert code == 0, output
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
-    process, directory = _start(tmp_path, "run.total_images=100000")
+    run, directory = _start(tmp_path, "run.total_images=100000")
     _wait_for_rows(directory)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=LAUNCH_TIMEOUT)
-    assert process.returncode == 85 and "press Ctrl-C again to exit now" in output
+    run.send(signal.SIGINT)
+    code, output = run.wait()
+    assert code == 85 and "press Ctrl-C again to exit now" in output
     assert newest_valid(directory, full=True) is not None
 
     # The second time, in a run whose step never ends.
@@ -200,16 +213,39 @@ def test_ctrl_c_saves_first_and_exits_immediately_the_second_time(tmp_path):
         process.stdout.close()
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run of one process."""
+
+    process: ColdProcess | ForkedProcess
+    file: IO[str]
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> tuple[int, str]:
+        """Return the exit code and the output; kill a process that hangs."""
+        deadline = time.monotonic() + LAUNCH_TIMEOUT
+        while (code := self.process.poll()) is None:
+            if time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail("the run hangs")
+            time.sleep(0.02)
+        with self.file as file:
+            file.seek(0)
+            return code, file.read()
+
+
 def _start(tmp_path, *overrides, options=(), **environment):
     config = write_json(tmp_path / "ds.json", ep=1, zero=1)
     directory = tmp_path / "run"
-    arguments = training_arguments(config, directory, *overrides, options=options)
-    command = [sys.executable, "-m", "diffmoe_ds.cli", "train", *arguments]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=clean_environment(**environment),
-    )  # fmt: skip
-    return process, directory
+    arguments = ["-m", "diffmoe_ds.cli", "train", *training_arguments(config, directory, *overrides, options=options)]
+    file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `wait`
+    if environment:
+        process = ColdProcess([sys.executable, *arguments], clean_environment(**environment), file)
+    else:
+        process = fork_server().start(arguments, clean_environment(), REPOSITORY, file)
+    return Started(process, file), directory
 
 
 def _wait_for_rows(directory):

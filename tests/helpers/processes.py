@@ -27,9 +27,7 @@ WORKERS = REPOSITORY / "tests" / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
 MODULES = (
-    "torch._dynamo",  # torch imports it when it creates the optimizer
-    "torch._inductor.compile_fx",  # and this one in its first step
-    "deepspeed",
+    "torch._inductor.compile_fx",  # with torch._dynamo; torch imports them when it creates the optimizer and later
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
     "diffmoe_ds.cli.train",
@@ -222,6 +220,7 @@ class ColdProcess:
         self._process = subprocess.Popen(
             command, env=environment, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         return self._process.poll()

@@ -3,7 +3,7 @@
 import multiprocessing
 import re
 import signal
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws, training_draws
 from tests.helpers.data import GREY, IMAGES, SHAPE, assert_same, by_position, image_file, loader, npy, take, write_tar
-from tests.helpers.processes import clean_environment, run_processes, wait_for_end
+from tests.helpers.processes import Finished, run_ranks, wait_for_end
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +194,18 @@ next(open_batches(1))
 """
 
 
-def test_a_worker_exits_if_its_process_is_killed_while_it_starts():
+def run(script: Path, text: str) -> Finished:
+    script.write_text(text)
+    return run_ranks(1, [str(script)])
+
+
+def test_a_worker_exits_if_its_process_is_killed_while_it_starts(tmp_path):
     """torch's worker compares its parent with the one that it finds at its own start."""
-    finished = run_processes([([sys.executable, "-c", KILLED], clean_environment())], timeout=60)
+    finished = run(tmp_path / "killed.py", KILLED)
     assert finished.code == -signal.SIGKILL, finished.output
     wait_for_end(int(re.search(r"worker (\d+)", finished.output)[1]))
 
 
-def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it():
-    finished = run_processes([([sys.executable, "-c", SIGNALLED], clean_environment())], timeout=60)
+def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it(tmp_path):
+    finished = run(tmp_path / "signalled.py", SIGNALLED)
     assert "went on" in finished.output and finished.code == 7 and "Traceback" not in finished.output

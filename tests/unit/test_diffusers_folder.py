@@ -100,6 +100,7 @@ def results(exported) -> list[dict[str, np.ndarray]]:
     return [dict(np.load(exported / f"{index}.npz")) for index in range(len(jobs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "index", range(len(CALLS)), ids=lambda i: "-".join(map(str, (CALLS[i][0], *CALLS[i][1].values())))
 )
@@ -115,6 +116,7 @@ def test_the_images_and_outputs_are_ours(exported, results, index):
     assert np.abs(results[index]["outputs"] - output).max() <= 1e-5 * np.abs(output).max()
 
 
+@pytest.mark.slow
 def test_the_stock_pipeline_and_names(exported, results):
     stock, named = results[-2:]
     assert stock["images"].shape == (2, 32, 32, 3) and stock["images"].std() > 5

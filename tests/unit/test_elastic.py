@@ -180,8 +180,7 @@ def test_surplus_ranks_exit_with_rank_0(monkeypatch, capsys, silent, message):
     monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent))
     for rank, reports in ((1, True), (2, False)):
         launch = replace(SURPLUS, rank=rank, surplus=2)
-        limit_s = 0.5 if silent else 60
-        args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, limit_s))
+        args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, 0.5 if silent else 60))
         assert run_command(args) == 85
         printed = capsys.readouterr().err
         assert (f"diffmoe: error: rank 0 at 127.0.0.1:1 {message}" in printed) == reports, printed
