@@ -78,7 +78,7 @@ def test_an_index_next_to_the_shards_is_used_and_shards_are_fetched_on_demand(se
     assert len(dataset) == COUNT and not list(cache.folder.glob("*.tar"))
     assert dataset[4].label == 0 and len(list(cache.folder.glob("*.tar"))) == 1
     dataset.prefetch([0, 1, 3])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(list(cache.folder.glob("*.tar"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(list(cache.folder.glob("*.tar"))) == 3
