@@ -27,6 +27,7 @@ WORKERS = REPOSITORY / "tests" / "distributed" / "workers"
 LAUNCH_TIMEOUT = 240
 """Seconds after which a launch counts as hung."""
 MODULES = (
+    "tests.helpers.embedded",  # first, so that its threads have ended long before the first fork
     "torch._inductor.compile_fx",  # with torch._dynamo; torch imports them when it creates the optimizer and later
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
@@ -37,7 +38,6 @@ MODULES = (
     "diffmoe_ds.cli.prepare",
     "diffmoe_ds.training.session",
     "diffmoe_ds.training.loop",
-    "tests.helpers.embedded",
 )
 """What ranks import; none of it leaves a thread."""
 IGNORED = (
