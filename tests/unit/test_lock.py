@@ -88,14 +88,12 @@ def test_requeued_job_does_not_wait_for_its_earlier_self(tmp_path, monkeypatch):
         pass
 
 
-def test_heartbeat_from_another_host_keeps_its_lock(tmp_path):
+def test_heartbeat_from_another_host_keeps_its_lock(tmp_path, monkeypatch):
     """A holder whose disk is full can still touch its file."""
-    path = elsewhere(tmp_path)
-    beat = threading.Timer(0.2, lambda: os.utime(path))
-    beat.start()
+    path, sleep = elsewhere(tmp_path), time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (os.utime(path), sleep(seconds)))
     with pytest.raises(RunDirectoryBusyError, match="process 7 on node9"):
         lock(tmp_path).__enter__()
-    beat.join()
     assert json.loads(path.read_text())["token"] == "theirs", "left as it was"
 
 
