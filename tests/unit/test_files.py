@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,14 @@ from diffmoe_ds.files import (
     atomic_write,
     remove_leftovers,
     remove_tree,
-    rename_for_removal,
     replacing,
     sha256_of,
     write_error,
     write_json,
     write_tar,
     write_text,
-    write_together,
 )
+from diffmoe_ds.outputs import new_directory, write_together
 
 
 def fail(*_: object, **__: object) -> None:
@@ -120,6 +120,55 @@ def test_files_written_together_all_appear_or_none(tmp_path):
     assert made == [out / "one", out / "two"] and sorted(p.name for p in out.iterdir()) == ["one", "two"]
 
 
+def before_rename(monkeypatch: pytest.MonkeyPatch, n: int, action: Callable[[], object]) -> None:
+    """Run an action just before the n-th rename from now on, as if the process had been suspended there."""
+    calls = []
+
+    def replace(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == n:
+            action()
+        os.replace(path, target)
+        return Path(target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "rename", replace)
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_files_written_together_are_those_of_one_process(monkeypatch, tmp_path, n):
+    def write(text: str) -> None:
+        write_together(tmp_path, {name: lambda path: path.write_text(text) for name in ("one", "two")})
+
+    before_rename(monkeypatch, n, lambda: write("new"))
+    with pytest.raises(CheckpointError) as caught:
+        write("old")
+    assert str(caught.value).startswith(f"{tmp_path}: another process has begun to write it"), caught.value
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "new", "two": "new"}
+
+
+def test_a_new_directory_holds_the_files_of_one_process(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="another process has begun to write it"), new_directory(out) as old:
+        (old / "one").write_text("old")
+        with new_directory(out) as new:
+            (new / "one").write_text("new")
+            with pytest.raises(FileNotFoundError):
+                (old / "two").write_text("old")
+            (new / "two").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"one": "new", "two": "new"}
+
+
+def test_what_a_killed_process_left_of_a_new_directory_is_removed(tmp_path):
+    for name in (".writing-out", ".writing-out-0123456789ab"):  # of an earlier version, and of this one
+        (tmp_path / name / "new").mkdir(parents=True)
+    (tmp_path / ".writing-output-0123456789ab").mkdir()
+    with new_directory(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-output-0123456789ab", "out"]
+
+
 def fail_at(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -184,13 +233,6 @@ def test_leftovers_of_killed_processes(tmp_path, precious):
     (tmp_path / "root" / ".writing-link").symlink_to(precious)
     remove_leftovers(tmp_path / "root")
     assert sorted(p.name for p in (tmp_path / "root").iterdir()) == [".hidden", "images_000000000048", "latest"]
-
-
-def test_removal_starts_with_a_rename(tmp_path):
-    for _ in range(2):  # the second finds the first, which was never removed
-        (tmp_path / "x" / "sub").mkdir(parents=True)
-        garbage = rename_for_removal(tmp_path / "x")
-        assert [p.name for p in tmp_path.iterdir()] == [f"{REMOVING_PREFIX}x"] == [garbage.name]
 
 
 def test_replacing_works_for_directories_too(tmp_path):
