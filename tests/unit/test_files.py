@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ from diffmoe_ds.files import (
     write_tar,
     write_text,
 )
-from diffmoe_ds.outputs import new_directory, write_together
+from diffmoe_ds.outputs import write_together
 
 
 def fail(*_: object, **__: object) -> None:
@@ -109,68 +108,6 @@ def test_a_reader_sees_old_or_new_contents_only(tmp_path):
     stop.set()
     reader.join()
     assert seen <= contents
-
-
-def test_files_written_together_all_appear_or_none(tmp_path):
-    out = tmp_path / "new" / "out"
-    with pytest.raises(CheckpointError, match="two"):
-        write_together(out, {"one": lambda path: write_text(path, "1"), "two": fail_at})
-    assert list(out.iterdir()) == []
-    made = write_together(out, {"one": lambda path: write_text(path, "1"), "two": lambda path: write_text(path, "2")})
-    assert made == [out / "one", out / "two"] and sorted(p.name for p in out.iterdir()) == ["one", "two"]
-
-
-def before_rename(monkeypatch: pytest.MonkeyPatch, n: int, action: Callable[[], object]) -> None:
-    """Run an action just before the n-th rename from now on, as if the process had been suspended there."""
-    calls = []
-
-    def replace(path: Path, target: Path) -> Path:
-        calls.append(path)
-        if len(calls) == n:
-            action()
-        os.replace(path, target)
-        return Path(target)
-
-    monkeypatch.setattr(Path, "replace", replace)
-    monkeypatch.setattr(Path, "rename", replace)
-
-
-@pytest.mark.parametrize("n", (1, 2))
-def test_files_written_together_are_those_of_one_process(monkeypatch, tmp_path, n):
-    def write(text: str) -> None:
-        write_together(tmp_path, {name: lambda path: path.write_text(text) for name in ("one", "two")})
-
-    before_rename(monkeypatch, n, lambda: write("new"))
-    with pytest.raises(CheckpointError) as caught:
-        write("old")
-    assert str(caught.value).startswith(f"{tmp_path}: another process has begun to write it"), caught.value
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "new", "two": "new"}
-
-
-def test_a_new_directory_holds_the_files_of_one_process(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match="another process has begun to write it"), new_directory(out) as old:
-        (old / "one").write_text("old")
-        with new_directory(out) as new:
-            (new / "one").write_text("new")
-            with pytest.raises(FileNotFoundError):
-                (old / "two").write_text("old")
-            (new / "two").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert {path.name: path.read_text() for path in out.iterdir()} == {"one": "new", "two": "new"}
-
-
-def test_what_a_killed_process_left_of_a_new_directory_is_removed(tmp_path):
-    for name in (".writing-out", ".writing-out-0123456789ab"):  # of an earlier version, and of this one
-        (tmp_path / name / "new").mkdir(parents=True)
-    (tmp_path / ".writing-output-0123456789ab").mkdir()
-    with new_directory(tmp_path / "out"):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-output-0123456789ab", "out"]
-
-
-def fail_at(path: Path) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import tracemalloc
 from pathlib import Path
 
@@ -17,16 +15,14 @@ from diffmoe_ds.cli import sample_run
 from diffmoe_ds.cli.capacity import print_capacity
 from diffmoe_ds.cli.sample import add_sample_arguments
 from diffmoe_ds.cli.sample_images import ImageSet
-from diffmoe_ds.cli.sample_set import ShardedSet, open_set
+from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
-from diffmoe_ds.files import remove_tree
 from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
 from diffmoe_ds.sampling.turns import Turn, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 from tests.helpers.sampling import write_random_model
-from tests.unit.test_files import before_rename
 from tests.unit.test_generate import config_of, model_of
 
 SETTINGS = {"steps": 50, "classes": (1, 2), "guidance_interval": None}
@@ -273,55 +269,6 @@ def test_the_shards_of_two_sets_do_not_mix(tmp_path):
     first.write(shard, pixels_of(2), COUNTS)
     (other.folder / "manifest.json").replace(first.folder / "manifest.json")
     assert started(tmp_path / "first").finished([shard]) == [False]
-
-
-def generate_set(images: ImageSet) -> ShardedSet:
-    """Generate and publish a set of black or white images, depending on their seed."""
-    made = open_set(images, lambda: {"seed": images.seed}, 1, False, OneProcess())
-    for shard in made.shards:
-        made.files.write(shard, np.full((1, 4, 4, 1), images.seed, np.uint8), COUNTS)
-    made.assemble()
-    return made
-
-
-def result(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
-@pytest.mark.parametrize("format_of_new", ("npz", "both"))
-def test_a_suspended_command_changes_nothing_in_a_set_that_another_one_has_taken_over(
-    monkeypatch, tmp_path, format_of_new
-):
-    """It wakes up before any of its renames, when the other command has finished or has written half of its shards."""
-    out, old = tmp_path / "out", ImageSet(2, 0, (0,), "cycle", tmp_path / "out", "both")
-    new = dataclasses.replace(old, seed=255, format=format_of_new)
-    generate_set(dataclasses.replace(new, out=tmp_path / "expected"))
-    for n in itertools.count(1):
-        remove_tree(out)
-        with monkeypatch.context() as patch:
-            before_rename(patch, n, lambda: remove_tree(out / "unfinished") or generate_set(new))
-            try:
-                generate_set(old)
-            except CheckpointError:
-                ended = False
-            else:
-                ended = True
-        if ended:
-            break
-        assert result(out) == result(tmp_path / "expected"), n
-    assert n > 5
-
-    made = open_set(old, lambda: {"seed": 0}, 1, False, OneProcess())
-    later = open_set(new, lambda: {"seed": 255}, 1, False, OneProcess())
-    with pytest.raises(CheckpointError):
-        made.files.write(made.shards[0], np.zeros((1, 4, 4, 1), np.uint8), COUNTS)
-    assert str(made.files.taken_over()).startswith(f"{out}: another process has begun to write it")
-    made.discard_if_empty()
-    assert later.files.taken_over() is None
-    for shard in later.shards:
-        later.files.write(shard, np.full((1, 4, 4, 1), 255, np.uint8), COUNTS)
-    later.assemble()
-    assert result(out) == result(tmp_path / "expected")
 
 
 def test_a_rank_that_cannot_see_the_files_of_rank_0_is_reported(tmp_path):
