@@ -17,7 +17,7 @@ from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import broadcast
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
-from diffmoe_ds.files import sync_directory, write_error
+from diffmoe_ds.files import replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, class_grid, save_png
 from diffmoe_ds.sampling.observer import CapacityMeter
@@ -159,7 +159,7 @@ class ShardedSet:
     def discard_if_empty(self) -> None:
         """Remove the set on rank 0 after an error, unless it has finished shards."""
         if self.launch.rank == 0:
-            self.files.discard_if_empty()
+            self.files.discard_if_empty(others=self.launch.world > 1)
 
     def _write_pngs(self) -> None:
         """Write this rank's share of the PNG files."""
@@ -199,7 +199,8 @@ class ShardedSet:
         first = self.files.read(self.shards[0])
         if SAMPLES in outputs:
             parts = (self.files.read(shard) for shard in self._with_bar(self.shards, "npz"))
-            write_npz(folder / SAMPLES, (images.num_images, *first.shape[1:]), parts, labels_N)
+            with replacing(folder / SAMPLES) as tmp:
+                write_npz(tmp, (images.num_images, *first.shape[1:]), parts, labels_N)
         if PNG in outputs:
             write_labels(folder / PNG, labels_N.tolist())
         shown = [first]

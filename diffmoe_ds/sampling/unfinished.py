@@ -175,12 +175,19 @@ class UnfinishedSet:
                 raise ValueError("not counts")
         return counts
 
-    def discard_if_empty(self) -> None:
-        """Remove the set if no shard is finished, and this process's own directory, ignoring errors."""
-        if not any(self.folder.glob("*.npy")):
+    def discard_if_empty(self, others: bool = False) -> None:
+        """Remove the set if no shard is finished, ignoring errors.
+
+        Args:
+            others: whether other ranks may still be writing shards, in the same directory of their own, which then
+                stays until the set is opened again.
+        """
+        is_empty = not any(self.folder.glob("*.npy"))
+        if is_empty:
             with suppress(OSError):
                 self.discard(self.folder)
-        remove_tree(self.own, ignore_errors=True)
+        if is_empty or not others:
+            remove_tree(self.own, ignore_errors=True)
 
     def discard(self, path: Path) -> None:
         """Remove something from the output directory, if it exists; if this process is killed, it is there or not.
