@@ -17,7 +17,7 @@ import os
 import shutil
 import tarfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -129,6 +129,32 @@ def write_text(path: Path, text: str, tmp_directory: Path | None = None) -> Dige
     return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically, unless another process has written it first.
+
+    Args:
+        path: the file.
+        text: its contents.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        write_synced(tmp, text.encode())
+        try:
+            os.link(tmp, path)
+        except OSError as error:
+            if path.exists():
+                return
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # those of a file system without links
+                raise
+            tmp.rename(path)
+        sync_directory(path.parent)
+    finally:
+        remove_tree(tmp, ignore_errors=True)
+
+
 def write_json(path: Path, tree: Any) -> Digest:
     """Write plain data as a JSON file, atomically, and return the file's digest.
 
@@ -154,60 +180,6 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             member.size = len(data)
             member.mode = 0o644
             tar.addfile(member, io.BytesIO(data))
-
-
-def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
-    """Write several files, then move all of them into a directory.
-
-    Args:
-        directory: created if it does not exist.
-        writers: for each file name, a function that writes the path it is given.
-
-    Returns:
-        The files, in the order of `writers`.
-
-    Raises:
-        CheckpointError: a file cannot be written; the directory is unchanged.
-    """
-    tmp = directory / f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}"
-    try:
-        tmp.mkdir(parents=True)
-        for name, write in writers.items():
-            write(tmp / name)
-        for name in writers:
-            (tmp / name).replace(directory / name)
-        sync_directory(directory)
-    except OSError as error:
-        raise write_error(directory, error) from None
-    finally:
-        remove_tree(tmp, ignore_errors=True)
-    return [directory / name for name in writers]
-
-
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """Provide a temporary directory that gets its final name at the end of the block.
-
-    Args:
-        out: the directory; must not exist, or be empty.
-
-    Yields:
-        The temporary directory beside it, empty.
-
-    Raises:
-        CheckpointError: something cannot be written; nothing of it is left.
-    """
-    tmp = out.with_name(f"{TMP_PREFIX}{out.name}")
-    try:
-        remove_tree(tmp)  # left by a killed process
-        tmp.mkdir(parents=True)
-        yield tmp
-        tmp.rename(out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise write_error(out, error) from None
-    finally:
-        remove_tree(tmp, ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -283,20 +255,6 @@ def free_name(path: Path) -> Path:
     """Return the path, or the first of ``path-2``, ``path-3``, ... that does not exist."""
     others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], others) if not os.path.lexists(name))
-
-
-def rename_for_removal(path: Path) -> Path:
-    """Rename a directory to a name that marks it as garbage, so that a half-removed one is not used.
-
-    Returns:
-        The new path, for `remove_tree`.
-
-    Raises:
-        OSError: the directory cannot be renamed.
-    """
-    garbage = path.with_name(f"{REMOVING_PREFIX}{path.name}")
-    remove_tree(garbage)
-    return path.rename(garbage)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -27,8 +27,9 @@ from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import Reading, sha256_of, unwatched, write_json, write_together
+from diffmoe_ds.files import Reading, sha256_of, unwatched, write_json
 from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.outputs import write_together
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

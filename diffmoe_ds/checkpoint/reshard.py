@@ -20,7 +20,8 @@ from diffmoe_ds.checkpoint.metadata import write_manifest
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import Digest, new_directory, write_json
+from diffmoe_ds.files import Digest, write_json
+from diffmoe_ds.outputs import new_directory
 from diffmoe_ds.topology import Topology
 
 

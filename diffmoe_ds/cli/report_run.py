@@ -32,8 +32,9 @@ from diffmoe_ds.evaluation.report.history import History, read_history
 from diffmoe_ds.evaluation.report.page import Page, render
 from diffmoe_ds.evaluation.report.probe import Images, probe
 from diffmoe_ds.evaluation.report.style import styled
-from diffmoe_ds.files import write_text, write_together
+from diffmoe_ds.files import write_text
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.outputs import write_together
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.capacity import apply, calibrate, check_capacity
 from diffmoe_ds.sampling.fields import Progress

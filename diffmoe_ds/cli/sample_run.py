@@ -19,7 +19,7 @@ from diffmoe_ds.distributed.launch import local_device, resolve_launch
 from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
-from diffmoe_ds.errors import DiffMoEError
+from diffmoe_ds.errors import CheckpointError, DiffMoEError
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
 from diffmoe_ds.sampling.output import check_targets
@@ -67,9 +67,10 @@ def run_sampling(args: argparse.Namespace) -> None:
                     work.generate(missing, plan.batch_size, generate, meter)
             print_capacity(*work.counted(), plan.images.num_images, plan.capacity)
             work.assemble()
-    except DiffMoEError:
+    except DiffMoEError as error:
+        taken_over = work.files.taken_over() if isinstance(error, CheckpointError) else None
         work.discard_if_empty()
-        raise
+        raise taken_over or error from None
 
 
 def create_groups(topology: Topology, device: torch.device, rendezvous: Rendezvous) -> None:

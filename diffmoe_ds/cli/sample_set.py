@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from diffmoe_ds.distributed import consensus
 from diffmoe_ds.distributed.collectives import broadcast
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
-from diffmoe_ds.files import remove_tree, rename_for_removal, replacing, sync_directory, write_error
+from diffmoe_ds.files import replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels, class_grid, save_png
 from diffmoe_ds.sampling.observer import CapacityMeter
@@ -139,7 +138,7 @@ class ShardedSet:
         for shard in self.shards if self.launch.rank == 0 else ():
             counts = self.files.counts(shard)
             if counts is not None:
-                total = total + torch.from_numpy(counts)
+                total = total + torch.tensor(counts)
                 images += len(shard.images)
         return total, images
 
@@ -160,11 +159,11 @@ class ShardedSet:
     def discard_if_empty(self) -> None:
         """Remove the set on rank 0 after an error, unless it has finished shards."""
         if self.launch.rank == 0:
-            self.files.discard_if_empty()
+            self.files.discard_if_empty(others=self.launch.world > 1)
 
     def _write_pngs(self) -> None:
         """Write this rank's share of the PNG files."""
-        folder, total = self.files.folder / PNG, self.images.num_images
+        folder, total = self.files.own / PNG, self.images.num_images
         try:
             folder.mkdir(exist_ok=True)
             for shard in self._with_bar(self.shards[self.launch.rank :: self.launch.world], "png"):
@@ -173,18 +172,18 @@ class ShardedSet:
             raise write_error(folder, error) from None
 
     def _publish(self, outputs: Sequence[str]) -> None:
-        folder, out = self.files.folder, self.images.out
+        out = self.images.out
         check_targets(out, outputs)  # again: hours may have passed
         try:
             self._write_results(outputs)
             for name in (*outputs, GRID):
                 if name == PNG:
-                    _remove_folder(out / PNG)
-                (folder / name).replace(out / name)
+                    self.files.discard(out / PNG)
+                (self.files.own / name).replace(out / name)
             if SAMPLES not in outputs:
-                remove_tree(out / SAMPLES)  # of an earlier run, which would not match these images
+                self.files.discard(out / SAMPLES)  # of an earlier run, which would not match these images
             if PNG not in outputs and is_png_folder(out / PNG):
-                _remove_folder(out / PNG)
+                self.files.discard(out / PNG)
             sync_directory(out)
         except OSError as error:
             raise write_error(out, error) from None
@@ -194,8 +193,8 @@ class ShardedSet:
         print(f"{counted(total, 'image')} in {places}, the first {min(total, GRID_IMAGES)} in {out / GRID}", flush=True)
 
     def _write_results(self, outputs: Sequence[str]) -> None:
-        """Write all results except the PNG files next to the shards."""
-        folder, images = self.files.folder, self.images
+        """Write all results except the PNG files."""
+        folder, images = self.files.own, self.images
         labels_N = images.labels_of(range(images.num_images)).numpy()
         first = self.files.read(self.shards[0])
         if SAMPLES in outputs:
@@ -258,9 +257,3 @@ def open_set(
 def _show_progress(bar: tqdm[Any], before: int, images: int, step: int, steps: int) -> None:
     """Update the bar within a batch; the steps may restart."""
     bar.update(before + images * step // steps - bar.n)
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove a folder of an earlier result; if killed meanwhile, it is left complete or renamed for removal."""
-    if folder.exists():
-        remove_tree(rename_for_removal(folder))

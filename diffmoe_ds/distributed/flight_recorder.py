@@ -26,13 +26,15 @@ PREFIX = "rank_"
 """First part of the files' names."""
 
 
-def enable(folder: Path) -> None:
+def enable(folder: Path, world: int) -> None:
     """Record collectives, and let torch write them into a folder, as far as the user has not set its variables.
 
     Call this before the first process group of NCCL is created.
 
     Args:
-        folder: folder on a file system that all ranks share; created unless the user has chosen another place.
+        folder: folder on a file system that all ranks share; created unless the user has chosen another place.  Files
+            of ranks that this run does not have are removed from it, because they would be compared with its own.
+        world: number of ranks.
     """
     for names, value in (*DEFAULTS.items(), (FILES, str(folder / PREFIX))):
         if not any(name in os.environ for name in names):
@@ -40,6 +42,10 @@ def enable(folder: Path) -> None:
             if names is FILES:
                 with suppress(OSError):  # the disk may be full: training does not need the folder
                     folder.mkdir(parents=True, exist_ok=True)
+                    for path in folder.glob(f"{PREFIX}*"):
+                        rank = path.name.removeprefix(PREFIX)
+                        if rank.isdecimal() and int(rank) >= world:
+                            path.unlink(missing_ok=True)
 
 
 def path(rank: int) -> str:

@@ -10,6 +10,7 @@ rename of a suspended owner fails, because one of its two paths no longer exists
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Owner:
                 _restore(garbage, root)
                 _remove(garbage, progress)
             except OSError as error:
+                if not os.path.lexists(path) and not os.path.lexists(garbage):
+                    continue  # its owner has removed it meanwhile
                 print(f"*** WARNING: {path}: cannot be removed: {error.strerror} ***", file=sys.stderr, flush=True)
                 with contextlib.suppress(OSError):  # otherwise it would be a level deeper after every start
                     garbage.rename(free_name(root / name))

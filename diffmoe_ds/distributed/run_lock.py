@@ -93,7 +93,10 @@ class RunLock:
                 raise self._just_locked() from None
             of_checkpoints = str(error.filename).startswith(str(self._checkpoints))
             path = self._checkpoints if of_checkpoints else self._path
-            raise CheckpointError(f"{path}: cannot be written on {self._me['host']}: {error.strerror}.") from None
+            reason = error.strerror
+            if error.errno == errno.EEXIST and os.path.islink(path):
+                reason = "the target of the link does not exist"
+            raise CheckpointError(f"{path}: cannot be written on {self._me['host']}: {reason}.") from None
         finally:
             if not self._acquired:
                 self._release()

@@ -27,9 +27,10 @@ from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import new_directory, write_json, write_text
+from diffmoe_ds.files import write_json, write_text
 from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
 from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.outputs import new_directory
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 from diffmoe_ds.text import counted
 

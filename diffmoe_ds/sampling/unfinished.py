@@ -3,6 +3,9 @@
 They stay in ``unfinished`` in the output directory until the set is complete. After a run is killed, the same command
 continues with the missing shards.
 
+Everything is written in a directory of the command's own and moved from there, so that a command that was suspended
+cannot change a set that another one has taken over; see `diffmoe_ds.outputs`.
+
 Legend: B images of a shard, H, W height and width, C channels, L MoE layers, E experts.
 """
 
@@ -13,25 +16,25 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from diffmoe_ds.control_files import open_regular, read_json
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DiffMoEError
 from diffmoe_ds.files import (
     REMOVING_PREFIX,
     TMP_PREFIX,
     atomic_write,
     remove_leftovers,
     remove_tree,
-    rename_for_removal,
     write_error,
-    write_json,
+    write_text,
 )
 from diffmoe_ds.npy import read_array, read_header, write_array
+from diffmoe_ds.outputs import fence_others, own_directory, taken_over
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.output import PNG
 from diffmoe_ds.sampling.turns import Shard
@@ -53,6 +56,7 @@ class UnfinishedSet:
         """
         self.out = out
         self.folder = out / FOLDER
+        self.own = own_directory(out, "sample")  # on the other ranks, `identity` replaces it with that of rank 0
         self._id = ""
 
     def open(self, settings: Mapping[str, Any], shard_images: int) -> None:
@@ -71,28 +75,27 @@ class UnfinishedSet:
         except OSError as error:
             raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
         try:
-            for name in (FOLDER, PNG):  # partially removed by a killed run
-                remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
-            self.folder.mkdir(exist_ok=True)
-            self._check_owner()
-            remove_leftovers(self.folder)
+            self.own.mkdir()
         except OSError as error:
             raise write_error(self.folder, error) from None
-        self.identity()
-        if not (self._id and any(self.folder.glob(f"*-{self._short_id()}.npy"))):
-            self._id = uuid.uuid4().hex
-            tree = {"settings": dict(settings), "shard_images": shard_images, "id": self._id}
-            write_json(self.folder / MANIFEST, tree)
-            return
-        found = self._manifest()["settings"]
-        wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        for name in (*wanted, *found):
-            if found.get(name) != wanted.get(name):
-                raise ConfigError(
-                    f"--out {self.out} holds an unfinished set that was started with --{name.replace('_', '-')} "
-                    f"{_shown(found.get(name))}, got {_shown(wanted.get(name))}; use the same options to continue it, "
-                    f"another --out, or remove {self.folder}."
-                )
+        try:
+            self._continued(settings)  # an error leaves the set to the process that is writing it
+            fence_others(self.own)
+            for name in (FOLDER, PNG):  # partially removed by a killed run of an earlier version
+                remove_tree(self.out / f"{REMOVING_PREFIX}{name}")
+            tree = self._continued(settings)
+            remove_leftovers(self.folder)
+            tree = tree or {"settings": dict(settings), "shard_images": shard_images, "id": uuid.uuid4().hex}
+            write_text(self.folder / MANIFEST, json.dumps({**tree, "owner": self.own.name}, indent=1) + "\n", self.own)
+        except (OSError, DiffMoEError) as error:
+            found = None if isinstance(error, ConfigError) else self.taken_over()
+            remove_tree(self.own, ignore_errors=True)
+            raise found or (write_error(self.folder, error) if isinstance(error, OSError) else error) from None
+        self._id = tree["id"]
+
+    def taken_over(self) -> CheckpointError | None:
+        """Return the error to report if another process has opened the set since; None if this one still owns it."""
+        return taken_over(self.own, self.out)
 
     def shard_images(self) -> int:
         """Return the images per shard.
@@ -103,15 +106,17 @@ class UnfinishedSet:
         return int(self._manifest()["shard_images"])
 
     def identity(self) -> str:
-        """Return the set's unique ID, or "not found" if this process cannot see the set.
+        """Return what identifies the set and the process that opened it, or "not found" if the set cannot be seen.
 
-        It is part of the shards' names, so every process calls this, or `open`, before it accesses shards.
+        Both are part of the names of files, so every process calls this, or `open`, before it accesses shards.
         """
-        try:
-            self._id = self._manifest()["id"]
-        except CheckpointError:
-            return "not found"
-        return self._id
+        if not self._id:
+            try:
+                tree = self._manifest()
+            except CheckpointError:
+                return "not found"
+            self._id, self.own = tree["id"], self.out / tree["owner"]
+        return f"{self._id} {self.own.name}"
 
     def finished(self, shards: Sequence[Shard]) -> list[bool]:
         """Return for each shard whether its file exists, from one listing of the directory.
@@ -137,7 +142,7 @@ class UnfinishedSet:
             CheckpointError: the file cannot be written.
         """
         assert len(pixels) == len(shard.images) and pixels.dtype == np.uint8
-        with atomic_write(self._path(shard)) as file:
+        with atomic_write(self._path(shard), self.own) as file:
             for array in (pixels, counts):
                 write_array(file, array.shape, array.dtype, [array])
 
@@ -170,37 +175,70 @@ class UnfinishedSet:
                 raise ValueError("not counts")
         return counts
 
-    def discard_if_empty(self) -> None:
-        """Remove the set if no shard is finished, ignoring errors."""
-        if not any(self.folder.glob("*.npy")):
-            remove_tree(self.folder, ignore_errors=True)
+    def discard_if_empty(self, others: bool = False) -> None:
+        """Remove the set if no shard is finished, ignoring errors.
+
+        Args:
+            others: whether other ranks may still be writing shards, in the same directory of their own, which then
+                stays until the set is opened again.
+        """
+        is_empty = not any(self.folder.glob("*.npy"))
+        if is_empty:
+            with suppress(OSError):
+                self.discard(self.folder)
+        if is_empty or not others:
+            remove_tree(self.own, ignore_errors=True)
+
+    def discard(self, path: Path) -> None:
+        """Remove something from the output directory, if it exists; if this process is killed, it is there or not.
+
+        Raises:
+            OSError: it cannot be removed, for example because another process has opened the set since.
+        """
+        if os.path.lexists(path):
+            remove_tree(path.rename(self.own / f"{REMOVING_PREFIX}{path.name}"))
 
     def remove(self) -> None:
-        """Remove the shards and the manifest.
+        """Remove the shards, the manifest and this process's own directory.
 
         Raises:
             CheckpointError: something cannot be removed.
         """
         try:
-            remove_tree(rename_for_removal(self.folder))
+            self.discard(self.folder)
+            remove_tree(self.own)
         except OSError as error:
             raise write_error(self.folder, error) from None
 
-    def _check_owner(self) -> None:
-        """Check that the folder, which is removed in the end, belongs to a set or holds nothing but leftovers.
+    def _continued(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the manifest of the set to continue; None if there is no finished shard.
 
         Raises:
-            ConfigError: it holds other files.
-            OSError: it cannot be read.
+            ConfigError: the set was started with different settings, or the folder, which is removed in the end,
+                holds files that are not those of a set.
+            OSError: the folder cannot be created or read.
         """
+        self.folder.mkdir(exist_ok=True)
         try:
-            self._manifest()
+            tree = self._manifest()
         except CheckpointError:
             if not all(path.name.startswith((TMP_PREFIX, REMOVING_PREFIX)) for path in self.folder.iterdir()):
                 raise ConfigError(
                     f"{self.folder} exists but is not an unfinished set of diffmoe: {MANIFEST} is missing or damaged; "
                     "pass another --out or move it away."
                 ) from None
+            return None
+        if not any(self.folder.glob(f"*-{_short(tree['id'])}.npy")):
+            return None
+        found, wanted = tree["settings"], json.loads(json.dumps(settings))  # tuples become lists, as in the file
+        for name in (*wanted, *found):
+            if found.get(name) != wanted.get(name):
+                raise ConfigError(
+                    f"--out {self.out} holds an unfinished set that was started with --{name.replace('_', '-')} "
+                    f"{_shown(found.get(name))}, got {_shown(wanted.get(name))}; use the same options to continue it, "
+                    f"another --out, or remove {self.folder}."
+                )
+        return tree
 
     @contextmanager
     def _reading(self, shard: Shard) -> Iterator[BinaryIO]:
@@ -225,10 +263,7 @@ class UnfinishedSet:
     def _path(self, shard: Shard) -> Path:
         """Return the file of a shard; the ID in its name keeps the shards of two sets apart."""
         assert self._id, "open() or identity() comes first"
-        return self.folder / f"images-{shard.images.start:08d}-{shard.images.stop:08d}-{self._short_id()}.npy"
-
-    def _short_id(self) -> str:
-        return self._id[:8]
+        return self.folder / f"images-{shard.images.start:08d}-{shard.images.stop:08d}-{_short(self._id)}.npy"
 
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
@@ -238,9 +273,15 @@ class UnfinishedSet:
                 raise ValueError
             if not 0 < tree["shard_images"] <= MAX_SHARD_IMAGES or not re.fullmatch("[0-9a-f]{32}", tree["id"]):
                 raise ValueError
+            if not re.fullmatch(f"({re.escape(TMP_PREFIX)}sample-[0-9a-f]{{12}})?", tree.setdefault("owner", "")):
+                raise ValueError
             return dict(tree)
         except (OSError, ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path}: cannot be read; remove {self.folder} to start over.") from None
+
+
+def _short(identity: str) -> str:
+    return identity[:8]
 
 
 def _shown(value: Any) -> str:

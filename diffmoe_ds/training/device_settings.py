@@ -17,7 +17,7 @@ def apply_device_settings(plan: TrainPlan) -> None:
     if local_device(plan.launch).type != "cuda":
         return
     if plan.launch.world > 1:
-        flight_recorder.enable(plan.directory / "flight_recorder")
+        flight_recorder.enable(plan.directory / "flight_recorder", plan.launch.world)
     set_tf32(True)
     if plan.config.run.deterministic:
         _be_deterministic()

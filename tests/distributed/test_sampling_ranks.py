@@ -84,10 +84,11 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_
     # one of four ranks is killed; two continue, and write the bytes of a process that was never interrupted
     out, options = tmp_path / "killed", ("--routing", "dynamic", *guided, "--batch-size", "1")
     killed = kill_rank(4, 1, model, out, *options)
-    assert killed.code == 85 and {path.name for path in out.iterdir()} == {"unfinished"}, killed.output
+    left = {path.name for path in out.iterdir() if not path.name.startswith(".writing-sample-")}  # of all ranks
+    assert killed.code == 85 and left == {"unfinished"}, killed.output
     assert killed.output.count("another rank died") == 1 and "Traceback" not in killed.output, killed.output
     output = sample(2, model, out, *options)
-    assert "4 of 7 shards are finished" in output
+    assert "4 of 7 shards are finished" in output and not list(out.glob(".*"))
     capsys.readouterr()
     alone("dynamic", "--batch-size", "1")
     assert capacity_in(output) == capacity_in(capsys.readouterr().out), "of all seven images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_other_settings_are_refused(made, tmp_path, options, message, capsys):
     prepare(tmp_path / "out", made, *options, code=2)
     assert message in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(made / "one")
+
+
+@pytest.mark.parametrize("finished", (False, True))
+def test_of_two_launches_with_different_settings_the_later_one_is_refused(
+    made, monkeypatch, tmp_path, capsys, finished
+):
+    """Both find an empty directory; one is suspended while it writes its settings."""
+    fsync, out = os.fsync, tmp_path / "out"
+
+    def overtaken(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        with monkeypatch.context() as patch:
+            if not finished:
+                patch.setattr(prepare_cli, "run", lambda *_: None)
+            prepare(out, made, "--size", "20")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    prepare(out, made, code=2)
+    assert "was started with size 20, got 16; use the same setting" in capsys.readouterr().err
+    prepare(out, made, "--size", "20")
+    assert not list(out.glob(".writing-*"))
 
 
 def test_another_vae_or_directory_is_refused(made, tmp_path, capsys):

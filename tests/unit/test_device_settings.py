@@ -21,7 +21,7 @@ SRUN = Launch(0, 16, 0, 8, "srun's SLURM_PROCID")
 def recorded_in(monkeypatch) -> list[Path]:
     """The folders of NCCL's flight recorder."""
     folders: list[Path] = []
-    monkeypatch.setattr(flight_recorder, "enable", folders.append)
+    monkeypatch.setattr(flight_recorder, "enable", lambda folder, world: folders.append(folder))
     return folders
 
 

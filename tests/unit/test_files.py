@@ -21,15 +21,14 @@ from diffmoe_ds.files import (
     atomic_write,
     remove_leftovers,
     remove_tree,
-    rename_for_removal,
     replacing,
     sha256_of,
     write_error,
     write_json,
     write_tar,
     write_text,
-    write_together,
 )
+from diffmoe_ds.outputs import write_together
 
 
 def fail(*_: object, **__: object) -> None:
@@ -111,19 +110,6 @@ def test_a_reader_sees_old_or_new_contents_only(tmp_path):
     assert seen <= contents
 
 
-def test_files_written_together_all_appear_or_none(tmp_path):
-    out = tmp_path / "new" / "out"
-    with pytest.raises(CheckpointError, match="two"):
-        write_together(out, {"one": lambda path: write_text(path, "1"), "two": fail_at})
-    assert list(out.iterdir()) == []
-    made = write_together(out, {"one": lambda path: write_text(path, "1"), "two": lambda path: write_text(path, "2")})
-    assert made == [out / "one", out / "two"] and sorted(p.name for p in out.iterdir()) == ["one", "two"]
-
-
-def fail_at(path: Path) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
 @pytest.fixture
 def precious(tmp_path) -> Path:
     """A directory that no removal may reach through a link."""
@@ -184,13 +170,6 @@ def test_leftovers_of_killed_processes(tmp_path, precious):
     (tmp_path / "root" / ".writing-link").symlink_to(precious)
     remove_leftovers(tmp_path / "root")
     assert sorted(p.name for p in (tmp_path / "root").iterdir()) == [".hidden", "images_000000000048", "latest"]
-
-
-def test_removal_starts_with_a_rename(tmp_path):
-    for _ in range(2):  # the second finds the first, which was never removed
-        (tmp_path / "x" / "sub").mkdir(parents=True)
-        garbage = rename_for_removal(tmp_path / "x")
-        assert [p.name for p in tmp_path.iterdir()] == [f"{REMOVING_PREFIX}x"] == [garbage.name]
 
 
 def test_replacing_works_for_directories_too(tmp_path):

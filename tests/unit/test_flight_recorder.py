@@ -21,7 +21,7 @@ def environment(monkeypatch):
 
 
 def test_it_is_on_by_default(tmp_path):
-    flight_recorder.enable(tmp_path / "f")
+    flight_recorder.enable(tmp_path / "f", 2)
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -34,7 +34,7 @@ def test_the_variables_of_the_user_are_kept(tmp_path, monkeypatch):
     mine = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "500", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/trace_"}
     for name, value in mine.items():
         monkeypatch.setenv(name, value)
-    flight_recorder.enable(tmp_path / "f")
+    flight_recorder.enable(tmp_path / "f", 2)
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == {
         **mine, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }  # fmt: skip
@@ -48,19 +48,26 @@ def test_no_file_is_named_or_written_if_the_user_has_switched_it_off(tmp_path, m
     monkeypatch.setenv(name, "0")
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
-    flight_recorder.enable(tmp_path / "f")
+    flight_recorder.enable(tmp_path / "f", 2)
     flight_recorder.dump(1)
     assert flight_recorder.path(1) == "" and not list(tmp_path.glob("f/*"))
 
 
 def test_a_folder_that_cannot_be_created_does_not_end_the_run(tmp_path):
     (tmp_path / "f").write_text("a file")
-    flight_recorder.enable(tmp_path / "f")
+    flight_recorder.enable(tmp_path / "f", 2)
+
+
+def test_files_of_an_earlier_larger_layout_are_removed(tmp_path):
+    for name in ("rank_0", "rank_1", "rank_2", "rank_10", "rank_x", "notes"):
+        (tmp_path / name).touch()
+    flight_recorder.enable(tmp_path, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"rank_0", "rank_1", "rank_x", "notes"}
 
 
 @pytest.mark.parametrize("nccl", (True, False))
 def test_the_watchdog_names_and_writes_the_file(tmp_path, monkeypatch, capsys, nccl):
-    flight_recorder.enable(tmp_path)
+    flight_recorder.enable(tmp_path, 2)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
     codes: list[int] = []

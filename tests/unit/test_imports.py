@@ -16,7 +16,7 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "precision", "text")
+GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "outputs", "precision", "text")
 RULES = {
     "errors": "",
     "topology": "",
@@ -24,6 +24,7 @@ RULES = {
     "control_files": "",
     "npy": "",
     "files": "",
+    "outputs": "",
     "precision": "",
     "text": "",
     "config": "",

@@ -189,6 +189,27 @@ def test_checkpoints_that_are_no_directory_are_named(tmp_path, kind):
     assert os.listdir(tmp_path) == ["checkpoints"]
 
 
+def test_a_dangling_link_to_the_checkpoints_is_named(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=r"cannot be written on [^\n]*: the target of the link does not exist\.$"):
+        lock(tmp_path).__enter__()
+
+
+def test_what_another_job_removes_meanwhile_gives_no_warning(tmp_path, monkeypatch, capsys):
+    (tmp_path / f".writing-{'ab' * 8}").mkdir()
+    rename = Path.rename
+
+    def vanish(path: Path, target: Path) -> Path:
+        if path.name == f".writing-{'ab' * 8}":
+            path.rmdir()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", vanish)
+    with lock(tmp_path):
+        pass
+    assert not capsys.readouterr().err
+
+
 def test_a_lock_that_cannot_be_read_back_is_no_other_job(tmp_path, monkeypatch):
     def fail(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -14,7 +14,6 @@ from PIL import Image
 
 from diffmoe_ds.cli import main, sample_run, sample_set
 from diffmoe_ds.data.sources.shards import EMBEDDED_CLASSES
-from diffmoe_ds.files import rename_for_removal
 from diffmoe_ds.sampling import stream
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.grid import to_uint8
@@ -181,7 +180,7 @@ def kill_before_removing_the_shards(patch: pytest.MonkeyPatch) -> None:
 
 def kill_while_removing_the_shards(patch: pytest.MonkeyPatch) -> None:
     def die(files: UnfinishedSet) -> None:
-        garbage = rename_for_removal(files.folder)
+        garbage = files.folder.rename(files.own / "garbage")
         next(garbage.glob("*.npy")).unlink()
         raise Killed
 

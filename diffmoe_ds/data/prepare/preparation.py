@@ -27,7 +27,16 @@ from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_ind
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
 from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
-from diffmoe_ds.files import TMP_PREFIX, remove_leftovers, remove_tree, sha256_of, write_json, write_tar, write_text
+from diffmoe_ds.files import (
+    TMP_PREFIX,
+    remove_leftovers,
+    remove_tree,
+    sha256_of,
+    write_json,
+    write_once,
+    write_tar,
+    write_text,
+)
 
 REPORT = "report.json"
 MIXING_SEED = 0
@@ -114,13 +123,12 @@ def begin(preparation: Preparation) -> None:
             raise ConfigError(
                 f"--out {preparation.out} holds other files, such as {min(others)}; choose a new directory."
             )
-        if path.exists():
-            found = read_json(path)
-            if not isinstance(found, dict):
-                raise ValueError(f"{SETTINGS} is not an object")
-            _check_same(found, settings, preparation.out)
-        else:
-            write_json(path, settings)
+        if not path.exists():
+            write_once(path, json.dumps(settings, indent=1) + "\n")  # other ranks do so, too
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{SETTINGS} is not an object")
+        _check_same(found, settings, preparation.out)
         if (preparation.out / INDEX).exists() and preparation.lost() is None:
             (preparation.out / INDEX).unlink(missing_ok=True)  # damaged, and the records to rebuild it are gone
         if not preparation.is_finished():
