@@ -48,12 +48,16 @@ class Heartbeat(NamedTuple):
     @property
     def died(self) -> str:
         """That the rank died here, for messages."""
-        return self.placed("died", " in " if self.ticks else " during ")
+        if self.step < 0:
+            return "died"
+        return f"died in step {self.step + 1}" if self.ticks else "died during startup"
 
     @property
     def failed(self) -> str:
         """That the rank exits here with an error of its own, for messages."""
-        return self.placed("failed", " in " if self.ticks else " during ")
+        if self.step < 0:
+            return "failed"
+        return f"failed in step {self.step + 1}" if self.ticks else "failed during startup"
 
     def placed(self, what: str, preposition: str) -> str:
         """Return what happened to the rank and, if it trains, where, for messages."""
