@@ -56,14 +56,15 @@ def run_rank(rank: int, world: int, port: int, watch_s: float) -> Times:
         port: of the rendezvous, on this machine.
         watch_s: seconds to be watched.
     """
-    from diffmoe_ds.distributed.rendezvous import Rendezvous, Report, exchange_reports
+    from diffmoe_ds.distributed.rendezvous import Rendezvous, exchange_reports
+    from diffmoe_ds.distributed.reports import Report
     from diffmoe_ds.distributed.store import open_store
     from diffmoe_ds.distributed.watchdog import Watchdog
 
     start = time.monotonic()
     local = rank % RANKS_PER_HOST
     launch = Launch(rank, world, local, min(world, RANKS_PER_HOST), "a benchmark", "127.0.0.1", port)
-    report = Report(f"host{rank // RANKS_PER_HOST:04d}", "the same configuration", f"GPU-{local}")
+    report = Report(f"host{rank // RANKS_PER_HOST:04d}", "the same configuration", f"GPU-{local}", rank)
     store = open_store(launch, TIMEOUT_S)
     error, hosts, _ = exchange_reports(store, launch, report, TIMEOUT_S, LOST_S)
     assert not error, "all reports are valid"

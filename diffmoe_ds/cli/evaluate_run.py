@@ -15,8 +15,8 @@ from diffmoe_ds.cli.generated_images import GeneratedImages
 from diffmoe_ds.cli.sampling_plan import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
-from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
-from diffmoe_ds.distributed.rendezvous import join_ranks
+from diffmoe_ds.distributed.lost_ranks import naming_lost_ranks
+from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.evaluation.evaluate import (
     FeatureSet,
@@ -46,8 +46,13 @@ def run_evaluation(args: argparse.Namespace) -> None:
     Raises:
         DiffMoEError: on all ranks, if any rank fails.
     """
-    launch = resolve_launch()
-    rendezvous = join_ranks(launch)
+    rendezvous = join_ranks(resolve_launch())
+    with naming_lost_ranks(rendezvous):
+        _evaluate(args, rendezvous)
+
+
+def _evaluate(args: argparse.Namespace, rendezvous: Rendezvous) -> None:
+    launch = rendezvous.launch
     device = local_device(launch)
     set_tf32(False)
     samples = rendezvous.raise_on_all_ranks("samples", lambda: open_samples(args, launch))
@@ -61,16 +66,15 @@ def run_evaluation(args: argparse.Namespace) -> None:
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo", rendezvous.init_method())
-    with reporting_lost_ranks("run the same command again"):
-        check_features(extractor, samples.size, team)
-        if isinstance(samples, GeneratedImages):
-            samples.load(device, rendezvous)
-        sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
-        reference_set = features_of_reference(args, reference, extractor, team, samples.size)
-        with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
-            result = compute_metrics(sample_set, reference_set, extractor, bar.update)
-        if isinstance(samples, GeneratedImages):
-            result |= metrics_of_model(samples, held_out, team)
+    check_features(extractor, samples.size, team)
+    if isinstance(samples, GeneratedImages):
+        samples.load(device, rendezvous)
+    sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
+    reference_set = features_of_reference(args, reference, extractor, team, samples.size)
+    with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
+        result = compute_metrics(sample_set, reference_set, extractor, bar.update)
+    if isinstance(samples, GeneratedImages):
+        result |= metrics_of_model(samples, held_out, team)
     if team.rank == 0:
         text = (
             [json.dumps(finite_or_none(result), allow_nan=False)]

@@ -16,7 +16,7 @@ from diffmoe_ds.cli.sample_set import FORMATS, open_set
 from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
 from diffmoe_ds.distributed.collectives import init_process_group
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
-from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
+from diffmoe_ds.distributed.lost_ranks import naming_lost_ranks
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.errors import CheckpointError, DiffMoEError
@@ -35,8 +35,13 @@ def run_sampling(args: argparse.Namespace) -> None:
     Raises:
         DiffMoEError: on all ranks, if any rank fails.
     """
-    launch = resolve_launch()
-    rendezvous = join_ranks(launch)
+    rendezvous = join_ranks(resolve_launch())
+    with naming_lost_ranks(rendezvous):
+        _sample(args, rendezvous)
+
+
+def _sample(args: argparse.Namespace, rendezvous: Rendezvous) -> None:
+    launch = rendezvous.launch
     rendezvous.on_main("targets", lambda: check_targets(args.out, FORMATS[args.format]))
     plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args, launch))
     rendezvous.check_same(
@@ -50,7 +55,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     if launch.rank == 0:
         print(describe(plan, dtype), flush=True)
         if launch.world > 1:
-            print(f"{'launch':>11}  {rendezvous.launch.describe()}", flush=True)
+            print(f"{'launch':>11}  {launch.describe()}", flush=True)
     models = (plan,) if plan.guide is None else (plan, plan.guide)
     topology = max((model.topology for model in models), key=lambda topology: topology.ep_size)
     work = open_set(
@@ -59,14 +64,13 @@ def run_sampling(args: argparse.Namespace) -> None:
     try:
         if launch.world > 1:
             create_groups(topology, device, rendezvous)
-        with reporting_lost_ranks("finished shards are kept, and the same command continues"):
-            missing = work.missing()
-            if missing:
-                model, generate = load_generator(plan, device, rendezvous)
-                with observing(model, CapacityMeter(model)) as meter:
-                    work.generate(missing, plan.batch_size, generate, meter)
-            print_capacity(*work.counted(), plan.images.num_images, plan.capacity)
-            work.assemble()
+        missing = work.missing()
+        if missing:
+            model, generate = load_generator(plan, device, rendezvous)
+            with observing(model, CapacityMeter(model)) as meter:
+                work.generate(missing, plan.batch_size, generate, meter)
+        print_capacity(*work.counted(), plan.images.num_images, plan.capacity)
+        work.assemble()
     except DiffMoEError as error:
         taken_over = work.files.taken_over() if isinstance(error, CheckpointError) else None
         work.discard_if_empty()

@@ -28,7 +28,7 @@ class Heartbeat(NamedTuple):
     time: int
     """Differs between any two heartbeats of a rank."""
     step: int
-    """Optimizer steps finished."""
+    """Optimizer steps finished; -1 for a command that does not train."""
     ticks: int
     """Calls of `Watchdog.tick`; 0 during startup."""
     waits: int
@@ -48,12 +48,20 @@ class Heartbeat(NamedTuple):
     @property
     def died(self) -> str:
         """That the rank died here, for messages."""
+        if self.step < 0:
+            return "died"
         return f"died in step {self.step + 1}" if self.ticks else "died during startup"
 
     @property
     def failed(self) -> str:
         """That the rank exits here with an error of its own, for messages."""
+        if self.step < 0:
+            return "failed"
         return f"failed in step {self.step + 1}" if self.ticks else "failed during startup"
+
+    def placed(self, what: str, preposition: str) -> str:
+        """Return what happened to the rank and, if it trains, where, for messages."""
+        return what if self.step < 0 else f"{what}{preposition}{self.place}"
 
 
 @dataclass
@@ -161,8 +169,8 @@ class Judge:
         if broken := [rank for rank in present if beats[rank].state == BROKEN]:
             return Verdict(broken, beats[broken[0]].failed)
         if silent := [rank for rank in present if now - self._seen[rank] > self._timeout]:
-            place = beats[silent[0]].place
-            return Verdict(silent, f"has not answered for {self._timeout:.0f} s, since {place}")
+            what = beats[silent[0]].placed(f"has not answered for {self._timeout:.0f} s", ", since ")
+            return Verdict(silent, what)
         return (
             self._judge_failures(beats, present, now)
             or self._judge_reads(beats, present, now)
@@ -212,4 +220,4 @@ class Judge:
         return None
 
     def _stuck(self, ranks: Sequence[int], beats: Sequence[Heartbeat], seconds: float) -> Verdict:
-        return Verdict(ranks, f"has been stuck for {seconds:.0f} s in {beats[ranks[0]].place}", is_stuck=True)
+        return Verdict(ranks, beats[ranks[0]].placed(f"has been stuck for {seconds:.0f} s", " in "), is_stuck=True)

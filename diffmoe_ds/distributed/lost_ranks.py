@@ -1,32 +1,33 @@
-"""Report the death of another rank in one sentence, for commands without a watchdog."""
+"""Name a rank that dies or hangs, for commands that do not train."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffmoe_ds.distributed.launch import resolve_launch
-from diffmoe_ds.errors import RankLostError
+from diffmoe_ds.distributed.rendezvous import Rendezvous
+from diffmoe_ds.distributed.watchdog import Watchdog
 
-LOST = ("by peer", "Broken pipe", "remote process exited")
-"""Parts of the error messages of gloo and NCCL when the connection to another rank is lost."""
+SILENT_S = 300.0
+"""Seconds that a rank may not respond; if it died in a collective, the others notice within seconds."""
+STUCK_S = 1750.0
+"""Seconds that ranks wait for one that responds: long, because it may generate a batch or assemble all images, but less
+than the half hour after which torch's collectives fail."""
 
 
 @contextmanager
-def reporting_lost_ranks(advice: str) -> Iterator[None]:
-    """Within the context, report it in one sentence if a collective fails because another rank is gone.
+def naming_lost_ranks(rendezvous: Rendezvous) -> Iterator[None]:
+    """Within the context, a rank that dies or hangs ends the others, which name it. Every rank must enter it.
 
     Args:
-        advice: how to go on; ends the sentence.
+        rendezvous: the ranks.
 
     Raises:
         RankLostError: another rank died.
     """
-    try:
+    launch = rendezvous.launch
+    watchdog = Watchdog(
+        launch.rank, launch.world, SILENT_S, rendezvous.hosts, rendezvous.store, STUCK_S, trains=False
+    )  # fmt: skip
+    with watchdog, watchdog.watching():
         yield
-    except RuntimeError as error:
-        if not any(text in str(error) for text in LOST):
-            raise
-        lost = RankLostError(f"another rank died; {advice}.")
-        lost.same_on_all_ranks = resolve_launch().rank != 1  # rank 1 reports it too: rank 0 may be the dead one
-        raise lost from error

@@ -8,11 +8,11 @@ error of one rank reaches the others at once (`Rendezvous.raise_on_all_ranks`), 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
 from diffmoe_ds.distributed.heartbeats import write_first
 from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.reports import Report, write_report
 from diffmoe_ds.distributed.shared_gpus import check_gpus, gpu_of
 from diffmoe_ds.distributed.store import (
     LINGER_S,
@@ -44,20 +45,6 @@ ANSWER_S = 60.0
 """Least number of seconds to wait for a rank that has joined: rank 0 may first wait for a run lock to become stale."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a rank tells rank 0 when it joins."""
-
-    host: str
-    """Its host."""
-    fingerprint: str
-    """What must be equal on all ranks, such as a hash of the resolved configuration."""
-    gpu: str
-    """What identifies its GPU on the host; see `gpu_of`."""
-    error: int = 0
-    """An error that it has already hit, encoded; see `encode_error`."""
 
 
 class Rendezvous:
@@ -241,7 +228,7 @@ def join_ranks(
     host, rank = socket.gethostname(), launch.rank
     if launch.world == 1 and not launch.surplus:
         return Rendezvous(launch, (host,), None, timeout_s)
-    report = Report(host, fingerprint, gpu_of(launch), encode_error(error, rank))
+    report = Report(host, fingerprint, gpu_of(launch), os.getpid(), encode_error(error, rank))
     store = open_store(launch, timeout_s)
     winner, hosts, failure = exchange_reports(store, launch, report, timeout_s, silence_s)
     if winner:
@@ -267,10 +254,11 @@ def exchange_reports(
         if it found one.
 
     Raises:
+        LaunchError: another process has joined as this rank.
         RankLostError: rank 0 is gone.
     """
     write_first(store, launch.rank)  # before the report: the watchdog expects one from every rank that has joined
-    store.set(f"rank/{launch.rank}", json.dumps(asdict(report)))
+    write_report(store, launch.rank, report)
     failure = None
     if launch.rank == 0:
         hosts: list[str] = []

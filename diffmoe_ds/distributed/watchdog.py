@@ -54,6 +54,7 @@ class Watchdog:
         hosts: Sequence[str] = (),
         store: dist.Store | None = None,
         startup_s: float = 0.0,
+        trains: bool = True,
     ) -> None:
         """Configure the watchdog.
 
@@ -64,11 +65,12 @@ class Watchdog:
             hosts: the host of every rank.
             store: the rendezvous store, after the ranks have joined.
             startup_s: seconds that ranks wait for others during startup, if that is longer than `timeout_s`.
+            trains: whether the ranks train; if not, they do not `tick`, and messages name no step.
         """
         self._rank, self._world, self._timeout, self._startup = rank, world, timeout_s, startup_s
         self._hosts, self._shared = hosts, store
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
-        self._step = self._ticks = self._waits = 0
+        self._step, self._ticks, self._waits = 0 if trains else -1, 0, 0
         self._state, self._is_reading = WATCHING, False
         self._status, self._status_at = Status(), time.monotonic()
         self._lost: Sequence[int] = ()
@@ -92,7 +94,7 @@ class Watchdog:
             self._store: dist.Store = self._shared.clone()  # type: ignore[attr-defined]
         except RuntimeError:
             self._ended.set()
-            raise RankLostError(f"{self._names([0])} died during startup; the other ranks exit.") from None
+            raise RankLostError(f"{self._names([0])} {self._heartbeat().died}; the other ranks exit.") from None
         self._answered = self._status_at = time.monotonic()
         watch.start()
         self._threads = [watch, guard]
@@ -232,9 +234,9 @@ class Watchdog:
         elif status.has_left:
             self._closing_at = self._answered  # from here on, `_guard` limits the time that this rank needs to leave
             if self._failed_at:
-                self._conclude(f"{self._names([0])} has left in {me.place}", is_connected=False)
+                self._conclude(f"{self._names([0])} {me.placed('has left', ' in ')}", is_connected=False)
         elif silent_s > self._timeout:
-            self._conclude(f"{self._names([0])} has not answered for {silent_s:.0f} s, since {me.place}")
+            self._conclude(f"{self._names([0])} {me.placed(f'has not answered for {silent_s:.0f} s', ', since ')}")
         elif self._failed_at and self._rank in status.cleared:
             self._concluded.set()
         return is_new
@@ -253,9 +255,8 @@ class Watchdog:
                     why = f"{self._names([self._rank])} has been stuck for {self._timeout:.0f} s while the run ended"
                     self._exit(why, self._exit_code, is_stuck=True, is_connected=False)
             elif silent_s > self._timeout + 2 * self._beat_s:
-                place = self._heartbeat().place
-                why = f"{self._names([0])} has not answered for {silent_s:.0f} s, since {place}"
-                self._conclude(why, is_connected=False)
+                what = self._heartbeat().placed(f"has not answered for {silent_s:.0f} s", ", since ")
+                self._conclude(f"{self._names([0])} {what}", is_connected=False)
 
     def _conclude(self, why: str, stuck: Sequence[int] = (), is_connected: bool = True) -> None:
         """End this rank: by an error of its main thread if that waits for one, else at once.

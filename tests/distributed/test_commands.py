@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -12,7 +13,17 @@ import pytest
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.verify import newest_valid
 from tests.helpers.data import numbered_shard
-from tests.helpers.processes import REPOSITORY, clean_environment, free_port, run_processes, run_ranks
+from tests.helpers.processes import (
+    LAUNCH_TIMEOUT,
+    REPOSITORY,
+    clean_environment,
+    fork_server,
+    free_port,
+    rank_environment,
+    run_processes,
+    run_ranks,
+    run_together,
+)
 from tests.helpers.sampling import sample
 from tests.helpers.training import SMALLEST_MODEL, read_metrics, training_arguments, write_json
 
@@ -35,6 +46,20 @@ def test_an_error_that_every_rank_hits_before_joining_is_printed_once(tmp_path):
     finished = run_ranks(2, ["diffmoe_ds/train.py", *arguments])
     assert finished.code == 5 and finished.output.count("--resume /nowhere: not a checkpoint") == 1, finished.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_joins_as_a_rank_for_the_second_time_blames_itself(tmp_path):
+    """Not rank 0, which serves the others."""
+    config, port = write_json(tmp_path / "ds.json", ep=2, zero=1), free_port()
+    arguments = ["diffmoe_ds/train.py", *training_arguments(config, tmp_path / "run")]
+    environments = [rank_environment(rank, 2, port) for rank in (1, 1, 0)]
+    starts = [lambda file, e=e: fork_server().start(arguments, e, REPOSITORY, file) for e in environments]
+    finished = run_together(starts, LAUNCH_TIMEOUT)
+    assert finished.code == 1 and "Traceback" not in finished.output, finished.output
+    name = f"rank 1 on {socket.gethostname()}: process "
+    assert name in finished.output and "has already joined as this rank" in finished.output, finished.output
+    assert finished.output.count("diffmoe: error: ") == 1, finished.output
 
 
 def test_an_ep_size_that_does_not_fit_is_refused_before_the_rendezvous(tmp_path):

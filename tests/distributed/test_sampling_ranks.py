@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.helpers import sampling
+from tests.helpers import processes, sampling
 from tests.helpers.processes import WORKERS, Finished, run_ranks
 
 TIMEOUT = 120
@@ -48,7 +49,7 @@ def test_errors_are_reported_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_path):
+def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_path, monkeypatch):
     """Seven images: ranks that share experts also generate images that are discarded."""
     model = sampling.write_random_model(tmp_path / "model")
     guided = ("--cfg-scale", "2")
@@ -83,10 +84,12 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_
 
     # one of four ranks is killed; two continue, and write the bytes of a process that was never interrupted
     out, options = tmp_path / "killed", ("--routing", "dynamic", *guided, "--batch-size", "1")
-    killed = kill_rank(4, 1, model, out, *options)
+    monkeypatch.setattr(processes, "GRACE", TIMEOUT)
+    killed = kill_rank(4, 1, 1, model, out, *options)
     left = {path.name for path in out.iterdir() if not path.name.startswith(".writing-sample-")}  # of all ranks
     assert killed.code == 85 and left == {"unfinished"}, killed.output
-    assert killed.output.count("another rank died") == 1 and "Traceback" not in killed.output, killed.output
+    assert f"diffmoe: error: rank 1 on {socket.gethostname()} died" in killed.output, killed.output
+    assert "Traceback" not in killed.output, killed.output
     output = sample(2, model, out, *options)
     assert "4 of 7 shards are finished" in output and not list(out.glob(".*"))
     capsys.readouterr()
@@ -95,8 +98,18 @@ def test_images_do_not_depend_on_ranks_batches_and_expert_placement(capsys, tmp_
     assert (out / "samples.npz").read_bytes() == (tmp_path / "alone" / "samples.npz").read_bytes()
 
 
-def kill_rank(world: int, rank: int, model: Path, out: Path, *options: str) -> Finished:
-    """Generate images on several ranks, one of which is killed after its first shard."""
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", (0, 1))
+def test_a_rank_that_is_killed_before_the_process_group_is_named(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(processes, "GRACE", TIMEOUT)
+    killed = kill_rank(2, rank, 0, sampling.write_random_model(tmp_path / "model"), tmp_path / "out")
+    assert killed.code == (85 if rank else -9) and "Traceback" not in killed.output, killed.output
+    assert f"diffmoe: error: rank {rank} on {socket.gethostname()} " in killed.output, killed.output
+    assert f"rank {1 - rank} on" not in killed.output, killed.output
+
+
+def kill_rank(world: int, rank: int, shards: int, model: Path, out: Path, *options: str) -> Finished:
+    """Generate images on several ranks, one of which is killed after some shards, or before the process group."""
     arguments = ["sample", "--checkpoint", str(model), "--num-images", "7", "--steps", "3", "--out", str(out)]
-    worker = [str(WORKERS / "killed_sampling.py"), str(rank), "1"]
+    worker = [str(WORKERS / "killed_sampling.py"), str(rank), str(shards)]
     return run_ranks(world, [*worker, *arguments, *options], timeout=TIMEOUT)

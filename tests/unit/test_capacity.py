@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.cli import capacity as command
-from diffmoe_ds.cli import main
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import ConfigError
@@ -25,7 +24,6 @@ from diffmoe_ds.sampling.capacity import Calibration, Ranks, apply, calibrate, c
 from diffmoe_ds.sampling.capacity_file import CapacityFile
 from diffmoe_ds.sampling.generate import SamplingSettings, generate
 from diffmoe_ds.sampling.observer import CapacityMeter, capacities, observing
-from tests.helpers.checkpoints import export_untrained
 from tests.helpers.syncs import SyncCounter
 from tests.unit.test_generate import config_of, model_of
 
@@ -232,19 +230,6 @@ def test_the_batch_size_belongs_to_the_file_only_where_images_compete(tmp_path):
 
     assert len(names("per_token")) == 1
     assert len(names("dynamic")) == 2
-
-
-@pytest.mark.parametrize("where", ["sample_model.set_capacity", "sample_run.print_capacity"])
-def test_a_rank_that_dies_while_the_capacity_is_set_or_counted_is_reported(tmp_path, monkeypatch, capsys, where):
-    def fail(*arguments):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321")
-
-    monkeypatch.setattr(f"diffmoe_ds.cli.{where}", fail)
-    out, model = tmp_path / "out", export_untrained(tmp_path / "model")
-    arguments = ["sample", "--checkpoint", str(model), "--num-images", "2", "--steps", "1", "--capacity", "4"]
-    assert main([*arguments, "--out", str(out)]) == 85
-    assert capsys.readouterr().err.count("diffmoe: error: another rank died") == 1
-    assert (out / "unfinished").exists() == where.startswith("sample_run"), "finished shards are kept"
 
 
 def test_thresholds_are_kept_used_and_found_again_after_damage(tmp_path, monkeypatch, capsys):

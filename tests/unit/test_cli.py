@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tarfile
@@ -16,7 +15,6 @@ import diffmoe_ds
 from diffmoe_ds import cli
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
-from diffmoe_ds.distributed.lost_ranks import reporting_lost_ranks
 from tests.helpers.processes import REPOSITORY, run_ranks
 from tests.helpers.sampling import sample
 from tests.helpers.training import read_metrics, training_arguments, write_json
@@ -295,24 +293,6 @@ def test_options_that_are_keys_of_the_recipe(capsys, command, message):
     with pytest.raises(SystemExit, match="2"):
         main(command.split())
     assert message in capsys.readouterr().err
-
-
-def test_a_lost_rank_is_reported_by_rank_0_or_1(capsys, monkeypatch):
-    """Whichever rank died, another one reports it; not all of them."""
-
-    def lose(args: argparse.Namespace) -> None:
-        with reporting_lost_ranks("run the same command again"):
-            raise RuntimeError("Connection closed by peer")
-
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    reported = []
-    for rank in range(4):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert cli.run_command(argparse.Namespace(run=lose)) == 85
-        if "diffmoe: error: another rank died; run the same command again." in capsys.readouterr().err:
-            reported.append(rank)
-    assert reported == [0, 1]
 
 
 @pytest.mark.parametrize("command", ("train", "sample", "prepare", "checkpoint", "doctor"))

@@ -6,8 +6,10 @@ import json
 import resource
 
 import pytest
+import torch.distributed as dist
 
 from diffmoe_ds.distributed import store
+from diffmoe_ds.distributed.reports import Report, write_report
 from diffmoe_ds.errors import LaunchError
 from tests.helpers.processes import free_port, run_ranks
 
@@ -40,3 +42,11 @@ def test_too_few_open_files_are_an_error(monkeypatch):
     assert limits == [(4096, 4096)]
     with pytest.raises(LaunchError, match="may open only 4096 files, but needs 8704 to serve 4096 ranks"):
         store.raise_file_limit(8704, 4096)
+
+
+def test_a_second_process_of_a_rank_is_an_error():
+    shared = dist.HashStore()
+    write_report(shared, 1, Report("node1", "", "", process=7))
+    with pytest.raises(LaunchError, match="rank 1 on node2: process 7 on node1 has already joined as this rank"):
+        write_report(shared, 1, Report("node2", "", "", process=8))
+    assert json.loads(shared.get("rank/1"))["process"] == 7

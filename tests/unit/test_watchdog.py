@@ -54,6 +54,17 @@ def test_a_silent_rank_is_lost_after_the_timeout(clock, rank):
     assert clock.pass_seconds(1, silent=(rank,)) == ([rank], "has not answered for 60 s, since step 5", False)
 
 
+def test_messages_name_no_step_if_the_ranks_do_not_train(clock):
+    for rank in range(3):
+        clock.change(rank, step=-1, ticks=0)
+    assert clock.pass_seconds(1, ticking=False) is None
+    assert clock.pass_seconds(61, (1,), ticking=False) == ([1], "has not answered for 60 s", False)
+    assert clock.beats[1].died == "died" and clock.beats[1].failed == "failed"
+    clock.change(0, is_waiting=1)
+    clock.change(1, is_waiting=1)
+    assert clock.pass_seconds(92, ticking=False) == ([2], "has been stuck for 90 s", True)
+
+
 def test_after_a_failed_collective_a_silent_rank_is_lost_soon(clock):
     clock.pass_seconds(1)
     clock.change(0, state=FAILED)
