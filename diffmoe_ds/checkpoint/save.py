@@ -214,13 +214,16 @@ class CheckpointSaver:
             if left:
                 print(f"{'left':>11}  {', '.join(left)}: from an abandoned branch of this run, or damaged", flush=True)
         except OSError as error:
-            self._warn(error, "the checkpoint is saved, but some of an abandoned branch keep their names")
+            effect = "the checkpoint is saved, but some of an abandoned branch keep their names"
+            self._warn(error.filename or self._root, "renamed", error, effect)
         self._alive()
         try:
             pointer.rename(self._root / LATEST)
             sync_directory(self._root)
         except OSError as error:
-            self._warn(error, f"the checkpoint is saved, but {LATEST} may name an older one")
+            self._warn(
+                self._root / LATEST, "written", error, f"the checkpoint is saved, but {LATEST} may name an older one"
+            )
         self._retention = threading.Thread(target=self._retain, args=(name,), name="retention", daemon=True)
         self._retention.start()
         order = checkpoint_order(name)
@@ -232,10 +235,11 @@ class CheckpointSaver:
         try:
             remove_surplus(self._root, newest, self._config, self._owner, self._advance)
         except OSError as error:
-            self._warn(error, "keeping older checkpoints")
+            self._warn(error.filename or self._root, "removed", error, "older checkpoints are kept")
 
-    def _warn(self, error: OSError, effect: str) -> None:
-        print(f"*** WARNING: {self._root}: {error}; {effect} ***", file=sys.stderr, flush=True)
+    def _warn(self, path: str | Path, failed: str, error: OSError, effect: str) -> None:
+        text = f"{path}: cannot be {failed}: {error.strerror or error}; {effect}"
+        print(f"*** WARNING: {text} ***", file=sys.stderr, flush=True)
 
     def _attempt(self, action: Callable[[], object]) -> None:
         """Run an action and keep its error for the next vote."""

@@ -6,6 +6,7 @@ disk error is a SIGBUS. Here, ``preadv`` reads what is needed, and every error i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -58,13 +59,14 @@ class TensorFile:
         self.path = path
         try:
             self._file = io.FileIO(open_descriptor(path))
+            self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise self._error(error.strerror) from None
-        self._size = os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a file that was only read, nothing can be lost
+            self._file.close()
 
     def header(self) -> dict[str, Stored]:
         """Read which tensors the file holds, by name.

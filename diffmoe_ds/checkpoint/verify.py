@@ -88,6 +88,7 @@ def candidates(path: Path) -> list[Path]:
     Raises:
         CheckpointError: the path cannot be read.
     """
+    root = path
     try:
         if (path / META).is_file() or (path / MANIFEST).is_file():
             return [path]
@@ -97,7 +98,7 @@ def candidates(path: Path) -> list[Path]:
                 if found:
                     return sorted(found, key=_preference(root), reverse=True)
     except OSError as error:  # a name that the file system refuses, a directory without permission
-        raise CheckpointError(f"{str(path)[:200]}: cannot be read: {error.strerror}.") from None
+        raise CheckpointError(f"{str(root)[:200]}: cannot be read: {error.strerror}.") from None
     return []
 
 

@@ -20,6 +20,8 @@ HOST_TIMEOUT_S = 60
 """Timeout of the whole check of one host."""
 HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.:@%-]{0,252})[ \t]+slots=([0-9]{1,6})")
 """A line of a hostfile; a host that began with a hyphen would be an option of ssh."""
+MAX_SAID = 500
+"""Last characters of ssh's errors that a message repeats."""
 AT_ONCE = 32
 """Simultaneous connections."""
 PROBE = (
@@ -76,14 +78,20 @@ def _check(host: str, token: Path) -> str | None:
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_S}"]
     try:
         done = subprocess.run(
-            ["ssh", *options, "--", host, remote], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            ["ssh", *options, "--", host, remote], stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, encoding="utf-8", errors="replace",  # a banner may have any encoding
             timeout=HOST_TIMEOUT_S, check=False,
         )  # fmt: skip
     except FileNotFoundError:
         return f"{host}: cannot be checked: ssh is not installed on this host."
+    except OSError as error:
+        return f"{host}: cannot be checked: ssh does not start on this host: {error.strerror}."
     except subprocess.TimeoutExpired:
         return f"{host}: did not answer within {HOST_TIMEOUT_S} s."
-    said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    if done.returncode < 0:
+        return f"{host}: cannot be checked: ssh was killed by signal {-done.returncode} on this host."
+    said = "".join(c if c.isprintable() else " " for c in done.stderr[-MAX_SAID:])
+    said = " ".join(said.split()) or f"exit code {done.returncode}"
     if done.returncode == 255:
         if "Host key verification failed" in said or "IDENTIFICATION HAS CHANGED" in said:
             return f"{host}: its host key has changed or is unknown; verify the machine, then ssh-keygen -R."
@@ -96,7 +104,7 @@ def _check(host: str, token: Path) -> str | None:
     if answer is None:
         if "cd:" in said:
             return f"{host}: has no directory {token.parent}; it must be shared by all hosts."
-        return f"{host}: Python does not work there ({said[-300:]})."
+        return f"{host}: Python does not work there ({said})."
     try:
         *versions, shared = parse_json(answer[1])
     except (ValueError, TypeError):

@@ -190,4 +190,4 @@ class SampleGrid:
             with replacing(path, self._run.owner.directory(self._run.directory)) as tmp:
                 save_png(grid_HWC, tmp)
         except OSError as error:  # a failed preview must not end the run
-            print(f"*** WARNING: {path}: cannot be written: {error} ***", file=sys.stderr, flush=True)
+            print(f"*** WARNING: {path}: cannot be written: {error.strerror or error} ***", file=sys.stderr, flush=True)

@@ -55,8 +55,10 @@ class ProfileSteps:
         path = folder / f"steps_{self._steps.start}-{self._run.step}.pt.trace.json.gz"
         try:
             folder.mkdir(exist_ok=True)
-            finished.export_chrome_trace(str(path))
+            tmp = self._run.owner.directory(self._run.directory) / path.name
+            finished.export_chrome_trace(str(tmp))
+            tmp.rename(path)
             print(f"{'profile':>11}  {path}", flush=True)
         except OSError as error:  # a failed trace must not end the run
-            print(f"*** WARNING: {path}: cannot be written: {error} ***", file=sys.stderr, flush=True)
+            print(f"*** WARNING: {path}: cannot be written: {error.strerror or error} ***", file=sys.stderr, flush=True)
         self._log.pause()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -213,5 +214,11 @@ def _owner(lock: RunLock | None, device: torch.device) -> Owner:
 
 
 def _require_present(checkpoint: Path) -> None:
-    if not (checkpoint / MANIFEST).is_file():
+    path = checkpoint / MANIFEST
+    try:
+        is_present = path.is_file()
+    except OSError as error:  # of the disk; says nothing about a checkpoint that was completely written
+        print(f"*** WARNING: {path}: cannot be read: {error.strerror}; it was saved before ***", file=sys.stderr)
+        return
+    if not is_present:
         raise CheckpointError(f"{checkpoint}: was saved, but another process has removed it since.")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,14 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path, make):
     make(path)
     with pytest.raises(CheckpointError, match=r"cannot be read: (not a regular file|Is a directory|No such file)"):
         TensorFile(path)
+
+
+def test_an_error_of_closing_a_file_that_was_read_is_ignored(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    file = TensorFile(path)
+    os.close(next(int(link.name) for link in Path("/proc/self/fd").iterdir() if os.path.realpath(link) == str(path)))
+    file.close()
 
 
 def test_files_of_the_safetensors_library_are_read(tmp_path):

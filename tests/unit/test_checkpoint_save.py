@@ -166,6 +166,17 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_kept(save, tmp_path, m
     assert names(tmp_path) == [*map(checkpoint_name, (48, 64, 80)), "latest"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_named_in_plain_words(save, tmp_path, monkeypatch, capsys):
+    def fail(owner: Owner, path: Path, *progress: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    save(16)
+    monkeypatch.setattr(Owner, "remove", fail)
+    save(32, keep_last=1)
+    expected = f"{tmp_path}/checkpoints/{checkpoint_name(16)}: cannot be removed: Input/output error; older checkpoints"
+    assert f"*** WARNING: {expected} are kept ***" in capsys.readouterr().err
+
+
 def test_a_run_that_went_back_continues_from_its_own_checkpoint_if_latest_cannot_be_updated(
     save, tmp_path, monkeypatch, capsys
 ):  # fmt: skip
@@ -180,5 +191,5 @@ def test_a_run_that_went_back_continues_from_its_own_checkpoint_if_latest_cannot
 
     monkeypatch.setattr(Path, "rename", fail)
     assert save(32, keep_last=0).name == "images_000000000032_2"
-    assert "the checkpoint is saved, but latest may name an older one" in capsys.readouterr().err
+    assert "latest: cannot be written: Input/output error; the checkpoint is saved" in capsys.readouterr().err
     assert candidates(tmp_path)[0].name == "images_000000000032_2"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +116,15 @@ def test_no_command_uses_a_damaged_checkpoint(run_copy, tmp_path, capsys, damage
         error = capsys.readouterr().err
         assert f"none of its 3 checkpoint(s) is valid ({run_copy}" in error and "is damaged" in error, error
         assert not (tmp_path / "out").exists()
+
+
+def test_the_directory_that_cannot_be_read_is_named(run_copy, monkeypatch):
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(CheckpointError, match=f"^{run_copy}/checkpoints: cannot be read: Input/output error"):
+        candidates(run_copy)
 
 
 @pytest.mark.parametrize("text", ("../../x\n", "/etc\n", "", "images_000000000999\n", "\xff\xfe", "a" * 5000))

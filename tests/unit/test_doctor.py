@@ -116,7 +116,9 @@ case $host in
   stranger) echo "Host key verification failed." >&2; exit 255 ;;
   bare) echo "sh: 1: python: not found" >&2; exit 127 ;;
   apart) echo "sh: 1: cd: can't cd to /x" >&2; exit 2 ;;
-  old) echo 'probe ["0.0.1", "1.0", "0.1", true]' ;;
+  loud) head -c 100000 /dev/zero | tr '\\0' x >&2; printf '\\033[31m\\351\\n' >&2; exit 255 ;;
+  killed) kill -9 $$ ;;
+  old) printf '\\351\\n'; echo 'probe ["0.0.1", "1.0", "0.1", true]' ;;
   other) echo 'probe ["0.0.1", "1.0", "0.1", false]' ;;
 esac
 """
@@ -132,6 +134,7 @@ def test_every_host_is_checked_over_ssh(tmp_path, monkeypatch):
     expected = {
         "down": "cannot be reached over ssh (ssh: connect to host down port 22: No route to host)",
         "key": "refuses our ssh key", "stranger": "its host key has changed or is unknown",
+        "loud": "xx [31m\N{REPLACEMENT CHARACTER}).", "killed": "ssh was killed by signal 9 on this host",
         "bare": "install Python at the same path", "apart": "has no directory", "old": "has diffmoe_ds 0.0.1",
         "other": "is not the same directory as on this host",
     }  # fmt: skip
@@ -140,7 +143,10 @@ def test_every_host_is_checked_over_ssh(tmp_path, monkeypatch):
     found = check_hosts(["good", *expected])
     assert len(found) == len(expected)
     for sentence, (host, message) in zip(found, expected.items(), strict=True):
-        assert sentence.startswith(f"{host}: ") and message in sentence
+        assert sentence.startswith(f"{host}: ") and message in sentence and len(sentence) < 600
+    ssh.chmod(0)
+    monkeypatch.setenv("PATH", str(ssh.parent))
+    assert check_hosts(["good"]) == ["good: cannot be checked: ssh does not start on this host: Permission denied."]
     assert {path.name for path in Path.cwd().iterdir()} == {"bin"}
 
 

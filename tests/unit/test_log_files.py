@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -276,8 +277,10 @@ def test_a_run_with_failing_log_files_on_hosts_with_different_clocks(tmp_path):
         Rule("write", metrics, "ENOSPC", n=4),
         Rule("write", events, "EDQUOT", n=2),
         Rule("open", events, "EIO"),
+        Rule("write", "*.writing-images_*.png*", "EIO"),
     ]
-    code, output = train(tmp_path, rules=rules, log=tmp_path / "faults")
+    code, output = train(tmp_path, "run.sample_every_images=32", rules=rules, log=tmp_path / "faults")
+    assert re.search(r"samples/images_\d+\.png: cannot be written: Input/output error \*", output), output
     assert code == 0 and "metrics.jsonl: cannot be written" in output, output
     assert "tfevents" in (tmp_path / "faults").read_text() and "metrics.jsonl" in (tmp_path / "faults").read_text()
     rules = [Rule("read", metrics, "EIO"), Rule("rename", metrics, "EIO")]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffmoe_ds.config.load import load_config
+from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.training.profiler import ProfileSteps, profiled_steps
 from diffmoe_ds.training.run_log import RunLog
@@ -19,7 +23,12 @@ from diffmoe_ds.training.run_log import RunLog
 def train(directory, profile_steps, start: int = 0, steps: int = 8, is_main: bool = True) -> SimpleNamespace:
     """Run steps that each mark themselves in the profile."""
     config = load_config("fashion", [f"run.profile_steps={profile_steps}"])
-    run = SimpleNamespace(config=config, is_main=is_main, directory=directory, step=start, is_complete=False)
+    owner = Owner("0" * 16)
+    run = SimpleNamespace(
+        config=config, is_main=is_main, directory=directory, owner=owner, step=start, is_complete=False
+    )  # fmt: skip
+    if is_main:
+        owner.claim(directory)
     hook = ProfileSteps(run, RunLog())
     for step in range(start + 1, start + steps + 1):
         with torch.profiler.record_function(f"optimizer step {step}"):
@@ -60,10 +69,23 @@ def test_only_rank_0_profiles(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    (tmp_path / "profile").write_text("not a directory")
+@pytest.mark.parametrize("fault", ("a file in the place of its directory", "a full disk"))
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeypatch, fault):
+    """Nothing half-written is left in its directory."""
+
+    def fill(finished: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    reason = "No space left on device"
+    if fault == "a full disk":
+        monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fill)
+    else:
+        (tmp_path / "profile").write_text("not a directory")
+        reason = "File exists"
     assert train(tmp_path, "3").step == 8
-    assert "WARNING" in capsys.readouterr().err
+    assert f"steps_3-3.pt.trace.json.gz: cannot be written: {reason} ***" in capsys.readouterr().err
+    assert not list(tmp_path.glob("profile/*"))
 
 
 @pytest.mark.parametrize("value", ("-1", "5-3", "0-3", "3-", "1-2-3", "true", "[1, 2]", "1.5", "x"))

@@ -176,6 +176,20 @@ def test_train_sbatch_prints_the_command_and_the_plan(tmp_path, job):
     assert again.returncode == 2 and "submit this script with sbatch" in again.stdout
 
 
+def test_crashes_are_counted_in_a_run_directory_that_looks_like_an_option(tmp_path):
+    stub(tmp_path / "bin", "python", 'echo "        run  -run"')
+    for name, text in (("srun", "exit 1"), ("squeue", "echo RUNNING"), ("scontrol", ""), ("sleep", "")):
+        stub(tmp_path / "bin", name, text)
+    (tmp_path / "-run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "-run" / "checkpoints" / "latest").write_text("images_000000000016\n")
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "MAX_CRASHES": "2"}
+    command = ["bash", str(REPOSITORY / "slurm/train.sbatch"), "--run-dir=-run"]
+    for number, code in ((1, 85), (2, 1)):
+        job = run(command, tmp_path, **variables)
+        assert f"crash {number} after checkpoint images_000000000016" in job.stdout and job.stderr == "", job
+        assert job.returncode == code, job
+
+
 def test_sbatch_files_have_defaults_and_print_their_command(tmp_path):
     stub(tmp_path / "bin", "python", PLAN)
     for name in SBATCH:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.session import Session
+from tests.helpers.training import training_arguments, write_json
 
 MESSAGE = "/disk/file: cannot be used: Stale file handle."
 
@@ -51,3 +54,17 @@ def test_ranks_vote_on_a_file_that_the_system_refuses():
                 vote()
     finally:
         dist.destroy_process_group()
+
+
+def test_an_error_of_the_last_check_does_not_make_a_saved_run_fail(tmp_path, capsys, monkeypatch):
+    finish = Session.finish
+
+    def fail_to_read(session: Session, *arguments: object) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(Path, "is_file", fail)
+            finish(session, *arguments)
+
+    monkeypatch.setattr(Session, "finish", fail_to_read)
+    config = write_json(tmp_path / "ds.json", ep=1, zero=0)
+    assert main(["train", *training_arguments(config, tmp_path / "run")]) == 0
+    assert "manifest.json: cannot be read: Stale file handle; it was saved before" in capsys.readouterr().err
