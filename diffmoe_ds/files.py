@@ -14,7 +14,9 @@ import io
 import itertools
 import json
 import os
+import resource
 import shutil
+import sys
 import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -266,3 +268,19 @@ def remove_leftovers(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name.startswith((TMP_PREFIX, REMOVING_PREFIX)):
             remove_tree(path)
+
+
+def allow_open_files(needed: int) -> int:
+    """Raise this process's soft limit of open files to its hard limit if it is lower than needed.
+
+    Args:
+        needed: files that the process wants to have open.
+
+    Returns:
+        The limit, which can still be lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (resource.RLIM_INFINITY, hard) and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

@@ -21,7 +21,7 @@ from diffmoe_ds.config.deepspeed_keys import MOMENTS
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.files import Reading, unwatched
+from diffmoe_ds.files import Reading, allow_open_files, unwatched
 
 FIXED = {
     "model": (
@@ -34,8 +34,8 @@ FIXED = {
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
 CLASS_EMBEDDING = "y_embedder.embedding_table.weight"
 """The one parameter whose shape depends on the classes."""
-MAX_OPEN_FILES = 256
-"""Files of a checkpoint that are open at a time; the usual limit of a process is 1,024."""
+LIMIT_PER_OPEN_FILE = 4
+"""Files that the process must be allowed to open for every file of a checkpoint that is kept open."""
 
 
 class WeightsReader(Protocol):
@@ -216,7 +216,8 @@ class CheckpointReader:
     def _file(self, number: int) -> TensorFile:
         file = self._files.pop(number, None) or TensorFile(self.path / rank_file(number))
         self._files[number] = file
-        if len(self._files) > MAX_OPEN_FILES:
+        wanted = LIMIT_PER_OPEN_FILE * len(self._files)  # to keep all: each tensor of ZeRO 3 is in all files
+        if allow_open_files(wanted) < wanted:
             self._files.popitem(last=False)[1].close()
         return file
 

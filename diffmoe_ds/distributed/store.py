@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import LaunchError, RankLostError
+from diffmoe_ds.files import allow_open_files
 
 CONNECTIONS_PER_RANK = 2
 """Connections that every rank keeps open; NCCL opens more."""
@@ -100,15 +100,12 @@ def raise_file_limit(needed: int, world: int) -> None:
     Raises:
         LaunchError: the hard limit is too low as well.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    limit = allow_open_files(needed)
+    if limit < needed:
         raise LaunchError(
-            f"rank 0 on {socket.gethostname()} may open only {hard} files, but needs {needed} to serve {world} ranks; "
+            f"rank 0 on {socket.gethostname()} may open only {limit} files, but needs {needed} to serve {world} ranks; "
             "raise the hard limit of open files on that host (`ulimit -Hn`)."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else hard, hard))
 
 
 def read_from_rank_0(store: dist.Store, key: str, rank_0: str, timeout_s: float, silence_s: float) -> bytes:

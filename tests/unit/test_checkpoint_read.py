@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -153,7 +154,7 @@ def numbers():
 
 
 def test_few_files_are_open_and_none_after_closing(tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
     reader = checkpoint(tmp_path / "c", [[("fp32", 2 * n, torch.full((2,), float(n)))] for n in range(9)], (18,))
     assert opened(reader) == []
     for _ in range(2):
@@ -163,6 +164,20 @@ def test_few_files_are_open_and_none_after_closing(tmp_path, monkeypatch):
         assert opened(reader) == []
     with open("/proc/self/maps") as maps:
         assert str(reader.path) not in maps.read()
+
+
+def test_every_file_of_many_is_opened_once(tmp_path, monkeypatch):
+    """A tensor of ZeRO 3 is in all files, so reading tensor after tensor would open them again and again."""
+    limits, files = [(256, 4096)], []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
+    monkeypatch.setattr(load, "TensorFile", lambda path: files.append(path) or TensorFile(path))
+    pieces = [[(kind, n, torch.ones(1)) for kind in ("fp32", "ema")] for n in range(300)]
+    reader = checkpoint(tmp_path / "c", pieces, (300,))
+    for kind in ("fp32", "ema"):
+        assert torch.equal(reader.read(kind, "w", 0, 300), torch.ones(300))
+    assert len(files) == 300 and limits == [(256, 4096), (4096, 4096)]
+    reader.close()
 
 
 def test_the_garbage_collector_is_paused_while_headers_are_read(tmp_path, monkeypatch):
