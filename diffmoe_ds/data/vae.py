@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.files import expand_user
 
 
 def vae_settings(path: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _autoencoder() -> Any:
 
 def _either(path: str, load: Any) -> Any:
     """Call `load` for the VAE at `path` or in its subfolder `vae`, as in a pipeline."""
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         tries = [(str(folder), {"subfolder": "vae"} if (folder / "vae").is_dir() else {})]
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
