@@ -113,7 +113,7 @@ def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
     folder = path / "vae" if os.path.isdir(path / "vae") else path
     try:
         settings = read_json(folder / VAE_CONFIG)
-        channels, _ = settings["latent_channels"], settings["scaling_factor"]
+        channels = settings["latent_channels"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{name} {path}: not a folder with a diffusers AutoencoderKL.") from None
     if not list(folder.glob("*.safetensors")):
