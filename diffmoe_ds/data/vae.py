@@ -22,7 +22,6 @@ from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import expand_user
 
-
 REQUIRED = ("block_out_channels", "latent_channels", "scaling_factor")
 """Values of a `config.json` that are used here."""
 MAX_BLOCKS = 16
@@ -33,7 +32,7 @@ def vae_settings(path: str) -> dict[str, Any]:
     """Read the `config.json` of a VAE, without its weights.
 
     Returns:
-        Its values, with diffusers' defaults for `REQUIRED` ones that it lacks, as the first VAEs of Stable Diffusion do.
+        Its values, and diffusers' defaults for those of `REQUIRED` that it lacks.
 
     Raises:
         ConfigError: there is none, or a value that is used here is invalid.
