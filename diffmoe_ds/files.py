@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffmoe_ds.control_files import open_regular
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, ConfigError
 
 TMP_PREFIX = ".writing-"
 """Start of the name of a file or directory that is not complete yet."""
@@ -53,6 +53,18 @@ class Digest(NamedTuple):
     """Bytes."""
     sha256: str
     """Hexadecimal SHA-256 of the contents."""
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return a path with a leading ``~`` or ``~USER`` replaced by the home directory.
+
+    Raises:
+        ConfigError: this host does not know the user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: this host has no home directory for the user; write the full path.") from None
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
+import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ from diffmoe_ds.errors import CheckpointError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
+MAX_PICKLE_BYTES = 16 << 20
+"""Limit of the pickles in a file, which are everything but the numbers of the tensors."""
+MAX_OPERATIONS = 1 << 19
+"""Most operations in the pickles, of which a tensor takes about 32."""
+LEGACY_PICKLES = 5
+"""Pickles in a file of torch before 1.6: magic number, protocol, system, contents and keys of the storages."""
 KEYS = {"ema": "ema", "ema_model": "ema", "model": "raw", "state_dict": "raw"}
 """Keys of a file under which weights can be, and which weights those are; the first one is taken."""
 
@@ -34,12 +42,14 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
         CheckpointError: the file cannot be read, or holds no weights, or anything but plain data and tensors.
     """
     try:
-        open_regular(path).close()  # torch would wait for a named pipe
+        _check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
             # Files of torch before 1.6 are not zip archives and cannot be memory-mapped.
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+    except _Refused as error:
+        raise CheckpointError(f"{path}: {error}, so it was not loaded.") from None
     except Exception as error:  # the type depends on the defect
         # torch's own message advises loading the file without this protection
         refused = re.search(r"\bGLOBAL ([\w.]+)", str(error))
@@ -55,6 +65,43 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
         raise CheckpointError(f"{path}: holds no weights under {', '.join(keys)} or at its top level.")
     names = {name: str(name).removeprefix("module.").removeprefix("_orig_mod.") for name in tree}
     return {names[name]: value for name, value in tree.items()}, found
+
+
+class _Refused(Exception):
+    """A file that torch must not load; the message continues a sentence that begins with the file."""
+
+
+def _check_pickles(path: Path) -> None:
+    """Check, without unpickling, that torch unpickles a file in little time and memory.
+
+    Raises:
+        _Refused: it does not, or records are compressed, which torch would map as the numbers themselves.
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError, zipfile.BadZipFile: it is damaged.
+    """
+    with open_regular(path) as file:  # torch would wait for a named pipe
+        pickles = _pickles_of_zip(file) if zipfile.is_zipfile(file) else _pickles_of_legacy(file)
+    operations = (operation for data in pickles for operation in pickletools.genops(data))
+    for number, (operation, argument, _) in enumerate(operations):
+        if number == MAX_OPERATIONS:
+            raise _Refused(f"has more than {MAX_OPERATIONS:,} operations besides its tensors")
+        if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):  # of whatever size the file says
+            raise _Refused("holds bytearray, which is neither a tensor nor plain data")
+
+
+def _pickles_of_zip(file: BinaryIO) -> list[io.BytesIO]:
+    with zipfile.ZipFile(file) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise _Refused("has compressed records, unlike files of torch.save")
+        records = [record for record in archive.infolist() if record.filename.lower().endswith("data.pkl")]
+        if any(record.file_size > MAX_PICKLE_BYTES for record in records):
+            raise _Refused(f"has more than {MAX_PICKLE_BYTES >> 20} MiB besides its tensors")
+        return [io.BytesIO(archive.read(record)) for record in records]
+
+
+def _pickles_of_legacy(file: BinaryIO) -> list[io.BytesIO]:
+    file.seek(0)
+    return [io.BytesIO(file.read(MAX_PICKLE_BYTES))] * LEGACY_PICKLES  # one after the other, then the numbers
 
 
 def check_plain(name: str, value: Any) -> None:

@@ -34,6 +34,7 @@ from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
 from diffmoe_ds.evaluation.sharded import ShardedRows
 from diffmoe_ds.evaluation.table import finite_or_none, metric_lines
+from diffmoe_ds.files import expand_user
 from diffmoe_ds.precision import set_tf32
 
 
@@ -201,7 +202,7 @@ def _check_saving(args: argparse.Namespace, reference: Reference) -> None:
         return
     for name in ("samples", "checkpoint", "reference", "validation"):
         given = getattr(args, name)
-        path = None if given is None else Path(given).expanduser()
+        path = None if given is None else expand_user(given)
         if path is not None and out.exists() and path.exists() and out.samefile(path):
             raise ConfigError(f"--save-reference {out}: would overwrite --{name} {given}; choose another file.")
     if reference.pooled is not None:

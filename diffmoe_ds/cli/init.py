@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.files import write_text
+from diffmoe_ds.files import expand_user, write_text
 from diffmoe_ds.text import counted
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _warn(out: Path, found: Survey, facts: Facts) -> bool:
 
 def _name(images: str) -> str:
     """Return a name for the recipe and the run: that of the folder, or ``images``."""
-    name = Path(os.path.abspath(Path(images).expanduser())).name if Path(images).expanduser().is_dir() else ""
+    name = Path(os.path.abspath(expand_user(images))).name if expand_user(images).is_dir() else ""
     return name if name and all(c.isalnum() or c in "-_." for c in name) else "images"
 
 
@@ -113,7 +113,7 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
     local = "://" not in args.images
     return Facts(
-        path=os.path.abspath(os.path.expanduser(args.images)) if local else args.images,
+        path=os.path.abspath(expand_user(args.images)) if local else args.images,
         title=_title(found),
         num_images=found.num_images,
         num_classes=found.num_classes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffmoe_ds.data.prepare.preparation import Preparation, begin
 from diffmoe_ds.data.prepare.run import run
 from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, DiffMoEError
+from diffmoe_ds.files import expand_user
 
 REPORT_TIME = 3.0
 """Seconds that the other ranks of a host wait before they exit with an error that all of them hit.
@@ -164,8 +166,9 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     from diffmoe_ds.data.sources.cache import shard_cache
     from diffmoe_ds.data.sources.shards import ShardDataset
 
-    inside = Path(args.images).expanduser()
-    if inside.is_dir() and inside.resolve() in (args.out.resolve(), *args.out.resolve().parents):
+    inside = expand_user(args.images)
+    out = Path(os.path.realpath(args.out))  # unlike resolve(), it accepts a link to itself
+    if inside.is_dir() and inside.resolve() in (out, *out.parents):
         raise ConfigError(f"--out {args.out} is inside --images {args.images}; choose a directory outside.")
     cache = shard_cache(DataConfig(cache_dir=args.cache_dir, cache_gb=args.cache_gb))
     source = open_source(args.images, args.unlabelled, cache)

@@ -17,6 +17,7 @@ from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import expand, is_shard
 from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.files import expand_user
 from diffmoe_ds.rng import training_draws
 
 PREPARED_BY = {
@@ -76,7 +77,7 @@ def check_exists(config: Config) -> None:
 def is_missing(path: str) -> bool:
     """Return whether a path of images is neither a URL nor a pattern, and does not exist."""
     is_plain = not is_url(path) and not any(character in path for character in "*?[{")
-    return is_plain and not Path(path).expanduser().exists()
+    return is_plain and not expand_user(path).exists()
 
 
 def with_classes(config: Config, dataset: Dataset) -> Config:
@@ -157,7 +158,7 @@ def open_source(path: str | Path, unlabelled: bool = False, cache: ShardCache | 
     Raises:
         DataError: there are no images, or the folder holds both shards and images, which is ambiguous.
     """
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         refuse_unfinished(folder)
         shard = min((p.name for p in folder.iterdir() if is_shard(p.name)), default=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from diffmoe_ds.data.sources.images import open_rgb
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.files import expand_user
 from diffmoe_ds.text import reason
 
 LOOKED_AT = 200
@@ -106,7 +106,7 @@ def survey(path: str) -> Survey:
         num_images=len(source),
         class_names=names,
         num_classes=max(len(names or ()), int(source.labels.max()) + 1) if has_labels else 1,
-        is_folder=Path(path).expanduser().is_dir() and not isinstance(source, ShardDataset),
+        is_folder=expand_user(path).is_dir() and not isinstance(source, ShardDataset),
         latent_shape=latent_shape,
         is_gray=is_gray and latent_shape is None,
         smallest=min(map(min, sides), default=0),

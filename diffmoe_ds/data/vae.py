@@ -6,28 +6,52 @@ Legend: B images, H and W pixels, C channels of a latent, h and w its height and
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.files import expand_user
+
+REQUIRED = ("block_out_channels", "latent_channels", "scaling_factor")
+"""Values of a `config.json` that are used here."""
+MAX_BLOCKS = 16
+"""Most resolutions of a VAE, each half the one before."""
 
 
 def vae_settings(path: str) -> dict[str, Any]:
     """Read the `config.json` of a VAE, without its weights.
 
+    Returns:
+        Its values, and diffusers' defaults for those of `REQUIRED` that it lacks.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or a value that is used here is invalid.
     """
     autoencoder = _autoencoder()
-    settings: dict[str, Any] = _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    stored: dict[str, Any] = _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    parameters = inspect.signature(autoencoder.__init__).parameters
+    settings = {**{key: parameters[key].default for key in REQUIRED}, **stored}
+    blocks, channels = settings["block_out_channels"], settings["latent_channels"]
+    scaling, shift = settings["scaling_factor"], settings.get("shift_factor")
+    valid = {
+        "block_out_channels": isinstance(blocks, (list, tuple)) and 1 <= len(blocks) <= MAX_BLOCKS,
+        "latent_channels": type(channels) is int and channels > 0,
+        "scaling_factor": type(scaling) in (int, float) and 0 < scaling < math.inf,
+        "shift_factor": shift is None or (type(shift) in (int, float) and math.isfinite(shift)),
+    }
+    for key, is_valid in valid.items():
+        if not is_valid:
+            raise ConfigError(f"the VAE {path} has an invalid {key} in its config.json: {short_repr(settings[key])}.")
     return settings
 
 
@@ -133,7 +157,7 @@ def _autoencoder() -> Any:
 
 def _either(path: str, load: Any) -> Any:
     """Call `load` for the VAE at `path` or in its subfolder `vae`, as in a pipeline."""
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         tries = [(str(folder), {"subfolder": "vae"} if (folder / "vae").is_dir() else {})]
     elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:

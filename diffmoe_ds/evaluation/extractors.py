@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.outputs import Outputs, describe, one_line, resize, state_digest, to_rgb
+from diffmoe_ds.files import expand_user
 
 DEFAULT = "efficientnet-lite0"
 CPU_BATCH = 5
@@ -58,9 +59,9 @@ def load_extractor(name: str, device: torch.device) -> Extractor:
     if kind == "inception" and rest:
         from diffmoe_ds.evaluation.inception import InceptionExtractor  # imports torch-fidelity, an extra
 
-        return InceptionExtractor(Path(rest).expanduser(), device)
+        return InceptionExtractor(expand_user(rest), device)
     if kind == "dinov2" and rest:
-        return DinoExtractor(Path(rest).expanduser(), device)
+        return DinoExtractor(expand_user(rest), device)
     if kind and rest and kind not in ("inception", "dinov2"):
         return UserExtractor(name, device)
     raise ConfigError(f"--extractor {name}: unknown; expected {KINDS}.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.evaluation.npz import NpzReader
+from diffmoe_ds.files import expand_user
 from diffmoe_ds.text import counted, reason
 
 MAX_SIDE = 4096
@@ -164,7 +164,7 @@ def open_images(path: str, size: tuple[int, int] | None = None, option: str = "-
                 f"{option} {path} {problem}; expected an .npz file, a folder of images or shards (*.tar or *.tar.gz)."
             )
         return FileImages(path, size)
-    images = NpzImages(NpzReader(Path(path).expanduser()))
+    images = NpzImages(NpzReader(expand_user(path)))
     check_size(path, images.size, size)
     return images
 

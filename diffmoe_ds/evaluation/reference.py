@@ -19,7 +19,7 @@ from diffmoe_ds.evaluation.extractors import Extractor
 from diffmoe_ds.evaluation.images import Images, NpzImages, check_count, check_size, open_images
 from diffmoe_ds.evaluation.metrics import factor
 from diffmoe_ds.evaluation.npz import NpzReader
-from diffmoe_ds.files import atomic_write
+from diffmoe_ds.files import atomic_write, expand_user
 
 MAX_FEATURES = 16_384
 """Largest F of statistics; the covariance then takes 2 GB."""
@@ -84,7 +84,7 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int]) -> Re
     """
     if not path.endswith(".npz"):
         return Reference(path, images=open_images(path, size, "--reference"))
-    reader = NpzReader(Path(path).expanduser())
+    reader = NpzReader(expand_user(path))
     if "mu" not in reader:
         return Reference(path, images=open_images(path, size, "--reference"))
     images = NpzImages(reader) if "arr_0" in reader else None

@@ -27,7 +27,7 @@ from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
-from diffmoe_ds.files import write_json, write_text
+from diffmoe_ds.files import expand_user, write_json, write_text
 from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
 from diffmoe_ds.model.dit import empty_model
 from diffmoe_ds.outputs import new_directory
@@ -113,7 +113,7 @@ def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
     folder = path / "vae" if os.path.isdir(path / "vae") else path
     try:
         settings = read_json(folder / VAE_CONFIG)
-        channels, _ = settings["latent_channels"], settings["scaling_factor"]
+        channels = settings["latent_channels"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{name} {path}: not a folder with a diffusers AutoencoderKL.") from None
     if not list(folder.glob("*.safetensors")):
@@ -136,9 +136,9 @@ def find_vae(config: Config) -> Vae | None:
         ConfigError: it is a folder, but does not fit the model.
     """
     name, path = ("eval.vae", config.eval.vae) if config.eval.vae else ("data.vae", config.data.vae)
-    if path is None or config.model.in_channels in PIXEL_CHANNELS or not os.path.isdir(os.path.expanduser(path)):
+    if path is None or config.model.in_channels in PIXEL_CHANNELS or not expand_user(path).is_dir():
         return None
-    return read_vae(Path(path).expanduser(), config, f"{name} of the run,")
+    return read_vae(expand_user(path), config, f"{name} of the run,")
 
 
 def write_folder(export: FolderExport, out: Path, card: str) -> None:

@@ -14,8 +14,9 @@ from diffmoe_ds.config.deepspeed_keys import check_keys
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.sources import images
 from diffmoe_ds.data.sources.images import open_rgb
-from diffmoe_ds.errors import ConfigError
-from tests.helpers.data import image_file
+from diffmoe_ds.data.sources.shard_paths import expand
+from diffmoe_ds.errors import ConfigError, DataError
+from tests.helpers.data import PNG, image_file
 
 
 def saved(picture: Image.Image, kind: str, **options) -> bytes:
@@ -85,6 +86,37 @@ def test_names_that_are_too_long_are_named(capsys, tmp_path, monkeypatch, comman
     error = capsys.readouterr().err
     assert error.startswith("diffmoe: error: ") and "aaa" in error and len(error) < 4100
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    (
+        "train --dry-run --set data.path={}", "train --dry-run --set data.cache_dir={}", "prepare check {}", "init {}",
+        "prepare images --out out --images {}", "evaluate --reference a.npz --samples {}",
+    ),
+)  # fmt: skip
+def test_home_directories_of_unknown_users_are_errors(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.format("~nobody-here/images").split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffmoe: error: ~nobody-here/images: this host has no home directory for the user")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pattern", ("{0..9999999999}", "{0..999}{0..999}", "{a,b}" * 40, "{1..%s}" % ("9" * 200)))
+def test_patterns_of_too_many_shards_are_refused(pattern):
+    for prefix in ("", "https://host.example/"):
+        with pytest.raises(DataError, match="names more than 262,144 shards or has more than 16 braces"):
+            expand(f"{prefix}{pattern}.tar")
+
+
+def test_a_link_to_itself_is_an_error(capsys, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(PNG)
+    (tmp_path / "out").symlink_to("out")
+    assert main(["prepare", "images", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 5
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out'}" in error and error.count("\n") == 1
 
 
 def test_long_errors_are_shortened(capsys):

@@ -84,6 +84,15 @@ def test_only_the_first_view_of_a_camera_is_read():
     assert np.asarray(open_rgb(photograph))[0, 0].tolist() == [254, 0, 0]
 
 
+def test_bytes_around_the_scans_of_a_photograph_are_not_scans():
+    """The video that phones append and the metadata contain the bytes of any marker."""
+    photograph = saved(Image.new("RGB", (16, 16), "red"), "JPEG")
+    metadata = b"\xff\xee\x02\x02" + b"\xff\xda" * 256
+    for data in (photograph + b"\xff\xda" * 200, photograph[:2] + metadata + photograph[2:]):
+        assert np.asarray(open_rgb(data))[0, 0].tolist() == [254, 0, 0]
+        assert decode_pixels(data, "jpg")[:, 0, 0].tolist() == [254, 0, 0]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(orientation):
     upright = Image.fromarray(COLOUR)

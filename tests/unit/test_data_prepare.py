@@ -165,6 +165,20 @@ def test_a_vae_that_needs_unpickling_is_refused(made, tmp_path, capsys):
     assert "cannot be loaded by diffusers' AutoencoderKL" in error and "Traceback" not in error
 
 
+def test_settings_of_a_vae_have_defaults_and_are_checked(made, tmp_path, capsys):
+    """The first VAEs of Stable Diffusion have no scaling_factor."""
+    shutil.copytree(made / "vae", tmp_path / "vae")
+    config = tmp_path / "vae" / "config.json"
+    tree = json.loads(config.read_text())
+    config.write_text(json.dumps({key: value for key, value in tree.items() if key != "scaling_factor"}))
+    assert VAE(str(tmp_path / "vae")).format(SIZE, "float16").scaling_factor == 0.18215
+    for key, value in (("scaling_factor", "x"), ("scaling_factor", 0), ("shift_factor", []), ("latent_channels", "4")):
+        config.write_text(json.dumps({**tree, key: value}))
+        prepare(tmp_path / "out", made, "--vae", str(tmp_path / "vae"), code=2)
+        assert f"has an invalid {key} in its config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipelines_vae_is_found(made, tmp_path):
     shutil.copytree(made / "vae", tmp_path / "pipeline" / "vae")
     prepare(tmp_path / "out", made, "--vae", str(tmp_path / "pipeline"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,3 +151,38 @@ def test_official_mistakes(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["checkpoint", "import-official", str(tmp_path / "none.pt"), "--out", str(tmp_path / "o")]) == 5
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    (
+        (b"]" * (1 << 19) + b".", "more than 524,288 operations"),
+        (b"\x80\x02cbuiltins\nbytearray\nK\x09\x85R.", "holds bytearray"),  # 9 could as well be 10^12
+        (b"N." + b"0" * (16 << 20), "more than 16 MiB"),
+    ),
+    ids=("operations", "bytearray", "size"),
+)
+def test_official_files_that_are_costly_to_unpickle(tmp_path, capsys, pickled, message):
+    path = tmp_path / "a.pt"
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else data)
+    assert convert(path) == 5
+    assert f"{path}: " in (error := capsys.readouterr().err) and message in error
+    if len(pickled) <= 16 << 20:
+        path.write_bytes(pickled)
+        assert convert(path) == 5
+        assert message in capsys.readouterr().err
+
+
+def test_compressed_official_files_are_refused(tmp_path, capsys):
+    """Torch would map the compressed bytes as the weights."""
+    torch.save({PATCHES: torch.zeros(64, 4, 2, 2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as stored, zipfile.ZipFile(tmp_path / "b.pt", "w", 8) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+    assert convert(tmp_path / "b.pt") == 5
+    assert "has compressed records" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from diffmoe_ds.control_files import open_descriptor
 from diffmoe_ds.data.sources.compressed import decompress
 from diffmoe_ds.data.sources.remote import fetch
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.files import replacing
+from diffmoe_ds.files import expand_user, replacing
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffmoe-ds"
 
@@ -40,7 +40,7 @@ class ShardCache:
             folder: where the shards are kept.
             limit: bytes of all shards together.  A single shard may be larger.
         """
-        self.folder = folder.expanduser()
+        self.folder = expand_user(folder)
         self.limit = limit
         self._prefetching: threading.Thread | None = None
 

@@ -19,6 +19,7 @@ from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.data.sources.images import MAX_IMAGE_BYTES
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.files import expand_user
 
 RAW_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNSUPPORTED_SUFFIXES = (".avif", ".heic", ".heif", ".jxl", ".cr2", ".nef", ".arw", ".dng", ".psd", ".svg")
@@ -59,7 +60,7 @@ class ImageFolder:
             DataError: the folder or a class holds no images, two class names differ in case only, or images are both
                 next to and inside class folders, or deeper.
         """
-        self._folder = Path(folder).expanduser()
+        self._folder = expand_user(folder)
         if not self._folder.is_dir():
             raise DataError(f"{folder} is not a directory of images")
         if unlabelled:

@@ -8,6 +8,7 @@ composite alpha onto white.
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +22,9 @@ MAX_SCANS = 100
 """Most scans of a JPEG, each of which is a pass over all pixels that takes a few bytes; usual are 1 to 20."""
 MAX_READS = 1 << 19
 """Most reads of a file, one or more for every chunk, marker, tag or run of pixels that Pillow decodes in Python."""
+JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""A marker of a JPEG that begins a segment or ends the image."""
+JPEG_SCAN, JPEG_END = 0xDA, 0xD9
 STRIP_PIXELS = 1 << 20
 """Pixels that are composited together, so that a large image does not take several times its memory."""
 PIL_FORMATS = {
@@ -145,9 +149,28 @@ def _open(data: bytes, formats: tuple[str, ...], kind: str) -> Image.Image:
     # MPO is a camera's JPEG followed by a second, smaller view of the same photograph.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise ValueError("it is animated, with several frames; expected a still image")  # counting them may take hours
-    if picture.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+    if picture.format in ("JPEG", "MPO") and _has_many_scans(data):
         raise ValueError(f"it has more than {MAX_SCANS} scans and could be a decompression bomb")
     return picture
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Return whether a JPEG has more than `MAX_SCANS` scans.
+
+    Its metadata, and the video that phones append to a photograph, may contain the bytes of the marker by chance.
+    """
+    if data.count(bytes((0xFF, JPEG_SCAN))) <= MAX_SCANS:
+        return False
+    scans, start = 0, 2
+    for _ in range(MAX_READS):
+        marker = JPEG_SEGMENT.search(data, start)
+        if marker is None or marker[0][1] == JPEG_END:
+            return False
+        scans += marker[0][1] == JPEG_SCAN
+        if scans > MAX_SCANS:
+            return True
+        start = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return True
 
 
 def _check_area(width: int, height: int) -> None:

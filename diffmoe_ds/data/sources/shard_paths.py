@@ -6,7 +6,10 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import itertools
+import math
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,8 +32,14 @@ from diffmoe_ds.data.sources.index_files import (
 from diffmoe_ds.data.sources.remote import fetch, is_url
 from diffmoe_ds.data.sources.tar_index import Index
 from diffmoe_ds.errors import CheckpointError, DataError
-from diffmoe_ds.files import replacing
+from diffmoe_ds.files import expand_user, replacing
 
+MAX_SHARDS = 1 << 18
+"""Most shards of a pattern with braces."""
+MAX_BRACES = 16
+"""Most pairs of braces in a pattern."""
+RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)")
+"""Start of a range of numbers in braces."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -46,8 +55,8 @@ def expand(path: str | Path) -> list[str]:
     """
     try:
         if is_url(str(path)):
-            return list(braceexpand.braceexpand(str(path)))
-        whole = Path(path).expanduser()
+            return _braces(str(path))
+        whole = expand_user(path)
         if whole.is_dir():
             names = {p.name for p in whole.iterdir() if is_shard(p.name)}
             if not names:
@@ -56,7 +65,7 @@ def expand(path: str | Path) -> list[str]:
         if whole.exists():
             return [str(whole)]
         shards = []
-        for pattern in braceexpand.braceexpand(str(whole)):
+        for pattern in _braces(str(whole)):
             matches = sorted(glob.glob(pattern))
             if not matches:
                 raise DataError(f"no shard {pattern} exists; expected a file, a directory or a pattern of tar files")
@@ -64,6 +73,23 @@ def expand(path: str | Path) -> list[str]:
     except braceexpand.UnbalancedBracesError:  # type: ignore[attr-defined]
         raise DataError(f"pattern {path} has unbalanced braces; write it like shards-{{000..127}}.tar") from None
     return shards
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand the braces of a pattern.
+
+    Raises:
+        DataError: it names more than `MAX_SHARDS`, or has more than `MAX_BRACES`.
+        braceexpand.UnbalancedBracesError: a brace is missing.
+    """
+    # Before they are expanded, which takes time and memory for all numbers.
+    sizes = (abs(float(last) - float(first)) + 1 for first, last in RANGE.findall(pattern))
+    names = []
+    if math.prod(sizes) <= MAX_SHARDS and pattern.count("{") <= MAX_BRACES:
+        names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
+    if not 0 < len(names) <= MAX_SHARDS:
+        raise DataError(f"pattern {pattern} names more than {MAX_SHARDS:,} shards or has more than {MAX_BRACES} braces")
+    return names
 
 
 def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
@@ -133,7 +159,7 @@ def shard_size(shard: str) -> int:
 
 def why_not_shards(path: str) -> str | None:
     """Return why a path cannot name shards, before they are opened; None if it may, or if it is a folder or pattern."""
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if is_url(path) or is_shard(path) or file.is_dir() or any(character in path for character in "*?[{"):
         return None
     try:

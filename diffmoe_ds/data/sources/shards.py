@@ -200,7 +200,7 @@ class ShardDataset:
             return found
         local = [shard for shard in self._shards if not is_url(shard)]
         if local != self._shards:
-            folder = self._cache.folder.expanduser()
+            folder = self._cache.folder
         else:
             folder = Path(local[0]).parent
             if sum(map(shard_size, local)) < KEEP_INDEX_FROM_BYTES:
