@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -32,6 +33,8 @@ POLL_S = 1.0
 """Longest blocking wait; Ctrl-C takes effect only in between."""
 SILENCE_S = 60.0
 """Seconds without a response after which the store counts as lost, where no watchdog runs."""
+SERVER_RESOLVER_OPTIONS = "timeout:1 attempts:1"
+"""Those of the server's thread: torch looks up no more names after the first failure, and needs none."""
 SCHEME = "diffmoe"
 """Scheme of `init_method`."""
 _joined: list[tuple[dist.Store, int, int]] = []
@@ -55,13 +58,14 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
     assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     try:
-        store = dist.TCPStore(
-            launch.master_addr,
-            launch.master_port,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
+        with _server_resolver() if serves else contextlib.nullcontext():
+            store = dist.TCPStore(
+                launch.master_addr,
+                launch.master_port,
+                is_master=serves,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
     except RuntimeError as error:
         host = socket.gethostname()
         if serves and "EADDRINUSE" in str(error):
@@ -74,6 +78,18 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
             "the address is right, that rank 0 was started and that the port is open."
         ) from None
     return dist.PrefixStore("diffmoe", store)
+
+
+@contextlib.contextmanager
+def _server_resolver() -> Iterator[None]:
+    """Start a server within the context; its thread reads the resolver's options at its first connection."""
+    options = os.environ["RES_OPTIONS"]
+    if options == RESOLVER_OPTIONS:  # not the user's
+        os.environ["RES_OPTIONS"] = SERVER_RESOLVER_OPTIONS
+    try:
+        yield
+    finally:
+        os.environ["RES_OPTIONS"] = options
 
 
 def init_method(store: dist.Store, launch: Launch) -> str:

@@ -8,6 +8,7 @@ serves it, so a second thread only checks the clock.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -72,6 +73,7 @@ class Watchdog:
         self._beat_s = min(MAX_BEAT_S, timeout_s / 5)
         self._step, self._ticks, self._waits = 0 if trains else -1, 0, 0
         self._state, self._is_reading = WATCHING, False
+        self._is_waiting, self._looked_at = False, -math.inf
         self._status, self._status_at = Status(), time.monotonic()
         self._lost: Sequence[int] = ()
         self._answered = time.monotonic()
@@ -173,7 +175,10 @@ class Watchdog:
         self._closing_at = time.monotonic()
 
     def _heartbeat(self) -> Heartbeat:
-        flags = int(self._is_reading), int(main_thread.waits_for_others())
+        now = time.monotonic()
+        if now >= self._looked_at + self._timeout / 10:  # rarely: it takes long in a process of many threads
+            self._is_waiting, self._looked_at = main_thread.waits_for_others(), now
+        flags = int(self._is_reading), int(self._is_waiting)
         return Heartbeat(time.monotonic_ns(), self._step, self._ticks, self._waits, self._state, *flags)
 
     def _names(self, ranks: Sequence[int]) -> str:
