@@ -214,8 +214,10 @@ class CheckpointReader:
         return self._index
 
     def _file(self, number: int) -> TensorFile:
-        file = self._files.pop(number, None) or TensorFile(self.path / rank_file(number))
-        self._files[number] = file
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        file = self._files[number] = TensorFile(self.path / rank_file(number))
         wanted = LIMIT_PER_OPEN_FILE * len(self._files)  # to keep all: each tensor of ZeRO 3 is in all files
         if allow_open_files(wanted) < wanted:
             self._files.popitem(last=False)[1].close()

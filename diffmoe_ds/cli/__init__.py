@@ -46,8 +46,6 @@ ADVICE = {
     **dict.fromkeys(("epochs", "num_epochs", "steps", "max_steps", "num_steps", "iterations"), LENGTH),
 }
 """Options that other programs have for training, and what to use here."""
-
-
 MAX_MESSAGE = 4000
 """Most characters of an error; one that quotes a hostile file could have millions."""
 

@@ -140,7 +140,7 @@ class Judge:
         self._seen = [now] * world
         self._reads = [(-1, now)] * world
         """By rank, the number of reads so far, and since when it is the same."""
-        self._progress: list[tuple[int, ...]] = []
+        self._progress: list[tuple[int, int, int, int]] = []
         self._progress_at = now
         self._suspected_at: float | None = None
         self.cleared: Sequence[int] = ()
@@ -206,9 +206,10 @@ class Judge:
         """Find the ranks that hold up the others; startup may take long, unless other ranks wait or have left."""
         fewest = min((beats[rank].ticks for rank in present), default=0)
         is_startup = fewest == 0 and len(present) == len(beats)
-        progress: list[tuple[int, ...]] = [(rank, beats[rank].ticks, beats[rank].waits) for rank in present]
-        if is_startup:  # there are no ticks yet
-            progress += [(rank, beats[rank].is_waiting) for rank in present]
+        progress = [
+            (rank, beats[rank].ticks, beats[rank].waits, is_startup and beats[rank].is_waiting)  # no ticks at startup
+            for rank in present
+        ]
         limit_s = self._startup if is_startup else self._timeout
         if progress != self._progress:
             self._progress, self._progress_at = progress, now

@@ -211,7 +211,7 @@ class UnfinishedSet:
             raise write_error(self.folder, error) from None
 
     def _continued(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the manifest of the set to continue; None if there is no finished shard.
+        """Return the manifest of the set to continue; None if no shard is finished.
 
         Raises:
             ConfigError: the set was started with different settings, or the folder, which is removed in the end,

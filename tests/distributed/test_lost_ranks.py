@@ -109,7 +109,7 @@ def test_a_rank_that_hangs_alone_is_named(tmp_path, rank, point):
     with training(tmp_path, 3, rank, "hang", point, "run.start_timeout_s=20") as ranks:
         assert ranks.wait(0, 1, 2) == [85, 85, 85], ranks.text()
         text = ranks.text()
-    assert set(re.findall(r"error: (.*) has been stuck for", text)) == {NAME.format(rank)}, text
+    assert set(re.findall(r"error: (.*?) has been stuck for", text)) == {NAME.format(rank)}, text
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def decompress(shard: str, file: BinaryIO) -> Iterator[bytes]:
 
 
 class StoredBytes:
-    """Bytes in an unnamed temporary file, or in memory if there is no room for the file.
+    """Bytes in an unnamed temporary file, or in memory if the file cannot be written.
 
     The kernel can drop the pages of a file when memory is scarce. Forked processes share the file, which disappears
     with the last of them.
