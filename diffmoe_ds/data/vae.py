@@ -26,6 +26,10 @@ REQUIRED = ("block_out_channels", "latent_channels", "scaling_factor")
 """Values of a `config.json` that are used here."""
 MAX_BLOCKS = 16
 """Most resolutions of a VAE, each half the one before."""
+MAX_LAYERS = 64
+"""Most ResNet layers per resolution."""
+MAX_CHANNELS = 16_384
+"""Most channels of a layer or of the latents."""
 
 
 def vae_settings(path: str) -> dict[str, Any]:
@@ -44,8 +48,11 @@ def vae_settings(path: str) -> dict[str, Any]:
     blocks, channels = settings["block_out_channels"], settings["latent_channels"]
     scaling, shift = settings["scaling_factor"], settings.get("shift_factor")
     valid = {
-        "block_out_channels": isinstance(blocks, (list, tuple)) and 1 <= len(blocks) <= MAX_BLOCKS,
-        "latent_channels": type(channels) is int and channels > 0,
+        "block_out_channels": isinstance(blocks, (list, tuple))
+        and 1 <= len(blocks) <= MAX_BLOCKS
+        and all(_is_count(block, MAX_CHANNELS) for block in blocks),
+        "latent_channels": _is_count(channels, MAX_CHANNELS),
+        "layers_per_block": _is_count(settings.get("layers_per_block", 1), MAX_LAYERS),
         "scaling_factor": type(scaling) in (int, float) and 0 < scaling < math.inf,
         "shift_factor": shift is None or (type(shift) in (int, float) and math.isfinite(shift)),
     }
@@ -53,6 +60,10 @@ def vae_settings(path: str) -> dict[str, Any]:
         if not is_valid:
             raise ConfigError(f"the VAE {path} has an invalid {key} in its config.json: {short_repr(settings[key])}.")
     return settings
+
+
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def downsampling(settings: dict[str, Any]) -> int:

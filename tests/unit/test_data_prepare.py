@@ -172,7 +172,16 @@ def test_settings_of_a_vae_have_defaults_and_are_checked(made, tmp_path, capsys)
     tree = json.loads(config.read_text())
     config.write_text(json.dumps({key: value for key, value in tree.items() if key != "scaling_factor"}))
     assert VAE(str(tmp_path / "vae")).format(SIZE, "float16").scaling_factor == 0.18215
-    for key, value in (("scaling_factor", "x"), ("scaling_factor", 0), ("shift_factor", []), ("latent_channels", "4")):
+    invalid = (
+        ("scaling_factor", "x"),
+        ("scaling_factor", 0),
+        ("shift_factor", []),
+        ("latent_channels", "4"),
+        ("latent_channels", 10**12),
+        ("layers_per_block", 10**12),  # diffusers would build them
+        ("block_out_channels", [10**12]),
+    )
+    for key, value in invalid:
         config.write_text(json.dumps({**tree, key: value}))
         prepare(tmp_path / "out", made, "--vae", str(tmp_path / "vae"), code=2)
         assert f"has an invalid {key} in its config.json" in capsys.readouterr().err
