@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffmoe_ds.checkpoint.verify import candidates
 from tests.faults.processes import BATCH, STEPS, Failed, checkpoints
 
 COMPARED = ("loss", "grad_norm", "images", "capacity_loss")
@@ -111,10 +112,10 @@ def check_complete(directory: Path, *, is_clean: bool) -> None:
     Raises:
         Failed: a file is missing or left over.
     """
-    newest, pointer = checkpoints(directory)[0].name, directory / "checkpoints" / "latest"
-    named = pointer.read_text().strip() if pointer.is_file() else newest
-    if named != newest or int(newest.split("_")[1]) != STEPS * BATCH:
-        raise Failed("lost", f"the newest checkpoint is {newest}, `latest` names {named}")
+    newest = checkpoints(directory)[0].name
+    used = candidates(directory)[0].name  # also if `latest` could not be written, and names an older one
+    if used != newest or int(newest.split("_")[1]) != STEPS * BATCH:
+        raise Failed("lost", f"the newest checkpoint is {newest}, commands use {used}")
     left = [*directory.rglob(".*"), *directory.glob("lock.json")]
     if is_clean and left:
         raise Failed("other", f"left behind: {', '.join(map(str, left))}")
