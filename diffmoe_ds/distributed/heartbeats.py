@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 MISSED_BEATS = 4
 """After a collective failed, a rank that misses this many heartbeats is the lost one."""
+LATER_BEATS = 2
+"""Heartbeats for which the verdict on a rank that does not answer waits, for others that were lost with it."""
 STATUS = "watchdog/status"
 """Key under which rank 0 writes its `Status`."""
 WATCHING, FAILED, BROKEN, LEFT = range(4)
@@ -134,7 +136,7 @@ class Judge:
             now: the time in seconds, on any clock that never goes back.
             startup_s: seconds that ranks wait for others during startup, if that is longer than `timeout_s`.
         """
-        self._timeout, self._patience = timeout_s, MISSED_BEATS * beat_s
+        self._timeout, self._patience, self._spread = timeout_s, MISSED_BEATS * beat_s, LATER_BEATS * beat_s
         self._startup = max(timeout_s, startup_s)
         self._last = [-1] * world
         self._seen = [now] * world
@@ -170,7 +172,9 @@ class Judge:
             return Verdict(broken, beats[broken[0]].failed)
         if silent := [rank for rank in present if now - self._seen[rank] > self._timeout]:
             what = beats[silent[0]].placed(f"has not answered for {self._timeout:.0f} s", ", since ")
-            return Verdict(silent, what)
+            # the last heartbeats of ranks that were lost together, for example with their host, differ by up to one
+            is_complete = now - min(self._seen[rank] for rank in silent) > self._timeout + self._spread
+            return Verdict(silent, what) if is_complete else None
         return (
             self._judge_failures(beats, present, now)
             or self._judge_reads(beats, present, now)

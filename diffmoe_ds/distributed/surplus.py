@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import threading
 import time
@@ -11,8 +13,10 @@ import torch.distributed as dist
 from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.launch import Launch, export_launch
+from diffmoe_ds.distributed.reports import Report, write_report
 from diffmoe_ds.distributed.store import LINGER_S, open_store
 from diffmoe_ds.errors import AlreadyReportedError, DiffMoEError, RankLostError
+from diffmoe_ds.files import Progress
 
 COMPLETE, SEEN = "surplus/complete", "surplus/seen"
 """Keys of the store: the run is complete; number of surplus ranks that know it."""
@@ -29,12 +33,14 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
         rank_timeout_s: seconds that rank 0 may not answer afterwards.
 
     Raises:
-        LaunchError: rank 0 cannot be reached.
+        LaunchError: rank 0 cannot be reached, or another process has joined as this rank.
         RankLostError: rank 0 exited or does not answer. torchrun restarts this rank with the others.
         AlreadyReportedError: likewise, on all surplus ranks but the first; or a signal asked this process to exit.
     """
     launch = move_to_own_store(export_launch(launch), start_timeout_s)
     store = open_store(launch, start_timeout_s)
+    # if rank 0 fails before it knows that there are surplus ranks, it waits for the reports of all (`fail_together`)
+    write_report(store, launch.rank, Report(socket.gethostname(), "", "", os.getpid()))
     if launch.rank == launch.world:
         last = launch.world + launch.surplus - 1
         ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"
@@ -47,17 +53,18 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
             raise AlreadyReportedError(RankLostError.exit_code)
         silent = time.monotonic() - poll.answered
         if silent > rank_timeout_s:
-            raise _lost(launch, f"has not answered for {silent:.0f} s")
-    if not poll.complete:
-        raise _lost(launch, "exited before the run was complete")
+            raise _lost(launch, f"rank 0 at {launch.address} has not answered for {silent:.0f} s")
+    if not poll.complete:  # because of any rank, which the others name
+        raise _lost(launch, f"the run has ended before it was complete (the store at {launch.address} is closed)")
 
 
-def release_surplus(launch: Launch, store: dist.Store | None) -> None:
+def release_surplus(launch: Launch, store: dist.Store | None, alive: Progress) -> None:
     """Tell the surplus ranks that the run is complete, on rank 0; wait for a short time until they know it.
 
     Args:
         launch: this process's place among the ranks.
         store: the rendezvous store.
+        alive: called while rank 0 waits, see `Watchdog.alive`: ranks that were lost while they waited never answer.
     """
     if launch.rank != 0 or not launch.surplus:
         return
@@ -65,6 +72,7 @@ def release_surplus(launch: Launch, store: dist.Store | None) -> None:
     store.set(COMPLETE, "")
     deadline = time.monotonic() + LINGER_S
     while store.add(SEEN, 0) < launch.surplus and time.monotonic() < deadline:
+        alive()
         time.sleep(POLL_S / 20)
 
 
@@ -92,7 +100,7 @@ class _Poll(threading.Thread):
 
 
 def _lost(launch: Launch, what: str) -> DiffMoEError:
-    """Return the error that rank 0 is lost, which only the first surplus rank prints."""
+    """Return the error that ends the wait, which only the first surplus rank prints."""
     if launch.rank != launch.world:
         return AlreadyReportedError(RankLostError.exit_code)
-    return RankLostError(f"rank 0 at {launch.address} {what}; the surplus ranks exit.")
+    return RankLostError(f"{what}; the surplus ranks exit.")

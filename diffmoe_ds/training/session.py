@@ -198,7 +198,7 @@ def join(plan: TrainPlan) -> Iterator[Session]:
             seam.init_process_group(rendezvous.init_method())
             owner = _owner(lock, local_device(launch))
             yield Session(plan, rendezvous.hosts, watchdog, lock, owner, resources)
-            release_surplus(launch, rendezvous.store)
+            release_surplus(launch, rendezvous.store, watchdog.alive)
 
 
 def _take_lock(directory: Path, watchdog: Watchdog, resources: ExitStack) -> RunLock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,11 +15,12 @@ import pytest
 import torch.distributed as dist
 
 from diffmoe_ds.cli import main, run_command
-from diffmoe_ds.distributed import agent_store, elastic, signals, surplus
+from diffmoe_ds.distributed import agent_store, elastic, rendezvous, signals, surplus
+from diffmoe_ds.distributed import store as store_module
 from diffmoe_ds.distributed.agent_store import ADDRESS, move_to_own_store
 from diffmoe_ds.distributed.launch import AGENT_STORE, EXPORTED, Launch
 from diffmoe_ds.distributed.store import open_store
-from diffmoe_ds.errors import AlreadyReportedError, ConfigError, LaunchError
+from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, LaunchError
 from tests.helpers.processes import clean_environment, free_port
 from tests.helpers.training import training_arguments, write_json
 
@@ -156,10 +158,29 @@ def test_a_surplus_rank_waits_until_the_run_is_complete(capsys):
     thread, result = in_thread(lambda: surplus.wait_for_run(replace(launch, rank=1), 60, 60))
     thread.join(1.5)
     assert not result
-    surplus.release_surplus(launch, store)
+    surplus.release_surplus(launch, store, lambda: None)
     thread.join(60)
     assert result == [None] and store.add(surplus.SEEN, 0) == 1
     assert "waiting  rank 1, until the run ends" in capsys.readouterr().err
+
+
+def test_rank_0_is_alive_while_it_waits_for_surplus_ranks_that_are_lost(monkeypatch):
+    """Otherwise its watchdog ends a run that is complete, if `run.rank_timeout_s` is shorter than the wait."""
+    monkeypatch.setattr(surplus, "LINGER_S", 1.0)
+    launch, calls = replace(SURPLUS, rank=0, master_port=free_port()), []
+    surplus.release_surplus(launch, open_store(launch, 60), lambda: calls.append(time.monotonic()))
+    assert max(map(float.__sub__, calls[1:], calls)) < 0.9 and calls[-1] - calls[0] > 0.5
+
+
+def test_an_error_of_rank_0_before_it_knows_of_surplus_ranks_is_reported_at_once(monkeypatch):
+    """It waits for the reports of all ranks, of which the surplus ones do not take part in the run."""
+    monkeypatch.setattr(rendezvous, "LINGER_S", 0.1)
+    monkeypatch.setattr(store_module, "LINGER_S", 0.1)
+    launch = replace(SURPLUS, rank=0, world=2, surplus=0, master_port=free_port())
+    thread, result = in_thread(lambda: rendezvous.fail_together(launch, DataError("no images on this host")))
+    _, waiting = in_thread(lambda: surplus.wait_for_run(replace(launch, rank=1, world=1, surplus=1), 60, 60))
+    thread.join(30)
+    assert not thread.is_alive() and isinstance(result[0], DataError), (result, waiting)
 
 
 class Store:
@@ -168,22 +189,31 @@ class Store:
     def __init__(self, silent: bool) -> None:
         self.silent = silent
 
+    def compare_set(self, key, expected, value):
+        return value.encode()
+
     def check(self, keys):
         if self.silent:
             time.sleep(600)
         raise dist.DistNetworkError("Connection was likely closed")
 
 
-@pytest.mark.parametrize(("silent", "message"), ((False, "exited before the run"), (True, "has not answered for")))
+@pytest.mark.parametrize(
+    ("silent", "message"),
+    (
+        (False, r"the run has ended before it was complete \(the store at 127.0.0.1:1 is closed\)"),
+        (True, r"rank 0 at 127.0.0.1:1 has not answered for \d+ s"),
+    ),
+)
 def test_surplus_ranks_exit_with_rank_0(monkeypatch, capsys, silent, message):
-    """One of them reports it, by the name of rank 0's host."""
+    """One of them reports it; it names rank 0 only if that is silent, because any rank may have ended the run."""
     monkeypatch.setattr(surplus, "open_store", lambda launch, timeout: Store(silent))
     for rank, reports in ((1, True), (2, False)):
         launch = replace(SURPLUS, rank=rank, surplus=2)
         args = Namespace(run=lambda _, launch=launch: surplus.wait_for_run(launch, 1, 0.5 if silent else 60))
         assert run_command(args) == 85
         printed = capsys.readouterr().err
-        assert (f"diffmoe: error: rank 0 at 127.0.0.1:1 {message}" in printed) == reports, printed
+        assert bool(re.search(f"diffmoe: error: {message}; the surplus ranks exit", printed)) == reports, printed
 
 
 def test_a_surplus_rank_exits_when_torchrun_restarts_the_ranks(monkeypatch):

@@ -50,15 +50,23 @@ def clock() -> Clock:
 @pytest.mark.parametrize("rank", (0, 1, 2))
 def test_a_silent_rank_is_lost_after_the_timeout(clock, rank):
     assert clock.pass_seconds(100) is None
-    assert clock.pass_seconds(60, silent=(rank,)) is None
+    assert clock.pass_seconds(62, silent=(rank,)) is None
     assert clock.pass_seconds(1, silent=(rank,)) == ([rank], "has not answered for 60 s, since step 5", False)
+
+
+def test_ranks_of_a_lost_host_are_named_together(clock):
+    """Their last heartbeats were not read at the same time."""
+    clock.pass_seconds(1)
+    clock.pass_seconds(1, silent=(1,))
+    assert clock.pass_seconds(100, silent=(1, 2)) == ([1, 2], "has not answered for 60 s, since step 5", False)
+    assert clock.now == 64
 
 
 def test_messages_name_no_step_if_the_ranks_do_not_train(clock):
     for rank in range(3):
         clock.change(rank, step=-1, ticks=0)
     assert clock.pass_seconds(1, ticking=False) is None
-    assert clock.pass_seconds(61, (1,), ticking=False) == ([1], "has not answered for 60 s", False)
+    assert clock.pass_seconds(63, (1,), ticking=False) == ([1], "has not answered for 60 s", False)
     assert clock.beats[1].died == "died" and clock.beats[1].failed == "failed"
     clock.change(0, is_waiting=1)
     clock.change(1, is_waiting=1)
