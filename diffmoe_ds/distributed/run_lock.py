@@ -36,6 +36,8 @@ STALE_S = 24.0
 """Seconds without a heartbeat after which the lock of a holder on another host is stale."""
 SETTLE_S = 1.0
 """Seconds to wait after a takeover for a concurrent one to show."""
+NO_LOCK = frozenset((errno.ENOENT, errno.EINVAL, errno.ENXIO, errno.EISDIR, errno.ELOOP))
+"""Errors of reading a lock file that does not exist, or of something else in its place."""
 
 
 class RunLock:
@@ -154,7 +156,7 @@ class RunLock:
         self._acquired = True
 
     def _take_over(self) -> None:
-        holder = _read(self._path)
+        holder = _holder(self._path)
         if holder is not None and not self._is_gone(holder):
             print(
                 f"{'waiting':>11}  up to {STALE_S:g} s to see whether {_who(holder)} is still active in "
@@ -164,7 +166,7 @@ class RunLock:
             deadline = time.monotonic() + STALE_S
             while time.monotonic() < deadline:
                 time.sleep(BEAT_S / 4)
-                now = _read(self._path)
+                now = _holder(self._path)
                 self._progress()
                 if now is None:  # released meanwhile
                     break
@@ -252,6 +254,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         return _load(path)
     except OSError:
         return None
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Return the contents of the lock file, like `_load`; None if there is none.
+
+    Raises:
+        OSError: it cannot be read, so that a running job may hold it.
+    """
+    try:
+        return _load(path)
+    except OSError as error:
+        if error.errno in NO_LOCK:
+            return None
+        raise
 
 
 def _load(path: Path) -> dict[str, Any] | None:

@@ -131,6 +131,7 @@ class Checkpointer:
                 print(f"\n*** WARNING: {error} Training continues without it. ***\n", file=sys.stderr, flush=True)
             return
         self._pause_s += time.perf_counter() - start
+        self._check_lock()  # a job that has taken over may have removed this checkpoint by now
         if self._run.is_main:
             print(f"{'saved':>11}  {self.last} (training waited {self._pause_s:.3f} s)", flush=True)
 

@@ -197,8 +197,8 @@ def training(server: ForkServer, run: Path, rank: int, port: int, *rules: Rule) 
     ),
 )
 def test_a_woken_run_says_that_another_job_has_taken_over(training_server, tmp_path, rule, resumes):
-    """Whatever it was about to do, the missing files are not what it reports."""
-    run, codes = tmp_path / "run", []
+    """Whatever it was about to do, the missing files are not what it reports, and it announces no checkpoint."""
+    run, codes, before_takeover = tmp_path / "run", [], ""
     for rules in ((), (rule,)) if resumes else ((rule,),):
         port = free_port()
         ranks = training(training_server, run, 0, port, *rules), training(training_server, run, 1, port)
@@ -208,7 +208,7 @@ def test_a_woken_run_says_that_another_job_has_taken_over(training_server, tmp_p
                 with RunLock(run, checkpoint_root(run), {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}):
                     if resumes:
                         remove_tree(checkpoint_root(run) / "images_000000000048")
-                    before = snapshot(run)
+                    before, before_takeover = snapshot(run), first.text()
                     os.kill(first.process.pid, signal.SIGCONT)
                     codes = [first.wait(), second.wait()]
                     assert snapshot(run) == before
@@ -216,6 +216,7 @@ def test_a_woken_run_says_that_another_job_has_taken_over(training_server, tmp_p
                 assert [first.wait(), second.wait()] == [0, 0], first.text()
     assert codes == [2, 2], first.told + second.told
     assert f"error: {run}: was taken over by job 7, process {os.getpid()} on " in first.told
+    assert "saved  " not in first.told[len(before_takeover) :]
     assert "Traceback" not in first.told + second.told
 
 

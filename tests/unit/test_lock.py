@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -220,6 +221,39 @@ def test_a_lock_that_cannot_be_read_back_is_no_other_job(tmp_path, monkeypatch):
             lock(tmp_path).__enter__()
     with lock(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("failing", (1, 3))
+@pytest.mark.parametrize("code", (errno.EIO, errno.EACCES, errno.ESTALE))
+def test_a_lock_that_cannot_be_read_is_not_taken_over(tmp_path, monkeypatch, code, failing):
+    """Neither at once nor during the wait: the job that holds it may be running."""
+    path, opened, reads = elsewhere(tmp_path), lock_module.open_regular, []
+
+    def fail(lock_path: Path) -> object:
+        reads.append(lock_path)
+        if len(reads) == failing:
+            raise OSError(code, os.strerror(code), str(lock_path))
+        return opened(lock_path)
+
+    monkeypatch.setattr(lock_module, "open_regular", fail)
+    with pytest.raises(CheckpointError, match=rf"^{path}: cannot be written on .*: {os.strerror(code)}\.$"):
+        lock(tmp_path).__enter__()
+    assert json.loads(path.read_text())["token"] == "theirs"
+
+
+@pytest.mark.parametrize("kind", ("pipe", "socket", "link to itself"))
+def test_something_else_in_the_place_of_the_lock_is_replaced(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # the name of a socket may be short only
+    if kind == "pipe":
+        os.mkfifo("lock.json")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("lock.json")
+    else:
+        Path("lock.json").symlink_to("lock.json")
+    with lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fails_for_a_moment_does_not_cost_the_lock(tmp_path, monkeypatch):
