@@ -142,7 +142,7 @@ class DinoExtractor:
                 "--extractor dinov2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
             ) from None
         # Without trust_remote_code, transformers asks on standard input whether to run the code of a folder.
-        local = {"local_files_only": True, "trust_remote_code": False}
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             kind = AutoConfig.from_pretrained(folder, **local).model_type
             if kind != "dinov2":
