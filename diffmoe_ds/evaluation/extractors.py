@@ -141,11 +141,13 @@ class DinoExtractor:
             raise ConfigError(
                 "--extractor dinov2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
             ) from None
+        # Without trust_remote_code, transformers asks on standard input whether to run the code of a folder.
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+            kind = AutoConfig.from_pretrained(folder, **local).model_type
             if kind != "dinov2":
                 raise ValueError(f"the model type in config.json must be dinov2, got {kind}")
-            network: Any = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            network: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, **local)
         except Exception as error:  # transformers and safetensors raise many types
             raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
         self._network = network.to(device, torch.float32).eval().requires_grad_(False)

@@ -19,6 +19,8 @@ from torch import Tensor
 Pixels = npt.NDArray[Any]
 MIN_WIDTH = 600
 """Width in pixels that a grid is enlarged to, by the smallest integer factor and without smoothing."""
+MAX_HEAD = 300
+"""Most characters of a column head that are measured."""
 FONT_SIZES = (18, 15, 12)
 """Sizes in pixels of the column heads, the largest first."""
 
@@ -87,7 +89,7 @@ def class_grid(images_NHWC: Pixels, classes: Sequence[int], names: Sequence[str]
 def _heads(heads: Sequence[str], width: int) -> Pixels:
     """Draw a line of text with one centered entry per column, in the largest font in which all of them fit."""
     column = width / len(heads)
-    heads = [" ".join(head.split()) for head in heads]
+    heads = [" ".join(head[:MAX_HEAD].split()) for head in heads]
     for size in FONT_SIZES:
         font = ImageFont.load_default(size)
         if max(font.getlength(head) for head in heads) <= column - size / 2:

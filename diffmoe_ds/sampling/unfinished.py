@@ -58,6 +58,7 @@ class UnfinishedSet:
         self.folder = out / FOLDER
         self.own = own_directory(out, "sample")  # on the other ranks, `identity` replaces it with that of rank 0
         self._id = ""
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def open(self, settings: Mapping[str, Any], shard_images: int) -> None:
         """Create the set, or check that an unfinished one was started with the same settings.
@@ -156,6 +157,9 @@ class UnfinishedSet:
             pixels: Pixels = read_array(file, os.fstat(file.fileno()).st_size)
             if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(shard.images):
                 raise ValueError("not the images of the shard")
+            if not pixels.size or pixels.shape[3] not in (1, 3):
+                raise ValueError("not images")
+        self._check_shape(shard, "images", pixels.shape[1:])
         return pixels
 
     def counts(self, shard: Shard) -> Pixels | None:
@@ -171,9 +175,23 @@ class UnfinishedSet:
                 return None
             file.seek(min(after, size))
             counts: Pixels = read_array(file, size - after)
-            if counts.dtype != np.int64 or counts.ndim != 2:
+            if counts.dtype != np.int64 or counts.ndim != 2 or not counts.size:
                 raise ValueError("not counts")
+        self._check_shape(shard, "counts", counts.shape)
         return counts
+
+    def _check_shape(self, shard: Shard, what: str, shape: tuple[int, ...]) -> None:
+        """Check that an array of a shard has the same shape as those of the shards that were read before.
+
+        Raises:
+            CheckpointError: it does not; either shard may be the wrong one.
+        """
+        first = self._shapes.setdefault(what, shape)
+        if shape != first:
+            raise CheckpointError(
+                f"{self._path(shard)}: its {what} have the shape {list(shape)}, but those of another shard "
+                f"{list(first)}; remove {self.folder} to start over."
+            )
 
     def discard_if_empty(self, others: bool = False) -> None:
         """Remove the set if no shard is finished, ignoring errors.

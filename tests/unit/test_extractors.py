@@ -110,3 +110,17 @@ def test_dinov2_from_a_folder(tmp_path):
 def test_unknown_names_are_refused(name):
     with pytest.raises(ConfigError, match="expected efficientnet-lite0, inception:WEIGHTS_FILE"):
         load_extractor(name, CPU)
+
+
+def test_the_code_of_a_dinov2_folder_is_never_run(monkeypatch, tmp_path):
+    """Transformers would ask, wait for an answer, and import the module."""
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trap = tmp_path / "executed"
+    (tmp_path / "code.py").write_text(f"from pathlib import Path\nPath({str(trap)!r}).touch()\nclass Config: pass\n")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_extractor(f"dinov2:{tmp_path}", CPU)
+    assert not trap.exists()

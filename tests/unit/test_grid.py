@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
-from diffmoe_ds.sampling.grid import class_grid, grid_columns
+from diffmoe_ds.sampling.grid import MAX_HEAD, class_grid, grid_columns
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,10 @@ def test_other_grids_have_no_heads(count, classes):
 
 def test_fewer_images_than_classes():
     assert class_grid(black(3), range(10), [str(label) for label in range(10)]).shape[1] == 6 * 104
+
+
+def test_long_names_are_cut_before_they_are_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getlength", lambda self, text: measured.append(len(text)) or 10.0)
+    class_grid(np.zeros((4, 8, 8, 1), np.uint8), (0, 1), ["x" * 100_000, "y"])
+    assert max(measured) <= MAX_HEAD

@@ -13,7 +13,7 @@ import pytest
 from diffmoe_ds.data.sources.index_files import INDEX, KEYS, SAMPLES, load_index, save_index
 from diffmoe_ds.data.sources.shard_paths import kept_index
 from diffmoe_ds.data.sources.tar_index import Entry, Index, ShardInfo
-from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.errors import CheckpointError, DataError
 
 
 @pytest.fixture
@@ -74,3 +74,12 @@ def test_a_copy_of_the_index_is_made_again(tmp_path, index):
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
         assert (kept() == index.samples).all() and len(made) == 3 + number
     assert (kept() == index.samples).all() and len(made) == 5
+
+
+def test_an_array_of_the_wrong_size_is_not_hashed(tmp_path, index, monkeypatch):
+    """A sparse file of terabytes takes no space."""
+    save_index(index, tmp_path)
+    os.truncate(tmp_path / SAMPLES, 3 << 30)
+    monkeypatch.setattr("diffmoe_ds.data.sources.index_files.has_sha256", lambda *_, **__: pytest.fail("hashed"))
+    with pytest.raises(DataError, match="has another size"):
+        load_index(tmp_path)

@@ -109,6 +109,17 @@ def test_latents_ddpm_one_row_and_an_unfinished_run(tmp_path):
         assert sentence in page.text
 
 
+@pytest.mark.parametrize("sign", (1, -1))
+def test_extreme_numbers_in_the_logs_do_not_stop_the_report(run, tmp_path, sign):
+    row = {"images": 16, "images_per_s": 5e-324, "loss": sign * 1e308, "grad_norm": 5e-324, "lr": 1e-3}
+    rows = [row, {**row, "images": 1e308}, {**row, "images": 32, "loss": -sign * 1e308, "grad_norm": 1e308}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = {"validation_loss": 1e308, "validation_loss_by_noise_level": [sign * 1e308, -1e308, 5e-324]}
+    rows = [{"images": images, **held_out, "metrics": {"frechet": 1e308, "n": 1e308}} for images in (16, 32)]
+    (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "lr" in report(run, tmp_path / "out").figures()
+
+
 def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
     model = tmp_path / "model"
     model.mkdir()

@@ -232,6 +232,25 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
+    ("shape", "counts", "message"),
+    (
+        ((9, 8, 1), COUNTS, "its images have the shape"),
+        ((8, 8, 7), COUNTS, "is damaged"),
+        ((0, 8, 1), COUNTS, "is damaged"),
+        ((8, 8, 1), COUNTS[:, :1], "its counts have the shape"),
+        ((8, 8, 1), COUNTS[:0], "is damaged"),
+    ),
+)
+def test_shards_of_other_shapes_give_one_sentence(tmp_path, shape, counts, message):
+    made = open_set(ImageSet(4, 0, (0,), "cycle", tmp_path, "npz"), dict, 2, False, OneProcess())
+    made.files.write(made.shards[0], np.zeros((2, 8, 8, 1), np.uint8), COUNTS)
+    made.files.write(made.shards[1], np.zeros((2, *shape), np.uint8), counts)
+    with pytest.raises(CheckpointError, match=message):
+        made.counted()
+        made.assemble()
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     (
         ("thesis.tex", "mine"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from diffmoe_ds.control_files import parse_json, read_lines
+from diffmoe_ds.control_files import open_regular, parse_json, read_lines
 
 Numbers = npt.NDArray[np.float64]
 
@@ -29,8 +30,12 @@ MAX_POINTS = 600
 """Maximum number of points per curve; longer curves are averaged over equal numbers of rows."""
 MAX_SERIES = 100
 """Most noise levels, and most metrics, that are drawn."""
-THRESHOLD_TAG = "threshold/"
-"""Prefix of the TensorBoard tags of thresholds, such as ``threshold/block_01/expert_00``."""
+NUMBERS = (1e-30, 1e30)
+"""Smallest and largest magnitude of a logged number other than 0; axes and sums of others overflow."""
+THRESHOLD_TAG = re.compile(r"threshold/(block_[0-9]{1,6})/[^/]{1,80}")
+"""TensorBoard tags of thresholds, such as ``threshold/block_01/expert_00``."""
+MAX_EVENT_BYTES = 64 << 20
+"""Limit of a TensorBoard event; those with images have megabytes."""
 
 
 class Curve(NamedTuple):
@@ -116,8 +121,10 @@ def log_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: Any) -> float:
-    """Return a value of a log row as a float; NaN if it is not a number."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    """Return a value of a log row as a float; NaN if it is not a number, or not one of `NUMBERS`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return math.nan
+    return float(value) if value == 0 or NUMBERS[0] <= abs(value) <= NUMBERS[1] else math.nan
 
 
 def _curve(images: list[float], values: list[float]) -> Curve:
@@ -155,17 +162,40 @@ def _validation(rows: list[dict[str, Any]]) -> Validation | None:
 
 
 def _thresholds(directory: Path) -> dict[str, tuple[Curve, ...]]:
-    """Read the thresholds from TensorBoard event files."""
+    """Read the thresholds from TensorBoard event files; none if any of the files is damaged."""
     files = list(directory.glob("*tfevents*"))
-    if not files or not all(map(os.path.isfile, files)):  # TensorBoard would wait for a named pipe
+    if not files or not all(map(_has_bounded_events, files)):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes half a second
 
     # a resumed run has several event files; 0 keeps all events
     events = EventAccumulator(str(directory), {"scalars": 0, "histograms": 1, "images": 1, "tensors": 1})
-    events.Reload()
+    try:
+        events.Reload()
+    except Exception:  # TensorBoard and protobuf raise many types
+        return {}
     experts: dict[str, list[Curve]] = defaultdict(list)
-    for tag in sorted(tag for tag in events.Tags()["scalars"] if tag.startswith(THRESHOLD_TAG)):
-        found = events.Scalars(tag)
-        experts[tag.split("/")[1]].append(_curve([event.step for event in found], [event.value for event in found]))
+    for tag in sorted(events.Tags()["scalars"]):
+        match = THRESHOLD_TAG.fullmatch(tag)
+        if match is not None:
+            found = events.Scalars(tag)
+            values = [_number(event.value) for event in found]
+            experts[match[1]].append(_curve([event.step for event in found], values))
     return {layer: tuple(curves) for layer, curves in experts.items()}
+
+
+def _has_bounded_events(path: Path) -> bool:
+    """Return whether a file is a regular one without huge events; TensorBoard waits for pipes and allocates any size.
+
+    An event has a header of 12 bytes, which begins with its length, and a checksum of 4 bytes.
+    """
+    try:
+        with open_regular(path) as file:
+            while len(header := file.read(12)) == 12:
+                length = int.from_bytes(header[:8], "little")
+                if length > MAX_EVENT_BYTES:
+                    return False
+                file.seek(length + 4, os.SEEK_CUR)
+    except OSError:
+        return False
+    return True
