@@ -8,15 +8,16 @@ only to find rank 0's.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
 from dataclasses import replace
-from datetime import timedelta
 
 import torch.distributed as dist
 
 from diffmoe_ds.distributed.launch import AGENT_STORE, Launch, export_launch, free_port
+from diffmoe_ds.distributed.store import answer_within, connect
 from diffmoe_ds.errors import LaunchError
 
 ADDRESS = "diffmoe/rank-0"
@@ -47,9 +48,7 @@ def move_to_own_store(launch: Launch, timeout_s: float) -> Launch:
     assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     rank, host = launch.rank, socket.gethostname()
     try:
-        agent = dist.TCPStore(
-            launch.master_addr, launch.master_port, is_master=False, timeout=timedelta(seconds=timeout_s)
-        )
+        agent = connect(launch.master_addr, launch.master_port, timeout_s)
         if rank == 0:
             address = _own_host(launch.master_addr, launch.master_port), free_port()
             agent.set(ADDRESS, " ".join(map(str, address)))
@@ -82,15 +81,18 @@ def _find_rank_0(agent: dist.Store, rank: int, timeout_s: float) -> tuple[str, i
 
     Raises:
         RuntimeError: it does not answer in time.
+        TimeoutError: the agent's store does not answer.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        host, port = agent.get(ADDRESS).decode().split()
+        text = answer_within(timeout_s + POLL_S, functools.partial(agent.get, ADDRESS))
+        host, port = text.decode().split()
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_S))
-            if store.add(f"found/{rank}", 1) == 1:  # otherwise it is the store of an earlier attempt
+            store = connect(host, int(port), CONNECT_S)
+            found = answer_within(CONNECT_S, functools.partial(store.add, f"found/{rank}", 1))
+            if found == 1:  # otherwise it is the store of an earlier attempt
                 return host, int(port)
-        except RuntimeError:
+        except (RuntimeError, TimeoutError):
             pass
         if time.monotonic() > deadline:
             raise RuntimeError("rank 0 does not answer")

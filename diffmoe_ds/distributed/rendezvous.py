@@ -33,6 +33,7 @@ from diffmoe_ds.distributed.store import (
     let_others_read,
     open_store,
     read_from_rank_0,
+    silent_since_startup,
     wait_for,
 )
 from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError, as_reported
@@ -258,8 +259,11 @@ def exchange_reports(
         RankLostError: rank 0 is gone.
     """
     write_first(store, launch.rank)  # before the report: the watchdog expects one from every rank that has joined
-    write_report(store, launch.rank, report)
-    failure = None
+    rank_0, failure = f"rank 0 at {launch.address}", None
+    try:
+        write_report(store, launch.rank, report, silence_s)
+    except TimeoutError:
+        raise _from_one_rank(silent_since_startup(rank_0, silence_s), launch.rank) from None
     if launch.rank == 0:
         hosts: list[str] = []
         try:
@@ -272,8 +276,7 @@ def exchange_reports(
         except LaunchError as error:
             failure, winner = error, encode_error(error, 0)
         store.set("joined", json.dumps({"error": winner, "hosts": hosts}))
-    rank_0, limit_s = f"rank 0 at {launch.address}", timeout_s + LINGER_S
-    joined = json.loads(_read(store, launch, "joined", rank_0, limit_s, silence_s))
+    joined = json.loads(_read(store, launch, "joined", rank_0, timeout_s + LINGER_S, silence_s))
     return joined["error"], tuple(joined["hosts"]), failure
 
 
@@ -321,8 +324,13 @@ def _read(store: dist.Store, launch: Launch, key: str, rank_0: str, timeout_s: f
     try:
         return read_from_rank_0(store, key, rank_0, timeout_s, silence_s)
     except RankLostError as lost:
-        lost.same_on_all_ranks = launch.rank != 1
-        raise
+        raise _from_one_rank(lost, launch.rank) from None
+
+
+def _from_one_rank(lost: RankLostError, rank: int) -> RankLostError:
+    """Return an error that all ranks but rank 0 have, so that only rank 1 reports it."""
+    lost.same_on_all_ranks = rank != 1
+    return lost
 
 
 def _check_fingerprints(reports: Sequence[Report]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from diffmoe_ds.distributed.store import answer_within
 from diffmoe_ds.errors import LaunchError
 
 
@@ -26,19 +27,22 @@ class Report:
     """An error that it has already hit, encoded; see `encode_error`."""
 
 
-def write_report(store: dist.Store, rank: int, report: Report) -> None:
+def write_report(store: dist.Store, rank: int, report: Report, silence_s: float) -> None:
     """Write a rank's report into the store, unless another process has already joined as the same rank.
 
     Args:
         store: from `open_store`.
         rank: the rank.
         report: its report.
+        silence_s: seconds that the store may go without answering.
 
     Raises:
         LaunchError: another process has; its report stays.
+        TimeoutError: the store does not answer.
     """
     mine = asdict(report)
-    first = json.loads(store.compare_set(f"rank/{rank}", "", json.dumps(mine)))
+    text = answer_within(silence_s, lambda: store.compare_set(f"rank/{rank}", "", json.dumps(mine)))
+    first = json.loads(text)
     if first != mine:
         raise LaunchError(
             f"rank {rank} on {report.host}: process {first['process']} on {first['host']} has already joined as this "

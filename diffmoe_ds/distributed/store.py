@@ -12,8 +12,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -37,6 +40,7 @@ SERVER_RESOLVER_OPTIONS = "timeout:1 attempts:1"
 """Those of the server's thread: torch looks up no more names after the first failure, and needs none."""
 SCHEME = "diffmoe"
 """Scheme of `init_method`."""
+T = TypeVar("T")
 _joined: list[tuple[dist.Store, int, int]] = []
 """The store, rank and world of the process group to create."""
 
@@ -59,14 +63,8 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     assert launch.master_addr is not None and launch.master_port is not None, "set by `export_launch`"
     try:
         with _server_resolver() if serves else contextlib.nullcontext():
-            store = dist.TCPStore(
-                launch.master_addr,
-                launch.master_port,
-                is_master=serves,
-                timeout=timedelta(seconds=timeout_s),
-                wait_for_workers=False,
-            )
-    except RuntimeError as error:
+            store = connect(launch.master_addr, launch.master_port, timeout_s, serves=serves)
+    except (RuntimeError, TimeoutError) as error:
         host = socket.gethostname()
         if serves and "EADDRINUSE" in str(error):
             raise LaunchError(
@@ -78,6 +76,52 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
             "the address is right, that rank 0 was started and that the port is open."
         ) from None
     return dist.PrefixStore("diffmoe", store)
+
+
+def connect(host: str, port: int, timeout_s: float, *, serves: bool = False) -> dist.Store:
+    """Connect to a store.
+
+    Args:
+        host: its host.
+        port: its port.
+        timeout_s: seconds to wait for it.
+        serves: serve it in this process, too.
+
+    Raises:
+        RuntimeError: it cannot be reached.
+        TimeoutError: it accepts connections, but does not answer.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    return answer_within(
+        timeout_s + POLL_S,
+        lambda: dist.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False),
+    )
+
+
+def answer_within(limit_s: float, call: Callable[[], T]) -> T:
+    """Return what a call of a store returns; torch waits without limit for a server that is frozen.
+
+    Args:
+        limit_s: seconds to wait.
+        call: runs in a thread of its own, which outlives this call if there is no answer.
+
+    Raises:
+        TimeoutError: there is none.
+        Exception: what the call raises.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:  # for the caller
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        return answer.result(limit_s)
+    except FutureTimeoutError:  # another class in Python 3.10
+        raise TimeoutError(f"no answer for {limit_s:g} s") from None
 
 
 @contextlib.contextmanager
@@ -160,10 +204,15 @@ def read_from_rank_0(store: dist.Store, key: str, rank_0: str, timeout_s: float,
         if not found and (now - start > timeout_s or now - answered > silence_s + POLL_S):
             waited_s = min(now - start, max(now - answered, timeout_s))
             found.append(b"")  # ends the thread
-            raise RankLostError(f"{rank_0} has not answered for {waited_s:.0f} s, since startup; the other ranks exit.")
+            raise silent_since_startup(rank_0, waited_s)
     if isinstance(found[0], bytes):
         return found[0]
     raise RankLostError(f"{rank_0} died during startup; the other ranks exit.") from None
+
+
+def silent_since_startup(rank_0: str, waited_s: float) -> RankLostError:
+    """Return the error that rank 0, by its name, has not answered yet."""
+    return RankLostError(f"{rank_0} has not answered for {waited_s:.0f} s, since startup; the other ranks exit.")
 
 
 def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
@@ -183,7 +232,8 @@ def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> None:
 def let_others_read(store: dist.Store, launch: Launch) -> None:
     """Call this on every rank after it has read an error: rank 0, which serves the store, returns last."""
     if launch.rank:
-        store.add("left", 1)
+        with contextlib.suppress(TimeoutError, RuntimeError):  # rank 0 may be gone
+            answer_within(LINGER_S, lambda: store.add("left", 1))
         return
     deadline = time.monotonic() + LINGER_S
     while time.monotonic() < deadline and store.add("left", 0) < launch.world - 1:

@@ -40,7 +40,11 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
     launch = move_to_own_store(export_launch(launch), start_timeout_s)
     store = open_store(launch, start_timeout_s)
     # if rank 0 fails before it knows that there are surplus ranks, it waits for the reports of all (`fail_together`)
-    write_report(store, launch.rank, Report(socket.gethostname(), "", "", os.getpid()))
+    report = Report(socket.gethostname(), "", "", os.getpid())
+    try:
+        write_report(store, launch.rank, report, rank_timeout_s)
+    except TimeoutError:
+        raise _silent(launch, rank_timeout_s) from None
     if launch.rank == launch.world:
         last = launch.world + launch.surplus - 1
         ranks = f"rank {last}" if launch.surplus == 1 else f"ranks {launch.world} to {last}"
@@ -53,7 +57,7 @@ def wait_for_run(launch: Launch, start_timeout_s: float, rank_timeout_s: float) 
             raise AlreadyReportedError(RankLostError.exit_code)
         silent = time.monotonic() - poll.answered
         if silent > rank_timeout_s:
-            raise _lost(launch, f"rank 0 at {launch.address} has not answered for {silent:.0f} s")
+            raise _silent(launch, silent)
     if not poll.complete:  # because of any rank, which the others name
         raise _lost(launch, f"the run has ended before it was complete (the store at {launch.address} is closed)")
 
@@ -97,6 +101,10 @@ class _Poll(threading.Thread):
             pass
         finally:
             self.ended.set()
+
+
+def _silent(launch: Launch, silent_s: float) -> DiffMoEError:
+    return _lost(launch, f"rank 0 at {launch.address} has not answered for {silent_s:.0f} s")
 
 
 def _lost(launch: Launch, what: str) -> DiffMoEError:

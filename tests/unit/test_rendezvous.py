@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 
-from diffmoe_ds.distributed import store
+from diffmoe_ds.distributed import agent_store, rendezvous, store
+from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.reports import Report, write_report
-from diffmoe_ds.errors import LaunchError
+from diffmoe_ds.errors import LaunchError, RankLostError
 from tests.helpers.processes import free_port, run_ranks
 
 
@@ -46,7 +53,59 @@ def test_too_few_open_files_are_an_error(monkeypatch):
 
 def test_a_second_process_of_a_rank_is_an_error():
     shared = dist.HashStore()
-    write_report(shared, 1, Report("node1", "", "", process=7))
+    write_report(shared, 1, Report("node1", "", "", process=7), 60)
     with pytest.raises(LaunchError, match="rank 1 on node2: process 7 on node1 has already joined as this rank"):
-        write_report(shared, 1, Report("node2", "", "", process=8))
+        write_report(shared, 1, Report("node2", "", "", process=8), 60)
     assert json.loads(shared.get("rank/1"))["process"] == 7
+
+
+def launch_of(rank: int, port: int) -> Launch:
+    return Launch(rank, 3, 0, 1, "test", "127.0.0.1", port, "test")
+
+
+@pytest.fixture
+def deaf() -> Iterator[int]:
+    """The port of a process that was frozen after it had begun to listen: the kernel accepts connections for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_rank_0_that_is_frozen_before_the_others_connect_is_an_error(deaf, monkeypatch):
+    """torch waits without limit for the first answer of a store."""
+    message = f"rank 1 on .* cannot reach rank 0 at 127.0.0.1:{deaf} within 0.1 s"
+    with pytest.raises(LaunchError, match=message):
+        store.open_store(launch_of(1, deaf), 0.1)
+    monkeypatch.setattr(agent_store, "CONNECT_S", 0.1)
+    agent = dist.HashStore()
+    agent.set(agent_store.ADDRESS, f"127.0.0.1 {deaf}")
+    with pytest.raises(RuntimeError, match="rank 0 does not answer"):
+        agent_store._find_rank_0(agent, 1, 0.1)
+
+
+SERVE = """
+import time, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_rank_0_that_is_frozen_after_the_others_have_connected_is_named(monkeypatch):
+    """Also by a rank that has not reported yet; and nobody waits for it before exiting with another error."""
+    server = subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        first = launch_of(1, int(server.stdout.readline()))
+        stores = [store.open_store(first, 60) for _ in range(3)]
+        os.kill(server.pid, signal.SIGSTOP)
+        report, name = Report("node", "", "", 7), f"rank 0 at 127.0.0.1:{first.master_port} has not answered for"
+        for rank, is_told in ((1, True), (2, False)):
+            launch = launch_of(rank, first.master_port)
+            with pytest.raises(RankLostError, match=f"{name} 1 s, since startup") as lost:
+                rendezvous.exchange_reports(stores[rank], launch, report, 60, silence_s=1)
+            assert lost.value.same_on_all_ranks != is_told
+        monkeypatch.setattr(store, "LINGER_S", 0.2)
+        store.let_others_read(stores[0], first)
+    finally:
+        server.kill()
+        server.wait()
