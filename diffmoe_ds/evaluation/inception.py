@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.outputs import Outputs, one_line, state_digest, to_rgb
 
@@ -98,7 +99,8 @@ def _load(network_class: Any, path: Path) -> nn.Module:
     """Return the network with the weights of a file, in eval mode."""
     problem = f"--extractor inception:{path}"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
         # torch-fidelity would unpickle arbitrary objects, so pass it a copy that holds only tensors.
         copy = io.BytesIO()
         torch.save(state, copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.errors import ConfigError, DataError
+from diffmoe_ds.evaluation import inception
 from diffmoe_ds.evaluation.efficientnet import SameConv2d
 from diffmoe_ds.evaluation.extractors import DEFAULT, Extractor, load_extractor
 from diffmoe_ds.evaluation.outputs import resize, to_rgb
@@ -124,3 +126,10 @@ def test_the_code_of_a_dinov2_folder_is_never_run(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
         load_extractor(f"dinov2:{tmp_path}", CPU)
     assert not trap.exists()
+
+
+def test_a_pipe_in_the_place_of_inceptions_weights_is_refused(tmp_path):
+    """torch would wait for it."""
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(DataError, match=r"weights\.pth: cannot be read: "):
+        inception._load(None, tmp_path / "weights.pth")
