@@ -118,10 +118,10 @@ class RunLock:
         """Verify that the lock was still ours at the last heartbeat.
 
         Raises:
-            RunDirectoryBusyError: another job has taken it over while this process was suspended.
+            RunDirectoryBusyError: another job has taken it over: this process was suspended, or its job requeued.
         """
         if self._lost_to is not None:
-            how = f"was taken over by {_who(self._lost_to)} while this process was suspended"
+            how = f"was taken over by {_who(self._lost_to)}: this process had not responded, or its job was requeued"
             if not self._lost_to:
                 how = "was moved or replaced, or another job has used it, while this run was using it"
             raise RunDirectoryBusyError(f"{self._directory}: {how}; it exits without writing anything.")

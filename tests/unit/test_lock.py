@@ -132,7 +132,7 @@ def test_frozen_holder_notices_the_takeover_and_keeps_the_new_lock(tmp_path):
 def test_holder_is_named_in_one_line(tmp_path):
     with lock(tmp_path) as frozen:
         elsewhere(tmp_path, host="node\n\x1b[31m", since="x" * 1000)
-        with pytest.raises(RunDirectoryBusyError, match=r"by process 7 on unknown \(since x{80}\) while"):
+        with pytest.raises(RunDirectoryBusyError, match=r"by process 7 on unknown \(since x{80}\): this"):
             frozen.check_now()
 
 
