@@ -32,13 +32,21 @@ def tensors(run: Trained) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_same(run: Trained, reference: Trained, tolerance: float = TOLERANCE) -> None:
+def assert_same(run: Trained, reference: Trained, tolerance: float = TOLERANCE, key_biases: bool = True) -> None:
+    """Compare logs and tensors of two runs.
+
+    Without `key_biases`, those of the attention's keys may differ: the softmax does not depend on them, so their
+    gradients are rounding errors, of which Lion takes the sign.
+    """
     for key in KEYS:
         assert run.column(key) == pytest.approx(reference.column(key), abs=tolerance), key
     ours, theirs = tensors(run), tensors(reference)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert (tensor - theirs[name]).abs().max() <= tolerance, name
+        difference = (tensor - theirs[name]).abs()
+        if not key_biases and name.endswith("attn.qkv.bias"):
+            difference.view(3, -1)[1] = 0
+        assert difference.max() <= tolerance, name
 
 
 @pytest.mark.slow
