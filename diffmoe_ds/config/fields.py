@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from diffmoe_ds.config.nearest import MAX_SHOWN
 from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 
 MAX_BITS = 64
@@ -51,7 +52,9 @@ def short_repr(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a key unchanged, or quoted if it contains line breaks or control characters."""
+    """Return a key, shortened if it is long, and quoted if it contains line breaks or control characters."""
+    if len(name) > MAX_SHOWN:
+        name = f"{name[:MAX_SHOWN]}..."
     return name if name.isprintable() else repr(name)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+MAX_SHOWN = 400
+"""Most characters of a key or an unknown value in an error message."""
+
 
 def did_you_mean(name: object, valid: Collection[str]) -> str:
     """Return a "did you mean" fragment with the nearest valid value; empty if none is close."""
@@ -16,4 +19,7 @@ def did_you_mean(name: object, valid: Collection[str]) -> str:
 def unknown(where: str, name: object, valid: Collection[str], *, lists_valid: bool = True) -> str:
     """Return one sentence with the key, the value found, the nearest valid value and, unless switched off, all."""
     listed = f"valid: {', '.join(sorted(valid))}." if lists_valid else ""
-    return f"{where}: {name!r} is not known; {did_you_mean(name, valid)}{listed}".rstrip("; ")
+    found = repr(name)
+    if len(found) > MAX_SHOWN:
+        found = f"{found[:MAX_SHOWN]}..."
+    return f"{where}: {found} is not known; {did_you_mean(name, valid)}{listed}".rstrip("; ")
