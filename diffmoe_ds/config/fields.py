@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from diffmoe_ds.config.nearest import MAX_SHOWN
+from diffmoe_ds.config.nearest import shortened
 from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 
 MAX_BITS = 64
@@ -53,8 +53,7 @@ def short_repr(value: Any) -> str:
 
 def printable(name: str) -> str:
     """Return a key, shortened if it is long, and quoted if it contains line breaks or control characters."""
-    if len(name) > MAX_SHOWN:
-        name = f"{name[:MAX_SHOWN]}..."
+    name = shortened(name)
     return name if name.isprintable() else repr(name)
 
 

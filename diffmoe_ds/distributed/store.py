@@ -103,7 +103,7 @@ def answer_within(limit_s: float, call: Callable[[], T]) -> T:
 
     Args:
         limit_s: seconds to wait.
-        call: runs in a thread of its own, which outlives this call if there is no answer.
+        call: the call. It runs in a thread, which keeps waiting if no answer comes.
 
     Raises:
         TimeoutError: there is none.
