@@ -86,13 +86,13 @@ def _find_rank_0(agent: dist.Store, rank: int, timeout_s: float) -> tuple[str, i
     deadline = time.monotonic() + timeout_s
     while True:
         text = answer_within(timeout_s + POLL_S, functools.partial(agent.get, ADDRESS))
-        host, port = text.decode().split()
         try:
+            host, port = text.decode().split()
             store = connect(host, int(port), CONNECT_S)
             found = answer_within(CONNECT_S, functools.partial(store.add, f"found/{rank}", 1))
             if found == 1:  # otherwise it is the store of an earlier attempt
                 return host, int(port)
-        except (RuntimeError, TimeoutError):
+        except (RuntimeError, TimeoutError, ValueError):  # the last: no address
             pass
         if time.monotonic() > deadline:
             raise RuntimeError("rank 0 does not answer")

@@ -298,8 +298,14 @@ def _agree_over_mpi(launch: Launch) -> Launch:
     """Let rank 0 choose an address and send it to the others: mpirun does not provide one."""
     from mpi4py import MPI
 
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (launch.rank, launch.world):  # set by hand, or MPI's launcher is another one
+        raise TopologyError(
+            f"{launch.source}: this is rank {launch.rank} of {launch.world}, but rank {world.rank} of {world.size} for "
+            "MPI, which could provide the address of rank 0; set MASTER_ADDR and MASTER_PORT."
+        )
     mine = (socket.gethostname(), int(os.environ.get("MASTER_PORT", 0)) or free_port()) if launch.rank == 0 else None
-    host, port = MPI.COMM_WORLD.bcast(mine, root=0)
+    host, port = world.bcast(mine, root=0)
     return replace(launch, master_addr=host, master_port=port, master_source="sent by rank 0 over MPI")
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from diffmoe_ds.distributed.agent_store import move_to_own_store
 from diffmoe_ds.distributed.consensus import encode_error, raise_agreed
 from diffmoe_ds.distributed.heartbeats import write_first
 from diffmoe_ds.distributed.launch import Launch, export_launch
-from diffmoe_ds.distributed.reports import Report, write_report
+from diffmoe_ds.distributed.reports import Report, check_same, write_report
 from diffmoe_ds.distributed.shared_gpus import check_gpus, gpu_of
 from diffmoe_ds.distributed.store import (
     LINGER_S,
@@ -36,7 +36,7 @@ from diffmoe_ds.distributed.store import (
     silent_since_startup,
     wait_for,
 )
-from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError, as_reported
+from diffmoe_ds.errors import DiffMoEError, LaunchError, RankLostError, TopologyError, as_reported
 
 START_TIMEOUT_S = 300.0
 """Seconds that ranks wait for each other: importing torch from a slow shared disk can take minutes."""
@@ -229,12 +229,17 @@ def join_ranks(
     host, rank = socket.gethostname(), launch.rank
     if launch.world == 1 and not launch.surplus:
         return Rendezvous(launch, (host,), None, timeout_s)
-    report = Report(host, fingerprint, gpu_of(launch), os.getpid(), encode_error(error, rank))
+    report = Report(host, fingerprint, gpu_of(launch), os.getpid(), encode_error(error, rank), launch.world)
     store = open_store(launch, timeout_s)
     winner, hosts, failure = exchange_reports(store, launch, report, timeout_s, silence_s)
     if winner:
         let_others_read(store, launch)
         raise_agreed(winner, failure or error, rank)
+    if len(hosts) != launch.world:  # rank 0 does not know of this rank, and nobody would miss it
+        raise LaunchError(
+            f"rank {rank} on {host} was started as one of {launch.world} ranks, but rank 0 at {launch.address} as one "
+            f"of {len(hosts)}; start all ranks with the same WORLD_SIZE."
+        )
     return Rendezvous(launch, hosts, store, timeout_s, silence_s)
 
 
@@ -271,7 +276,7 @@ def exchange_reports(
             hosts = [each.host for each in reports]
             winner = max(each.error for each in reports)
             if not winner:
-                _check_fingerprints(reports)
+                check_same(reports)
                 check_gpus(hosts, [each.gpu for each in reports])
         except LaunchError as error:
             failure, winner = error, encode_error(error, 0)
@@ -292,7 +297,7 @@ def fail_together(launch: Launch, error: DiffMoEError) -> None:
     """
     try:
         join_ranks(launch, error=error)
-    except (LaunchError, RankLostError):  # this rank's own error is more specific
+    except (LaunchError, RankLostError, TopologyError):  # this rank's own error is more specific
         raise error from None
 
 
@@ -331,13 +336,3 @@ def _from_one_rank(lost: RankLostError, rank: int) -> RankLostError:
     """Return an error that all ranks but rank 0 have, so that only rank 1 reports it."""
     lost.same_on_all_ranks = rank != 1
     return lost
-
-
-def _check_fingerprints(reports: Sequence[Report]) -> None:
-    """Raise LaunchError if a rank resolved a different configuration than rank 0."""
-    for rank, report in enumerate(reports):
-        if report.fingerprint != reports[0].fingerprint:
-            raise LaunchError(
-                f"rank {rank} on {report.host} resolved a different configuration than rank 0 on "
-                f"{reports[0].host}; compare the files, the package versions and the number of ranks per host."
-            )

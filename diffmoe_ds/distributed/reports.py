@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -25,6 +26,8 @@ class Report:
     """Its process id, which tells it from another process of the same rank."""
     error: int = 0
     """An error that it has already hit, encoded; see `encode_error`."""
+    world: int = 0
+    """The number of ranks according to its launcher."""
 
 
 def write_report(store: dist.Store, rank: int, report: Report, silence_s: float) -> None:
@@ -48,3 +51,26 @@ def write_report(store: dist.Store, rank: int, report: Report, silence_s: float)
             f"rank {rank} on {report.host}: process {first['process']} on {first['host']} has already joined as this "
             "rank; start every rank once, and end processes of an earlier launch that still wait to join."
         )
+
+
+def check_same(reports: Sequence[Report]) -> None:
+    """Verify that all ranks have the same number of ranks and the same configuration as rank 0.
+
+    Args:
+        reports: the report of every rank, by rank.
+
+    Raises:
+        LaunchError: a rank has not.
+    """
+    first = reports[0]
+    for rank, report in enumerate(reports):
+        if report.world != first.world:
+            raise LaunchError(
+                f"rank {rank} on {report.host} was started as one of {report.world} ranks, but rank 0 on {first.host} "
+                f"as one of {first.world}; start all ranks with the same WORLD_SIZE."
+            )
+        if report.fingerprint != first.fingerprint:
+            raise LaunchError(
+                f"rank {rank} on {report.host} resolved a different configuration than rank 0 on {first.host}; "
+                "compare the files, the package versions and the number of ranks per host."
+            )

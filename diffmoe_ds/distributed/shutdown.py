@@ -28,6 +28,8 @@ TELL = "DIFFMOE_TELL_THREADS_LEFT"
 """An environment variable; set for tests only."""
 GROUP_THREAD = "pt_gloo_runloop"
 """The name that torch gives to the threads of a gloo process group."""
+STORE_THREADS = ("rendezvous", "surplus", "watchdog")
+"""The names of our threads that use the store, in which they may block forever."""
 
 
 def shutdown(exit_code: int | None = None) -> None:
@@ -55,7 +57,7 @@ def shutdown(exit_code: int | None = None) -> None:
     if exit_code is not None:
         timer.cancel()
         timer.join()
-        if left:
+        if left or waits_for_store():
             _finalize_mpi()
             leave(exit_code)
 
@@ -78,6 +80,11 @@ def group_threads() -> int:
         except OSError:  # it has ended
             continue
     return count
+
+
+def waits_for_store() -> bool:
+    """Return whether a thread is inside a call of a store that did not answer in time; it would end as gloo's do."""
+    return any(thread.name in STORE_THREADS for thread in threading.enumerate())
 
 
 def _finalize_mpi() -> None:

@@ -9,15 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from diffmoe_ds.distributed import agent_store, rendezvous, store
-from diffmoe_ds.distributed.launch import Launch
+from diffmoe_ds.distributed import agent_store, rendezvous, shutdown, store
+from diffmoe_ds.distributed.launch import EXPORTED, Launch, export_launch
 from diffmoe_ds.distributed.reports import Report, write_report
-from diffmoe_ds.errors import LaunchError, RankLostError
+from diffmoe_ds.errors import DataError, LaunchError, RankLostError, TopologyError
 from tests.helpers.processes import free_port, run_ranks
 
 
@@ -57,6 +60,53 @@ def test_a_second_process_of_a_rank_is_an_error():
     with pytest.raises(LaunchError, match="rank 1 on node2: process 7 on node1 has already joined as this rank"):
         write_report(shared, 1, Report("node2", "", "", process=8), 60)
     assert json.loads(shared.get("rank/1"))["process"] == 7
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables that a launch exports are restored."""
+    for name in EXPORTED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("worlds", ((2, 2, 4), (2, 4), (3, 2, 3)))
+def test_ranks_that_disagree_about_their_number_are_named(environment, worlds: Sequence[int]):
+    """Rank 0 does not know of a rank beyond its own number, which would join, wait, and take rank 0 for dead."""
+    port, odd = free_port(), next(rank for rank, world in enumerate(worlds) if world != worlds[0])
+    launches = [Launch(rank, world, 0, 1, "test", "127.0.0.1", port) for rank, world in enumerate(worlds)]
+    with ThreadPoolExecutor(len(worlds)) as pool:
+        joining = [pool.submit(rendezvous.join_ranks, launch, "", 60) for launch in launches]
+        errors = [future.exception() for future in joining]
+    if odd >= worlds[0]:
+        assert errors[:odd] == [None] * odd
+    told = errors[odd if odd >= worlds[0] else 0]
+    assert isinstance(told, LaunchError), errors
+    start = f"rank {odd} on {socket.gethostname()} was started as one of {worlds[odd]} ranks, but rank 0"
+    assert str(told).startswith(start) and f"as one of {worlds[0]};" in str(told)
+
+
+def test_ranks_without_an_address_that_mpi_cannot_provide_are_an_error(environment, monkeypatch):
+    """mpirun did not start them: for MPI, each is rank 0 of 1. An error of their own is more specific."""
+    alone = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(rank=0, size=1)))
+    monkeypatch.setitem(sys.modules, "mpi4py", alone)
+    for rank in range(2):
+        launch = Launch(rank, 2, 0, 1, "the variable RANK")
+        with pytest.raises(TopologyError, match=f"rank {rank} of 2, but rank 0 of 1 for MPI.*set MASTER_ADDR"):
+            export_launch(launch)
+        with pytest.raises(DataError, match="no images"):
+            rendezvous.fail_together(launch, DataError("no images"))
+
+
+def test_a_process_whose_store_has_not_answered_exits_without_finalizing(monkeypatch):
+    """If the call returned meanwhile, its thread would end inside C++, and the process with SIGABRT."""
+    codes, answer = [], threading.Event()
+    monkeypatch.setattr(shutdown, "leave", codes.append)
+    with pytest.raises(TimeoutError):
+        store.answer_within(0.01, answer.wait)
+    shutdown.shutdown(1)
+    answer.set()
+    assert codes == [1]
 
 
 def launch_of(rank: int, port: int) -> Launch:

@@ -176,18 +176,64 @@ def test_train_sbatch_prints_the_command_and_the_plan(tmp_path, job):
     assert again.returncode == 2 and "submit this script with sbatch" in again.stdout
 
 
-def test_crashes_are_counted_in_a_run_directory_that_looks_like_an_option(tmp_path):
+CRASHING_JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "MAX_CRASHES": "2"}
+
+
+def crashing_job(tmp_path: Path) -> None:
+    """Let `srun` fail, and prepare the run directory `-run`."""
     stub(tmp_path / "bin", "python", 'echo "        run  -run"')
     for name, text in (("srun", "exit 1"), ("squeue", "echo RUNNING"), ("scontrol", ""), ("sleep", "")):
         stub(tmp_path / "bin", name, text)
     (tmp_path / "-run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "-run" / "checkpoints" / "latest").write_text("images_000000000016\n")
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1", "MAX_CRASHES": "2"}
+
+
+def test_crashes_are_counted_in_a_run_directory_that_looks_like_an_option(tmp_path):
+    crashing_job(tmp_path)
     command = ["bash", str(REPOSITORY / "slurm/train.sbatch"), "--run-dir=-run"]
     for number, code in ((1, 85), (2, 1)):
-        job = run(command, tmp_path, **variables)
+        job = run(command, tmp_path, **CRASHING_JOB)
         assert f"crash {number} after checkpoint images_000000000016" in job.stdout and job.stderr == "", job
         assert job.returncode == code, job
+
+
+@pytest.mark.parametrize(
+    "content", ("junk images_000000000016", "08 images_000000000016", "BASH[$(touch${IFS}x)] none")
+)
+@pytest.mark.parametrize("latest", ("images_000000000016\n", "images_000000000016\nmore\n", None))
+def test_crashes_are_counted_from_1_if_the_file_has_no_count(tmp_path, content, latest):
+    """bash would evaluate it as an expression. A pipe in the place of `latest` is not read."""
+    crashing_job(tmp_path)
+    checkpoints = tmp_path / "-run" / "checkpoints"
+    (checkpoints / "latest").unlink()
+    if latest is None:
+        os.mkfifo(checkpoints / "latest")
+    else:
+        (checkpoints / "latest").write_text(latest)
+    (tmp_path / "-run" / "crashes").write_text(content)
+    command = ["bash", str(REPOSITORY / "slurm/train.sbatch"), "--run-dir=-run"]
+    for number, code in ((1, 85), (2, 1)):
+        job = run(command, tmp_path, **CRASHING_JOB)
+        where = "none" if latest is None else "images_000000000016\n"
+        assert f"crash {number} after checkpoint {where}" in job.stdout and job.stderr == "", job
+        assert job.returncode == code, job
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_job_whose_crashes_cannot_be_counted_is_not_requeued_forever(tmp_path):
+    crashing_job(tmp_path)
+    (tmp_path / "-run" / "crashes").mkdir()
+    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch"), "--run-dir=-run"], tmp_path, **CRASHING_JOB)
+    assert job.returncode == 1 and "cannot be written to count crashes: giving up" in job.stdout, job
+
+
+def test_a_plan_in_an_interactive_step_of_one_task(tmp_path):
+    """The step's variables describe the shell, not the ranks of the plan."""
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "2"}
+    step = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "node1"}
+    command = ["bash", str(REPOSITORY / "slurm/train.sbatch"), "--dry-run"]
+    done = run(command, tmp_path, PYTHON=sys.executable, PYTHONPATH=str(REPOSITORY), **variables, **step)
+    assert done.returncode == 0 and "4 ranks, 2 on this host" in done.stdout, done
 
 
 def test_sbatch_files_have_defaults_and_print_their_command(tmp_path):
