@@ -27,7 +27,9 @@ from diffmoe_ds.files import Digest, write_json
 T = TypeVar("T")
 
 MAX_INT = 2**63 - 1
-"""Largest number of images, steps, elements or bytes; more is damage."""
+"""Largest number of elements or bytes; more is damage."""
+MAX_COUNT = 10**15
+"""Largest other number, for example of images; a run adds to them, so the limit leaves room below `MAX_INT`."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 """Names of the files that a manifest may list."""
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -166,8 +168,8 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
     return CheckpointMetadata(
         files=top.count("files"),
         images=top.count("images"),
-        step=top.count("step"),
-        adam_step=top.count("adam_step"),
+        step=top.count("step", top.count("images")),
+        adam_step=top.count("adam_step", top.count("images")),
         shapes=_shapes(top.object("shapes")),
         config=stored_config(top.value("config", dict), source),
         lr_now=_scheduled(top.object("lr_now")),
@@ -301,18 +303,18 @@ class _Object:
     def object(self, key: str) -> _Object:
         return _Object(self.value(key, dict), self.source, f"{self.prefix}{key}.")
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, most: int = MAX_COUNT) -> int:
         value = self.tree.get(key)
-        if type(value) is not int or not 0 <= value <= MAX_INT:
-            raise self.error(key, value, "a whole number that is not negative")
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.error(key, value, f"a whole number from 0 to {most:,}")
         return value
 
 
 def _scheduler(top: _Object) -> dict[str, Any] | None:
     state = top.optional("lr_scheduler", dict)
     last = (state or {}).get("last_batch_iteration", 0)
-    if type(last) is not int or not -1 <= last <= MAX_INT:
-        raise top.error("lr_scheduler.last_batch_iteration", last, "a whole number from -1")
+    if type(last) is not int or not -1 <= last <= MAX_COUNT:
+        raise top.error("lr_scheduler.last_batch_iteration", last, f"a whole number from -1 to {MAX_COUNT:,}")
     return state
 
 

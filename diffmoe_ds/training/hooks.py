@@ -20,6 +20,7 @@ from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.host_memory import gather_host_memory
+from diffmoe_ds.training.log_files import require_owned
 from diffmoe_ds.training.preview import Preview
 from diffmoe_ds.training.profiler import ProfileSteps
 from diffmoe_ds.training.routing_report import routing_report
@@ -183,11 +184,12 @@ class SampleGrid:
         self._log.pause()
 
     def _write_png(self, grid_HWC: np.ndarray) -> None:
-        folder = self._run.directory / "samples"
+        folder, own = self._run.directory / "samples", self._run.owner.directory(self._run.directory)
         path = folder / f"images_{self._run.images:012d}.png"
         try:
+            require_owned(own)
             folder.mkdir(exist_ok=True)
-            with replacing(path, self._run.owner.directory(self._run.directory)) as tmp:
+            with replacing(path, own) as tmp:
                 save_png(grid_HWC, tmp)
         except OSError as error:  # a failed preview must not end the run
             print(f"*** WARNING: {path}: cannot be written: {error.strerror or error} ***", file=sys.stderr, flush=True)

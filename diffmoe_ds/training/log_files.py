@@ -44,10 +44,13 @@ class LogFile:
 
     After an error, records wait in memory and every `flush` tries again; what was written of a record is removed first,
     so that the file never contains a part of one.  A file that another process removed is created again, but not its
-    directory.  A file that another process put in its place is not touched: it may belong to another job.
+    directory.  A file or run directory that another process put in its place is not touched: it may belong to another
+    job.
     """
 
-    def __init__(self, path: Path, prepare: Callable[[], int] | None = None, header: bytes = b"") -> None:
+    def __init__(
+        self, path: Path, prepare: Callable[[], int] | None = None, header: bytes = b"", owned: Path | None = None
+    ) -> None:
         """Describe the file without touching it.
 
         Args:
@@ -55,10 +58,13 @@ class LogFile:
             prepare: creates the file, possibly with rows of an earlier attempt, and returns its inode; called until it
                 succeeds once. If None, the file must not exist.
             header: the first bytes of a new file.
+            owned: a directory that exists as long as this process owns the run directory; without it, no file is
+                created. If None, files are always created.
         """
         self._path = path
         self._prepare = prepare
         self._header = header
+        self._owned = owned
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._dropped = 0
@@ -119,6 +125,8 @@ class LogFile:
             found = None
         if self._inode is not None and found is not None and found.st_ino != self._inode:
             raise OSError(errno.EEXIST, "another file was put in its place")
+        if self._inode is None or found is None:
+            require_owned(self._owned)
         if self._inode is not None and found is None:
             self._print("was removed by another process; later records go to a new file")
             self._close()
@@ -193,7 +201,7 @@ class JsonlLog:
         Raises:
             CheckpointError: the file cannot be written, and the error is one of `LASTING`.
         """
-        self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory))
+        self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory), owned=tmp_directory)
         try:
             self._file.write()
         except OSError as error:
@@ -214,19 +222,20 @@ class JsonlLog:
 class TensorBoardLog:
     """Event file of TensorBoard, which it reads after those of earlier attempts, whatever the clocks say."""
 
-    def __init__(self, directory: Path, images: int) -> None:
+    def __init__(self, directory: Path, images: int, owned: Path | None = None) -> None:
         """Start an event file; TensorBoard hides an earlier attempt's events after ``images``.
 
         Args:
             directory: created if it does not exist.
             images: images seen so far.
+            owned: see `LogFile`.
         """
-        self._directory = directory
+        self._directory, self._owned = directory, owned
         self._wall_time, self._measured = _time_after_others(directory), time.monotonic()
         name = f"events.out.tfevents.{int(self._wall_time):010d}.{socket.gethostname()}.{os.getpid()}.0"
         header = self._record(file_version="brain.Event:2")
         header += self._record(step=images + 1, session_log=SessionLog(status=SessionLog.START))
-        self._file = LogFile(directory / name, header=header)
+        self._file = LogFile(directory / name, header=header, owned=owned)
         with contextlib.suppress(OSError):
             directory.parent.mkdir(parents=True, exist_ok=True)
         self.flush()  # warns at the start of the run if the directory cannot be written
@@ -250,6 +259,7 @@ class TensorBoardLog:
     def flush(self) -> None:
         """Write what was added."""
         with contextlib.suppress(OSError):  # reported when the file is opened
+            require_owned(self._owned)
             self._directory.mkdir(exist_ok=True)  # not its parents: a removed run directory stays removed
         self._file.flush()
 
@@ -269,6 +279,22 @@ class TensorBoardLog:
         data = io.BytesIO()
         RecordWriter(data).write(Event(wall_time=self._wall_time, **fields).SerializeToString())
         return data.getvalue()
+
+
+def require_owned(owned: Path | None) -> None:
+    """Verify that this process still owns the run directory, before it creates anything in it.
+
+    Args:
+        owned: see `LogFile`.
+
+    Raises:
+        OSError: the run directory was removed or replaced, or another job has taken it over.
+    """
+    try:
+        if owned is not None:
+            owned.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise OSError(errno.ENOENT, "the run directory was removed, replaced or taken over by another job") from None
 
 
 def _time_after_others(directory: Path) -> float:

@@ -6,6 +6,7 @@ import sys
 
 from torch.profiler import profile, schedule
 
+from diffmoe_ds.training.log_files import require_owned
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
 from diffmoe_ds.training.step import StepResult
@@ -51,11 +52,12 @@ class ProfileSteps:
     def _write(self, finished: profile) -> None:
         if self._run.step < self._steps.start:
             return  # the run ended while the profiler warmed up
-        folder = self._run.directory / "profile"
+        folder, own = self._run.directory / "profile", self._run.owner.directory(self._run.directory)
         path = folder / f"steps_{self._steps.start}-{self._run.step}.pt.trace.json.gz"
         try:
+            require_owned(own)
             folder.mkdir(exist_ok=True)
-            tmp = self._run.owner.directory(self._run.directory) / path.name
+            tmp = own / path.name
             finished.export_chrome_trace(str(tmp))
             tmp.rename(path)
             print(f"{'profile':>11}  {path}", flush=True)

@@ -116,7 +116,7 @@ def open_log(
     rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory)
     path = directory / "validation.jsonl"
     evaluations = JsonlLog(path, step, tmp_directory) if evaluates or os.path.exists(path) else None
-    board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images)
+    board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images, tmp_directory)
     return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
 
 

@@ -19,6 +19,7 @@ from diffmoe_ds.checkpoint.layout import checkpoint_root
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.files import remove_tree
+from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from tests.faults.processes import snapshot
 from tests.faults.shim import Rule, fault_environment
 from tests.helpers.processes import MODULES as TRAINING_MODULES
@@ -259,3 +260,22 @@ def test_a_failure_after_the_directory_is_renamed_is_only_a_warning(server, tmp_
     with job(server, run, "--saves", "1") as second:
         assert second.wait() == 0
     assert f"resumed {run}/checkpoints/images_000000000032\n" in second.told
+
+
+def test_nothing_is_created_in_a_run_directory_that_replaced_this_one(tmp_path, capsys):
+    """It may belong to another job, which has not created these files yet."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    own = run / ".writing-0123456789abcdef"
+    own.mkdir(parents=True)
+    log, board = JsonlLog(run / "metrics.jsonl", 0, own), TensorBoardLog(run / "tensorboard", 0, own)
+    run.rename(moved)
+    run.mkdir()
+    log.add({"step": 1})
+    board.flush()
+    assert not list(run.iterdir()) and "the run directory was removed, replaced or taken" in capsys.readouterr().err
+
+    run.rmdir()
+    moved.rename(run)
+    log.add({"step": 2})
+    log.close(), board.close()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2, "it was only moved for a while"
