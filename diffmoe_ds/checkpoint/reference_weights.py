@@ -42,13 +42,13 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
         CheckpointError: the file cannot be read, or holds no weights, or anything but plain data and tensors.
     """
     try:
-        _check_pickles(path)
+        check_pickles(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the reference stores its arguments as one
             # Files of torch before 1.6 are not zip archives and cannot be memory-mapped.
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
-    except _Refused as error:
+    except RefusedFileError as error:
         raise CheckpointError(f"{path}: {error}, so it was not loaded.") from None
     except Exception as error:  # the type depends on the defect
         # torch's own message advises loading the file without this protection
@@ -67,15 +67,15 @@ def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Te
     return {names[name]: value for name, value in tree.items()}, found
 
 
-class _Refused(Exception):
+class RefusedFileError(Exception):
     """A file that torch must not load; the message continues a sentence that begins with the file."""
 
 
-def _check_pickles(path: Path) -> None:
+def check_pickles(path: Path) -> None:
     """Check, without unpickling, that torch unpickles a file in little time and memory.
 
     Raises:
-        _Refused: it does not, or records are compressed, which torch would map as the numbers themselves.
+        RefusedFileError: it does not, or records are compressed, which torch would map as the numbers themselves.
         OSError: the file cannot be read, or is not a regular file.
         ValueError, zipfile.BadZipFile: it is damaged.
     """
@@ -84,18 +84,18 @@ def _check_pickles(path: Path) -> None:
     operations = (operation for data in pickles for operation in pickletools.genops(data))
     for number, (operation, argument, _) in enumerate(operations):
         if number == MAX_OPERATIONS:
-            raise _Refused(f"has more than {MAX_OPERATIONS:,} operations besides its tensors")
+            raise RefusedFileError(f"has more than {MAX_OPERATIONS:,} operations besides its tensors")
         if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):  # of whatever size the file says
-            raise _Refused("holds bytearray, which is neither a tensor nor plain data")
+            raise RefusedFileError("holds bytearray, which is neither a tensor nor plain data")
 
 
 def _pickles_of_zip(file: BinaryIO) -> list[io.BytesIO]:
     with zipfile.ZipFile(file) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise _Refused("has compressed records, unlike files of torch.save")
+            raise RefusedFileError("has compressed records, unlike files of torch.save")
         records = [record for record in archive.infolist() if record.filename.lower().endswith("data.pkl")]
         if any(record.file_size > MAX_PICKLE_BYTES for record in records):
-            raise _Refused(f"has more than {MAX_PICKLE_BYTES >> 20} MiB besides its tensors")
+            raise RefusedFileError(f"has more than {MAX_PICKLE_BYTES >> 20} MiB besides its tensors")
         return [io.BytesIO(archive.read(record)) for record in records]
 
 

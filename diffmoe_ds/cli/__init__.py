@@ -7,10 +7,11 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from diffmoe_ds.cli import console
 from diffmoe_ds.distributed import signals
@@ -118,9 +119,7 @@ def _run(args: argparse.Namespace) -> int:
     except (DiffMoEError, OSError) as raised:
         error = as_reported(raised)
         if _should_print(error):
-            text = str(error)
-            shown = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
-            print(f"diffmoe: error: {shown}", file=sys.stderr, flush=True)
+            print(f"diffmoe: error: {_shown(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -151,7 +150,19 @@ def _should_print(error: DiffMoEError) -> bool:
         return True
 
 
-class _CommandParser(argparse.ArgumentParser):
+class _OptionParser(argparse.ArgumentParser):
+    """A parser that takes numbers in ASCII digits only, and shortens errors that quote long arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for kind in (int, float):
+            self.register("type", kind, partial(_number, kind))
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_shown(message))
+
+
+class _CommandParser(_OptionParser):
     """The parser of one command, whose module is imported only when the command is chosen."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -164,11 +175,27 @@ class _CommandParser(argparse.ArgumentParser):
 
     def add_subparsers(self, **kwargs: Any) -> Any:
         """Add plain parsers for the subcommands of a command; argparse would make them of this class."""
-        return super().add_subparsers(parser_class=argparse.ArgumentParser, **kwargs)
+        return super().add_subparsers(parser_class=_OptionParser, **kwargs)
+
+
+def _number(kind: Callable[[str], float], text: str) -> float:
+    """Return the number in an argument.
+
+    Raises:
+        ValueError: it is not one, or has spaces or other digits than those of ASCII.
+    """
+    if not text.isascii() or text != text.strip():
+        raise ValueError
+    return kind(text)
+
+
+def _shown(message: str) -> str:
+    """Return an error, shortened to `MAX_MESSAGE` characters."""
+    return message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 3]}..."
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
+    parser = _OptionParser(prog="diffmoe", description="DiffMoE diffusion transformers on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('diffmoe_ds')}")
     # `deepspeed --module diffmoe_ds.cli` passes it before the command; LOCAL_RANK has the same value
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmoe_ds.cli.arguments import nonempty_path
+from diffmoe_ds.cli.arguments import nonempty_path, require_positive
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.text import counted
 
@@ -111,6 +111,7 @@ def _reshard(args: argparse.Namespace) -> None:
     from diffmoe_ds.topology import check_world
 
     check_world("--world", args.world)
+    require_positive(args, "world")
     reader = _checkpoint(args.path)
     reshard(reader, args.out, args.world, args.ep)
     print(f"{reader.path} -> {args.out}: {args.world} rank(s), EP {args.ep}")

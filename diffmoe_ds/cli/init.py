@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffmoe_ds.cli.arguments import nonempty, nonempty_path
+from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import expand_user, write_text
@@ -58,6 +58,7 @@ def init_command(args: argparse.Namespace) -> None:
         raise ConfigError(f"{out} exists already; edit it, remove it, or pass another --out.")
     if args.size is not None and (args.size < MULTIPLE or args.size % MULTIPLE):
         raise ConfigError(f"--size must be a positive multiple of {MULTIPLE}, got {args.size}.")
+    require_positive(args, "size")
 
     from diffmoe_ds.cli.init_recipe import draft
     from diffmoe_ds.data.survey import survey

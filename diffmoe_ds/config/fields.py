@@ -73,10 +73,24 @@ def _wrong(expected: str) -> PydanticCustomError:
     return PydanticCustomError(WRONG_TYPE, "must be {expected}", {"expected": expected})
 
 
+def _parsed(text: str) -> float:
+    """Return the number in a text, an integer exactly.
+
+    Raises:
+        ValueError: it is not a number, or has spaces or other digits than those of ASCII.
+    """
+    if not text.isascii() or text != text.strip():
+        raise ValueError
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
 def _number(value: Any) -> float:
     if isinstance(value, str):
         try:
-            value = float(value)
+            value = _parsed(value)
         except ValueError:
             raise _wrong("a number") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
@@ -87,13 +101,13 @@ def _number(value: Any) -> float:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise _wrong("an integer")
-    if not isinstance(value, int):
+    if isinstance(value, str):
         try:
-            value = float(value)
+            value = _parsed(value)
         except ValueError:
             raise _wrong("an integer") from None
-        if not value.is_integer():  # NaN and Inf are not integers either
-            raise _wrong("an integer")
+    if isinstance(value, float) and not value.is_integer():  # NaN and Inf are not integers either
+        raise _wrong("an integer")
     whole = int(value)
     if whole.bit_length() > MAX_BITS:
         raise _wrong(f"an integer of at most {MAX_BITS} bits")
@@ -114,7 +128,7 @@ def _class_count(value: Any) -> int:
 
 def _steps(value: Any) -> int | str:
     expected = 'a step, such as 20, or a range of steps, such as "20-24"'
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d{1,18})-(\d{1,18})", value)):
+    if isinstance(value, str) and (found := re.fullmatch(r"([0-9]{1,18})-([0-9]{1,18})", value)):
         if not 0 < int(found[1]) <= int(found[2]):
             raise _wrong(expected)
         return value

@@ -137,11 +137,13 @@ def _read(path: Path, heirs: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
         heirs: the recipes that inherit from it.
     """
     try:
-        tree = read_yaml(path) or {}
+        tree = read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
+    if tree is None:  # an empty file
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe must be a mapping of sections, got a {type(tree).__name__}.")
     own = {} if path in recipes().values() else tree

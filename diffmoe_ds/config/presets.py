@@ -38,7 +38,7 @@ SIZES: dict[str, Size] = {
 EXPERTS = (1, 2, 4, 8, 16)
 NAMES = tuple(f"{size}-E{experts}" for size in SIZES for experts in EXPERTS)
 
-_NAME = re.compile(r"(?P<dense>Dense-)?(?P<size>[A-Za-z]+)(-E(?P<experts>\d+))?")
+_NAME = re.compile(r"(?P<dense>Dense-)?(?P<size>[A-Za-z]+)(-E(?P<experts>[1-9][0-9]*))?")
 
 
 def parse_name(name: str) -> tuple[Size, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffmoe_ds.control_files import MAX_DEPTH, MAX_YAML_BYTES, read_text
 MAX_VALUES = 20_000
 """Most keys and values of a document, in which those behind an alias count each time."""
 
+UNCLEAR = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+"""Numbers that YAML 1.1 reads in base 8 or 60 (010 is 8, 1:30 is 90), which hardly anybody means."""
 KINDS = {"int": f"integer of at most {MAX_BITS} bits", "float": "number", "bool": "boolean"}
 
 
@@ -77,8 +80,10 @@ class _StrictLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
                 raise OverflowError  # no key accepts it, and Python refuses to print very long ones
+            if isinstance(value, (int, float)) and isinstance(node.value, str) and UNCLEAR.fullmatch(node.value):
+                raise ValueError
         except (ValueError, KeyError, IndexError, AttributeError, OverflowError):
-            # 2024-13-45, 0b_, !!bool x, !!int "", !!timestamp x, a number of 5,000 digits
+            # 2024-13-45, 010, 0b_, !!bool x, !!int "", !!timestamp x, a number of 5,000 digits
             tag = node.tag.rpartition(":")[2]
             problem = f"{str(node.value)[:40]!r} is not a valid {KINDS.get(tag, tag)}; quote it if it is text"
             raise MalformedValueError(None, None, problem, node.start_mark) from None

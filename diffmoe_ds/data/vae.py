@@ -30,6 +30,8 @@ MAX_LAYERS = 64
 """Most ResNet layers per resolution."""
 MAX_CHANNELS = 16_384
 """Most channels of a layer or of the latents."""
+MAX_PARAMETERS = 1 << 28
+"""Most parameters, three times those of the VAEs of Stable Diffusion and FLUX; 1 GB."""
 
 
 def vae_settings(path: str) -> dict[str, Any]:
@@ -42,7 +44,9 @@ def vae_settings(path: str) -> dict[str, Any]:
         ConfigError: there is none, or a value that is used here is invalid.
     """
     autoencoder = _autoencoder()
-    stored: dict[str, Any] = _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    stored: Any = _either(path, lambda place, extra: autoencoder.load_config(place, **extra))
+    if not isinstance(stored, dict):
+        raise ConfigError(f"the VAE {path} has a config.json that is not an object, but {short_repr(stored)}.")
     parameters = inspect.signature(autoencoder.__init__).parameters
     settings = {**{key: parameters[key].default for key in REQUIRED}, **stored}
     blocks, channels = settings["block_out_channels"], settings["latent_channels"]
@@ -87,8 +91,7 @@ class VAE:
         autoencoder = _autoencoder()
         self.settings = vae_settings(path)
         self.device = torch.device(device)
-        how = {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        self._model: Any = _either(path, lambda place, extra: autoencoder.from_pretrained(place, **how, **extra))
+        self._model: Any = _either(path, lambda place, extra: _load(autoencoder, place, extra))
         self._model.to(self.device).eval().requires_grad_(False)
 
     def format(self, image_size: int, dtype: str) -> LatentFormat:
@@ -164,6 +167,25 @@ def _autoencoder() -> Any:
     except ImportError:
         raise ConfigError("a VAE needs diffusers, which is not installed: pip install 'diffmoe_ds[vae]'.") from None
     return AutoencoderKL
+
+
+def _load(autoencoder: Any, place: str, extra: dict[str, str]) -> Any:
+    """Return the model with its weights.
+
+    Raises:
+        ValueError: it is too large, or lacks weights, which diffusers would initialize at random.
+    """
+    with torch.device("meta"):
+        outline = autoencoder.from_config(autoencoder.load_config(place, **extra))
+    count = sum(parameter.numel() for parameter in outline.parameters())
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"its config.json describes {count:,} parameters; the limit is {MAX_PARAMETERS:,}.")
+    how = {"use_safetensors": True, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    model, info = autoencoder.from_pretrained(place, output_loading_info=True, **how, **extra)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}.")
+    return model
 
 
 def _either(path: str, load: Any) -> Any:

@@ -24,6 +24,8 @@ from diffmoe_ds.files import expand_user
 DEFAULT = "efficientnet-lite0"
 CPU_BATCH = 5
 """Images that EfficientNet takes at once on CPUs; activations of 50 fall out of the caches, and take twice as long."""
+MAX_LAYERS = 512
+"""Most layers of a DINOv2; the largest has 40."""
 KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
 
 
@@ -144,10 +146,15 @@ class DinoExtractor:
         # Without trust_remote_code, transformers asks on standard input whether to run the code of a folder.
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            kind = AutoConfig.from_pretrained(folder, **local).model_type
-            if kind != "dinov2":
-                raise ValueError(f"the model type in config.json must be dinov2, got {kind}")
-            network: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, **local)
+            config = AutoConfig.from_pretrained(folder, **local)
+            if config.model_type != "dinov2":
+                raise ValueError(f"the model type in config.json must be dinov2, got {config.model_type}")
+            _check_size(Dinov2Model, config, folder)
+            loaded: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
+            network, info = loaded
+            missing = sorted(info["missing_keys"])
+            if missing:  # transformers would initialize them at random
+                raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
         except Exception as error:  # transformers and safetensors raise many types
             raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
         self._network = network.to(device, torch.float32).eval().requires_grad_(False)
@@ -167,6 +174,22 @@ class DinoExtractor:
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""
         return self.extract(images_BCHW).features_BF
+
+
+def _check_size(network_class: Any, config: Any, folder: Path) -> None:
+    """Check that a DINOv2 is not larger than its weights, so that a hostile `config.json` costs little memory.
+
+    Raises:
+        ValueError: it is.
+    """
+    layers = config.num_hidden_layers
+    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in network_class(config).parameters())
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if count > stored:
+        raise ValueError(f"config.json describes {count:,} parameters, but the files of weights have {stored:,} bytes")
 
 
 class UserExtractor:

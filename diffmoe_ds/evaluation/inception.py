@@ -7,7 +7,6 @@ logits without bias. Legend: B images, C channels, H, W height and width.
 from __future__ import annotations
 
 import io
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmoe_ds.checkpoint.reference_weights import RefusedFileError, check_pickles
 from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.outputs import Outputs, one_line, state_digest, to_rgb
@@ -99,6 +99,7 @@ def _load(network_class: Any, path: Path) -> nn.Module:
     """Return the network with the weights of a file, in eval mode."""
     problem = f"--extractor inception:{path}"
     try:
+        check_pickles(path)
         with open_regular(path) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
         # torch-fidelity would unpickle arbitrary objects, so pass it a copy that holds only tensors.
@@ -110,7 +111,9 @@ def _load(network_class: Any, path: Path) -> nn.Module:
         )
     except OSError as error:
         raise DataError(f"{problem}: cannot be read: {error.strerror or one_line(error)}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
+    except RefusedFileError as error:
+        raise DataError(f"{problem}: {error}, so it was not loaded.") from None
+    except Exception as error:  # the type depends on the defect
         raise DataError(
             f"{problem}: does not hold the weights of the 2015 Inception graph, published by torch-fidelity as "
             f"{WEIGHTS_NAME}: {one_line(error)}."

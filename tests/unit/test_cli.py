@@ -308,3 +308,27 @@ def test_help_ends_with_commands_to_paste(capsys, command):
 def test_repository_json_is_strict():
     for path in REPOSITORY.glob("ds_configs/*.json"):
         read_deepspeed_json(path)
+
+
+@pytest.mark.parametrize("text", ("\u0663", " 1", "1\n"))
+@pytest.mark.parametrize("option", ("--steps", "--cfg-scale"))
+def test_numbers_of_options_have_ascii_digits(capsys, option, text):
+    """Python's own conversion takes digits of any script, and spaces."""
+    with pytest.raises(SystemExit):
+        main(["sample", "--checkpoint", "x", "--out", "y", option, text])
+    assert f"argument {option}: invalid {'int' if option == '--steps' else 'float'} value: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", (["plan", "--world", "1" * 50_000], ["plan", "--" + "x" * 50_000]))
+def test_errors_do_not_repeat_endless_arguments(capsys, arguments):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert len(capsys.readouterr().err.partition("error: ")[2]) <= cli.MAX_MESSAGE + 1
+
+
+def test_absurd_numbers_are_refused(capsys, tmp_path):
+    """They would take hours."""
+    assert main(["init", str(tmp_path), "--size", "1000000000"]) == 2
+    assert "--size must be at most 16,384, got 1,000,000,000" in capsys.readouterr().err
+    assert main(["checkpoint", "reshard", str(tmp_path), "--world", "1000000000", "--out", str(tmp_path / "out")]) == 2
+    assert "--world must be at most 1,048,576, got 1,000,000,000" in capsys.readouterr().err

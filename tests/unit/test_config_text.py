@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
@@ -99,3 +101,37 @@ def test_configurations_that_older_versions_stored_load_unchanged():
         assert {key: value for key, value in section.items() if key not in newer} == stored[name]
         assert [key for key in section if key not in newer] == list(stored[name])
         assert all(section[key] == defaults[name][key] for key in newer)
+
+
+@pytest.mark.parametrize("recipe", ("false", "0", "[]", '""'))
+def test_a_recipe_that_is_not_a_mapping_is_refused(tmp_path, recipe):
+    """A value that Python takes for false is not an empty file."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(ConfigError, match="a recipe must be a mapping of sections"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        ("run.seed=010", "'010' is not a valid integer"),
+        ("run.save_every_minutes=1:30", "'1:30' is not a valid integer"),
+        ("run.rank_timeout_s=1:30.5", "'1:30.5' is not a valid number"),
+        ('run.seed="\u0663"', "run.seed must be an integer"),
+        ('run.seed=" 1 "', "run.seed must be an integer"),
+        ('optimizer.lr="\u0663"', "optimizer.lr must be a number"),
+        ('model.num_classes="\u0663"', "model.num_classes must be "),
+        ('run.profile_steps="\u0663-\u0664"', "run.profile_steps must be a step"),
+        ("model.name=L-E\u0668", "model.name: 'L-E\u0668' is not known"),
+        ("model.name=L-E08", "model.name: 'L-E08' is not known"),
+    ),
+)
+def test_numbers_that_could_mean_something_else_are_refused(override, message):
+    """YAML 1.1 reads 010 as 8 and 1:30 as 90; Python takes digits of any script."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("fashion", [override])
+
+
+def test_large_integers_in_quotes_are_exact():
+    assert load_config("fashion", ['run.seed="9007199254740993"']).run.seed == 9007199254740993

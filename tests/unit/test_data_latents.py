@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import image_shape, open_dataset
@@ -22,6 +23,7 @@ from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.tar_index import join, scan
+from diffmoe_ds.data.vae import VAE
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.rng import philox, posterior_noise, training_draws
 from tests.helpers.data import PNG, assert_same, by_position, loader, npy, photographs, take, tiny_vae, write_tar
@@ -276,3 +278,22 @@ def test_a_broken_raw_image_names_its_file(tmp_path):
     dataset = open_dataset(load_config("fashion", [f"data.path={tmp_path / 'photographs'}"]))
     with pytest.raises(DataError, match=r"image .*class-1/00001.jpg cannot be decoded: the file is empty"):
         dataset[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (None, r"config\.json that is not an object, but None"),
+        ({"block_out_channels": [16_384] * 3}, "parameters; the limit is 268,435,456"),
+        ({}, "its files lack 1 of the weights, such as decoder.conv_in.bias"),
+    ),
+)
+def test_a_vae_without_its_weights_or_absurdly_large_is_refused(tmp_path, change, message):
+    """Diffusers would initialize what is missing at random, whatever memory it takes."""
+    path = tiny_vae(tmp_path) / "config.json"
+    path.write_text(json.dumps(None if change is None else {**json.loads(path.read_text()), **change}))
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        VAE(str(tmp_path))

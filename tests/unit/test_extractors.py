@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -133,3 +134,42 @@ def test_a_pipe_in_the_place_of_inceptions_weights_is_refused(tmp_path):
     os.mkfifo(tmp_path / "weights.pth")
     with pytest.raises(DataError, match=r"weights\.pth: cannot be read: "):
         inception._load(None, tmp_path / "weights.pth")
+
+
+HOSTILE_PICKLES = {
+    "a missing memo": (b"\x80\x02h\x05.", "does not hold the weights"),
+    "half a number": (b"\x80\x02M\x01", "does not hold the weights"),
+    "half a pair": (b"\x80\x02}(K\x01u.", "does not hold the weights"),
+    "2 GB": (b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\x80\0\x85R.", "holds bytearray"),
+    "a million objects": (b"\x80\x02" + b"}0" * 600_000 + b"N.", "more than 524,288 operations"),
+}
+
+
+@pytest.mark.parametrize(("pickled", "message"), HOSTILE_PICKLES.values(), ids=HOSTILE_PICKLES)
+def test_hostile_weights_of_inception_are_refused(tmp_path, pickled, message):
+    with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
+        archive.writestr("weights/data.pkl", pickled)
+        archive.writestr("weights/version", "3\n")
+        archive.writestr("weights/byteorder", "little")
+    with pytest.raises(DataError, match=message):
+        inception._load(None, tmp_path / "weights.pth")
+
+
+def test_a_dinov2_without_its_weights_or_larger_than_them_is_refused(tmp_path):
+    """Transformers would initialize what is missing at random, whatever memory it takes."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"hidden_size": 1 << 20}, "parameters, but the files of weights have"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers in config.json must be from 1 to 512, got 1000000"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(DataError, match=message):
+            load_extractor(f"dinov2:{tmp_path}", CPU)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "layernorm.weight"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(DataError, match=r"lack 1 of the weights, such as layernorm\.weight"):
+        load_extractor(f"dinov2:{tmp_path}", CPU)

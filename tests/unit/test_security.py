@@ -113,7 +113,6 @@ FORBIDDEN_CALLS = re.compile(
 )
 """Calls that unpickle, import or execute, under the names that the package gives these modules."""
 ALLOWED = {
-    ("diffmoe_ds/evaluation/inception.py", "import pickle"),  # for the name of an exception
     (
         "diffmoe_ds/evaluation/extractors.py",
         "importlib.import_module",
