@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+ERROR_NUMBER = re.compile(r"\[Errno \d+\] ")
+
 
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, such as ``1 image`` or ``1,000 images``.
@@ -14,5 +18,5 @@ def counted(count: int, noun: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of another library's error without its full stop, to continue a sentence."""
-    return str(error).strip().rstrip(".")
+    """Return the message of a library's or system's error without full stop and number, to continue a sentence."""
+    return ERROR_NUMBER.sub("", str(error)).strip().rstrip(".")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from diffmoe_ds.cli import main
+from diffmoe_ds.data.prepare import preparation
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
@@ -30,6 +31,15 @@ def test_a_command_reports_a_file_that_the_system_refuses(tmp_path, capsys, monk
     monkeypatch.setattr(TrainPlan, "with_start", fail)
     assert main(["train", "--run-dir", str(tmp_path / "run"), "--dry-run"], handle_signals=False) == 5
     assert capsys.readouterr().err == f"diffmoe: error: {MESSAGE}\n"
+
+
+def test_prepare_names_the_file_and_the_reason(tmp_path, capsys, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    monkeypatch.setattr(preparation, "write_once", fail)
+    out = tmp_path / "out"
+    assert main(["prepare", "images", "--images", str(tmp_path / "images"), "--out", str(out), "--size", "8"]) == 5
+    assert f"--out {out} cannot be used: Stale file handle: '/disk/file'.\n" in capsys.readouterr().err
 
 
 def test_other_system_errors_are_not_hidden(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from diffmoe_ds.files import (
     write_tar,
     write_text,
 )
+from diffmoe_ds.text import reason
 
 REPORT = "report.json"
 MIXING_SEED = 0
@@ -136,7 +137,7 @@ def begin(preparation: Preparation) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"--out {preparation.out} cannot be used: {error}.") from None
+        raise CheckpointError(f"--out {preparation.out} cannot be used: {reason(error)}.") from None
 
 
 def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], None]) -> int:
@@ -236,7 +237,7 @@ def _record(path: Path) -> dict[str, Any]:
         _check_record(record)
         return record
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; run the same command again to continue.") from None
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; run the command again to continue.") from None
 
 
 def _check_record(record: dict[str, Any]) -> None:

@@ -233,7 +233,7 @@ class ShardDataset:
                     return scan(shard, file, size)
                 unpacked = _unpack(shard, file)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
+            raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {reason(error)}") from error
         index, images = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
         self._unpacked[number] = StoredBytes(images)
         return index
@@ -248,7 +248,7 @@ class ShardDataset:
             done = os.preadv(file.fileno(), buffers, offset)
             status = os.fstat(file.fileno())
         except OSError as error:
-            raise DataError(f"shard {self._shards[number]} can no longer be read: {error}") from error
+            raise DataError(f"shard {self._shards[number]} can no longer be read: {reason(error)}") from error
         if done != size or status.st_size != self.index.shards[number].bytes or status.st_mtime_ns != changed:
             raise DataError(
                 f"shard {self._shards[number]} has {status.st_size} bytes where {self.index.shards[number].bytes} "

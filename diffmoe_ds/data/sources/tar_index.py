@@ -17,6 +17,7 @@ import numpy as np
 
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text import reason
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
@@ -125,7 +126,7 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
     except RecursionError:
         raise DataError(f"shard {shard} has a member with hundreds of headers") from None
     except (OSError, EOFError, tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {error}") from error
+        raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {reason(error)}") from error
     samples = np.frombuffer(rows, np.int64).reshape(-1, len(Entry._fields))
     index = Index(
         (ShardInfo(shard, size, len(samples)),),
