@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -32,6 +33,7 @@ _outputs: list[_Output] = []
 def protect() -> None:
     """Replace ``sys.stdout`` and ``sys.stderr`` of this process, unless a notebook or a test has replaced them."""
     codecs.register_error(ERRORS, _escape)
+    _open_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
@@ -44,6 +46,20 @@ def lost_output() -> OSError | None:
         sys.stdout.flush()
     errors = [output.error for output in _outputs if output.error is not None]
     return next((error for error in errors if error.errno != errno.EPIPE), None)
+
+
+def _open_closed() -> None:
+    """Open the null device in place of closed standard streams.
+
+    Otherwise the next files to be opened get their numbers, and what C libraries print ends up in these files.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _protected(stream: io.TextIOWrapper) -> io.TextIOWrapper:

@@ -166,8 +166,9 @@ class PositionLoader:
         items = iter(loader)
         started = [child for child in multiprocessing.active_children() if child not in others]
         if workers and _in_main_thread():
-            # torch's handler raises wherever the main thread is when a worker dies, even in the middle of a save
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+            # torch's handler raises wherever the main thread is when a worker dies, even in the middle of a save.
+            # If this process has inherited that the signal is ignored, it could not learn of the death at all.
+            signal.signal(signal.SIGCHLD, handler if callable(handler) else signal.SIG_DFL)
         try:
             for number in itertools.count():
                 with _reporting_deaths(started, self._rank):

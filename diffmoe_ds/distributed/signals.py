@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SAME_PRESS_S = 0.3
@@ -26,6 +26,7 @@ def listen() -> None:
     """Record the signals from now on instead of exiting; a second Ctrl-C exits immediately."""
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a process inherits the signals that its parent blocked
 
 
 @contextmanager
@@ -35,10 +36,12 @@ def listening() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     listen()
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)
         _received.clear()
@@ -66,5 +69,14 @@ def _note(number: int, frame: object) -> None:
             os._exit(128 + number)  # exits even if the main thread is blocked
         if signal.SIGINT not in _received:
             _interrupted_at = now
-            print("\nSaving after this step, then exiting; press Ctrl-C again to exit now", file=sys.stderr, flush=True)
+            _say("\nSaving after this step, then exiting; press Ctrl-C again to exit now\n")
     _received.append(signal.Signals(number))
+
+
+def _say(text: str) -> None:
+    """Print from a signal handler, which may have interrupted a write to the same stream."""
+    try:
+        print(text, file=sys.stderr, end="", flush=True)
+    except RuntimeError:  # a reentrant call
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), text.encode())

@@ -151,3 +151,35 @@ def test_a_recipe_is_not_written_in_part(tmp_path, capsys, monkeypatch):
     assert main(["init", str(folder), "--out", str(out)]) == 5
     assert f"{out}: cannot be written: No space left on device." in capsys.readouterr().err
     assert not os.listdir(out.parent)
+
+
+CLOSED = """
+import os, sys
+from diffmoe_ds.cli import console
+console.protect()
+with open(sys.argv[1], "w") as file:
+    os.write(2, b"printed by a C library")
+    print("a line")
+    print("a line", file=sys.stderr)
+    assert sys.stdin.read() == "" and not sys.stderr.isatty()
+    file.write(f"descriptor {file.fileno()}")
+"""
+
+
+def test_closed_streams_are_not_replaced_by_the_next_files(tmp_path):
+    """What a C library prints to a closed stream must not end up in a checkpoint."""
+    path = tmp_path / "file"
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", CLOSED, str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=clean_environment(), timeout=240, check=False)
+    assert done.returncode == 0 and path.read_text().startswith("descriptor ")
+    assert int(path.read_text().split()[1]) > 2
+
+
+@pytest.mark.slow
+def test_the_images_are_read_without_a_standard_error():
+    command = [sys.executable, "-m", "diffmoe_ds", "train", "--dry-run", "--thorough"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command],
+        stdout=subprocess.PIPE, cwd=REPOSITORY, env=clean_environment(), timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and b"read" in done.stdout, done.stdout

@@ -178,7 +178,19 @@ print("went on")
 sys.exit(7)
 """
 
-
+LOST = f"""{OPEN}
+from diffmoe_ds.errors import WorkerLostError
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a process can inherit this
+batches = open_batches(1)
+next(batches)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+time.sleep(0.5)  # the kernel tells this process about it here
+try:
+    for _ in range(10):
+        next(batches)
+except WorkerLostError as error:
+    print(error)
+"""
 KILLED = f"""{OPEN}
 start_worker = loader_module._start_worker
 
@@ -209,3 +221,8 @@ def test_a_worker_exits_if_its_process_is_killed_while_it_starts(tmp_path):
 def test_workers_survive_the_signals_that_stop_a_run_and_exit_with_it(tmp_path):
     finished = run(tmp_path / "signalled.py", SIGNALLED)
     assert "went on" in finished.output and finished.code == 7 and "Traceback" not in finished.output
+
+
+def test_a_lost_worker_is_noticed_where_the_signal_of_its_end_is_ignored(tmp_path):
+    finished = run(tmp_path / "lost.py", LOST)
+    assert finished.code == 0 and "was killed by SIGKILL" in finished.output, finished.output
