@@ -17,6 +17,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def shortened(text: str, length: int = 80) -> str:
+    """Return at most ``length`` characters of a text, the last three of them dots if there are more."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def reason(error: Exception) -> str:
     """Return the message of a library's or system's error without full stop and number, to continue a sentence."""
     return ERROR_NUMBER.sub("", str(error)).strip().rstrip(".")

@@ -23,6 +23,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import Digest, write_json
+from diffmoe_ds.text import shortened
 
 T = TypeVar("T")
 
@@ -163,7 +164,9 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
     found = tree.get("format") if isinstance(tree, dict) else tree
     if type(found) is not int or found != FORMAT:
         advice = "; update diffmoe_ds" if type(found) is int and found > FORMAT else ""
-        raise CheckpointError(f"{source}: has format {_shown(found)}, but this version reads {FORMAT}{advice}.")
+        raise CheckpointError(
+            f"{source}: has format {shortened(repr(found))}, but this version reads {FORMAT}{advice}."
+        )
     top = _Object(tree, source)
     return CheckpointMetadata(
         files=top.count("files"),
@@ -289,7 +292,7 @@ class _Object:
 
     def error(self, key: str, value: Any, valid: str) -> CheckpointError:
         name = printable(f"{self.prefix}{key}")
-        return CheckpointError(f"{self.source}: {name} is {_shown(value)}, but it must be {valid}.")
+        return CheckpointError(f"{self.source}: {name} is {shortened(repr(value))}, but it must be {valid}.")
 
     def value(self, key: str, kind: type[T]) -> T:
         value = self.tree.get(key)
@@ -342,8 +345,3 @@ def _scheduled(now: _Object) -> ScheduledValues:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(cast(float, value)) <= LARGEST
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

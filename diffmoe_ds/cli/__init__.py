@@ -18,6 +18,7 @@ from diffmoe_ds.distributed import signals
 from diffmoe_ds.distributed.launch import resolve_launch
 from diffmoe_ds.distributed.shutdown import shutdown
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue, as_reported
+from diffmoe_ds.text import shortened
 
 COMMANDS = {
     "init": "look at images and write a recipe that fits them",
@@ -119,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     except (DiffMoEError, OSError) as raised:
         error = as_reported(raised)
         if _should_print(error):
-            print(f"diffmoe: error: {_shown(str(error))}", file=sys.stderr, flush=True)
+            print(f"diffmoe: error: {shortened(str(error), MAX_MESSAGE)}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -159,7 +160,7 @@ class _OptionParser(argparse.ArgumentParser):
             self.register("type", kind, partial(_number, kind))
 
     def error(self, message: str) -> NoReturn:
-        super().error(_shown(message))
+        super().error(shortened(message, MAX_MESSAGE))
 
 
 class _CommandParser(_OptionParser):
@@ -187,11 +188,6 @@ def _number(kind: Callable[[str], float], text: str) -> float:
     if not text.isascii() or text != text.strip():
         raise ValueError
     return kind(text)
-
-
-def _shown(message: str) -> str:
-    """Return an error, shortened to `MAX_MESSAGE` characters."""
-    return message if len(message) <= MAX_MESSAGE else f"{message[: MAX_MESSAGE - 3]}..."
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,8 +24,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from diffmoe_ds.config.nearest import shortened
+from diffmoe_ds.config.nearest import MAX_SHOWN
 from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
+from diffmoe_ds.text import shortened
 
 MAX_BITS = 64
 """Longest integer that a field accepts."""
@@ -53,7 +54,7 @@ def short_repr(value: Any) -> str:
 
 def printable(name: str) -> str:
     """Return a key, shortened if it is long, and quoted if it contains line breaks or control characters."""
-    name = shortened(name)
+    name = shortened(name, MAX_SHOWN)
     return name if name.isprintable() else repr(name)
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+from diffmoe_ds.text import shortened
+
 MAX_SHOWN = 400
 """Most characters of a key or an unknown value in an error message."""
-
-
-def shortened(text: str) -> str:
-    """Return at most `MAX_SHOWN` characters of a text, and dots if there are more."""
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def did_you_mean(name: object, valid: Collection[str]) -> str:
@@ -24,4 +21,4 @@ def did_you_mean(name: object, valid: Collection[str]) -> str:
 def unknown(where: str, name: object, valid: Collection[str], *, lists_valid: bool = True) -> str:
     """Return one sentence with the key, the value found, the nearest valid value and, unless switched off, all."""
     listed = f"valid: {', '.join(sorted(valid))}." if lists_valid else ""
-    return f"{where}: {shortened(repr(name))} is not known; {did_you_mean(name, valid)}{listed}".rstrip("; ")
+    return f"{where}: {shortened(repr(name), MAX_SHOWN)} is not known; {did_you_mean(name, valid)}{listed}".rstrip("; ")

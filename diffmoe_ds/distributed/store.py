@@ -199,8 +199,11 @@ def read_from_rank_0(store: dist.Store, key: str, rank_0: str, timeout_s: float,
     thread = threading.Thread(target=wait, name="rendezvous", daemon=True)
     thread.start()
     while thread.is_alive():
+        before = time.monotonic()
         thread.join(POLL_S)
         now = time.monotonic()
+        if now - before > silence_s + POLL_S:  # this process was suspended, perhaps with all others
+            start, answered = start + now - before, now
         if not found and (now - start > timeout_s or now - answered > silence_s + POLL_S):
             waited_s = min(now - start, max(now - answered, timeout_s))
             found.append(b"")  # ends the thread

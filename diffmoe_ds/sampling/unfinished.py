@@ -38,6 +38,7 @@ from diffmoe_ds.outputs import fence_others, own_directory, taken_over
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.output import PNG
 from diffmoe_ds.sampling.turns import Shard
+from diffmoe_ds.text import shortened
 
 FOLDER = "unfinished"
 MANIFEST = "manifest.json"
@@ -251,9 +252,10 @@ class UnfinishedSet:
         found, wanted = tree["settings"], json.loads(json.dumps(settings))  # tuples become lists, as in the file
         for name in (*wanted, *found):
             if found.get(name) != wanted.get(name):
+                before, now = (shortened(str(each.get(name))) for each in (found, wanted))
                 raise ConfigError(
                     f"--out {self.out} holds an unfinished set that was started with --{name.replace('_', '-')} "
-                    f"{_shown(found.get(name))}, got {_shown(wanted.get(name))}; use the same options to continue it, "
+                    f"{before}, got {now}; use the same options to continue it, give "
                     f"another --out, or remove {self.folder}."
                 )
         return tree
@@ -300,8 +302,3 @@ class UnfinishedSet:
 
 def _short(identity: str) -> str:
     return identity[:8]
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +140,33 @@ store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 print(store.port, flush=True)
 time.sleep(300)
 """
+
+
+READ = """
+import sys, torch.distributed as dist
+from diffmoe_ds.distributed.store import read_from_rank_0
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+store.set("connected", "")
+print(read_from_rank_0(store, "key", "rank 0", 2, 0.5).decode(), flush=True)
+"""
+
+
+def test_a_rank_that_was_suspended_during_startup_does_not_blame_rank_0():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, "-c", READ, str(server.port)]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        server.wait(["connected"], timedelta(seconds=60))
+        time.sleep(0.3)
+        os.kill(waiting.pid, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(waiting.pid, signal.SIGCONT)
+        time.sleep(0.2)
+        server.set("key", "value")
+        assert waiting.communicate(timeout=60)[0] == "value\n" and waiting.returncode == 0
+    finally:
+        waiting.kill()
+        waiting.wait()
 
 
 def test_a_rank_0_that_is_frozen_after_the_others_have_connected_is_named(monkeypatch):
