@@ -140,11 +140,11 @@ def test_ranks_find_the_store_of_their_own_attempt(monkeypatch):
         del store
 
 
-@pytest.mark.parametrize("port", (free_port(), "", "x"))
+@pytest.mark.parametrize("port", (None, "", "x"))
 def test_a_rank_without_rank_0_reports_it(monkeypatch, port):
     monkeypatch.setenv(AGENT_STORE, "True")
     agent = server()
-    agent.set(ADDRESS, f"127.0.0.1 {port}")
+    agent.set(ADDRESS, f"127.0.0.1 {free_port() if port is None else port}")
     launch = Launch(1, 2, 0, 1, "torchrun's RANK", "127.0.0.1", agent.port)
     with pytest.raises(LaunchError, match=r"rank 1 on \S+ cannot reach rank 0 through torchrun's store at 127.*within"):
         move_to_own_store(launch, 0.5)
