@@ -24,4 +24,5 @@ def shortened(text: str, length: int = 80) -> str:
 
 def reason(error: Exception) -> str:
     """Return the message of a library's or system's error without full stop and number, to continue a sentence."""
-    return ERROR_NUMBER.sub("", str(error)).strip().rstrip(".")
+    text = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+    return ERROR_NUMBER.sub("", text).strip().rstrip(".")

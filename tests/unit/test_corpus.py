@@ -58,7 +58,7 @@ def test_hostile_files_are_bounded():
 @pytest.mark.skipif(bool(EXAMPLES), reason="is the test that starts this run")
 def test_many_examples():
     """The fuzz tests with new examples at every run."""
-    command = [sys.executable, "-m", "pytest", "-x", "tests/unit", "-k", "test_fuzz"]
+    command = [sys.executable, "-m", "pytest", "tests/unit", "-k", "test_fuzz"]
     environment = clean_environment(DIFFMOE_FUZZ_EXAMPLES="2000", PYTHONPATH=str(REPOSITORY))
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=14_400)
     assert done.returncode == 0, done.stdout[-5000:]

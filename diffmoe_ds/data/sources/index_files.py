@@ -34,6 +34,7 @@ from diffmoe_ds.data.sources.verified import has_sha256
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json
 from diffmoe_ds.npy import read_header, write_array
+from diffmoe_ds.text import reason
 
 INDEX = "index.json"
 SAMPLES = "index-samples.npy"
@@ -99,7 +100,7 @@ def load_index(folder: Path, *, rehash: bool = False) -> Index:
         fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
         fits = fits and tree["version"] == VERSION and sum(shard.samples for shard in shards) == len(samples)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"the index {folder / INDEX} cannot be read: {error!r}; {remedy}") from None
+        raise DataError(f"the index {folder / INDEX} cannot be read: {reason(error)}; {remedy}") from None
     if not fits:
         raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
     index = Index(shards, samples, keys, latents, classes)
