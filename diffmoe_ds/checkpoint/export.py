@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
-from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_complete
 from diffmoe_ds.checkpoint.metadata import MAX_INT, stored_config, stored_names
 from diffmoe_ds.checkpoint.pieces import Run
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
@@ -264,6 +264,7 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
             yield reader.read(kind, name, start, count).to(dtype)
             bar.update(count)
 
+    check_complete(reader)
     entries = []
     for name, shape in reader.metadata.shapes.items():
         numel = torch.Size(shape).numel()

@@ -18,10 +18,13 @@ from diffmoe_ds.checkpoint.metadata import read_metadata
 from diffmoe_ds.checkpoint.pieces import FLOAT, PieceIndex, Rows, Run, buffers_of, merge_rows, rows_of
 from diffmoe_ds.checkpoint.tensor_file import TensorFile
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
+from diffmoe_ds.config.fields import printable
 from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Reading, allow_open_files, unwatched
+from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.text import shortened
 
 FIXED = {
     "model": (
@@ -197,8 +200,9 @@ class CheckpointReader:
 
     def read(self, kind: str, name: str, start: int, numel: int, out: Tensor | None = None) -> Tensor:
         """Return a range of a flattened logical tensor; see `WeightsReader.read`."""
+        runs = self.runs(kind, name, start, numel)  # first: more than is stored could not be allocated
         out = torch.empty(numel, dtype=torch.float32) if out is None else out
-        for run in self.runs(kind, name, start, numel):
+        for run in runs:
             self.read_run(name, run, out[run.start - start : run.start - start + run.numel])
         return out
 
@@ -291,6 +295,23 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))
     return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
+def check_complete(reader: CheckpointReader) -> None:
+    """Check that a checkpoint describes exactly the tensors of its model, before they are copied.
+
+    Raises:
+        CheckpointError: names the first one that is missing, unknown or of another shape.
+    """
+    model = empty_model(reader.config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted |= {name: (buffer.numel(),) for name, buffer in model.named_buffers() if name != "pos_embed"}
+    found = reader.metadata.shapes | {name: (numel,) for name, numel in reader.buffers().items()}
+    name = min((name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)), default=None)
+    if name is not None:
+        there = f"has the shape {shortened(str(found[name]))}" if name in found else "is missing"
+        here = f"is {wanted[name]}" if name in wanted else "lacks it"
+        raise CheckpointError(f"{reader.path}: {printable(name)} {there}, but the model of its configuration {here}.")
 
 
 def check_same_moments(reader: CheckpointReader, optimizer: str) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffmoe_ds.checkpoint.export import PIECE_NUMEL
 from diffmoe_ds.checkpoint.layout import BUFFER, META, fragment_key, rank_file
-from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.load import CheckpointReader, check_complete
 from diffmoe_ds.checkpoint.metadata import write_manifest
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.deepspeed_keys import MOMENTS
@@ -36,11 +37,12 @@ def reshard(reader: CheckpointReader, out: Path, world: int, ep_size: int) -> No
 
     Raises:
         TopologyError: the EP size does not divide the experts or the ranks.
-        CheckpointError: ``out`` exists or cannot be written; nothing of it is left.
+        CheckpointError: the checkpoint is incomplete, or ``out`` exists or cannot be written; nothing of it is left.
     """
     ranks = [Topology(rank, world, ep_size, reader.config.num_experts) for rank in range(world)]
     if out.exists():
         raise CheckpointError(f"--out {out}: already exists; a checkpoint is never overwritten.")
+    check_complete(reader)
     with new_directory(out) as tmp:
         files = {}
         for topology in tqdm(ranks, unit="file", desc="reshard"):
@@ -69,7 +71,8 @@ def _write(reader: CheckpointReader, topology: Topology, path: Path) -> Digest:
 
 
 def _read_lazily(reader: CheckpointReader, kind: str, name: str, start: int, numel: int) -> Iterator[Tensor]:
-    yield reader.read(kind, name, start, numel)
+    for first in range(start, start + numel, PIECE_NUMEL):
+        yield reader.read(kind, name, first, min(PIECE_NUMEL, start + numel - first))
 
 
 def _part(shape: tuple[int, ...], is_expert: bool, topology: Topology) -> tuple[int, int]:

@@ -210,7 +210,7 @@ def _check_extractor(reader: NpzReader, extractor: Extractor) -> None:
     try:
         is_text = header.dtype.kind == "U" and not header.shape
         found = str(reader.array("extractor", 4096).item()) if is_text else "unknown"
-    except ValueError:  # not Unicode
+    except (ValueError, SystemError):  # not Unicode, by a little or by far
         found = "unknown"
     if found != extractor.name:
         shown = found[:80] if found.isprintable() else "unknown"

@@ -176,7 +176,7 @@ class UnfinishedSet:
                 return None
             file.seek(min(after, size))
             counts: Pixels = read_array(file, size - after)
-            if counts.dtype != np.int64 or counts.ndim != 2 or not counts.size:
+            if counts.dtype != np.int64 or counts.ndim != 2 or not counts.shape[1]:
                 raise ValueError("not counts")
         self._check_shape(shard, "counts", counts.shape)
         return counts

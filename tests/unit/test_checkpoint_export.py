@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffmoe_ds.checkpoint import export as model_file
-from diffmoe_ds.checkpoint.export import ModelFileReader
-from diffmoe_ds.checkpoint.layout import checkpoint_name
+from diffmoe_ds.checkpoint.export import ModelFileReader, export
+from diffmoe_ds.checkpoint.layout import META, checkpoint_name
 from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
+from diffmoe_ds.checkpoint.reshard import reshard
 from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
@@ -104,6 +105,7 @@ def test_export_holds_one_piece_in_memory(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_file, "PIECE_NUMEL", 512)
+        patch.setattr(model_file, "check_complete", lambda reader: None)  # of one large tensor only
         model_file.export(Counting(), "ema", tmp_path / "out")
     assert largest == 512
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].shape == (1000, 100)
@@ -121,6 +123,23 @@ def test_an_export_replaces_no_model_and_a_header_that_lies_is_refused(tmp_path,
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
     with pytest.raises(CheckpointError, match="cannot be read"):
         ModelFileReader(out)
+
+
+@pytest.mark.parametrize("name", ("x_embedder.proj.bias", "y"))
+@pytest.mark.parametrize("shape", ([2**62], [1], [0]))
+def test_a_checkpoint_whose_shapes_are_not_those_of_its_model_is_not_copied(run_copy, tmp_path, capsys, name, shape):
+    path = newest_valid(run_copy, full=False)
+    tree = json.loads((path / META).read_text())
+    tree["shapes"][name] = shape
+    (path / META).write_text(json.dumps(tree))
+    reader = CheckpointReader(path)
+    for copy in (lambda: reshard(reader, tmp_path / "r", 1, 1), lambda: export(reader, "raw", tmp_path / "e")):
+        with pytest.raises(CheckpointError, match=f"{name} has the shape"):
+            copy()
+    assert not list(tmp_path.glob("[er]"))
+    for kind in ("fp32", "buffer"):
+        with pytest.raises(CheckpointError, match="elements requested"):
+            reader.read(kind, name, 0, 2**62)
 
 
 def test_a_model_with_other_classes_may_start_a_run_but_not_resume_one(run_directory):

@@ -297,6 +297,7 @@ def test_invalid_statistics_are_refused(samples, tmp_path, evaluate):
         ({"n": np.array([2**62])}, "n must be at most 1,000,000,000,000, got 4611686018427387904"),
         ({"n": np.array([8]), "features": np.full((8, 48), np.nan, np.float32)}, "features contains NaN or Inf"),
         ({"extractor": np.array("a\n\x1b[31m")}, "statistics are from unknown, but --extractor is"),
+        ({"extractor": np.frombuffer(b"\xff" * 4, "<U1").reshape(())}, "statistics are from unknown"),
         ({"image_size": np.array([64, 64])}, "the images have 64x64 pixels, but the evaluated ones 12x12"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 features, but"),
     ):

@@ -191,6 +191,15 @@ def test_the_counts_of_all_shards_are_summed_also_next_to_shards_of_an_earlier_v
     assert not capsys.readouterr().out
 
 
+def test_a_model_without_layers_of_experts_is_not_counted(tmp_path):
+    made = open_set(ImageSet(4, 0, (0,), "cycle", tmp_path, "npz"), dict, 2, False, OneProcess())
+    for shard in made.shards:
+        made.files.write(shard, np.zeros((2, 8, 8, 1), np.uint8), np.zeros((0, 2), np.int64))
+    assert not made.counted()[0].any()
+    made.assemble()
+    assert (tmp_path / "samples.npz").exists()
+
+
 def test_discarded_images_are_not_counted(tmp_path):
     meter = CapacityMeter(model_of(config_of("batch_pool")))
 
@@ -238,7 +247,8 @@ def test_damaged_shards_and_manifests_give_one_sentence(tmp_path, damage):
         ((8, 8, 7), COUNTS, "is damaged"),
         ((0, 8, 1), COUNTS, "is damaged"),
         ((8, 8, 1), COUNTS[:, :1], "its counts have the shape"),
-        ((8, 8, 1), COUNTS[:0], "is damaged"),
+        ((8, 8, 1), COUNTS[:0], "its counts have the shape"),
+        ((8, 8, 1), COUNTS[:, :0], "is damaged"),
     ),
 )
 def test_shards_of_other_shapes_give_one_sentence(tmp_path, shape, counts, message):
