@@ -6,7 +6,8 @@ weights, moments, averaged weights) share one row of numbers, and ranks exchange
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,25 +42,28 @@ class Run(NamedTuple):
     """First byte in the file."""
 
 
-def rows_of(header: Mapping[str, Stored], file: int, names: Iterable[str]) -> Rows:
-    """Return the rows of one file. Buffers, and tensors that ``names`` does not list, have none.
+def rows_of(header: Mapping[str, Stored], file: int, shapes: Mapping[str, Sequence[int]]) -> Rows:
+    """Return the rows of one file. Buffers, and tensors that ``shapes`` does not list, have none.
 
     Args:
         header: the file's tensors.
         file: the file's number.
-        names: of the parameters; a tensor's number is its place here.
+        shapes: of the parameters; a tensor's number is its place here.
 
     Raises:
-        ValueError: a tensor is not a fragment.
+        ValueError: a tensor is not a fragment of one of these.
         OverflowError: a fragment starts beyond any tensor.
     """
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(shapes)}
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
     found: dict[tuple[int, int, int], list[int]] = {}
     for key, stored in header.items():
         kind, name, start = parse_key(key)
         if stored.dtype != "F32" or len(stored.shape) != 1:
             raise ValueError(f"{key!r} is {stored.dtype} {list(stored.shape)}, not flat F32")
         if kind in KINDS and name in numbers:
+            if start + stored.shape[0] > numels[name]:
+                raise ValueError(f"{key!r} ends beyond {name}")
             offsets = found.setdefault((numbers[name], start, stored.shape[0]), [-1] * len(KINDS))
             offsets[KINDS.index(kind)] = stored.offset
     table = [(*place, file, *offsets) for place, offsets in found.items()]
