@@ -5,16 +5,22 @@
 #
 # --dry-run, anywhere on the line, prints the command.
 # Variables:
-#   PROCESSES   number of ranks (the number of GPUs, or 1)
+#   PROCESSES   number of ranks (the number of visible GPUs, or 1)
 #   PYTHON      the interpreter (python)
 set -euo pipefail
 dry_run="" options=()
 for option; do
   if [[ $option == --dry-run ]]; then dry_run=yes; else options+=("$option"); fi
 done
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+processes=${PROCESSES:-}
+if [[ -z $processes && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES" && processes=${#visible[@]}
+elif [[ -z $processes ]]; then
+  processes=$(timeout 60 nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+[[ $processes != 0 ]] || processes=1
 command=("${PYTHON:-python}" -m torch.distributed.run --standalone
-  --nproc_per_node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+  --nproc_per_node "$processes"
   -m diffmoe_ds.train "${options[@]}")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"

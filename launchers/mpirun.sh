@@ -23,7 +23,7 @@ for name in PYTHONPATH PATH LD_LIBRARY_PATH NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAM
 done
 [[ -z ${RANKS:-} ]] || command+=(-n "$RANKS")
 [[ $EUID -ne 0 ]] || command+=(--allow-run-as-root)
-read -ra more <<<"${MPI_OPTIONS:-}"
+read -rd "" -a more <<<"${MPI_OPTIONS:-}" || true # to the end, not to the first line break
 command+=("${more[@]}" "$python" -u -m diffmoe_ds.train "${options[@]}")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"

@@ -11,14 +11,20 @@
 #   MASTER_PORT   rendezvous port on that node (29500)
 #   RESTARTS      restarts of each node's ranks after failures, with MIN:MAX (3)
 #   RUN_ID        name of the run, the same on all nodes, with MIN:MAX (a checksum of the options)
-#   PROCESSES     ranks per node (the number of GPUs, or 1)
+#   PROCESSES     ranks per node (the number of visible GPUs, or 1)
 #   PYTHON        the interpreter (python)
 set -euo pipefail
 dry_run="" options=()
 for option; do
   if [[ $option == --dry-run ]]; then dry_run=yes; else options+=("$option"); fi
 done
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+processes=${PROCESSES:-}
+if [[ -z $processes && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES" && processes=${#visible[@]}
+elif [[ -z $processes ]]; then
+  processes=$(timeout 60 nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+[[ $processes != 0 ]] || processes=1
 [[ ${NODES:-1} == 1 ]] || : "${MASTER_ADDR:?set it to the host name of the node with NODE_RANK 0}"
 address=${MASTER_ADDR:-localhost} port=${MASTER_PORT:-29500}
 if [[ ${NODES:-1} == *:* ]]; then
@@ -33,7 +39,7 @@ else
   rendezvous=(--node_rank "${NODE_RANK:-0}" --master_addr "$address" --master_port "$port")
 fi
 command+=("${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:-1}"
-  --nproc_per_node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" "${rendezvous[@]}" -m diffmoe_ds.train "${options[@]}")
+  --nproc_per_node "$processes" "${rendezvous[@]}" -m diffmoe_ds.train "${options[@]}")
 if [[ -n $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo
