@@ -134,11 +134,11 @@ def test_a_checkpoint_whose_shapes_are_not_those_of_its_model_is_not_copied(run_
     (path / META).write_text(json.dumps(tree))
     reader = CheckpointReader(path)
     for copy in (lambda: reshard(reader, tmp_path / "r", 1, 1), lambda: export(reader, "raw", tmp_path / "e")):
-        with pytest.raises(CheckpointError, match=f"{name} has the shape"):
+        with pytest.raises(CheckpointError, match=f"{name} has the shape|ends beyond {name}"):
             copy()
     assert not list(tmp_path.glob("[er]"))
     for kind in ("fp32", "buffer"):
-        with pytest.raises(CheckpointError, match="elements requested"):
+        with pytest.raises(CheckpointError, match="elements requested|ends beyond"):
             reader.read(kind, name, 0, 2**62)
 
 

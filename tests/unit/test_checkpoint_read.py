@@ -166,6 +166,14 @@ def test_few_files_are_open_and_none_after_closing(tmp_path, monkeypatch):
         assert str(reader.path) not in maps.read()
 
 
+@pytest.mark.parametrize("start, numel", ((3, 4), (6, 1), (0, 7)))
+def test_a_piece_that_ends_beyond_its_tensor_is_refused(tmp_path, start, numel):
+    pieces = [[("ema", 0, torch.ones(6)), ("ema", start, torch.ones(numel))]]
+    reader = checkpoint(tmp_path / "c", pieces, (2, 3))
+    with pytest.raises(CheckpointError, match=rf"cannot be read: 'ema/w@{start}' ends beyond w\.$"):
+        reader.read("ema", "w", 0, 6)
+
+
 def test_every_file_of_many_is_opened_once(tmp_path, monkeypatch):
     """A tensor of ZeRO 3 is in all files, so reading tensor after tensor would open them again and again."""
     limits, files = [(256, 4096)], []
