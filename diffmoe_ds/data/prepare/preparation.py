@@ -252,7 +252,7 @@ def _check_record(record: dict[str, Any]) -> None:
         type(row) is list and len(row) == 4 and all(type(number) is int and -1 <= number < 2**63 for number in row)
         for row in rows
     )
-    valid = valid and type(keys) is list and all(type(key) is str for key in keys)
+    valid = valid and type(keys) is list and all(type(k) is str and k.encode(errors="surrogateescape") for k in keys)
     valid = valid and len(rows) == len(keys) == info.samples
     valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
     valid = valid and all(type(entry["key"]) is type(entry["reason"]) is str for entry in record["skipped"])

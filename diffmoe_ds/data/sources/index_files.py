@@ -42,6 +42,8 @@ KEYS = "index-keys.npy"
 VERSION = 1
 ROWS_AT_ONCE = 1 << 16
 """Rows that are checked together, so that the check of a large index takes little memory."""
+MAX_SHARD_NAME = 3000
+"""Most bytes of a shard's name, which is quoted in errors."""
 SETTINGS = "settings.json"
 """The settings of a preparation; kept when the dataset is finished."""
 PARTS = "parts"
@@ -146,7 +148,8 @@ def shard_info(tree: Any) -> ShardInfo:
     """
     info = ShardInfo(tree["name"], tree["bytes"], tree["samples"])
     numbers = (info.bytes, info.samples)
-    if type(info.name) is not str or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+    valid = type(info.name) is str and len(os.fsencode(info.name)) <= MAX_SHARD_NAME and "\0" not in info.name
+    if not valid or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"invalid shard {str(info)[:200]}")
     return info
 
