@@ -23,7 +23,7 @@ from diffmoe_ds.config.load import config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Reading, allow_open_files, unwatched
-from diffmoe_ds.model.dit import empty_model
+from diffmoe_ds.model.dit import empty_model, saved_buffers
 from diffmoe_ds.text import shortened
 
 FIXED = {
@@ -305,7 +305,7 @@ def check_complete(reader: CheckpointReader) -> None:
     """
     model = empty_model(reader.config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wanted |= {name: (buffer.numel(),) for name, buffer in model.named_buffers() if name != "pos_embed"}
+    wanted |= {name: (buffer.numel(),) for name, buffer in saved_buffers(model).items()}
     found = reader.metadata.shapes | {name: (numel,) for name, numel in reader.buffers().items()}
     name = min((name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)), default=None)
     if name is not None:

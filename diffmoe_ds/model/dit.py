@@ -206,6 +206,11 @@ def empty_model(config: Config) -> DiT:
         return DiT(config)
 
 
+def saved_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that checkpoints hold, by name; the positions follow from the configuration."""
+    return {name: buffer for name, buffer in model.named_buffers() if name != "pos_embed"}
+
+
 def allocate(model: DiT, device: torch.device | str, dtype: torch.dtype = torch.float32) -> DiT:
     """Give a model on the meta device storage, with uninitialized values.
 

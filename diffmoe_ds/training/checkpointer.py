@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from torch import Tensor
-
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
 from diffmoe_ds.checkpoint.save import CheckpointSaver
 from diffmoe_ds.distributed import deepspeed_seam as seam
@@ -16,6 +14,7 @@ from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import AlreadyReportedError, CheckpointError, DiffMoEError, Requeue
+from diffmoe_ds.model.dit import saved_buffers
 from diffmoe_ds.training.setup import Run
 
 
@@ -64,7 +63,7 @@ class Checkpointer:
         self._check_lock()
         run, start = self._run, time.perf_counter()
         self._started_images, self._started_s = run.images, time.monotonic()
-        self._saver.start(run.ema.fragments, run.ema.values, _buffers(run), _metadata(run))
+        self._saver.start(run.ema.fragments, run.ema.values, saved_buffers(run.model), _metadata(run))
         self._pause_s = time.perf_counter() - start
         if wait or not run.config.checkpoint.async_save:
             self._finish(must_succeed=wait)
@@ -138,10 +137,6 @@ class Checkpointer:
     def _check_lock(self) -> None:
         """Raise RunDirectoryBusyError on all ranks if another job has taken over the run directory."""
         raise_on_all_ranks(self._run.device, lambda: None if self._lock is None else self._lock.check_now())
-
-
-def _buffers(run: Run) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in run.model.named_buffers() if name != "pos_embed"}
 
 
 def _metadata(run: Run) -> CheckpointMetadata:
