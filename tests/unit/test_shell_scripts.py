@@ -78,10 +78,11 @@ def test_env_sh_does_not_change_the_job(tmp_path, name, text):
     assert job.returncode == (85 if name == "train" else 1), job
 
 
-def test_env_sh_that_exits_is_named(tmp_path):
+@pytest.mark.parametrize("name", SBATCH)
+def test_env_sh_that_exits_is_named(tmp_path, name):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/env.sh").write_text("exit 0\n")
-    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch")], tmp_path, **CRASHING_JOB)
+    job = run(["bash", str(REPOSITORY / f"slurm/{name}.sbatch")], tmp_path, **CRASHING_JOB)
     assert job.returncode == 2 and "slurm/env.sh ended the job: it must not call exit" in job.stdout, job
 
 
