@@ -9,14 +9,18 @@ directory has a lock in addition; see `diffmoe_ds.distributed.ownership`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import TMP_PREFIX, remove_tree, sync_directory, write_error
+
+Created = TypeVar("Created")
 
 
 def write_together(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> list[Path]:
@@ -30,16 +34,28 @@ def write_together(directory: Path, writers: Mapping[str, Callable[[Path], objec
         The files, in the order of `writers`.
 
     Raises:
-        CheckpointError: a file cannot be written, and the directory is unchanged; or another process has begun to write
-            the same files.
+        CheckpointError: a file cannot be written, and the directory holds no new one; or another process has begun to
+            write the same files.
     """
     with _claimed(own_directory(directory, "together"), directory) as own:
         for name, write in writers.items():
             write(own / name)
-        for name in writers:
+        _publish(own, directory, list(writers))
+    return [directory / name for name in writers]
+
+
+def _publish(own: Path, directory: Path, names: Sequence[str]) -> None:
+    """Move files into a directory; if that fails, move those back that did not exist in it before."""
+    new = [name for name in names if not os.path.lexists(directory / name)]
+    try:
+        for name in names:
             (own / name).replace(directory / name)
         sync_directory(directory)
-    return [directory / name for name in writers]
+    except OSError:
+        for name in new:
+            with contextlib.suppress(OSError):
+                (directory / name).replace(own / name)
+        raise
 
 
 @contextlib.contextmanager
@@ -116,3 +132,56 @@ def _claimed(own: Path, out: Path) -> Iterator[Path]:
         raise (claimed and taken_over(own, out)) or reported from None
     finally:
         remove_tree(own, ignore_errors=True)
+
+
+def make_directory(path: Path, own: Path | None) -> None:
+    """Create a directory unless it exists, but not its parents.
+
+    Args:
+        path: the directory.
+        own: a directory that exists as long as this process may change the parent of `path`. The new directory is
+            moved out of it: a process that is suspended before the call cannot create anything later. If None or on
+            another file system, the directory is created directly.
+
+    Raises:
+        OSError: it cannot be created, or `own` no longer exists.
+    """
+    if not path.is_dir():
+        _move_out(path, own, lambda new: new.mkdir(exist_ok=True))
+
+
+def make_file(path: Path, own: Path | None) -> int:
+    """Create an empty file, which must not exist, and return its inode.
+
+    Args:
+        path: the file.
+        own: see `make_directory`.
+
+    Raises:
+        OSError: it cannot be created, or `own` no longer exists.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return _move_out(path, own, _touch)
+
+
+def _touch(path: Path) -> int:
+    path.touch(exist_ok=False)
+    return path.lstat().st_ino
+
+
+def _move_out(path: Path, own: Path | None, create: Callable[[Path], Created]) -> Created:
+    """Create something in a directory of this process's own, and move it to its path."""
+    if own is None:
+        return create(path)
+    new = own / f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}"
+    try:
+        created = create(new)
+        new.rename(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return create(path)
+    finally:
+        remove_tree(new, ignore_errors=True)
+    return created

@@ -47,7 +47,13 @@ def shutdown(exit_code: int | None = None) -> None:
     timer.daemon = True
     if exit_code is not None:
         timer.start()
-    _destroy_groups()
+    try:
+        _destroy_groups()
+    except Exception:
+        if exit_code is None:
+            raise
+        _finalize_mpi()
+        leave(exit_code)  # a library that cannot clean up, such as on a dead disk, must not change the exit code
     deadline = time.monotonic() + SETTLE_S
     while (left := group_threads()) and time.monotonic() < deadline:
         gc.collect()  # again: freeing autograd's graph leaves new cycles

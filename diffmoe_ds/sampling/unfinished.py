@@ -34,7 +34,7 @@ from diffmoe_ds.files import (
     write_text,
 )
 from diffmoe_ds.npy import read_array, read_header, write_array
-from diffmoe_ds.outputs import fence_others, own_directory, taken_over
+from diffmoe_ds.outputs import fence_others, make_directory, own_directory, taken_over
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.output import PNG
 from diffmoe_ds.sampling.turns import Shard
@@ -237,7 +237,7 @@ class UnfinishedSet:
                 holds files that are not those of a set.
             OSError: the folder cannot be created or read.
         """
-        self.folder.mkdir(exist_ok=True)
+        make_directory(self.folder, self.own)
         try:
             tree = self._manifest()
         except CheckpointError:

@@ -16,6 +16,7 @@ from diffmoe_ds.distributed.stragglers import Stragglers
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.errors import DiffMoEError
 from diffmoe_ds.files import replacing
+from diffmoe_ds.outputs import make_directory
 from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
@@ -188,7 +189,7 @@ class SampleGrid:
         path = folder / f"images_{self._run.images:012d}.png"
         try:
             require_owned(own)
-            folder.mkdir(exist_ok=True)
+            make_directory(folder, own)
             with replacing(path, own) as tmp:
                 save_png(grid_HWC, tmp)
         except OSError as error:  # a failed preview must not end the run

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from diffmoe_ds.control_files import parse_json, read_lines
-from diffmoe_ds.files import replacing, write_error
+from diffmoe_ds.files import Progress, replacing, write_error
+from diffmoe_ds.outputs import make_directory, make_file
 
 MAX_WAITING_BYTES = 64 << 20
 """Records that wait in memory; beyond that, the oldest are dropped."""
@@ -136,11 +137,11 @@ class LogFile:
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if self._inode is None:
             if self._prepare is None:
-                flags |= os.O_CREAT | os.O_EXCL  # never a file that another job has created meanwhile
+                self._inode = make_file(self._path, self._owned)
             else:
                 self._inode = self._prepare()
                 self._prepare = None
-        self._file = os.open(self._path, flags, 0o666)
+        self._file = os.open(self._path, flags)
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
@@ -189,7 +190,9 @@ class LogFile:
 class JsonlLog:
     """``metrics.jsonl``: one strict JSON object per line."""
 
-    def __init__(self, path: Path, step: int, tmp_directory: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, step: int, tmp_directory: Path | None = None, progress: Progress = lambda: None
+    ) -> None:  # fmt: skip
         """Open the file, dropping rows of an earlier attempt after ``step``, so that no step appears twice.
 
         Args:
@@ -197,11 +200,12 @@ class JsonlLog:
                 have it open.
             step: the last step to keep.
             tmp_directory: see `replacing`.
+            progress: called for every row that is kept.
 
         Raises:
             CheckpointError: the file cannot be written, and the error is one of `LASTING`.
         """
-        self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory), owned=tmp_directory)
+        self._file = LogFile(path, lambda: _keep_until(path, step, tmp_directory, progress), owned=tmp_directory)
         try:
             self._file.write()
         except OSError as error:
@@ -260,7 +264,7 @@ class TensorBoardLog:
         """Write what was added."""
         with contextlib.suppress(OSError):  # reported when the file is opened
             require_owned(self._owned)
-            self._directory.mkdir(exist_ok=True)  # not its parents: a removed run directory stays removed
+            make_directory(self._directory, self._owned)  # not its parents: a removed run directory stays removed
         self._file.flush()
 
     def close(self) -> None:
@@ -307,7 +311,7 @@ def _time_after_others(directory: Path) -> float:
     return latest
 
 
-def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> int:
+def _keep_until(path: Path, step: int, tmp_directory: Path | None, progress: Progress) -> int:
     """Replace a JSONL file by its rows up to a step; create an empty one if it does not exist.
 
     Returns:
@@ -317,7 +321,9 @@ def _keep_until(path: Path, step: int, tmp_directory: Path | None) -> int:
         OSError: it cannot be read or written.
     """
     with replacing(path, tmp_directory) as tmp, open(tmp, "xb") as file:
-        file.writelines(_lines_until(path, step))
+        for line in _lines_until(path, step):
+            file.write(line)
+            progress()
         file.flush()
         os.fsync(file.fileno())
         inode = os.fstat(file.fileno()).st_ino

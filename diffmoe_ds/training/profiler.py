@@ -6,6 +6,7 @@ import sys
 
 from torch.profiler import profile, schedule
 
+from diffmoe_ds.outputs import make_directory
 from diffmoe_ds.training.log_files import require_owned
 from diffmoe_ds.training.run_log import RunLog
 from diffmoe_ds.training.setup import Run
@@ -56,7 +57,7 @@ class ProfileSteps:
         path = folder / f"steps_{self._steps.start}-{self._run.step}.pt.trace.json.gz"
         try:
             require_owned(own)
-            folder.mkdir(exist_ok=True)
+            make_directory(folder, own)
             tmp = own / path.name
             finished.export_chrome_trace(str(tmp))
             tmp.rename(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import NOISE_BINS
 from diffmoe_ds.distributed.stragglers import Comparison
+from diffmoe_ds.files import Progress
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.devices import device_reported
 from diffmoe_ds.planning.flops import flops_per_image
@@ -36,6 +37,8 @@ Monitor = Callable[[list[tuple[str, float, int]]], object]
 class RunLog:
     """No-op log of all ranks but rank 0, which uses `MainLog`."""
 
+    peak: float | None = None
+    """Throughput at the peak of all devices, see `peak_images_per_s`; None if unknown."""
     monitor: Monitor | None = None
     """Where scalars go besides TensorBoard."""
 
@@ -96,7 +99,7 @@ class RunLog:
 
 def open_log(
     directory: Path, tensorboard_dir: Path | None, images: int, step: int, total_images: int, *,
-    peak_images_per_s: float | None = None, evaluates: bool = False, tmp_directory: Path | None = None,
+    evaluates: bool = False, tmp_directory: Path | None = None, progress: Progress = lambda: None,
 ) -> RunLog:  # fmt: skip
     """Open the log of rank 0.
 
@@ -106,18 +109,18 @@ def open_log(
         images: images seen so far.
         step: optimizer steps so far; rows of an earlier attempt after it are dropped.
         total_images: images of the whole run, for the ETA.
-        peak_images_per_s: throughput at the peak of all devices, see `peak_images_per_s`.
         evaluates: whether `RunLog.evaluation` will be called.
         tmp_directory: see `replacing`.
+        progress: called while the rows of earlier attempts are copied.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
-    rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory)
+    rows = JsonlLog(directory / "metrics.jsonl", step, tmp_directory, progress)
     path = directory / "validation.jsonl"
-    evaluations = JsonlLog(path, step, tmp_directory) if evaluates or os.path.exists(path) else None
+    evaluations = JsonlLog(path, step, tmp_directory, progress) if evaluates or os.path.exists(path) else None
     board = None if tensorboard_dir is None else TensorBoardLog(tensorboard_dir, images, tmp_directory)
-    return MainLog(rows, evaluations, board, images, total_images, peak_images_per_s)
+    return MainLog(rows, evaluations, board, images, total_images)
 
 
 def peak_images_per_s(config: Config, world: int, device: torch.device) -> float | None:
@@ -140,9 +143,8 @@ class MainLog(RunLog):
 
     def __init__(
         self, rows: JsonlLog, evaluations: JsonlLog | None, board: TensorBoardLog | None, images: int,
-        total_images: int, peak: float | None,
+        total_images: int,
     ) -> None:  # fmt: skip
-        self._peak = peak
         self._rows = rows
         self._evaluations = evaluations
         self._board = board
@@ -159,8 +161,8 @@ class MainLog(RunLog):
         now = time.perf_counter()
         self._recent.append((now, row["images"]))
         row["images_per_s"] = round((row["images"] - last_images) / max(now - last_time, 1e-9), 2)
-        if self._peak is not None:
-            row["mfu"] = round(row["images_per_s"] / self._peak, 4)
+        if self.peak is not None:
+            row["mfu"] = round(row["images_per_s"] / self.peak, 4)
         row["peak_memory_mb"] = round(peak_memory_mb(), 1)
         self.settle()
         self._last = row
@@ -200,8 +202,8 @@ class MainLog(RunLog):
         speed = (last_images - first_images) / max(last_time - first_time, 1e-9)
         if last_images == first_images:
             speed = means["images_per_s"]
-        if self._peak is not None:
-            means["mfu"] = speed / self._peak
+        if self.peak is not None:
+            means["mfu"] = speed / self.peak
         values = {**means, "images_per_s": speed}
         grouped = {f"{'loss' if key.endswith('loss') else 'train'}/{key}": values[key] for key in values}
         self._scalars(grouped, last["images"])
@@ -210,7 +212,7 @@ class MainLog(RunLog):
         print(
             f"{last['images']:>11,} of {self._total:,} images | loss {means['loss']:.4f} ({parts}) | "
             f"grad {means['grad_norm']:.3f} | lr {last['lr']:.2e} | {speed:,.0f} images/s | "
-            f"{'' if self._peak is None else f'MFU {speed / self._peak:.1%} | '}"
+            f"{'' if self.peak is None else f'MFU {speed / self.peak:.1%} | '}"
             f"{last['peak_memory_mb']:,.0f} MB | ETA {_clock(left)}",
             flush=True,
         )

@@ -106,26 +106,24 @@ class Session:
         return log
 
     def _open_files(self, run: Run) -> RunLog:
-        settings, directory, total = run.settings, run.directory, run.config.run.total_images
+        log = raise_on_all_ranks(run.device, lambda: self._open_log(run) if run.is_main else RunLog())
+        log.peak = peak_images_per_s(run.config, run.topology.world, run.device)
+        return log
+
+    def _open_log(self, run: Run) -> RunLog:
+        settings, directory = run.settings, run.directory
         board = Path(settings.tensorboard_dir or directory / "tensorboard") if settings.tensorboard else None
-        peak = peak_images_per_s(run.config, run.topology.world, run.device)
-        return raise_on_all_ranks(
-            run.device,
-            lambda: (
-                open_log(
-                    directory,
-                    board,
-                    run.images,
-                    run.step,
-                    total,
-                    peak_images_per_s=peak,
-                    evaluates=run.held_out is not None,
-                    tmp_directory=run.owner.directory(directory),
-                )
-                if run.is_main
-                else RunLog()
-            ),
-        )
+        with self.watchdog.reading() as progress:
+            return open_log(
+                directory,
+                board,
+                run.images,
+                run.step,
+                run.config.run.total_images,
+                evaluates=run.held_out is not None,
+                tmp_directory=run.owner.directory(directory),
+                progress=progress,
+            )
 
     def open_batches(self, run: Run) -> BatchSource:
         """Start this rank's data loader, whose workers end with the session."""

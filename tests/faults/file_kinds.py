@@ -44,8 +44,8 @@ CALLS_OF_THE_START: list[Call] = [
 ]  # fmt: skip
 CALLS_OF_THE_LOG: list[Call] = [
     ("open", "*metrics.jsonl*", 2), ("rename", "metrics.jsonl", 1), ("write", "metrics.jsonl", 8),
-    ("mkdir", "tensorboard", 1), ("open", "tensorboard/*", 300), ("write", "tensorboard/*", 300),
-    ("mkdir", "samples", 1), ("open", "*.png*", 1), ("write", "*.png*", 2), ("rename", "samples/*", 1),
+    ("mkdir", "*/.writing-tensorboard-*", 1), ("open", "tensorboard/*", 300), ("write", "tensorboard/*", 300),
+    ("mkdir", "*/.writing-samples-*", 1), ("open", "*.png*", 1), ("write", "*.png*", 2), ("rename", "samples/*", 1),
 ]  # fmt: skip
 
 

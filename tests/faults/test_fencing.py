@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from diffmoe_ds.checkpoint.layout import checkpoint_root
 from diffmoe_ds.checkpoint.verify import candidates, newest_valid
 from diffmoe_ds.distributed.run_lock import RunLock
 from diffmoe_ds.files import remove_tree
+from diffmoe_ds.outputs import make_directory, make_file
+from diffmoe_ds.training import log_files
 from diffmoe_ds.training.log_files import JsonlLog, TensorBoardLog
 from tests.faults.processes import snapshot
 from tests.faults.shim import Rule, fault_environment
@@ -279,3 +282,42 @@ def test_nothing_is_created_in_a_run_directory_that_replaced_this_one(tmp_path, 
     log.add({"step": 2})
     log.close(), board.close()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2, "it was only moved for a while"
+
+
+@pytest.mark.parametrize("make", (make_directory, make_file))
+def test_nothing_is_created_after_a_takeover_between_check_and_call(tmp_path, monkeypatch, make):
+    """As if the process had been suspended there."""
+    own = tmp_path / ".writing-0123456789abcdef"
+    own.mkdir()
+    create = "mkdir" if make is make_directory else "touch"
+    original = getattr(Path, create)
+
+    def late(path: Path, *args: object, **options: object) -> None:
+        remove_tree(own)
+        original(path, *args, **options)
+
+    monkeypatch.setattr(Path, create, late)
+    with pytest.raises(FileNotFoundError):
+        make(tmp_path / "new", own)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_woken_job_creates_no_event_file(tmp_path, monkeypatch):
+    own = tmp_path / ".writing-0123456789abcdef"
+    own.mkdir()
+    monkeypatch.setattr(log_files, "require_owned", lambda owned: remove_tree(own))  # just after its check
+    board = TensorBoardLog(tmp_path / "tensorboard", 0, own)
+    board.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_created_where_nothing_can_be_moved_to(tmp_path, monkeypatch):
+    def rename(path: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    own = tmp_path / "own"
+    own.mkdir()
+    board = TensorBoardLog(tmp_path / "tensorboard", 0, own)
+    board.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1 and not list(own.iterdir())

@@ -122,3 +122,16 @@ def test_a_hung_read_of_the_initial_model_names_the_rank_whose_disk_hangs(server
     assert codes == [85, 85], text
     assert f"rank 1 on {socket.gethostname()} has been stuck for 6 s in startup" in text, text
     assert "rank 0 on" not in text, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operation", "pattern"), (("open", "*/run/metrics.jsonl"), ("fsync", "*/.writing-metrics*"), ("read", "*.jsonl"))
+)
+def test_a_log_file_that_hangs_at_the_start_names_rank_0(server, tmp_path, operation, pattern):
+    codes, text = train(server, tmp_path, 0, Rule("rename", "*/nothing", "EIO"), "run.total_images=32")
+    assert codes == [0, 0], text
+    codes, text = train(server, tmp_path, 0, Rule(operation, pattern, "sleep:1000"), "run.total_images=64")
+    assert codes == [85, 85], text
+    assert f"rank 0 on {socket.gethostname()} has been stuck for 6 s in startup" in text, text
+    assert "rank 1 on" not in text, text

@@ -29,7 +29,8 @@ def test_the_peak_is_that_of_the_gpu(monkeypatch, name, peak):
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, monkeypatch, capsys, peak):
     seconds = iter((0.0, 2.0, 3.0))
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: next(seconds))
-    log = open_log(tmp_path, None, 0, 0, 1000, peak_images_per_s=peak)
+    log = open_log(tmp_path, None, 0, 0, 1000)
+    log.peak = peak
     for step in (1, 2):
         log.step({"step": step, "images": 100 * step, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-4})
     log.line()

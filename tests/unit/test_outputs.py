@@ -29,6 +29,15 @@ def test_files_written_together_all_appear_or_none(tmp_path):
     assert made == [out / "one", out / "two"] and sorted(p.name for p in out.iterdir()) == ["one", "two"]
 
 
+def test_files_that_cannot_all_be_published_are_taken_back(monkeypatch, tmp_path):
+    writers = {name: lambda path: path.write_text("new") for name in ("one", "two")}
+    before_rename(monkeypatch, 2, lambda: fail_at(tmp_path / "two"))
+    with pytest.raises(CheckpointError, match="two: cannot be written: No space left on device"):
+        write_together(tmp_path, writers)
+    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in write_together(tmp_path, writers)] == ["one", "two"]
+
+
 def fail_at(path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -109,6 +110,18 @@ def test_a_process_whose_store_has_not_answered_exits_without_finalizing(monkeyp
     shutdown.shutdown(1)
     answer.set()
     assert codes == [1]
+
+
+def test_a_library_that_cannot_clean_up_does_not_change_the_exit_code(monkeypatch):
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(shutdown, "_destroy_groups", fail)
+    monkeypatch.setattr(shutdown, "leave", sys.exit)
+    with pytest.raises(SystemExit, match=r"^5$"):
+        shutdown.shutdown(5)
+    with pytest.raises(OSError, match="Too many open files"):
+        shutdown.shutdown(None)
 
 
 def launch_of(rank: int, port: int) -> Launch:

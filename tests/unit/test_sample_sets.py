@@ -283,7 +283,7 @@ def test_the_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "unfinished").touch()
     with pytest.raises(CheckpointError) as caught:
         started(tmp_path)
-    assert str(caught.value) == f"{tmp_path / 'unfinished'}: cannot be written: File exists."
+    assert str(caught.value) == f"{tmp_path / 'unfinished'}: cannot be written: Not a directory."
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_no_obstacle(tmp_path):
