@@ -18,7 +18,8 @@ done
 python=${PYTHON:-python} hostfile=${HOSTFILE:-/job/hostfile}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 command=(mpirun --hostfile "$hostfile" --map-by slot --bind-to none -x OMP_NUM_THREADS)
-for name in PYTHONPATH PATH LD_LIBRARY_PATH NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME; do
+# Remote ranks without MASTER_ADDR would wait for one over MPI, while those of this host have it already.
+for name in PYTHONPATH PATH LD_LIBRARY_PATH NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME MASTER_ADDR MASTER_PORT; do
   [[ -z ${!name:-} ]] || command+=(-x "$name")
 done
 [[ -z ${RANKS:-} ]] || command+=(-n "$RANKS")

@@ -78,7 +78,10 @@ def doctor_command(args: argparse.Namespace) -> None:
 def _ask_hosts(args: argparse.Namespace) -> None:
     if args.nodes is not None and args.nodes < 1:
         raise ConfigError(f"--nodes must be positive, got {args.nodes}.")
-    hosts = list(read_hostfile(args.hostfile))[: args.nodes]
+    hosts = list(read_hostfile(args.hostfile))
+    if args.nodes is not None and args.nodes > len(hosts):  # deepspeed would start on fewer
+        raise ConfigError(f"--nodes must be at most {len(hosts)}, the hosts in {args.hostfile}, got {args.nodes}.")
+    hosts = hosts[: args.nodes]
     found = check_hosts(hosts)
     if args.json:
         print(json.dumps({"hosts": hosts, "to_fix": found}))

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffmoe_ds.errors import TopologyError
 
@@ -43,6 +43,8 @@ ADDRESS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,252}|[0-9A-Fa-f:.]{2,45}(%[A
 """A host name or an IP address."""
 OTHER_MPI = ("PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 """Set if an MPI launcher started this process; mpi4py provides the rest."""
+MPI_SIZES = ("PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Number of ranks according to such a launcher."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def resolve_launch(environ: Mapping[str, str] | None = None) -> Launch:
         )  # fmt: skip
     elif any(name in env for name in OTHER_MPI):
         launch = _from_mpi()
+        _check_mpi(env, launch)
         env = _without_step(env)
     elif env.get("WORLD_SIZE", "1") != "1":
         raise TopologyError(f"WORLD_SIZE is {_shown(env['WORLD_SIZE'])} but RANK is not set; set both or neither.")
@@ -235,12 +238,35 @@ def _from(env: Mapping[str, str], source: str, rank: str, world: str, local_rank
     return launch
 
 
-def _from_mpi() -> Launch:
-    from mpi4py import MPI  # imported lazily: it initializes MPI
+def _mpi() -> Any:
+    """Return mpi4py's module ``MPI``, which initializes MPI when it is imported."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the latter if there is no MPI library
+        found = next((name for name in OTHER_MPI if name in os.environ), "RANK without MASTER_ADDR")
+        raise TopologyError(
+            f"{found} is set, but mpi4py cannot load MPI ({' '.join(str(error).split())[:200]}); set RANK, WORLD_SIZE, "
+            "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT instead, or unset it to use a single process."
+        ) from None
+    return MPI
 
+
+def _from_mpi() -> Launch:
+    MPI = _mpi()
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     return Launch(world.rank, world.size, local.rank, local.size, "MPI through mpi4py")
+
+
+def _check_mpi(env: Mapping[str, str], launch: Launch) -> None:
+    """Check that mpi4py's MPI is the one that started this process; otherwise every rank would be the only one."""
+    for name in MPI_SIZES:
+        if name in env and env[name] != str(launch.world):
+            raise TopologyError(
+                f"{name} is {_shown(env[name])}, but this is rank {launch.rank} of {launch.world} for mpi4py, which "
+                "uses another MPI than the launcher; install mpi4py with the launcher's MPI or set MPI4PY_LIBMPI to "
+                "its library."
+            )
 
 
 def _with_master(env: Mapping[str, str], launch: Launch) -> Launch:
@@ -296,9 +322,7 @@ def _shown(text: str | None) -> str:
 
 def _agree_over_mpi(launch: Launch) -> Launch:
     """Let rank 0 choose an address and send it to the others: mpirun does not provide one."""
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
+    world = _mpi().COMM_WORLD
     if (world.rank, world.size) != (launch.rank, launch.world):  # set by hand, or MPI's launcher is another one
         raise TopologyError(
             f"{launch.source}: this is rank {launch.rank} of {launch.world}, but rank {world.rank} of {world.size} for "

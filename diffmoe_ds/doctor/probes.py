@@ -78,7 +78,7 @@ def shared_directory(rendezvous: Rendezvous, directory: Path, timeout_s: float) 
     """Return whether this rank sees what rank 0 writes (``reads``), and rank 0 what this rank writes (``writes``)."""
     path, store, rank = existing(directory), rendezvous.store, rendezvous.launch.rank
     if store is None:
-        return {"reads": True, "writes": os.access(path, os.W_OK)}
+        return {"reads": True, "writes": path.is_dir() and os.access(path, os.W_OK)}
     if rank == 0:
         folder = path / f".diffmoe-doctor-{secrets.token_hex(4)}"
         _try(folder.mkdir)

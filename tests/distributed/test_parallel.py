@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_another_mpi_in_a_slurm_job_is_queried_through_mpi4py(monkeypatch):
     monkeypatch.setattr(launch, "_from_mpi", lambda: asked)
     assert resolve_launch({**DAEMON, "PMI_RANK": "6", "PMI_SIZE": "24"}) == asked
     assert resolve_launch({**DAEMON, "PMI_RANK": "1", "PMI_SIZE": "24"}) == asked
+
+
+@pytest.mark.parametrize("name", ("PMI", "MV2_COMM_WORLD"))
+def test_an_mpi_that_is_not_the_launchers_is_an_error(monkeypatch, name):
+    """For it, every rank is the only one, and each would train alone."""
+    monkeypatch.setattr(launch, "_from_mpi", lambda: launch.Launch(0, 1, 0, 1, "MPI through mpi4py"))
+    with pytest.raises(TopologyError, match=f"{name}_SIZE is '2', but this is rank 0 of 1 for mpi4py"):
+        resolve_launch({f"{name}_RANK": "1", f"{name}_SIZE": "2"})
+    assert resolve_launch({f"{name}_RANK": "0", f"{name}_SIZE": "1"}).world == 1
+
+
+@pytest.mark.parametrize("error", (RuntimeError("cannot load MPI library\nlibmpi.so"), ImportError("no mpi4py")))
+def test_a_missing_mpi_library_is_an_error(monkeypatch, error):
+    class Missing:
+        @property
+        def MPI(self):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "mpi4py", Missing())
+    monkeypatch.setenv("PMI_RANK", "0")
+    with pytest.raises(TopologyError, match=r"PMI_RANK is set, but mpi4py cannot load MPI \((cannot load|no mpi4py)"):
+        resolve_launch({"PMI_RANK": "0"})
 
 
 @pytest.mark.parametrize(

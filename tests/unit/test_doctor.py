@@ -150,6 +150,18 @@ def test_every_host_is_checked_over_ssh(tmp_path, monkeypatch):
     assert {path.name for path in Path.cwd().iterdir()} == {"bin"}
 
 
+def test_nodes_must_be_in_the_hostfile(tmp_path, capsys):
+    (tmp_path / "hostfile").write_text("node1 slots=8\nnode2 slots=8\n")
+    assert main(["doctor", "--hostfile", str(tmp_path / "hostfile"), "--nodes", "3"]) == 2
+    assert "--nodes must be at most 2, the hosts in" in capsys.readouterr().err
+
+
+def test_a_run_directory_below_a_file_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--run-dir", str(tmp_path / "file" / "runs")]) == 1
+    assert f"cannot write to {tmp_path / 'file'};" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("nodes", ("0", "-1"))
 def test_nodes_must_be_positive(tmp_path, capsys, nodes):
     (tmp_path / "hostfile").write_text("node1 slots=1\n")

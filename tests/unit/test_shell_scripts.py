@@ -32,13 +32,19 @@ def test_a_time_limit_shorter_than_the_lead_of_its_signal_does_not_requeue_forev
 
 
 @pytest.mark.parametrize(
-    "squeue", ("echo RUNNING; echo RUNNING", "echo CLUSTER: c; echo RUNNING", "[[ $* == *-t* ]] && echo RUNNING")
+    "squeue",
+    (
+        "echo RUNNING; echo RUNNING",
+        "echo CLUSTER: c; echo RUNNING",
+        "[[ $* == *-t* ]] && echo RUNNING",
+        "[[ -n ${SQUEUE_PARTITION:-} ]] || echo RUNNING",
+    ),
 )
 def test_a_running_job_is_recognized(tmp_path, squeue):
-    """Also a heterogeneous one, one of a named cluster, and with SQUEUE_STATES in the environment."""
+    """Also a heterogeneous one, one of a named cluster, and with squeue's filters in the environment."""
     crashing_job(tmp_path)
     stub(tmp_path / "bin", "squeue", squeue)
-    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch")], tmp_path, **CRASHING_JOB)
+    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch")], tmp_path, SQUEUE_PARTITION="debug", **CRASHING_JOB)
     assert "train.sbatch: requeued" in job.stdout, job
 
 
@@ -66,7 +72,18 @@ def test_crashes_are_counted_although_their_file_is_none(tmp_path, kind):
 @pytest.mark.parametrize("name", SBATCH)
 @pytest.mark.parametrize(
     "text",
-    ("set -- x", "shift", "options=(x) dry_run=yes", "set -eC", "IFS=:", "set -o posix", "echo ${1:+options: $*}"),
+    (
+        "set -- x",
+        "shift",
+        "options=(x) dry_run=yes",
+        "set -eC",
+        "IFS=:",
+        "set -o posix",
+        "echo ${1:+options: $*}",
+        "set -k",
+        "set -T; trap 'echo debug' DEBUG RETURN",
+        "set -E; trap 'exit 9' ERR",
+    ),
 )
 def test_env_sh_does_not_change_the_job(tmp_path, name, text):
     (tmp_path / "slurm").mkdir()
@@ -172,3 +189,55 @@ def test_launchers_with_processes_do_not_ask_a_driver_that_hangs(tmp_path, name)
 def test_mpirun_takes_options_of_several_lines(tmp_path):
     dry = run([str(REPOSITORY / "launchers/mpirun.sh"), "--dry-run"], tmp_path, MPI_OPTIONS="--a b\n--c d")
     assert " --a b --c d python " in dry.stdout, dry
+
+
+def test_sampling_is_requeued_although_the_controller_does_not_respond_at_first(tmp_path):
+    stub(tmp_path / "bin", "srun", "kill -USR1 $PPID; /bin/sleep 1; exit 7")
+    stub(tmp_path / "bin", "sleep", "")
+    stub(tmp_path / "bin", "scontrol", "echo $* >>calls; [[ $(wc -l <calls) == 3 ]]")
+    job = run(["bash", str(REPOSITORY / "slurm/sample.sbatch")], tmp_path, SLURM_JOB_ID="7", SECONDS="60")
+    assert job.returncode == 7 and "requeue failed" not in job.stdout, job
+    assert (tmp_path / "calls").read_text() == "requeue 7\n" * 3
+
+
+@pytest.mark.parametrize("options", (["--res", "none"], ["--resum=none"], ["--resume", "none"]))
+def test_a_requeued_job_resumes_however_resume_none_is_written(tmp_path, options):
+    """argparse accepts the beginning of an option."""
+    stub(tmp_path / "bin", "python", PLAN)
+    stub(tmp_path / "bin", "srun", 'echo "$@"')
+    job = run(
+        ["bash", str(REPOSITORY / "slurm/train.sbatch"), *options], tmp_path, SLURM_RESTART_COUNT="1", **CRASHING_JOB
+    )
+    assert " none --resume auto\n" in job.stdout.replace("=none", " none"), job
+
+
+def test_the_run_directory_is_found_in_spite_of_an_encoding(tmp_path):
+    crashing_job(tmp_path)
+    stub(tmp_path / "bin", "python", 'echo "        run  ${PYTHONIOENCODING:--run}"')
+    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch")], tmp_path, PYTHONIOENCODING="ascii", **CRASHING_JOB)
+    assert "crash 1 after checkpoint images_000000000016" in job.stdout, job
+
+
+def test_seconds_between_retries_that_are_none_are_named(tmp_path):
+    crashing_job(tmp_path)
+    job = run(["bash", str(REPOSITORY / "slurm/train.sbatch")], tmp_path, RETRY_S="10s x", **CRASHING_JOB)
+    assert job.returncode == 2 and "RETRY_S: 10s x; it must be a number of seconds" in job.stdout, job
+
+
+def test_mpirun_gives_all_ranks_the_address(tmp_path):
+    variables = {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
+    dry = run([str(REPOSITORY / "launchers/mpirun.sh"), "--dry-run"], tmp_path, **variables)
+    assert " -x MASTER_ADDR -x MASTER_PORT " in dry.stdout, dry
+
+
+@pytest.mark.parametrize("options", (["--out", "images"], ["--out=images"]))
+@pytest.mark.parametrize("finished", (False, True))
+def test_sampling_that_finishes_no_shard_is_not_requeued_forever(tmp_path, options, finished):
+    write = "mkdir -p images/unfinished; touch images/unfinished/2.npy; " if finished else ""
+    stub(tmp_path / "bin", "srun", f"{write}kill -USR1 $PPID; /bin/sleep 1; exit 7")
+    stub(tmp_path / "bin", "scontrol", "")
+    (tmp_path / "images/unfinished").mkdir(parents=True)
+    (tmp_path / "images/unfinished/1.npy").write_text("")
+    job = run(["bash", str(REPOSITORY / "slurm/sample.sbatch"), *options], tmp_path, SLURM_JOB_ID="7", SECONDS="60")
+    assert ("not requeued: no shard was finished" in job.stdout) != finished and job.returncode == 7, job
+    assert ("sample.sbatch: requeued" in job.stdout) == finished and job.stderr == "", job
