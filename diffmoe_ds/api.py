@@ -38,6 +38,7 @@ from diffmoe_ds.checkpoint.verify import candidates
 from diffmoe_ds.cli.sample_images import find_class
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_plan import DTYPES, WEIGHTS_NAMES, default_dtype
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import DEFAULT_RECIPE
 from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
@@ -164,7 +165,7 @@ class Model:
             ConfigError: an argument is invalid or does not fit the model.
             NonFiniteError: an image contains NaN or Inf.
         """
-        check_numbers(batch_size, cfg_scale, capacity)
+        cfg_scale, capacity, batch_size = check_numbers(steps, batch_size, cfg_scale, capacity)
         settings = SamplingSettings(sampler or make_objective(self.config.objective.kind).samplers[0], steps, cfg_scale)
         seeds = checked_seeds(seeds)
         labels_N = torch.tensor(self._labels(classes, len(seeds)))
@@ -245,8 +246,8 @@ def load(
     if not isinstance(path, (str, PathLike)):
         raise ConfigError(f"path must be a run directory, a checkpoint or an exported model, got {path!r}.")
     for name, value, valid in (("weights", weights, WEIGHTS), ("dtype", dtype, DTYPES)):
-        if value is not None and value not in valid:
-            raise ConfigError(unknown(name, value, valid))
+        if value is not None and value not in list(valid):  # a list, because values may not be hashable
+            raise ConfigError(unknown(name, value if isinstance(value, str) else short_repr(value), valid))
     reader = require_weights(Path(path))
     kind = best_kind(reader) if weights is None else WEIGHTS[weights]
     if vae is not None and reader.config.model.in_channels in PIXEL_CHANNELS:
@@ -295,7 +296,7 @@ def fit(
     from diffmoe_ds.distributed.shutdown import shutdown
     from diffmoe_ds.errors import Requeue
 
-    check_fit(settings, deepspeed_config, resume)
+    check_fit(recipe, settings, run_dir, deepspeed_config, resume)
     directory = default_directory(recipe) if run_dir is None else Path(run_dir)
     args = argparse.Namespace(
         config=str(recipe), overrides=overrides_of(settings or {}),

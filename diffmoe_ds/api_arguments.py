@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from numbers import Real
 from operator import index
 from os import PathLike
@@ -18,11 +20,16 @@ import torch
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import flatten
 from diffmoe_ds.errors import ConfigError, DiffMoEError
+from diffmoe_ds.text import reason
 
 Integers = Sequence[int] | np.ndarray | torch.Tensor
 """Integers in a list, range, array or tensor."""
 Classes = Sequence[int | str] | np.ndarray | torch.Tensor
 """Labels or names of classes."""
+MAX_NUMBER = 10_000_000
+"""Most seeds and classes, as on the command line."""
+LARGEST = {"batch_size": 65_536, "steps": 100_000}
+"""Largest numbers, as on the command line."""
 OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 """An option of the command line in an error message."""
 RENAMED = {"config": "recipe", "set": "settings"}
@@ -36,12 +43,15 @@ def checked_seeds(seeds: Integers) -> list[int]:
         ConfigError: they are not integers from 0 to 2^64 - 1 in a definite order, or there are none.
     """
     try:
-        found = [] if isinstance(seeds, (set, frozenset, Mapping)) else [index(seed) for seed in seeds]
+        unordered = isinstance(seeds, (set, frozenset, Mapping))
+        found = [] if unordered else [index(seed) for seed in islice(seeds, MAX_NUMBER + 1)]
     except TypeError:  # a number instead of a list, or fractions
         found = []
     if not found or not all(0 <= seed < 2**64 for seed in found):
         got = short_repr(seeds)
         raise ConfigError(f"seeds must be one or more integers from 0 to 2^64 - 1, such as range(8), got {got}.")
+    if len(found) > MAX_NUMBER:
+        raise ConfigError(f"seeds must be at most {MAX_NUMBER:,}, got more.")
     return found
 
 
@@ -53,26 +63,43 @@ def checked_classes(classes: Classes) -> list[str]:
     """
     values: Any = classes.tolist() if isinstance(classes, (np.ndarray, torch.Tensor)) else classes
     if isinstance(values, (str, set, frozenset, Mapping)) or not hasattr(values, "__len__") or len(values) == 0:
-        raise ConfigError(f"classes must be a list of labels or names, got {classes!r}.")
-    return [str(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
+        raise ConfigError(f"classes must be a list of labels or names, got {short_repr(classes)}.")
+    if len(values) > MAX_NUMBER:
+        raise ConfigError(f"classes must be at most {MAX_NUMBER:,}, got {len(values):,}.")
+    return [_word(value.item() if isinstance(value, torch.Tensor) else value) for value in values]
 
 
-def check_numbers(batch_size: Any, cfg_scale: Any, capacity: Any) -> None:
+def _word(value: object) -> str:
+    """Return a label or a name as text; Python refuses to print integers of thousands of digits."""
+    return short_repr(value) if isinstance(value, int) and abs(value) >= 2**63 else str(value)
+
+
+def check_numbers(steps: Any, batch_size: Any, cfg_scale: Any, capacity: Any) -> tuple[float, float | None, int]:
     """Check the numbers of `Model.sample` that can be checked without the model.
+
+    Returns:
+        The guidance scale, the capacity and the batch size as Python's own numbers.
 
     Raises:
         ConfigError: one has the wrong type or is out of range.
     """
     if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
+        raise ConfigError(f"batch_size must be a positive integer, got {short_repr(batch_size)}.")
     if not _is_finite(cfg_scale) or cfg_scale < 0:
-        raise ConfigError(f"cfg_scale must be a finite number of at least 0, got {cfg_scale!r}.")
+        raise ConfigError(f"cfg_scale must be a finite number of at least 0, got {short_repr(cfg_scale)}.")
     if capacity is not None and not _is_finite(capacity):
-        raise ConfigError(f"capacity must be a finite number, got {capacity!r}.")
+        raise ConfigError(f"capacity must be a finite number, got {short_repr(capacity)}.")
+    for name, value in (("batch_size", batch_size), ("steps", steps)):
+        if isinstance(value, int) and value > LARGEST[name]:
+            raise ConfigError(f"{name} must be at most {LARGEST[name]:,}, got {short_repr(value)}.")
+    return float(cfg_scale), None if capacity is None else float(capacity), int(batch_size)
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer or a fraction beyond all floats
+        return False
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -86,18 +113,22 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(f"device {str(device)!r} cannot be used: {reason}.") from None
     return place
 
 
-def check_fit(settings: Any, deepspeed_config: Any, resume: Any) -> None:
+def check_fit(recipe: Any, settings: Any, run_dir: Any, deepspeed_config: Any, resume: Any) -> None:
     """Check the types of arguments of `fit`.
 
     Raises:
         ConfigError: one has the wrong type.
     """
+    if not isinstance(recipe, (str, PathLike)):
+        raise ConfigError(f"recipe must be the name of a recipe or a YAML file, got {short_repr(recipe)}.")
+    if run_dir is not None and not _is_path(run_dir):
+        raise ConfigError(f"run_dir must be a path, got {short_repr(run_dir)}.")
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f'settings must be a dict such as {{"run.seed": 1}}, got {short_repr(settings)}.')
     if deepspeed_config is not None and not isinstance(deepspeed_config, (str, PathLike)):
@@ -109,18 +140,32 @@ def check_fit(settings: Any, deepspeed_config: Any, resume: Any) -> None:
         raise ConfigError(f'resume must be "auto", "none" or a path, got {resume!r}.')
 
 
+def _is_path(value: object) -> bool:
+    """Return whether a value can name a file: text without null bytes or characters that file names cannot have."""
+    try:
+        return isinstance(value, (str, PathLike)) and b"\0" not in os.fsencode(value)
+    except ValueError:
+        return False
+
+
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:
     """Return settings, flat (``run.seed``) or nested in sections, in the form of ``--set``.
 
     Raises:
-        ConfigError: a key is set in both forms.
+        ConfigError: a key is set in both forms, or a value has no JSON.
     """
     found: dict[str, str] = {}
-    for name, content in settings.items():
-        for key, value in flatten({name: content}).items():
-            if key in found:
-                raise ConfigError(f"settings: {key} is set twice.")
-            found[key] = json.dumps(value, default=str)
+    try:
+        for name, content in settings.items():
+            for key, value in flatten({name: content}).items():
+                if key in found:
+                    raise ConfigError(f"settings: {key} is set twice.")
+                found[key] = json.dumps(value, default=str)
+    except ConfigError:
+        raise
+    except (RecursionError, TypeError, ValueError) as error:  # contains itself, or has keys or numbers unlike JSON's
+        why = "nested too deeply" if isinstance(error, RecursionError) else reason(error)
+        raise ConfigError(f"settings cannot be written as JSON: {why}.") from None
     return [f"{key}={value}" for key, value in found.items()]
 
 

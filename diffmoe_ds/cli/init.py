@@ -108,11 +108,12 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
 
     from diffmoe_ds.checkpoint.export import require_weights
     from diffmoe_ds.cli.init_recipe import Facts
+    from diffmoe_ds.data.sources.remote import is_url
 
     initial = None if args.init_from is None else require_weights(Path(args.init_from), "--init-from")
     channels, size = _input(args, found) if initial is None else _input_of(args, found, initial.config)
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
-    local = "://" not in args.images
+    local = not is_url(args.images)
     return Facts(
         path=os.path.abspath(expand_user(args.images)) if local else args.images,
         title=_title(found),

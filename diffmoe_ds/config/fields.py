@@ -49,7 +49,10 @@ _short.maxlevel = 2
 
 def short_repr(value: Any) -> str:
     """Return ``repr(value)``, shortened where a value is long or deeply nested, for error messages."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"<{type(value).__name__} of thousands of digits>"
 
 
 def printable(name: str) -> str:

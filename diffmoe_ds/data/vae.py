@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -57,8 +57,8 @@ def vae_settings(path: str) -> dict[str, Any]:
         and all(_is_count(block, MAX_CHANNELS) for block in blocks),
         "latent_channels": _is_count(channels, MAX_CHANNELS),
         "layers_per_block": _is_count(settings.get("layers_per_block", 1), MAX_LAYERS),
-        "scaling_factor": type(scaling) in (int, float) and 0 < scaling < math.inf,
-        "shift_factor": shift is None or (type(shift) in (int, float) and math.isfinite(shift)),
+        "scaling_factor": _is_factor(scaling) and scaling > 0,
+        "shift_factor": shift is None or _is_factor(shift),
     }
     for key, is_valid in valid.items():
         if not is_valid:
@@ -68,6 +68,11 @@ def vae_settings(path: str) -> dict[str, Any]:
 
 def _is_count(value: object, most: int) -> bool:
     return type(value) is int and 1 <= value <= most
+
+
+def _is_factor(value: object) -> bool:
+    """Return whether a value is a number of JSON that a float can hold; integers of JSON have any length."""
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def downsampling(settings: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_json
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.outputs import Outputs, describe, one_line, resize, state_digest, to_rgb
 from diffmoe_ds.files import expand_user
@@ -24,6 +25,8 @@ from diffmoe_ds.files import expand_user
 DEFAULT = "efficientnet-lite0"
 CPU_BATCH = 5
 """Images that EfficientNet takes at once on CPUs; activations of 50 fall out of the caches, and take twice as long."""
+MAX_LABELS = 100_000
+"""Most labels in `config.json` of a DINOv2, those of classifiers."""
 MAX_LAYERS = 512
 """Most layers of a DINOv2; the largest has 40."""
 KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
@@ -146,11 +149,15 @@ class DinoExtractor:
         # Without trust_remote_code, transformers asks on standard input whether to run the code of a folder.
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
+            _check_labels(folder)
             config = AutoConfig.from_pretrained(folder, **local)
             if config.model_type != "dinov2":
                 raise ValueError(f"the model type in config.json must be dinov2, got {config.model_type}")
+            config.return_dict = True  # otherwise the network returns tuples
             _check_size(Dinov2Model, config, folder)
-            loaded: Any = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **local)
+            loaded: Any = Dinov2Model.from_pretrained(
+                folder, config=config, use_safetensors=True, output_loading_info=True, **local
+            )
             network, info = loaded
             missing = sorted(info["missing_keys"])
             if missing:  # transformers would initialize them at random
@@ -169,11 +176,28 @@ class DinoExtractor:
     def extract(self, images_BCHW: Tensor) -> Outputs:
         """Return the CLS token; images are resized bicubically to 224x224."""
         pixels = resize(to_rgb(images_BCHW).to(self._device), (224, 224)).float()
-        return Outputs(self._network(pixel_values=(pixels - self._mean) / self._std).last_hidden_state[:, 0])
+        try:
+            found = self._network(pixel_values=(pixels - self._mean) / self._std)
+        except (ValueError, RuntimeError) as error:  # config.json describes other channels, or patches beyond 224
+            raise DataError(f"--extractor {self.name}: failed on images of 224x224: {one_line(error)}.") from None
+        return Outputs(found.last_hidden_state[:, 0])
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""
         return self.extract(images_BCHW).features_BF
+
+
+def _check_labels(folder: Path) -> None:
+    """Check ``config.json`` before transformers reads it, which builds a name for each of ``num_labels``.
+
+    Raises:
+        OSError: it cannot be read, or is too large.
+        ValueError: it is invalid, or has too many labels.
+    """
+    tree = read_json(folder / "config.json", MAX_TEXT_BYTES)
+    labels = tree.get("num_labels", 0) if isinstance(tree, dict) else 0
+    if type(labels) is not int or not 0 <= labels <= MAX_LABELS:
+        raise ValueError(f"num_labels in config.json must be from 0 to {MAX_LABELS:,}, got {labels}")
 
 
 def _check_size(network_class: Any, config: Any, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import doctest
 import inspect
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from fractions import Fraction
 from io import BytesIO
 
 import numpy as np
@@ -146,6 +148,14 @@ def test_mistakes_are_named(demo):
         ({"cfg_scale": "2"}, "cfg_scale must be a finite number of at least 0, got '2'"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number of at least 0, got nan"),
         ({"capacity": "1"}, "capacity must be a finite number, got '1'"),
+        ({"cfg_scale": 10**400}, "cfg_scale must be a finite number of at least 0, got 1000"),
+        ({"cfg_scale": 10**5000}, "got <int of thousands of digits>"),
+        ({"capacity": Fraction(10**400, 3)}, "capacity must be a finite number, got Fraction"),
+        ({"steps": 10**30}, "steps must be at most 100,000, got 1000"),
+        ({"batch_size": 10**30}, "batch_size must be at most 65,536, got 1000"),
+        ({"seeds": itertools.count()}, "seeds must be at most 10,000,000, got more"),
+        ({"classes": range(10**12)}, "classes must be at most 10,000,000, got 1,000,000,000,000"),
+        ({"classes": [10**5000]}, "classes: '<int of thousands of digits>' is not known"),
     ):
         with pytest.raises(ConfigError) as error:
             model.sample(**{"steps": 1, **arguments})
@@ -167,16 +177,38 @@ def test_mistakes_are_named(demo):
     for name in ("weights", "dtype"):
         with pytest.raises(ConfigError, match=f"{name}: 'best' is not known; valid:"):
             diffmoe_ds.load(demo, **{name: "best"})
-    for device in ("gpu", "cuda:99", "meta2"):
+        with pytest.raises(ConfigError, match=f"{name}: .* is not known; "):
+            diffmoe_ds.load(demo, **{name: ["ema"]})
+    for device in ("gpu", "cuda:99", "meta2", 2**70):
         with pytest.raises(ConfigError, match=f"device '{device}' cannot be used: "):
             diffmoe_ds.load(demo, device=device)
     with pytest.raises(ConfigError, match=r"vae x: the model generates pixels \(1 channel\); omit it"):
         diffmoe_ds.load(demo, vae="x")
 
 
+def test_numbers_of_other_types_are_those_of_python(demo):
+    model = diffmoe_ds.load(demo)
+    expected = model.sample(seeds=range(2), steps=1, cfg_scale=1.5, capacity=1.5, batch_size=2)
+    found = model.sample(
+        seeds=range(2), steps=1, cfg_scale=Fraction(3, 2), capacity=Fraction(3, 2), batch_size=np.uint8(2)
+    )
+    assert (found.images == expected.images).all()
+
+
+NESTED: dict = {}
+NESTED["run"] = NESTED
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
+        ({"settings": NESTED}, "settings cannot be written as JSON: nested too deeply"),
+        ({"settings": {"data.path": [{(1, 2): 3}]}}, "settings cannot be written as JSON: keys must be str"),
+        ({"settings": {"run.seed": 10**5000}}, "settings cannot be written as JSON: Exceeds the limit"),
+        ({"recipe": None}, "recipe must be the name of a recipe or a YAML file, got None"),
+        ({"run_dir": 5}, "run_dir must be a path, got 5"),
+        ({"run_dir": "a\0b"}, r"run_dir must be a path, got 'a\x00b'"),
+        ({"run_dir": "\ud800"}, r"run_dir must be a path, got '\ud800'"),
         ({"settings": {"run.total_images": -1}}, "settings: run.total_images must be positive"),
         ({"settings": {"run": {"total_images": -1}}}, "settings: run.total_images must be positive"),
         ({"settings": {"run": {"totl_images": 1}}}, "settings: run.totl_images: 'totl_images' is not known"),

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -107,6 +108,25 @@ def test_dinov2_from_a_folder(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(DataError, match=r"not a folder with config\.json"):
         load_extractor(f"dinov2:{tmp_path}", CPU)
+
+
+@pytest.mark.parametrize(
+    ("described", "stored", "message"),
+    (
+        ({"num_channels": 4}, {}, "failed on images of 224x224: .*channel"),
+        ({"patch_size": 500, "image_size": 1000}, {}, "failed on images of 224x224: .*[Kk]ernel"),
+        ({}, {"num_labels": 10**8}, "num_labels in config.json must be from 0 to 100,000, got 100000000"),
+        ({}, {"return_dict": False}, None),
+    ),
+)
+def test_a_dinov2_that_does_not_take_images_is_refused(tmp_path, described, stored, message):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1, "image_size": 28}
+    transformers.Dinov2Model(transformers.Dinov2Config(**{**sizes, **described})).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **stored}))
+    with nullcontext() if message is None else pytest.raises(DataError, match=message):
+        load_extractor(f"dinov2:{tmp_path}", CPU).features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", ("", "inception", "dinov2", "inception:", "resnet50", ":Class"))

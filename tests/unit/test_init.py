@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,22 @@ def test_a_token_can_carry_its_patch(gpu_gb, size, channels, initial):
     else:
         assert config.sample.cfg_scale == 1 and config.sample.sampler == "ddim", "no label dropout, no guidance"
     assert config.run.total_images == (30_000 if gpu_gb is None else 200_000), "a small set is not copied for hours"
+
+
+def test_the_output_of_a_command_is_not_a_path():
+    shards = "pipe:cat shards.tar"
+    pictures("images/a")
+    assert main(["prepare", "images", "--images", "images", "--size", "32", "--out", "prepared"]) == 0
+    next(Path("prepared").glob("*.tar")).rename("shards.tar")
+    init(shards, "--out", "piped.yaml")
+    assert load_config("piped.yaml").data.path == shards
+
+
+@pytest.mark.parametrize("key", ("scaling_factor", "shift_factor"))
+def test_a_vae_whose_numbers_no_float_holds_is_refused(key, capsys):
+    pictures("images/a")
+    vae = Path(tiny_vae(Path("vae")))
+    tree = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**tree, key: 10**400}))
+    init("images", "--vae", str(vae), "--size", "256", code=2)
+    assert f"has an invalid {key} in its config.json: 1000" in capsys.readouterr().err

@@ -120,6 +120,16 @@ def test_extreme_numbers_in_the_logs_do_not_stop_the_report(run, tmp_path, sign)
     assert "lr" in report(run, tmp_path / "out").figures()
 
 
+def test_class_names_that_are_not_unicode_are_drawn_as_escapes(run, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(run / "model.safetensors", model)
+    tree = json.loads((run / "config.json").read_text())
+    names = [f"\udcff{label}" for label in range(tree["config"]["model"]["num_classes"])]
+    (model / "config.json").write_text(json.dumps({**tree, "class_names": names}))
+    assert "udcff" in report(model, tmp_path / "out").text
+
+
 def test_a_model_without_logs_and_chosen_classes(run, tmp_path):
     model = tmp_path / "model"
     model.mkdir()

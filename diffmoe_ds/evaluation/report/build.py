@@ -80,11 +80,15 @@ def build_page(contents: Contents) -> Page:
 
 
 def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
-    """Return the class names of the generated images by label; empty if unknown."""
+    """Return the class names of the generated images by label; empty if unknown.
+
+    Bytes of a folder's name that are not valid UTF-8 become escapes, which can be drawn.
+    """
     known: Sequence[str] = sampled.used.reader.class_names or ()
     if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_CLASSES):
         known = EMBEDDED_CLASSES
-    return {label: known[label] for label in sampled.classes if label < len(known)}
+    drawn = {label: known[label].encode(errors="backslashreplace") for label in sampled.classes if label < len(known)}
+    return {label: name.decode() for label, name in drawn.items()}
 
 
 def notes(contents: Contents) -> list[str]:
