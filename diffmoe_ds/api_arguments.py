@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffmoe_ds.cli.arguments import LARGEST, MAX_NUMBER
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import flatten
 from diffmoe_ds.errors import ConfigError, DiffMoEError
@@ -26,10 +27,6 @@ Integers = Sequence[int] | np.ndarray | torch.Tensor
 """Integers in a list, range, array or tensor."""
 Classes = Sequence[int | str] | np.ndarray | torch.Tensor
 """Labels or names of classes."""
-MAX_NUMBER = 10_000_000
-"""Most seeds and classes, as on the command line."""
-LARGEST = {"batch_size": 65_536, "steps": 100_000}
-"""Largest numbers, as on the command line."""
 OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 """An option of the command line in an error message."""
 RENAMED = {"config": "recipe", "set": "settings"}

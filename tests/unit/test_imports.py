@@ -60,7 +60,7 @@ RULES = {
     # Entry points: `python -m diffmoe_ds`, the launchers' script, and what `import diffmoe_ds` offers.
     "__main__": "cli",
     "train": "cli",
-    "api_arguments": "config",
+    "api_arguments": "cli config",
     "api": "api_arguments cli checkpoint config diffusion distributed sampling",
     "": "api checkpoint",
 }
