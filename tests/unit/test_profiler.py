@@ -82,7 +82,7 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, capsys, monkeyp
         monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fill)
     else:
         (tmp_path / "profile").write_text("not a directory")
-        reason = "File exists"
+        reason = "Not a directory"
     assert train(tmp_path, "3").step == 8
     assert f"steps_3-3.pt.trace.json.gz: cannot be written: {reason} ***" in capsys.readouterr().err
     assert not list(tmp_path.glob("profile/*"))
