@@ -53,7 +53,7 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.quiet import quiet_deepspeed
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import Digest, sha256_of, write_json
-from diffmoe_ds.model.dit import DiT, allocate, empty_model
+from diffmoe_ds.model.dit import DiT, allocate, empty_model, saved_buffers
 from diffmoe_ds.moe.layer import MoELayer
 from diffmoe_ds.planning.counting import Counter
 from diffmoe_ds.planning.layout import Group, Layout, LayoutRequest, resolve_layout
@@ -128,7 +128,7 @@ def write_checkpoint(layout: Layout, run_directory: Path, rank: int) -> Path:
     path.mkdir(parents=True)
     model = empty_model(layout.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    buffers = {name: buffer.numel() for name, buffer in model.named_buffers() if name != "pos_embed"}
+    buffers = {name: buffer.numel() for name, buffer in saved_buffers(model).items()}
     names = list(shapes)
     kinds = ("fp32", *MOMENTS[layout.settings.json["optimizer"]["type"]], "ema")
     digests = {}

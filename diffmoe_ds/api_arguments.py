@@ -111,8 +111,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(f"device {str(device)!r} cannot be used: {reason}.") from None
+        why = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(f"device {str(device)!r} cannot be used: {why}.") from None
     return place
 
 

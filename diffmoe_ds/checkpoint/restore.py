@@ -18,7 +18,7 @@ from diffmoe_ds.checkpoint.pieces import COLUMNS, NUMBER
 from diffmoe_ds.distributed.collectives import Group, all_gather, all_reduce, broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import CheckpointError
-from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.dit import DiT, saved_buffers
 from diffmoe_ds.topology import Topology
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def weight_targets(model: DiT, reader: WeightsReader, topology: Topology, kind: 
 
 def buffer_targets(model: DiT) -> list[Target]:
     """Return the buffers that are stored with a model's weights: the thresholds, but not the computed positions."""
-    return [Target(BUFFER, name, 0, b.data.view(-1)) for name, b in model.named_buffers() if name != "pos_embed"]
+    return [Target(BUFFER, name, 0, buffer.data.view(-1)) for name, buffer in saved_buffers(model).items()]
 
 
 def is_expert(name: str) -> bool:
