@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from diffmoe_ds.config.fields import AUTO_TEXT
 from diffmoe_ds.config.presets import Size
 from diffmoe_ds.config.sections import ModelConfig, RoutingConfig
 from diffmoe_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffmoe_ds.config.schema import Config
 
 MAX_TOKENS = 2**20
 """Maximum tokens per image: more than attention can handle, yet small enough for the position table."""
@@ -85,3 +91,22 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
             f"takes none of the {tokens_per_image} tokens of an image, got {capacity}; a smaller model.patch_size also "
             "helps."
         )
+
+
+def check_conditioning(config: Config) -> None:
+    """Check that the keys of text models are set for text models only.
+
+    Raises:
+        ConfigError: one is set for a class model.
+    """
+    model = config.model
+    if config.is_text:
+        return
+    for key, value, default in (
+        ("model.text_encoders", model.text_encoders, AUTO_TEXT),
+        ("data.text_encoder", config.data.text_encoder, ()),
+        ("data.captions", config.data.captions, None),
+        ("sample.prompts", config.sample.prompts, ()),
+    ):
+        if value != default:
+            raise ConfigError(f"{key} needs a text model; set model.conditioning=text.")

@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from diffmoe_ds.config.nearest import MAX_SHOWN
 from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 from diffmoe_ds.text import shortened
+from diffmoe_ds.text_features import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH
 
 MAX_BITS = 64
 """Longest integer that a field accepts."""
@@ -39,6 +40,8 @@ MAX_CLASSES = 10_000_000
 """Largest number of class labels."""
 AUTO_CLASSES = 0
 """Number of classes before the training set is known."""
+AUTO_TEXT: tuple[tuple[int, int, int], ...] = ()
+"""Shapes of the text features before the training set is known."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 
@@ -145,6 +148,23 @@ def _steps(value: Any) -> int | str:
     return step
 
 
+def _text_encoders(value: Any) -> tuple[tuple[int, int, int], ...]:
+    expected = f'"auto" or a list of 1 to {MAX_ENCODERS} entries [tokens, width, pooled width]'
+    if value == "auto":
+        return AUTO_TEXT
+    if not isinstance(value, (list, tuple)) or not len(value) <= MAX_ENCODERS:
+        raise _wrong(expected)
+    shapes = []
+    for entry in value:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+            raise _wrong(expected)
+        tokens, width, pooled = map(_integer, entry)
+        if not (1 <= tokens <= MAX_TOKENS and 1 <= width <= MAX_WIDTH and 1 <= pooled <= MAX_WIDTH):
+            raise _wrong(f"{expected}, with at most {MAX_TOKENS:,} tokens and widths of at most {MAX_WIDTH:,}")
+        shapes.append((tokens, width, pooled))
+    return tuple(shapes)
+
+
 def _pair(value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise _wrong("a list of 2 numbers")
@@ -154,6 +174,14 @@ def _pair(value: Any) -> Any:
 def _names(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise _wrong("a list of names")
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, (list, tuple)):
+        raise _wrong("a string or a list of strings")
     return value
 
 
@@ -202,12 +230,35 @@ Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_pair)]
 Metrics = Annotated[
     tuple[Literal["frechet", "kid", "inception_score", "precision", "recall"], ...], BeforeValidator(_names)
 ]
+Texts = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_one_or_more),
+    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
+]
 ClassCount = Annotated[
     int,
     BeforeValidator(_class_count),
     PlainSerializer(lambda count: "auto" if count == AUTO_CLASSES else count, return_type=int | str),
     WithJsonSchema(
         {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_CLASSES}, {"const": "auto", "type": "string"}]}
+    ),
+]
+TextEncoders = Annotated[
+    tuple[tuple[int, int, int], ...],
+    BeforeValidator(_text_encoders),
+    PlainSerializer(lambda shapes: "auto" if shapes == AUTO_TEXT else shapes, return_type=Any),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "integer"}, "minItems": 3, "maxItems": 3},
+                    "minItems": 1,
+                    "maxItems": MAX_ENCODERS,
+                },
+                {"const": "auto", "type": "string"},
+            ]
+        }
     ),
 ]
 Steps = Annotated[

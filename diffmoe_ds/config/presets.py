@@ -23,6 +23,13 @@ class Size:
     """Width D of a token."""
     num_heads: int
     """Attention heads; must divide the width."""
+    conditioning: str = "class"
+    """Default of ``model.conditioning``."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return depth, width and heads."""
+        return self.depth, self.hidden_size, self.num_heads
 
 
 SIZES: dict[str, Size] = {
@@ -34,11 +41,12 @@ SIZES: dict[str, Size] = {
     "B":     Size(   12,    768,    12),
     "L":     Size(   24,   1024,    16),
     "XL":    Size(   28,   1152,    16),
+    "T2I":   Size(   24,   1536,    24, "text"),  # our reading of the paper's text-to-image model, see docs/text.md
 }  # fmt: skip
 EXPERTS = (1, 2, 4, 8, 16)
 NAMES = tuple(f"{size}-E{experts}" for size in SIZES for experts in EXPERTS)
 
-_NAME = re.compile(r"(?P<dense>Dense-)?(?P<size>[A-Za-z]+)(-E(?P<experts>[1-9][0-9]*))?")
+_NAME = re.compile(r"(?P<dense>Dense-)?(?P<size>[A-Za-z0-9]+)(-E(?P<experts>[1-9][0-9]*))?")
 
 
 def parse_name(name: str) -> tuple[Size, int]:

@@ -99,14 +99,18 @@ def range_in_words(value: dict[str, Any]) -> str:
 
 def _key(name: str, field: dict[str, Any]) -> Key:
     value = value_schema(field)
+    if isinstance(value["type"], list):  # a single string is also valid
+        value = {**value, "type": value["type"][0]}
     kind, choices, bounds = TYPES.get(value["type"], ""), tuple(value.get("enum", ())), range_in_words(value)
     if value["type"] == "array":
         if "prefixItems" in value:
             items = value["prefixItems"]
             kind, bounds = f"list of {len(items)} {TYPES[items[0]['type']]}s", f"each {range_in_words(items[0])}"
-        else:
+        elif "enum" in value["items"]:
             *names, last = value["items"]["enum"]
             kind, bounds = "list of names", f"each one of {', '.join(names)} or {last}"
+        else:
+            kind = "list of strings" if value["items"]["type"] == "string" else "list"
     return Key(name, kind, field.get("default"), choices, bounds, _one_line(field.get("description", "")))
 
 

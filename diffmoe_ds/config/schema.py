@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_experts, check_shapes
+from diffmoe_ds.config.checks import check_conditioning, check_experts, check_shapes
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
@@ -26,6 +26,7 @@ from diffmoe_ds.config.sections import (
     RunConfig,
     SampleConfig,
 )
+from diffmoe_ds.text_features import EncoderShape, TextLayout
 
 __all__ = [
     "INFERENCE_CHOICES",
@@ -87,6 +88,7 @@ class Config(Section):
         """Run the checks that involve several fields."""
         check_shapes(self.model, self.size, self.tokens_per_image, self.num_experts)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
+        check_conditioning(self)
         return self
 
     @property
@@ -97,15 +99,28 @@ class Config(Section):
             depth=named.depth if model.depth is None else model.depth,
             hidden_size=named.hidden_size if model.hidden_size is None else model.hidden_size,
             num_heads=named.num_heads if model.num_heads is None else model.num_heads,
+            conditioning=named.conditioning if model.conditioning is None else model.conditioning,
         )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether images are generated from prompts; otherwise, from class labels."""
+        return self.size.conditioning == "text"
+
+    @property
+    def text_layout(self) -> TextLayout:
+        """Layout of the text features of a text model; its shapes must be known (`model.text_encoders`)."""
+        assert self.is_text and self.model.text_encoders, "class models have no text features"
+        return TextLayout(tuple(EncoderShape(*shape) for shape in self.model.text_encoders))
 
     @property
     def model_name(self) -> str:
         """What the model is: ``model.name``, or ``SIZE-E<experts>`` if other keys change the size or the experts, where
         SIZE is ``custom`` if no size in the table has this depth, width and number of heads."""
-        if (self.size, self.num_experts) == parse_name(self.model.name):
+        named, experts = parse_name(self.model.name)
+        if (self.size.shape, self.num_experts) == (named.shape, experts):
             return self.model.name
-        size = next((name for name, size in SIZES.items() if size == self.size), "custom")
+        size = next((name for name, size in SIZES.items() if size.shape == self.size.shape), "custom")
         return f"{size}-E{self.num_experts}"
 
     @property

@@ -36,6 +36,8 @@ from diffmoe_ds.config.fields import (
     SmallInteger,
     Steps,
     Text,
+    TextEncoders,
+    Texts,
     router,
 )
 
@@ -64,11 +66,20 @@ class ModelConfig(Section):
     """Channels of the network's input: 4 for Stable Diffusion latents, 3 for RGB images, 1 for grayscale."""
     patch_size: Dimension = 2
     """Height and width of a patch, which becomes one token; must divide `input_size`."""
+    conditioning: Literal["class", "text"] | None = None
+    """What an image is generated from: a class label (`class`), or a prompt (`text`), whose features every block reads
+    by cross-attention. Defaults to that of the named size: `text` for `T2I`, `class` for all others."""
     num_classes: ClassCount = Field(default="auto", validate_default=True)
     """Number of class labels: `auto` is that of the training set, 1 without labels. The embedding has one extra row for
-    "no label"."""
+    "no label". Text models have no classes."""
+    text_encoders: TextEncoders = Field(default="auto", validate_default=True)
+    """Shape of the text features as `[tokens, width, pooled width]` for each text encoder, for example
+    `[[77, 768, 768]]`; `auto` is that of the training set. Class models have none."""
+    text_qk_norm: Flag = True
+    """Normalize queries and keys of the cross-attention to text (RMSNorm per head), which keeps training stable."""
     label_dropout: Fraction = 0.1
-    """Fraction of training images whose label is dropped, as classifier-free guidance requires; 0 disables both."""
+    """Fraction of training images whose label is dropped, or whose caption is replaced by the empty prompt, as
+    classifier-free guidance requires; 0 disables both."""
     mlp_ratio: PositiveNumber = 4.0
     """Hidden width of an FFN or expert, as a multiple of `hidden_size`."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -176,6 +187,12 @@ class DataConfig(Section):
     vae: Text | None = None
     """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
     worth preparing."""
+    text_encoder: Texts = ()
+    """Directories or hub IDs of the text encoders that encode the captions of the training images at startup; for
+    datasets too small to be worth preparing with `diffmoe prepare text`."""
+    captions: Text | None = None
+    """CSV or JSONL file with the captions for `text_encoder`; by default they are read from `.txt` or `.json` files or
+    shard members next to the images."""
     cache_dir: Text | None = None
     """Directory for shards downloaded from URLs, shared by the ranks of a host; defaults to `~/.cache/diffmoe-ds`."""
     cache_gb: Gigabytes = 100.0
@@ -284,6 +301,8 @@ class SampleConfig(Section):
     `dpm`."""
     cfg_scale: NonNegativeNumber = 1.0
     """Scale of classifier-free guidance; 1 disables guidance."""
+    prompts: Texts = ()
+    """Prompts of the grids of text models; by default, they show captions of the training images."""
 
 
 class EvalConfig(Section):

@@ -1,0 +1,281 @@
+"""Text features: what an encoder returns for a prompt, how it is stored, and how a batch of it is laid out.
+
+A record stores one caption with its features, at their true length:
+
+- int32: bytes of the caption, then the caption in UTF-8;
+- for each encoder, int32: length l, then fp16: the pooled vector [P] and the tokens [l, F].
+
+All numbers are little-endian. The member of an image holds one or more records: int32 count, int32 bytes of each
+record, then the records. A row pads the tokens of one record to a fixed length, so that a batch is one tensor.
+
+Legend: B images, L most tokens, l tokens of a prompt, F width of the tokens, P width of the pooled vector, N values
+of a row.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_ENCODERS = 4
+MAX_TOKENS = 1024
+"""Most tokens of a prompt; fp16, in which a row holds the length, is exact up to 2048."""
+MAX_WIDTH = 1 << 15
+MAX_CAPTIONS = 64
+"""Most captions of an image."""
+MAX_CAPTION_BYTES = 1 << 16
+"""Most bytes of one caption."""
+INT, FLOAT = np.dtype("<i4"), np.dtype("<f2")
+
+
+class EncoderFeatures(NamedTuple):
+    """What one encoder returns for a prompt."""
+
+    pooled: np.ndarray
+    """fp16 [P]."""
+    tokens: np.ndarray
+    """fp16 [l, F], with l from 1 to L."""
+
+
+class Caption(NamedTuple):
+    """A prompt with its features, one entry per encoder."""
+
+    text: str
+    features: tuple[EncoderFeatures, ...]
+
+
+class TextBatch(NamedTuple):
+    """The features of one encoder for a batch, as views of its rows."""
+
+    length_B: Tensor
+    """Number of tokens, in the dtype of the rows."""
+    pooled_BP: Tensor
+    tokens_BLF: Tensor
+    """0 from the length on."""
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """Shape of an encoder's features."""
+
+    tokens: int
+    """Most tokens L of a prompt; longer ones are truncated."""
+    width: int
+    """Width F of a token."""
+    pooled: int
+    """Width P of the pooled vector."""
+
+    @property
+    def values(self) -> int:
+        """Return the values of a row that belong to this encoder: length, pooled vector, tokens."""
+        return 1 + self.pooled + self.tokens * self.width
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """How a row, fp16 [N], holds the features of one prompt."""
+
+    encoders: tuple[EncoderShape, ...]
+    """In the order of the row."""
+
+    @property
+    def values(self) -> int:
+        """Return N, which is even, so that rows can be stored as fp32."""
+        values = sum(encoder.values for encoder in self.encoders)
+        return values + values % 2
+
+    def row(self, features: Sequence[EncoderFeatures]) -> np.ndarray:
+        """Return the row of a prompt, fp16 [N]."""
+        row, start = np.zeros(self.values, np.float16), 0
+        for encoder, (pooled, tokens) in zip(self.encoders, features, strict=True):
+            assert pooled.shape == (encoder.pooled,) and tokens.shape[1:] == (encoder.width,), (encoder, tokens.shape)
+            row[start] = len(tokens)
+            first = start + 1 + encoder.pooled
+            row[start + 1 : first] = pooled
+            row[first : first + tokens.size] = tokens.reshape(-1)
+            start += encoder.values
+        return row
+
+    def unpack(self, rows_BN: Tensor) -> list[TextBatch]:
+        """Return the features of each encoder as views of a batch's rows."""
+        parts, start = [], 0
+        for encoder in self.encoders:
+            length_B1, pooled_BP, tokens = rows_BN[:, start : start + encoder.values].split(
+                [1, encoder.pooled, encoder.tokens * encoder.width], dim=1
+            )
+            parts.append(TextBatch(length_B1[:, 0], pooled_BP, tokens.unflatten(1, (encoder.tokens, encoder.width))))
+            start += encoder.values
+        return parts
+
+
+@dataclass(frozen=True)
+class EncoderInfo(EncoderShape):
+    """An encoder and the shape of its features."""
+
+    name: str
+    """Directory or hub ID; a prompt can be encoded where it is found."""
+    sha256: str
+    """SHA-256 of everything that its features depend on: weights, tokenizer and settings."""
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The encoders of a dataset or a model, and their features for the empty prompt."""
+
+    encoders: tuple[EncoderInfo, ...]
+    """One or more."""
+    null: bytes
+    """Record of the empty prompt."""
+
+    @property
+    def layout(self) -> TextLayout:
+        """Return the layout of rows."""
+        shapes = (EncoderShape(info.tokens, info.width, info.pooled) for info in self.encoders)
+        return TextLayout(tuple(shapes))
+
+    @property
+    def null_row(self) -> np.ndarray:
+        """Return the row of the empty prompt, fp16 [N]."""
+        return self.layout.row(decode_record(self.null, self.layout).features)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the format as plain data."""
+        encoders = [asdict(encoder) for encoder in self.encoders]
+        return {"encoders": encoders, "null": base64.b64encode(self.null).decode()}
+
+
+def text_format(tree: Any) -> TextFormat:
+    """Return the format that plain data describes, as `TextFormat.to_json` returns it.
+
+    Raises:
+        ValueError: it is invalid.
+    """
+    names = [field.name for field in fields(EncoderInfo)]
+    if not isinstance(tree, dict) or not isinstance(tree.get("null"), str):
+        raise ValueError("not a text format")
+    entries = tree.get("encoders")
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_ENCODERS:
+        raise ValueError(f"encoders must be a list of 1 to {MAX_ENCODERS} objects")
+    for entry in entries:
+        if not isinstance(entry, dict) or any(name not in entry for name in names):
+            raise ValueError("an encoder lacks a key")
+    encoders = tuple(EncoderInfo(**{name: entry[name] for name in names}) for entry in entries)
+    for encoder in encoders:
+        sizes = (encoder.tokens, MAX_TOKENS), (encoder.width, MAX_WIDTH), (encoder.pooled, MAX_WIDTH)
+        if not all(type(size) is int and 0 < size <= limit for size, limit in sizes):
+            raise ValueError("the shape of an encoder's features is out of range")
+        if not isinstance(encoder.name, str) or not isinstance(encoder.sha256, str):
+            raise ValueError("name and sha256 of an encoder must be strings")
+    try:
+        found = TextFormat(encoders, base64.b64decode(tree["null"], validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"null: {error}") from None
+    decode_record(found.null, found.layout)
+    return found
+
+
+def encode_record(caption: Caption) -> bytes:
+    """Encode one caption with its features."""
+    text = caption.text.encode()
+    assert len(text) <= MAX_CAPTION_BYTES, len(text)
+    parts = [np.array(len(text), INT).tobytes(), text]
+    for pooled, tokens in caption.features:
+        parts += [np.array(len(tokens), INT).tobytes(), np.asarray(pooled, FLOAT).tobytes()]
+        parts.append(np.ascontiguousarray(tokens, FLOAT).tobytes())
+    return b"".join(parts)
+
+
+def decode_record(data: bytes, layout: TextLayout) -> Caption:
+    """Decode a record.
+
+    Args:
+        data: the record.
+        layout: shapes of the encoders.
+
+    Raises:
+        ValueError: it is invalid for the layout, or contains NaN or Inf.
+    """
+    reader = _Reader(data)
+    text = reader.take(reader.integer(MAX_CAPTION_BYTES)).decode()
+    features = []
+    for encoder in layout.encoders:
+        length = reader.integer(encoder.tokens)
+        if not length:
+            raise ValueError("a record has features without tokens")
+        pooled = reader.floats(encoder.pooled)
+        features.append(EncoderFeatures(pooled, reader.floats(length * encoder.width).reshape(length, encoder.width)))
+    if reader.left:
+        raise ValueError(f"a record has {reader.left} bytes too many")
+    if not all(np.isfinite(array).all() for each in features for array in each):
+        raise ValueError("a record contains NaN or Inf")
+    return Caption(text, tuple(features))
+
+
+def encode_member(captions: Sequence[Caption]) -> bytes:
+    """Encode the captions of an image, 1 to `MAX_CAPTIONS`."""
+    assert 1 <= len(captions) <= MAX_CAPTIONS, len(captions)
+    records = [encode_record(caption) for caption in captions]
+    head = np.array([len(records), *map(len, records)], INT)
+    return b"".join([head.tobytes(), *records])
+
+
+MAX_HEAD_BYTES = INT.itemsize * (1 + MAX_CAPTIONS)
+"""Most bytes that a member has before its first record."""
+
+
+def record_ranges(head: bytes, size: int) -> list[range]:
+    """Return the bytes of each record within a member.
+
+    Args:
+        head: the first `MAX_HEAD_BYTES` of the member, or all of a shorter one.
+        size: bytes of the member.
+
+    Raises:
+        ValueError: the head is invalid.
+    """
+    reader = _Reader(head)
+    count = reader.integer(MAX_CAPTIONS)
+    sizes = [reader.integer(size) for _ in range(count)]
+    ends = np.cumsum([INT.itemsize * (1 + count), *sizes]).tolist()
+    if not count or ends[-1] != size:
+        raise ValueError(f"{count} records of {ends[-1]} bytes in a member of {size} bytes")
+    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+class _Reader:
+    """Reads numbers from bytes, within their bounds."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._start = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that were not read yet."""
+        return len(self._data) - self._start
+
+    def take(self, size: int) -> bytes:
+        """Return the next bytes."""
+        if size > self.left:
+            raise ValueError(f"{size} bytes expected where {self.left} are left")
+        self._start += size
+        return self._data[self._start - size : self._start]
+
+    def integer(self, limit: int) -> int:
+        """Return the next integer, from 0 to a limit."""
+        value = int(np.frombuffer(self.take(INT.itemsize), INT)[0])
+        if not 0 <= value <= limit:
+            raise ValueError(f"{value} where a number from 0 to {limit} is expected")
+        return value
+
+    def floats(self, count: int) -> np.ndarray:
+        """Return the next fp16 numbers."""
+        return np.frombuffer(self.take(count * FLOAT.itemsize), FLOAT)
