@@ -1,4 +1,4 @@
-"""Text features: what an encoder returns for a prompt, how it is stored, and how a batch of it is laid out.
+"""Text features: what encoders return for a prompt, and how it is stored.
 
 A record stores one caption with its features, at their true length:
 
@@ -6,29 +6,24 @@ A record stores one caption with its features, at their true length:
 - for each encoder, int32: length l, then fp16: the pooled vector [P] and the tokens [l, F].
 
 All numbers are little-endian. The member of an image holds one or more records: int32 count, int32 bytes of each
-record, then the records. A row pads the tokens of one record to a fixed length, so that a batch is one tensor.
+record, then the records.
 
-Legend: B images, L most tokens, l tokens of a prompt, F width of the tokens, P width of the pooled vector, N values
-of a row.
+Legend: L most tokens, l tokens of a prompt, F width of the tokens, P width of the pooled vector, N values of a row.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH, EncoderShape, TextLayout
 
-MAX_ENCODERS = 4
-MAX_TOKENS = 1024
-"""Most tokens of a prompt; fp16, in which a row holds the length, is exact up to 2048."""
-MAX_WIDTH = 1 << 15
 MAX_CAPTIONS = 64
 """Most captions of an image."""
 MAX_CAPTION_BYTES = 1 << 16
@@ -50,70 +45,6 @@ class Caption(NamedTuple):
 
     text: str
     features: tuple[EncoderFeatures, ...]
-
-
-class TextBatch(NamedTuple):
-    """The features of one encoder for a batch, as views of its rows."""
-
-    length_B: Tensor
-    """Number of tokens, in the dtype of the rows."""
-    pooled_BP: Tensor
-    tokens_BLF: Tensor
-    """0 from the length on."""
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """Shape of an encoder's features."""
-
-    tokens: int
-    """Most tokens L of a prompt; longer ones are truncated."""
-    width: int
-    """Width F of a token."""
-    pooled: int
-    """Width P of the pooled vector."""
-
-    @property
-    def values(self) -> int:
-        """Return the values of a row that belong to this encoder: length, pooled vector, tokens."""
-        return 1 + self.pooled + self.tokens * self.width
-
-
-@dataclass(frozen=True)
-class TextLayout:
-    """How a row, fp16 [N], holds the features of one prompt."""
-
-    encoders: tuple[EncoderShape, ...]
-    """In the order of the row."""
-
-    @property
-    def values(self) -> int:
-        """Return N, which is even, so that rows can be stored as fp32."""
-        values = sum(encoder.values for encoder in self.encoders)
-        return values + values % 2
-
-    def row(self, features: Sequence[EncoderFeatures]) -> np.ndarray:
-        """Return the row of a prompt, fp16 [N]."""
-        row, start = np.zeros(self.values, np.float16), 0
-        for encoder, (pooled, tokens) in zip(self.encoders, features, strict=True):
-            assert pooled.shape == (encoder.pooled,) and tokens.shape[1:] == (encoder.width,), (encoder, tokens.shape)
-            row[start] = len(tokens)
-            first = start + 1 + encoder.pooled
-            row[start + 1 : first] = pooled
-            row[first : first + tokens.size] = tokens.reshape(-1)
-            start += encoder.values
-        return row
-
-    def unpack(self, rows_BN: Tensor) -> list[TextBatch]:
-        """Return the features of each encoder as views of a batch's rows."""
-        parts, start = [], 0
-        for encoder in self.encoders:
-            length_B1, pooled_BP, tokens = rows_BN[:, start : start + encoder.values].split(
-                [1, encoder.pooled, encoder.tokens * encoder.width], dim=1
-            )
-            parts.append(TextBatch(length_B1[:, 0], pooled_BP, tokens.unflatten(1, (encoder.tokens, encoder.width))))
-            start += encoder.values
-        return parts
 
 
 @dataclass(frozen=True)
@@ -144,7 +75,7 @@ class TextFormat:
     @property
     def null_row(self) -> np.ndarray:
         """Return the row of the empty prompt, fp16 [N]."""
-        return self.layout.row(decode_record(self.null, self.layout).features)
+        return padded_row(self.layout, decode_record(self.null, self.layout).features)
 
     def to_json(self) -> dict[str, Any]:
         """Return the format as plain data."""
@@ -219,6 +150,19 @@ def decode_record(data: bytes, layout: TextLayout) -> Caption:
     return Caption(text, tuple(features))
 
 
+def padded_row(layout: TextLayout, features: Sequence[EncoderFeatures]) -> np.ndarray:
+    """Return the row of a prompt, fp16 [N]."""
+    row, start = np.zeros(layout.values, np.float16), 0
+    for encoder, (pooled, tokens) in zip(layout.encoders, features, strict=True):
+        assert pooled.shape == (encoder.pooled,) and tokens.shape[1:] == (encoder.width,), (encoder, tokens.shape)
+        row[start] = len(tokens)
+        first = start + 1 + encoder.pooled
+        row[start + 1 : first] = pooled
+        row[first : first + tokens.size] = tokens.reshape(-1)
+        start += encoder.values
+    return row
+
+
 def encode_member(captions: Sequence[Caption]) -> bytes:
     """Encode the captions of an image, 1 to `MAX_CAPTIONS`."""
     assert 1 <= len(captions) <= MAX_CAPTIONS, len(captions)
@@ -247,7 +191,7 @@ def record_ranges(head: bytes, size: int) -> list[range]:
     ends = np.cumsum([INT.itemsize * (1 + count), *sizes]).tolist()
     if not count or ends[-1] != size:
         raise ValueError(f"{count} records of {ends[-1]} bytes in a member of {size} bytes")
-    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class _Reader:

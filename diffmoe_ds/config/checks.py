@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from diffmoe_ds.config.fields import AUTO_TEXT
 from diffmoe_ds.config.presets import Size
-from diffmoe_ds.config.sections import ModelConfig, RoutingConfig
+from diffmoe_ds.config.sections import DataConfig, ModelConfig, RoutingConfig, SampleConfig
 from diffmoe_ds.errors import ConfigError
-
-if TYPE_CHECKING:
-    from diffmoe_ds.config.schema import Config
 
 MAX_TOKENS = 2**20
 """Maximum tokens per image: more than attention can handle, yet small enough for the position table."""
@@ -93,20 +88,22 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
         )
 
 
-def check_conditioning(config: Config) -> None:
-    """Check that the keys of text models are set for text models only.
+def check_no_text(model: ModelConfig, data: DataConfig, sample: SampleConfig) -> None:
+    """Check that a class model sets no key of text models.
+
+    Args:
+        model: the section.
+        data: the section.
+        sample: the section.
 
     Raises:
-        ConfigError: one is set for a class model.
+        ConfigError: it does.
     """
-    model = config.model
-    if config.is_text:
-        return
     for key, value, default in (
         ("model.text_encoders", model.text_encoders, AUTO_TEXT),
-        ("data.text_encoder", config.data.text_encoder, ()),
-        ("data.captions", config.data.captions, None),
-        ("sample.prompts", config.sample.prompts, ()),
+        ("data.text_encoder", data.text_encoder, ()),
+        ("data.captions", data.captions, None),
+        ("sample.prompts", sample.prompts, ()),
     ):
         if value != default:
             raise ConfigError(f"{key} needs a text model; set model.conditioning=text.")

@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 from diffmoe_ds.config.nearest import MAX_SHOWN
 from diffmoe_ds.config.presets import NAMES, SIZES, parse_name
 from diffmoe_ds.text import shortened
-from diffmoe_ds.text_features import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH
+from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH
 
 MAX_BITS = 64
 """Longest integer that a field accepts."""
@@ -152,7 +152,7 @@ def _text_encoders(value: Any) -> tuple[tuple[int, int, int], ...]:
     expected = f'"auto" or a list of 1 to {MAX_ENCODERS} entries [tokens, width, pooled width]'
     if value == "auto":
         return AUTO_TEXT
-    if not isinstance(value, (list, tuple)) or not len(value) <= MAX_ENCODERS:
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_ENCODERS:
         raise _wrong(expected)
     shapes = []
     for entry in value:

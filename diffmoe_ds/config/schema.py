@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_conditioning, check_experts, check_shapes
+from diffmoe_ds.config.checks import check_experts, check_no_text, check_shapes
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
@@ -26,7 +26,7 @@ from diffmoe_ds.config.sections import (
     RunConfig,
     SampleConfig,
 )
-from diffmoe_ds.text_features import EncoderShape, TextLayout
+from diffmoe_ds.text_layout import EncoderShape, TextLayout
 
 __all__ = [
     "INFERENCE_CHOICES",
@@ -88,7 +88,8 @@ class Config(Section):
         """Run the checks that involve several fields."""
         check_shapes(self.model, self.size, self.tokens_per_image, self.num_experts)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
-        check_conditioning(self)
+        if not self.is_text:
+            check_no_text(self.model, self.data, self.sample)
         return self
 
     @property

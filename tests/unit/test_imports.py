@@ -16,7 +16,7 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "outputs", "precision", "text", "text_features")
+GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "outputs", "precision", "text", "text_layout", "text_features")
 RULES = {
     "errors": "",
     "topology": "",
@@ -27,6 +27,7 @@ RULES = {
     "outputs": "",
     "precision": "",
     "text": "",
+    "text_layout": "",
     "text_features": "",
     "config": "",
     "diffusion": "",
