@@ -9,22 +9,20 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffmoe_ds.checkpoint.description import Description, read_description
 from diffmoe_ds.checkpoint.layout import BUFFER, MANIFEST
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_complete
-from diffmoe_ds.checkpoint.metadata import MAX_INT, stored_config, stored_names
+from diffmoe_ds.checkpoint.metadata import MAX_INT
 from diffmoe_ds.checkpoint.pieces import Run
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.checkpoint.tensor_file import DTYPES, TensorFile
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.config.fields import short_repr
-from diffmoe_ds.config.load import config_to_dict
-from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Reading, sha256_of, unwatched, write_json
@@ -55,7 +53,8 @@ class ModelFileReader:
         """
         self.path = directory / WEIGHTS_FILE
         config = directory / CONFIG_FILE
-        self.weights, self.images, self.config, self.class_names, self.initial_share = _read_description(config)
+        self.weights, self.images, self.initial_share, description = _read_description(config)
+        self.config, self.class_names, self.text = description
         self.reading: Reading = unwatched
         self._file: TensorFile | None = None
         self._tensors = self._open().header()
@@ -130,11 +129,11 @@ class ModelFileReader:
         return self._file
 
 
-def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | None, float]:
-    """Return (weights, images, configuration, class names, share of initial weights) of ``config.json``."""
+def _read_description(path: Path) -> tuple[str, int, float, Description]:
+    """Return (weights, images, share of initial weights, description of the model) of ``config.json``."""
     try:
         tree = read_json(path)
-        weights, images, config, names = tree["weights"], tree["images"], tree["config"], tree.get("class_names")
+        weights, images, _ = tree["weights"], tree["images"], tree["config"]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError):
@@ -146,7 +145,7 @@ def _read_description(path: Path) -> tuple[str, int, Config, tuple[str, ...] | N
     share = tree.get("initial_share", 0.0)
     if type(share) not in (int, float) or not 0 <= share <= 1:
         raise CheckpointError(f"{path}: initial_share must be a number from 0 to 1, got {short_repr(share)}.")
-    return weights, images, stored_config(config, str(path)), stored_names(names, str(path)), share
+    return weights, images, share, read_description(tree, str(path))
 
 
 def open_weights(path: Path) -> WeightsReader | None:
@@ -275,16 +274,16 @@ def export(reader: CheckpointReader, weights: str, out: Path, dtype: torch.dtype
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="export") as bar:
         saved = reader.metadata
         share = saved.initial_share if weights == "ema" else 0.0
-        return write_model(out, entries, reader.config, weights, saved.images, saved.class_names, share)
+        described = Description(saved.config, saved.class_names, saved.text)
+        return write_model(out, entries, described, weights, saved.images, share)
 
 
 def write_model(
     out: Path,
     entries: Sequence[Entry],
-    config: Config,
+    model: Description,
     weights: str,
     images: int,
-    class_names: Sequence[str] | None = None,
     initial_share: float = 0.0,
 ) -> Path:
     """Write ``model.safetensors`` and ``config.json``; both appear when they are complete.
@@ -292,10 +291,9 @@ def write_model(
     Args:
         out: their directory; created if it does not exist.
         entries: the tensors.
-        config: configuration of the run that trained the model.
+        model: the model.
         weights: ``ema`` or ``raw``.
         images: images that the model was trained on.
-        class_names: name of each label, if labels have names.
         initial_share: share of the initial weights in averaged ones.
 
     Returns:
@@ -304,9 +302,7 @@ def write_model(
     Raises:
         CheckpointError: they cannot be written; existing files are unchanged.
     """
-    description: dict[str, Any] = {"weights": weights, "images": images, "config": config_to_dict(config)}
-    if class_names is not None:
-        description["class_names"] = list(class_names)
+    description = {"weights": weights, "images": images, **model.to_json()}
     if initial_share:
         description["initial_share"] = initial_share
     written = write_together(

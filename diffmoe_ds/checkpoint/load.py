@@ -25,11 +25,12 @@ from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Reading, allow_open_files, unwatched
 from diffmoe_ds.model.dit import empty_model, saved_buffers
 from diffmoe_ds.text import shortened
+from diffmoe_ds.text_features import TextFormat
 
 FIXED = {
     "model": (
         "hidden_size", "depth", "num_heads", "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio",
-        "mlp",
+        "mlp", "text_encoders", "text_qk_norm",
     ),
     "routing": ("kind", "interleave", "shared_experts", "capacity_predictor"),
     "objective": ("kind", "flow_time_scale"),
@@ -52,6 +53,8 @@ class WeightsReader(Protocol):
     """Number of images that the model was trained on; 0 if unknown."""
     class_names: tuple[str, ...] | None
     """Name of each label, if labels have names."""
+    text: TextFormat | None
+    """The encoders of a text model."""
     initial_share: float
     """Share of the initial weights in the averaged ones; 0 if unknown."""
     reading: Reading
@@ -126,6 +129,7 @@ class CheckpointReader:
         self.config = self.metadata.config
         self.images = self.metadata.images
         self.class_names = self.metadata.class_names
+        self.text = self.metadata.text
         self.initial_share = self.metadata.initial_share
         self._numbers = {name: number for number, name in enumerate(self.metadata.shapes)}
         self._index: PieceIndex | None = None
@@ -333,5 +337,5 @@ def check_same_moments(reader: CheckpointReader, optimizer: str) -> None:
 
 
 def has_null(config: Config) -> bool:
-    """Return whether a model's class embedding has a row for "no label"."""
-    return config.model.label_dropout > 0
+    """Return whether a model has a null condition: that of a class model is a row of its embedding."""
+    return config.is_text or config.model.label_dropout > 0

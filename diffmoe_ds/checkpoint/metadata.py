@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
 
+from diffmoe_ds.checkpoint.description import Description, read_description
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
 from diffmoe_ds.config.deepspeed_keys import LARGEST, MOMENTS
 from diffmoe_ds.config.fields import printable
-from diffmoe_ds.config.load import config_from_dict, config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.files import Digest, write_json
 from diffmoe_ds.text import shortened
+from diffmoe_ds.text_features import TextFormat
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ class CheckpointMetadata:
     """Resolved DeepSpeed settings besides the layout; None in checkpoints of versions that did not save them."""
     class_names: tuple[str, ...] | None = None
     """Name of each label; None if labels have no names."""
+    text: TextFormat | None = None
+    """The encoders of a text model; None for a class model."""
 
     @property
     def optimizer(self) -> str:
@@ -129,9 +132,7 @@ class CheckpointMetadata:
         }
         if self.deepspeed is not None:
             tree["deepspeed"] = self.deepspeed
-        if self.class_names is not None:
-            tree["class_names"] = list(self.class_names)
-        return {**tree, "config": config_to_dict(self.config)}
+        return {**tree, **Description(self.config, self.class_names, self.text).to_json()}
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
@@ -168,62 +169,23 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
             f"{source}: has format {shortened(repr(found))}, but this version reads {FORMAT}{advice}."
         )
     top = _Object(tree, source)
+    top.value("config", dict)
+    config, class_names, text = read_description(tree, source)
     return CheckpointMetadata(
         files=top.count("files"),
         images=top.count("images"),
         step=top.count("step", top.count("images")),
         adam_step=top.count("adam_step", top.count("images")),
         shapes=_shapes(top.object("shapes")),
-        config=stored_config(top.value("config", dict), source),
+        config=config,
         lr_now=_scheduled(top.object("lr_now")),
         layout=_layout(top.object("layout")),
         lr_scheduler=_scheduler(top),
         began_from=top.optional("began_from", str),
         deepspeed=top.value("deepspeed", dict) if "deepspeed" in tree else None,
-        class_names=stored_names(tree.get("class_names"), source),
+        class_names=class_names,
+        text=text,
     )
-
-
-def stored_config(tree: Any, source: str) -> Config:
-    """Return the configuration that a checkpoint or an exported model holds.
-
-    Versions without ``ema.warmup`` had no warm-up, and those without ``data.shuffle`` had the order of ``whole``.
-
-    Raises:
-        CheckpointError: it is not a valid configuration.
-    """
-    try:
-        return config_from_dict(_with_older_defaults(tree), source)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
-
-
-OLDER_DEFAULTS: dict[str, dict[str, Any]] = {"ema": {"warmup": False}, "data": {"shuffle": "whole"}}
-"""Values of keys in configurations from before the keys existed, where these differ from today's defaults."""
-
-
-def _with_older_defaults(tree: Any) -> Any:
-    """Return a stored configuration with `OLDER_DEFAULTS` for the keys that it lacks."""
-    if not isinstance(tree, dict):
-        return tree
-    sections = {name: tree.get(name, {}) for name in OLDER_DEFAULTS}
-    return {
-        **tree,
-        **{name: {**OLDER_DEFAULTS[name], **old} for name, old in sections.items() if isinstance(old, dict)},
-    }
-
-
-def stored_names(names: Any, source: str) -> tuple[str, ...] | None:
-    """Return the class names in a checkpoint or an exported model, if any.
-
-    Raises:
-        CheckpointError: they are not a list of strings.
-    """
-    if names is None:
-        return None
-    if type(names) is not list or not all(type(name) is str for name in names):
-        raise _Object({}, source).error("class_names", names, "a list of strings")
-    return tuple(names)
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:

@@ -154,6 +154,7 @@ def _export_diffusers(args: argparse.Namespace, dtype: torch.dtype) -> None:
 def _import(args: argparse.Namespace) -> None:
     import torch
 
+    from diffmoe_ds.checkpoint.description import Description
     from diffmoe_ds.checkpoint.export import check_no_model, write_model
     from diffmoe_ds.checkpoint.reference import load_official
     from diffmoe_ds.checkpoint.reference_config import infer_reference
@@ -180,7 +181,7 @@ def _import(args: argparse.Namespace) -> None:
         raise type(error)(f"{args.path}{configuration}: {error}") from None
     check_no_model(args.out)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t.float()]) for name, t in model.state_dict().items()]
-    written = write_model(args.out, entries, model.config, weights, images=0)
+    written = write_model(args.out, entries, Description(model.config), weights, images=0)
     if path is not None:
         print(f"configuration of {path}")
     for guess in guesses:

@@ -53,6 +53,12 @@ class MicroBatch(NamedTuple):
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
     unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
+    text: torch.Tensor | None = None  # float16 [B, N]: text features, in place of the labels, for a text model
+
+    @property
+    def condition(self) -> torch.Tensor:
+        """What the images are generated from: labels or text features."""
+        return self.label if self.text is None else self.text
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the batch on a device; the copies may still be running."""

@@ -54,7 +54,7 @@ def validation_loss(
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
         t_B = objective.model_time(batch.time)
-        output: DiTOutput = model(objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label)
+        output: DiTOutput = model(objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.condition)
         loss_B = objective.loss(output.prediction, batch.x, batch.noise, t_B)["loss_B"].double()
         is_real_B = batch.position < num_images
         values_2B = torch.stack([loss_B.where(is_real_B, 0), is_real_B.double()])

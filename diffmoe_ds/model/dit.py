@@ -20,10 +20,12 @@ from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.model.conditioning import ClassConditioner
+from diffmoe_ds.model.conditioning import context_width, make_conditioner
 from diffmoe_ds.model.layers import (
     FFN,
     Attention,
+    Context,
+    CrossAttention,
     FinalLayer,
     PatchEmbed,
     TimestepEmbedder,
@@ -56,7 +58,7 @@ class Observer(Protocol):
 
         Args:
             t_B: the times, as passed to the model.
-            y_B: int64 labels; in unconditional passes, the null label.
+            y_B: int64 labels, or numbers of prompts; in unconditional passes, that of the null condition.
             output: the model's output, with the routing of each MoE layer.
         """
 
@@ -65,35 +67,41 @@ class Observer(Protocol):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then an FFN or experts, both modulated by adaLN-zero."""
+    """Attention, then an FFN or experts, both modulated by adaLN-zero; in text models, cross-attention between them."""
 
-    def __init__(self, width: int, num_heads: int, mlp: nn.Module) -> None:
+    def __init__(self, width: int, num_heads: int, mlp: nn.Module, cross_attn: CrossAttention | None = None) -> None:
         """Allocate the weights.
 
         Args:
             width: D.
             num_heads: attention heads.
             mlp: the FFN or the MoE layer.
+            cross_attn: the cross-attention; None for conditions without context.
         """
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, num_heads)
+        self.norm_cross = layer_norm(width)
+        self.cross_attn = cross_attn
         self.norm2 = layer_norm(width)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None) -> tuple[Tensor, Routing | None]:
         """Transform the tokens of a batch.
 
         Args:
             x_BSD: tokens.
             c_BD: the conditioning of each image.
+            context: what the cross-attention reads, if there is one.
 
         Returns:
             [B, S, D], and the routing of a MoE block (None for an FFN).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
+        if self.cross_attn is not None and context is not None:
+            x_BSD = x_BSD + self.cross_attn(self.norm_cross(x_BSD), context)
         out = self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
         out, routing = out if isinstance(out, tuple) else (out, None)
         return x_BSD + gate2.unsqueeze(1) * out, routing
@@ -122,7 +130,7 @@ class DiT(nn.Module):
         self.out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = ClassConditioner(model.num_classes, width, has_null=model.label_dropout > 0)
+        self.y_embedder = make_conditioner(config)
         side = model.input_size // model.patch_size
         self.register_buffer("pos_embed", torch.empty(1, side * side, width), persistent=False)
         if not self.pos_embed.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
@@ -133,7 +141,7 @@ class DiT(nn.Module):
         for index in range(size.depth):
             is_moe = routed and index % every == first
             mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, int(width * model.mlp_ratio))
-            self.blocks.append(DiTBlock(width, size.num_heads, mlp))
+            self.blocks.append(DiTBlock(width, size.num_heads, mlp, _cross_attention(config)))
         self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
         self.assumed_capacities = 2.0
         """Assumed upper bound on a layer's rows in `bounded_dispatch`, as a multiple of the training capacity. The
@@ -141,25 +149,28 @@ class DiT(nn.Module):
         self.observer: Observer | None = None
         """Observes the forward passes of `sampling.generate`."""
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y: Tensor, drop_B: Tensor | None = None) -> DiTOutput:
         """Predict velocity or noise from noisy images.
 
         Args:
             x_BCHW: noisy images or latents, any float dtype.
             t_B: fp32 in [0, 1] for flow, int64 timesteps 0..999 for DDPM.
-            y_B: int64 labels.
-            drop_B: bool, images whose label is dropped; None drops no labels.
+            y: int64 labels [B]; in a text model, rows of text features, fp16 [B, N].
+            drop_B: bool, images whose label or prompt is dropped; None drops none.
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        c_BD = self.t_embedder(t_B * self.time_scale) + self.y_embedder(y_B, drop_B)
+        condition = self.y_embedder(y, drop_B)
+        c_BD = self.t_embedder(t_B * self.time_scale) + condition.vector_BD
         routings = []
         recompute = self.config.model.activation_checkpointing and self.training
         for block in self.blocks:
             if recompute:
-                x_BSD, routing = checkpoint(block, x_BSD, c_BD, use_reentrant=False, context_fn=both_passes)
+                x_BSD, routing = checkpoint(
+                    block, x_BSD, c_BD, condition.context, use_reentrant=False, context_fn=both_passes
+                )
             else:
-                x_BSD, routing = block(x_BSD, c_BD)
+                x_BSD, routing = block(x_BSD, c_BD, condition.context)
             if routing is not None:
                 routings.append(routing)
         out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)
@@ -198,6 +209,15 @@ class DiT(nn.Module):
         """Whether an image depends on the rest of its batch in eval mode, because their tokens compete for experts."""
         layers = self.moe_layers().values()
         return any(layer.kind == "batch_pool" and layer.inference != "per_token" for layer in layers)
+
+
+def _cross_attention(config: Config) -> CrossAttention | None:
+    """Return the cross-attention of a block of a text model."""
+    if not config.is_text:
+        return None
+    width = config.size.hidden_size
+    context = context_width(config.text_layout, width)
+    return CrossAttention(width, context, config.size.num_heads, config.model.text_qk_norm)
 
 
 def empty_model(config: Config) -> DiT:

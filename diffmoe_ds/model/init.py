@@ -14,7 +14,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmoe_ds.model.conditioning import TextConditioner
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.layers import CrossAttention
 
 GATE_STD = 0.006
 """Standard deviation of router weights, except for ``token_choice``."""
@@ -40,12 +42,14 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
     nn.init.xavier_uniform_(patch.weight.flatten(1), generator=_stream(seed, "x_embedder.proj.weight"))
     assert patch.bias is not None
     patch.bias.zero_()
-    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+    class_table = () if model.config.is_text else ("y_embedder.embedding_table",)
+    for name in (*class_table, "t_embedder.mlp.0", "t_embedder.mlp.2"):
         weight = model.get_parameter(f"{name}.weight")
         nn.init.normal_(weight, std=EMBEDDING_STD, generator=_stream(seed, f"{name}.weight"))
     for module in [*model.blocks, model.final_layer]:  # adaLN-zero: a block starts as the identity
         module.adaLN_modulation[-1].weight.zero_()
         module.adaLN_modulation[-1].bias.zero_()
+    _init_text(model)
     model.final_layer.linear.weight.zero_()
     model.final_layer.linear.bias.zero_()
     model.reset_positions()
@@ -61,6 +65,17 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
                 nn.init.xavier_uniform_(matrix, generator=_stream(seed, f"{prefix}.experts.{expert}.{weight_name}"))
         if layer.capacity_predictor is not None:
             layer.expert_threshold.zero_()
+
+
+def _init_text(model: DiT) -> None:
+    """Set what only text models have: a block starts without cross-attention, and the null condition is set later."""
+    for module in model.modules():
+        if isinstance(module, CrossAttention):
+            module.proj.weight.zero_()
+        elif isinstance(module, nn.RMSNorm):
+            module.weight.fill_(1)
+    if isinstance(model.y_embedder, TextConditioner):
+        model.y_embedder.null_row.zero_()
 
 
 def _init_gate(weight_ED: Tensor, kind: str, stream: torch.Generator) -> None:

@@ -1,6 +1,7 @@
 """The layers of a diffusion transformer other than its experts.
 
-Legend: B images, S tokens per image, D width, H hidden width, C channels, P = patch * patch * C values of a patch.
+Legend: B images, S tokens per image, D width, H hidden width, C channels, P = patch * patch * C values of a patch,
+L tokens and W width of a context.
 Source: DiT (arXiv 2212.09748); parameters have the reference's names, so its weights load by name.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,45 @@ class Attention(nn.Module):
         """Map [B, S, D] to [B, S, D]."""
         qkv = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(*qkv.unbind(0))
+        projected_BSD: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected_BSD
+
+
+class Context(NamedTuple):
+    """What the tokens of an image read by cross-attention."""
+
+    tokens_BLW: Tensor
+    valid_BL: Tensor
+    """bool: False for padding; every image has at least one valid token."""
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens of an image to a context, with QK-norm (RMSNorm per head)."""
+
+    def __init__(self, width: int, context_width: int, num_heads: int, qk_norm: bool) -> None:
+        """Allocate the weights.
+
+        Args:
+            width: D.
+            context_width: W.
+            num_heads: attention heads.
+            qk_norm: normalize queries and keys.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        head = width // num_heads
+        self.q_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        q = self.q(x_BSD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(context.tokens_BLW).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = context.valid_BL[:, None, None, :]
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
         projected_BSD: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected_BSD
 

@@ -6,7 +6,7 @@ Legend: N images, B images of a batch, C channels, H, W height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from diffmoe_ds.rng import image_stream
 from diffmoe_ds.sampling.dopri5 import Tolerances
 from diffmoe_ds.sampling.fields import IntervalField, ModelFn, Progress, in_range
 from diffmoe_ds.sampling.guidance import (
+    Forward,
     GuideChannels,
     Interval,
     check_guidance,
@@ -117,7 +118,7 @@ def generate(
 
     Args:
         model: in eval mode, in any dtype; the state of the sampler is fp32.
-        label_B: int64 labels, on the model's device.
+        label_B: int64 labels, or numbers of the prompts of ``model.y_embedder``, on the model's device.
         seeds: one per image; all noise of an image comes from its own stream.
         settings: sampler and guidance.
         progress: called after each step with (steps done, total steps); starts again if all steps are repeated.
@@ -176,9 +177,10 @@ def _guided_model(
         must_redo: a bool scalar.
     """
 
-    def forward_of(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def forward(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-            output: DiTOutput = model(x_BCHW, t_B, y_B)
+    def forward_of(model: DiT) -> Forward:
+        def forward(x_BCHW: Tensor, t_B: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+            y_B, inputs = condition
+            output: DiTOutput = model(x_BCHW, t_B, inputs)
             if model.observer is not None:
                 model.observer.observe(t_B, y_B, output)
             for routing in output.routing:
@@ -188,16 +190,20 @@ def _guided_model(
 
         return forward
 
+    def labelled(label_B: Tensor) -> tuple[Tensor, Tensor]:
+        return label_B, model.y_embedder.inputs(label_B)
+
     model, *guides = models
+    condition = labelled(label_B)
     forward, kind, channels = forward_of(model), model.config.objective.kind, model.config.model.in_channels
     if guides:
         pair = (forward, forward_of(guides[0]))
-        guided_fn = guide_by_model(pair, label_B, settings.cfg_scale, kind, channels, settings.guide_channels)
+        guided_fn = guide_by_model(pair, condition, settings.cfg_scale, kind, channels, settings.guide_channels)
     else:
         guided_fn = guided(
             forward,
-            label_B,
-            model.y_embedder.null_like(label_B),
+            condition,
+            labelled(model.y_embedder.null_like(label_B)) if settings.cfg_scale != 1 else condition,
             settings.cfg_scale,
             kind,
             channels,

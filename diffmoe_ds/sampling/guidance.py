@@ -83,9 +83,12 @@ def check_guide(guide: Config, config: Config, where: str) -> None:
         ("objective", "kind"),
         ("model", "in_channels"),
         ("model", "input_size"),
+        ("size", "conditioning"),
         ("model", "num_classes"),
+        ("model", "text_encoders"),
     ):
         theirs, ours = (getattr(getattr(c, section), key) for c in (guide, config))
+        section = "model" if section == "size" else section
         if theirs != ours:
             raise ConfigError(f"{where}: {section}.{key} must be {ours!r} as in the guided model, got {theirs!r}.")
 

@@ -161,4 +161,5 @@ def _metadata(run: Run) -> CheckpointMetadata:
         began_from=run.began_from,
         deepspeed=settings.beside_layout(),
         class_names=run.class_names,
+        text=run.text,
     )

@@ -14,7 +14,7 @@ from diffmoe_ds.errors import ConfigError
 INHERITED = {
     "model": (
         "name", "hidden_size", "depth", "num_heads", "input_size", "in_channels", "patch_size", "label_dropout",
-        "mlp_ratio", "mlp",
+        "mlp_ratio", "mlp", "conditioning", "text_qk_norm",
     ),
     "routing": ("kind", "num_experts", "capacity", "interleave", "shared_experts", "capacity_predictor"),
     "objective": ("kind", "flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift"),

@@ -33,9 +33,9 @@ class Losses(NamedTuple):
 
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
-    """Return the model's inputs for a micro-batch: noisy images, times, labels and label-drop flags."""
+    """Return the model's inputs for a micro-batch: noisy images, times, labels or text features, and drop flags."""
     t_B = run.objective.model_time(training_times(batch.time, run.config.objective))
-    return run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.label, batch.drop
+    return run.objective.corrupt(batch.x, batch.noise, t_B), t_B, batch.condition, batch.drop
 
 
 def training_times(uniform_B: Tensor, objective: ObjectiveConfig) -> Tensor:

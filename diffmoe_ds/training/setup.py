@@ -18,10 +18,12 @@ from diffmoe_ds.distributed import deepspeed_seam as seam
 from diffmoe_ds.distributed.launch import local_device
 from diffmoe_ds.distributed.ownership import Owner
 from diffmoe_ds.evaluation.held_out import HeldOut
+from diffmoe_ds.model.conditioning import TextConditioner
 from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE, make_part_of_pool
 from diffmoe_ds.moe.thresholds import Thresholds
+from diffmoe_ds.text_features import TextFormat
 from diffmoe_ds.topology import Topology
 from diffmoe_ds.training.ema import EMA
 from diffmoe_ds.training.plan import TrainPlan
@@ -65,6 +67,8 @@ class Run:
     """The absolute PATH of the ``--resume PATH`` that the run began with; the same command resumes the run itself."""
     class_names: tuple[str, ...] | None = None
     """Name of each label, if labels have names."""
+    text: TextFormat | None = None
+    """The encoders of a text model."""
     again: str = "the same command"
     """How to resume, for messages."""
 
@@ -127,6 +131,7 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         held_out=plan.held_out,
         began_from=plan.began_from,
+        text=plan.dataset.text if config.is_text else None,
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:
@@ -144,6 +149,9 @@ def _fill(model: DiT, plan: TrainPlan, topology: Topology) -> None:
         restore_model(model, plan.reader, topology, "fp32", device)
         return
     init_weights(model, plan.config.run.seed, topology.first_expert)
+    text = plan.dataset.text
+    if isinstance(model.y_embedder, TextConditioner) and text is not None:
+        model.y_embedder.null_row.copy_(torch.from_numpy(text.null_row))
     if plan.initial is not None:
         share_index(plan.initial, device)
         restore_model(model, plan.initial, topology, best_kind(plan.initial), device)

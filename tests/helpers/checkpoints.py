@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from diffmoe_ds.checkpoint.description import Description
 from diffmoe_ds.checkpoint.export import write_model
 from diffmoe_ds.checkpoint.layout import META
 from diffmoe_ds.checkpoint.metadata import read_manifest, write_manifest
@@ -36,5 +37,5 @@ def export_untrained(folder: Path) -> Path:
     model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8"]))
     init_weights(model, 0, 0)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(folder, entries, model.config, "ema", images=16)
+    write_model(folder, entries, Description(model.config), "ema", images=16)
     return folder

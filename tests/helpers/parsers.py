@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import yaml
 
+from diffmoe_ds.checkpoint.description import Description
 from diffmoe_ds.checkpoint.export import open_weights, write_model
 from diffmoe_ds.checkpoint.load import CheckpointReader
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, ScheduledValues, read_metadata, write_manifest
@@ -110,7 +111,7 @@ def _read_tensors(path: Path) -> None:
 def _model(directory: Path) -> Path:
     state = empty_model(NANO).state_dict()
     entries = [Entry(name, tuple(t.shape), torch.float32, [torch.zeros(t.numel())]) for name, t in state.items()]
-    write_model(directory, entries, NANO, "ema", 64, ["cat", "dog"])
+    write_model(directory, entries, Description(NANO, ("cat", "dog")), "ema", 64)
     return directory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from diffmoe_ds.checkpoint.description import Description
 from diffmoe_ds.checkpoint.export import write_model
 from diffmoe_ds.checkpoint.stream import Entry
 from diffmoe_ds.config.load import config_from_dict, dump_config
@@ -58,7 +59,7 @@ def write_run(folder: Path, config: Config, rows: int = 40, images: int = 96, is
     """
     model = random_model(config)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(folder, entries, config, "ema", images, NAMES)
+    write_model(folder, entries, Description(config, NAMES), "ema", images)
     (folder / "resolved.yaml").write_text(dump_config(config))
     lines = [json.dumps(_row(step)) + "\n" for step in range(1, rows + 1)]
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 41, "ima')  # as a killed run leaves it

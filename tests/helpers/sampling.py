@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffmoe_ds.checkpoint.description import Description
 from diffmoe_ds.checkpoint.export import write_model
 from diffmoe_ds.checkpoint.stream import Entry
 from diffmoe_ds.cli import main
@@ -42,5 +43,5 @@ def write_random_model(
         if layer.capacity_predictor is not None:
             layer.expert_threshold.fill_(0.5)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(folder, entries, model.config, "ema", images=16, class_names=class_names)
+    write_model(folder, entries, Description(model.config, class_names), "ema", images=16)
     return folder

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffmoe_ds.checkpoint.description import read_description
 from diffmoe_ds.checkpoint.layout import META
-from diffmoe_ds.checkpoint.metadata import stored_config
 from diffmoe_ds.checkpoint.verify import newest_valid
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import config_to_dict, load_config
@@ -66,7 +66,8 @@ def test_what_a_resumed_run_keeps():
     """The order of the images and the warm-up of runs from before these keys or their defaults, unless they are set."""
     plain = config_to_dict(Config())
     del plain["data"]["shuffle"], plain["ema"]["warmup"]
-    oldest, window = stored_config(plain, "old"), load_config(None, ["data.shuffle=window", "data.shuffle_window=30"])
+    oldest = read_description({"config": plain}, "old").config
+    window = load_config(None, ["data.shuffle=window", "data.shuffle_window=30"])
     assert Config().data.shuffle == "feistel" and continued(Config(), Config()) == Config()
     for own, saved, shuffle, size, warmup in (
         ([], oldest, "whole", 16_384, False),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe_ds.checkpoint.description import Description
 from diffmoe_ds.checkpoint.export import write_model
 from diffmoe_ds.checkpoint.stream import Entry
 from diffmoe_ds.cli.sample import add_sample_arguments
@@ -257,7 +258,7 @@ def guide(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
     weak = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8", "routing.capacity_predictor=false"]))
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in weak.state_dict().items()]
-    write_model(folder, entries, weak.config, "raw", images=16, class_names=None)
+    write_model(folder, entries, Description(weak.config), "raw", images=16)
     return folder
 
 

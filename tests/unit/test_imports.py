@@ -16,7 +16,10 @@ from tests.helpers import sources
 
 # A room and the rooms it may import, besides itself and the ground.  A name is a module or a package below
 # ``diffmoe_ds``; the longest match wins (``moe.pool`` before ``moe``).
-GROUND = ("errors", "topology", "rng", "control_files", "npy", "files", "outputs", "precision", "text", "text_layout", "text_features")
+GROUND = (
+    "errors", "topology", "rng", "control_files", "npy", "files", "outputs", "precision", "text", "text_layout",
+    "text_features",
+)  # fmt: skip
 RULES = {
     "errors": "",
     "topology": "",
@@ -32,7 +35,7 @@ RULES = {
     "config": "",
     "diffusion": "",
     "model.layers": "config",
-    "model.conditioning": "config",
+    "model.conditioning": "config model.layers",
     # What a token passes through on one rank: routers, top-K, experts, the layer.  Independent of ranks and the DiT.
     "moe": "config model.layers",
     # The same layer across many ranks.
