@@ -19,6 +19,8 @@ MAIN_SHARE = 0.5
 """Fraction of a picture's opaque pixels that its main colour covers at least."""
 COLOURED = ("Food & Drink", "Animals & Nature", "Travel & Places", "Objects", "Activities")
 """Categories whose pictures have a main colour; flags, symbols and people are named otherwise."""
+HUES = ((18, "red"), (40, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (295, "purple"), (338, "pink"))
+"""Upper bound of each hue, in degrees; above the last one is red again."""
 SAME_PICTURE = 1.0
 """Largest root mean square difference, of 255, between two pictures of the same drawing."""
 
@@ -72,16 +74,7 @@ def colour_word(red: int, green: int, blue: int) -> str:
         return "white" if value > 0.88 else "gray"
     if degrees < 48 and (value < 0.6 or (value < 0.85 and saturation < 0.75)):
         return "brown"
-    bounds = (
-        (18, "red"),
-        (40, "orange"),
-        (68, "yellow"),
-        (165, "green"),
-        (255, "blue"),
-        (295, "purple"),
-        (338, "pink"),
-    )
-    return next((word for bound, word in bounds if degrees < bound), "red")
+    return next((word for bound, word in HUES if degrees < bound), "red")
 
 
 def distinct(pictures: Mapping[str, np.ndarray]) -> dict[str, str]:
