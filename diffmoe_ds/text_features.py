@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -182,6 +183,25 @@ def text_format(tree: Any) -> TextFormat:
     return found
 
 
+def difference(found: TextFormat, expected: TextFormat) -> str | None:
+    """Return how the encoders of two formats differ, in words; None if their features can be mixed."""
+    if len(found.encoders) != len(expected.encoders):
+        return f"{len(found.encoders)} text encoders instead of {len(expected.encoders)}"
+    for number, (one, other) in enumerate(zip(found.encoders, expected.encoders, strict=True), 1):
+        for name, label in (("width", "width"), ("pooled", "pooled width"), ("tokens", "most tokens")):
+            if getattr(one, name) != getattr(other, name):
+                return (
+                    f"text encoder {number} ({one.name}) has {label} {getattr(one, name)} instead of "
+                    f"{getattr(other, name)} ({other.name})"
+                )
+        if one.sha256 != other.sha256:
+            return (
+                f"text encoder {number} ({one.name}) has the sha256 {one.sha256[:12]} instead of "
+                f"{other.sha256[:12]} ({other.name})"
+            )
+    return None
+
+
 def encode_record(caption: Caption) -> bytes:
     """Encode one caption with its features."""
     text = caption.text.encode()
@@ -247,7 +267,7 @@ def record_ranges(head: bytes, size: int) -> list[range]:
     ends = np.cumsum([INT.itemsize * (1 + count), *sizes]).tolist()
     if not count or ends[-1] != size:
         raise ValueError(f"{count} records of {ends[-1]} bytes in a member of {size} bytes")
-    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class _Reader:
