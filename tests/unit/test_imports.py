@@ -66,7 +66,8 @@ RULES = {
     "__main__": "cli",
     "train": "cli",
     "api_arguments": "cli config",
-    "api": "api_arguments cli checkpoint config diffusion distributed sampling",
+    "api_samples": "sampling",
+    "api": "api_arguments api_samples cli checkpoint config data diffusion distributed sampling",
     "": "api checkpoint",
 }
 
