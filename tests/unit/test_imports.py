@@ -68,7 +68,7 @@ RULES = {
     "api_arguments": "cli config",
     "api_samples": "sampling",
     "api": "api_arguments api_samples cli checkpoint config data diffusion distributed sampling",
-    "": "api checkpoint",
+    "": "api api_samples checkpoint",
 }
 
 # The files that may talk to other ranks directly; all others go through them.
