@@ -1,7 +1,7 @@
 """Find the samples of shards by reading tar headers; `index_files.py` stores the result.
 
 A shard is a tar file.  Adjacent members with the same key (the name up to the first dot of its base name) form a
-sample.  Nothing is extracted or unpickled, and only images and labels are read.
+sample.  Nothing is extracted or unpickled, and only images, labels, captions and text features are read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,30 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
+from diffmoe_ds.data.sources.tar_headers import Headers
+from diffmoe_ds.data.sources.text_index import (
+    CAPTION_SUFFIXES,
+    CAPTIONS,
+    FEATURES,
+    MAX_TEXT_FORMAT_BYTES,
+    TEXT_FORMAT_MEMBER,
+    TEXT_SUFFIX,
+    TextEntry,
+    check_text,
+    join_text,
+    parse_text_format,
+    text_entry,
+    text_table,
+)
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text import reason
+from diffmoe_ds.text_features import TextFormat
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
 MAX_LABEL = 999_999_999
-MAX_HEADER_BYTES = 1 << 20
-"""Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
 MAX_NAME = 4096
 """Most characters of a member's name, as of a path on Linux."""
-MAX_DIGITS = 64
-"""Longest number in an extended header; the standard library's search for one takes quadratic time."""
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
 """Indices store positions in this tuple, so new suffixes are appended."""
 RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
@@ -67,6 +79,8 @@ class Index:
     keys: np.ndarray  # uint8, the UTF-8 of all keys
     latents: LatentFormat | None = None
     classes: tuple[str, ...] | None = None  # name of each label, if labels have names
+    text: np.ndarray | None = None  # int64 [n, len(TextEntry._fields)], if samples have captions or text features
+    text_format: TextFormat | None = None  # of text features, if samples have any
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""
@@ -79,7 +93,7 @@ def join(parts: Sequence[Index]) -> Index:
     """Concatenate indices.
 
     Raises:
-        DataError: the shards hold latents of different formats.
+        DataError: the shards hold latents or text features of different formats.
     """
     latents = parts[0].latents
     first_shard, first_key, blocks = 0, 0, []
@@ -93,11 +107,14 @@ def join(parts: Sequence[Index]) -> Index:
         blocks.append(part.samples + np.array(shift, np.int64))
         first_shard += len(part.shards)
         first_key += len(part.keys)
+    text, text_format = join_text(parts)
     return Index(
         tuple(shard for part in parts for shard in part.shards),
         np.concatenate(blocks),
         np.concatenate([part.keys for part in parts]),
         latents,
+        text=text,
+        text_format=text_format,
     )
 
 
@@ -110,18 +127,19 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         size: its bytes.
 
     Raises:
-        DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
-            member is too large or has a name that leads out of the archive.
+        DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, only some
+            samples have text features, or a member is too large or has a name that leads out of the archive.
     """
-    rows, keys = array("q"), bytearray()
-    latents: list[LatentFormat] = []
+    rows, texts, keys = array("q"), array("q"), bytearray()
+    formats = _Formats()
     try:
-        for key, members in _samples(shard, file, latents):
+        for key, members in _samples(shard, file, formats):
             where = f"sample {key!r} of shard {shard}"
             suffix, (offset, length) = _image(where, members)
             label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
             rows.extend(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
+            texts.extend(text_entry(members))
             keys += name
     except RecursionError:
         raise DataError(f"shard {shard} has a member with hundreds of headers") from None
@@ -132,26 +150,37 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         (ShardInfo(shard, size, len(samples)),),
         samples,
         np.frombuffer(bytes(keys), np.uint8),
-        latents[0] if latents else None,
+        formats.latents,
+        text=text_table(np.array(texts, np.int64).reshape(-1, len(TextEntry._fields)), formats.text),
+        text_format=formats.text,
     )
     check_latents(index)
+    check_text(index)
     return index
 
 
 def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
-    """Return the images of a tar file in one block, and their index; small ones take a fraction of the tar file.
+    """Return the images and the text of a tar file in one block, and their index.
+
+    Small images take a fraction of the tar file.
 
     Args:
         index: the samples of the tar file.
         tar: its contents.
     """
-    samples = np.array(index.samples)
-    offsets, sizes = samples[:, Entry._fields.index("offset")], samples[:, Entry._fields.index("size")]
-    view = memoryview(tar)
-    images = [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
-    starts = 1 + np.cumsum(sizes) - sizes  # after a byte, because no image is at NOT_STORED
-    offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
-    return replace(index, samples=samples), b"".join([bytes(1), *images])
+    samples, text = np.array(index.samples), None if index.text is None else np.array(index.text)
+    places = [(samples, Entry._fields.index("offset"))]
+    if text is not None:
+        places += [(text, CAPTIONS), (text, FEATURES)]
+    view, parts = memoryview(tar), [memoryview(bytes(tarfile.BLOCKSIZE))]  # because no member is at NOT_STORED
+    end = tarfile.BLOCKSIZE
+    for table, column in places:
+        offsets, sizes = table[:, column], table[:, column + 1]
+        parts += [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+        starts = end + np.cumsum(sizes) - sizes
+        end += int(sizes.sum())
+        offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
+    return replace(index, samples=samples, text=text), b"".join(parts)
 
 
 def without_labels(index: Index) -> Index:
@@ -183,11 +212,39 @@ def check_latents(index: Index) -> None:
 Members = dict[str, tuple[int, int]]
 
 
-def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, Members]]:
+@dataclass
+class _Formats:
+    """The formats that the first members of a shard describe."""
+
+    latents: LatentFormat | None = None
+    text: TextFormat | None = None
+
+    def read(self, shard: str, file: BinaryIO, member: tarfile.TarInfo) -> bool:
+        """Read a member if it describes a format, and return whether it does.
+
+        Raises:
+            DataError: it is invalid.
+        """
+        if not member.isreg() or member.name not in (FORMAT_MEMBER, TEXT_FORMAT_MEMBER):
+            return False
+        is_text, where = member.name == TEXT_FORMAT_MEMBER, f"shard {shard}"
+        if not 0 <= member.size <= (MAX_TEXT_FORMAT_BYTES if is_text else MAX_FORMAT_BYTES):
+            if is_text:
+                raise DataError(f"{where} has a {TEXT_FORMAT_MEMBER} of {member.size:,} bytes, which is out of range")
+            return False
+        data = _read(file, member.offset_data, member.size)
+        if is_text:
+            self.text = self.text or parse_text_format(data, where)
+        else:
+            self.latents = self.latents or parse_format(data, where)
+        return True
+
+
+def _samples(shard: str, file: BinaryIO, formats: _Formats) -> Iterator[tuple[str, Members]]:
     """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
     current = ""
     members: Members = {}
-    headers = _Headers(shard, file)
+    headers = Headers(shard, file)
     with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # the headers of all members, which tarfile would keep
@@ -197,8 +254,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                     f"shard {shard} has a member whose name has {len(member.name):,} characters; the limit is "
                     f"{MAX_NAME:,}"
                 )
-            if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
-                latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
+            if formats.read(shard, file, member):
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
@@ -214,8 +270,10 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 current, members = key, {}
             if suffix in members:
                 raise DataError(f"sample {key!r} of shard {shard} has two .{suffix} members; expected one")
-            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX, TEXT_SUFFIX):
                 _check_member(shard, member)
+            elif suffix in CAPTION_SUFFIXES and member.size < 0:
+                raise tarfile.ReadError(f"member {member.name!r} has a negative size")
             members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
         # tarfile treats a damaged or truncated header as the end of the archive; the real end is a block of zeros.
         file.seek(tar.offset)
@@ -223,54 +281,6 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
             raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
     if members:
         yield current, members
-
-
-class _Headers:
-    """A tar file as `tarfile` reads it: headers only, and a bounded number of bytes for each member."""
-
-    def __init__(self, shard: str, file: BinaryIO) -> None:
-        """Wrap a file.
-
-        Args:
-            shard: its name, for messages.
-            file: the tar file.
-        """
-        self._shard = shard
-        self._file = file
-        self._left = MAX_HEADER_BYTES
-        self._offset = 0
-        self.seek, self.tell = file.seek, file.tell
-
-    def start_member(self, offset: int) -> None:
-        """Allow the headers of the next member.
-
-        Args:
-            offset: where they begin.
-
-        Raises:
-            DataError: they do not follow the previous ones, so that reading would never end.
-        """
-        if offset <= self._offset:
-            raise DataError(f"shard {self._shard} has a member of negative size before byte {self._offset}")
-        self._offset, self._left = offset, MAX_HEADER_BYTES
-
-    def read(self, size: int = -1) -> bytes:
-        """Return a part of a header.
-
-        Raises:
-            DataError: the member has more than `MAX_HEADER_BYTES` of headers, or a header has a number of more than
-                `MAX_DIGITS`.
-        """
-        self._left -= size
-        if size < 0 or self._left < 0:
-            raise DataError(
-                f"shard {self._shard} has a member with more than {MAX_HEADER_BYTES >> 20} MiB of headers at byte "
-                f"{self._file.tell()}"
-            )
-        data = self._file.read(size)
-        if size > tarfile.BLOCKSIZE and re.search(b"[0-9]{%d}" % (MAX_DIGITS + 1), data):
-            raise DataError(f"shard {self._shard} has a header with a number of more than {MAX_DIGITS} digits")
-        return data
 
 
 def _check_member(shard: str, member: tarfile.TarInfo) -> None:
