@@ -46,7 +46,7 @@ RULES = {
     "distributed": "config",
     "data": "config",
     "data.prepare": "config data distributed",
-    "sampling": "config diffusion model",
+    "sampling": "config diffusion model model.conditioning",
     "planning": "config diffusion model model.layers moe moe.expert_parallel distributed checkpoint",
     "checkpoint": "config model distributed",
     "training": (
