@@ -110,7 +110,9 @@ def _check_record(record: dict[str, Any]) -> None:
     """
     info = shard_info(record)
     rows, keys, text = record["rows"], record["keys"], record.get("text")
-    valid = _are_rows(rows, 4) and (text is None or (_are_rows(text, len(TextEntry._fields)) and len(text) == len(rows)))
+    valid = _are_rows(rows, 4) and (
+        text is None or (_are_rows(text, len(TextEntry._fields)) and len(text) == len(rows))
+    )
     valid = valid and type(keys) is list and all(type(k) is str and k.encode(errors="surrogateescape") for k in keys)
     valid = valid and len(rows) == len(keys) == info.samples
     valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
