@@ -155,6 +155,10 @@ class ShardDataset:
         """Return key and shard of a sample, for messages."""
         return f"sample {self.key(index)!r} of shard {self._shards[self._entry(index).shard]}"
 
+    def suffix(self, index: int) -> str:
+        """Return the format of a sample's image, the suffix of its member."""
+        return IMAGE_SUFFIXES[self._entry(index).suffix]
+
     def image_bytes(self, index: int) -> bytes:
         """Return the stored bytes of a sample's image."""
         entry = self._entry(index)
