@@ -30,8 +30,9 @@ from diffmoe_ds.data.sources.tar_index import (
     Index,
     ShardInfo,
     check_latents,
+    check_text,
 )
-from diffmoe_ds.data.sources.text_index import TextEntry, check_text, valid_text
+from diffmoe_ds.data.sources.text_index import TextEntry, valid_text
 from diffmoe_ds.data.sources.verified import has_sha256
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json

@@ -21,7 +21,7 @@ from diffmoe_ds.control_files import open_descriptor, open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.compressed import StoredBytes, unpack
 from diffmoe_ds.data.sources.images import decode_pixels
-from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
 from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.sources.tar_index import (
@@ -37,7 +37,6 @@ from diffmoe_ds.data.sources.tar_index import (
 )
 from diffmoe_ds.data.sources.text_index import CAPTION_SUFFIXES, TEXT_SUFFIX, TextEntry, read_plain, read_records
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.npy import read_array
 from diffmoe_ds.text import reason
 from diffmoe_ds.text_features import Caption, TextFormat
 
@@ -113,7 +112,7 @@ class ShardDataset:
         suffix = IMAGE_SUFFIXES[entry.suffix]
         data = self.image_bytes(index)
         try:
-            image = _decode_latent(data) if suffix == "npy" else decode_pixels(data, suffix)
+            image = decode_array(data) if suffix == "npy" else decode_pixels(data, suffix)
         except Exception as error:  # decoders raise many types on damaged bytes
             raise DataError(
                 f"{self.describe(index)} has a .{suffix} that cannot be decoded: {reason(error)}"
@@ -342,13 +341,3 @@ class ShardDataset:
         if len(self._files) > MAX_OPEN_FILES:
             self._files.pop(next(iter(self._files)), None)  # closed when the last thread has read from it
         return kept
-
-
-def _decode_latent(data: bytes) -> np.ndarray:
-    """Decode a latent that is stored as a single array to float32 [C, H, W]."""
-    latent = read_array(io.BytesIO(data), len(data))
-    with np.errstate(over="ignore"):  # values outside float32 become infinite and are refused
-        values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
-    if values is None or values.ndim != 3 or not np.isfinite(values).all():
-        raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
-    return values

@@ -1,12 +1,16 @@
-"""Read the headers of a tar file within bounds."""
+"""Read the headers of a tar file within bounds, and the members that describe the formats of others."""
 
 from __future__ import annotations
 
 import re
 import tarfile
+from dataclasses import dataclass
 from typing import BinaryIO
 
+from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
+from diffmoe_ds.data.sources.text_index import MAX_TEXT_FORMAT_BYTES, TEXT_FORMAT_MEMBER, parse_text_format
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text_features import TextFormat
 
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
@@ -60,3 +64,42 @@ class Headers:
         if size > tarfile.BLOCKSIZE and re.search(b"[0-9]{%d}" % (MAX_DIGITS + 1), data):
             raise DataError(f"shard {self._shard} has a header with a number of more than {MAX_DIGITS} digits")
         return data
+
+
+@dataclass
+class Formats:
+    """The formats that the first members of a shard describe."""
+
+    latents: LatentFormat | None = None
+    text: TextFormat | None = None
+
+    def read(self, shard: str, file: BinaryIO, member: tarfile.TarInfo) -> bool:
+        """Read a member if it describes a format, and return whether it does.
+
+        Raises:
+            DataError: it is invalid.
+        """
+        if not member.isreg() or member.name not in (FORMAT_MEMBER, TEXT_FORMAT_MEMBER):
+            return False
+        is_text, where = member.name == TEXT_FORMAT_MEMBER, f"shard {shard}"
+        if not 0 <= member.size <= (MAX_TEXT_FORMAT_BYTES if is_text else MAX_FORMAT_BYTES):
+            if is_text:
+                raise DataError(f"{where} has a {TEXT_FORMAT_MEMBER} of {member.size:,} bytes, which is out of range")
+            return False
+        data = read_at(file, member.offset_data, member.size)
+        if is_text:
+            self.text = self.text or parse_text_format(data, where)
+        else:
+            self.latents = self.latents or parse_format(data, where)
+        return True
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Read bytes and restore the position, from which tarfile continues."""
+    here = file.tell()
+    file.seek(offset)
+    data = file.read(size)
+    file.seek(here)
+    if len(data) != size:
+        raise EOFError(f"the file ends before byte {offset + size}")
+    return data

@@ -15,19 +15,16 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
-from diffmoe_ds.data.sources.tar_headers import Headers
+from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.tar_headers import Formats, Headers, read_at
 from diffmoe_ds.data.sources.text_index import (
     CAPTION_SUFFIXES,
     CAPTIONS,
     FEATURES,
-    MAX_TEXT_FORMAT_BYTES,
     TEXT_FORMAT_MEMBER,
     TEXT_SUFFIX,
     TextEntry,
-    check_text,
-    join_text,
-    parse_text_format,
+    text_difference,
     text_entry,
     text_table,
 )
@@ -107,7 +104,7 @@ def join(parts: Sequence[Index]) -> Index:
         blocks.append(part.samples + np.array(shift, np.int64))
         first_shard += len(part.shards)
         first_key += len(part.keys)
-    text, text_format = join_text(parts)
+    text, text_format = _join_text(parts)
     return Index(
         tuple(shard for part in parts for shard in part.shards),
         np.concatenate(blocks),
@@ -116,6 +113,26 @@ def join(parts: Sequence[Index]) -> Index:
         text=text,
         text_format=text_format,
     )
+
+
+def _join_text(parts: Sequence[Index]) -> tuple[np.ndarray | None, TextFormat | None]:
+    """Concatenate the text of indices.
+
+    Raises:
+        DataError: the shards hold text features of different formats, or only some of them hold any.
+    """
+    form = parts[0].text_format
+    for part in parts:
+        found = text_difference(part.text_format, form)
+        if found is not None:
+            raise DataError(
+                f"shards {parts[0].shards[0].name} and {part.shards[0].name} hold different text features: {found}"
+            )
+    if all(part.text is None for part in parts):
+        return None, form
+    empty = np.zeros((1, len(TextEntry._fields)), np.int64)
+    blocks = [np.repeat(empty, len(part.samples), 0) if part.text is None else part.text for part in parts]
+    return np.concatenate(blocks), form
 
 
 def scan(shard: str, file: BinaryIO, size: int) -> Index:
@@ -131,7 +148,7 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
             samples have text features, or a member is too large or has a name that leads out of the archive.
     """
     rows, texts, keys = array("q"), array("q"), bytearray()
-    formats = _Formats()
+    formats = Formats()
     try:
         for key, members in _samples(shard, file, formats):
             where = f"sample {key!r} of shard {shard}"
@@ -209,38 +226,28 @@ def check_latents(index: Index) -> None:
         )
 
 
+def check_text(index: Index) -> None:
+    """Check that all samples have text features or none has.
+
+    Raises:
+        DataError: some lack them.
+    """
+    if index.text_format is None or index.text is None:
+        assert index.text_format is None, "a format comes with a table"
+        return
+    lacks = index.text[:, FEATURES] == 0
+    if lacks.any():
+        number = int(np.argmax(lacks))
+        raise DataError(
+            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has no .{TEXT_SUFFIX}"
+            f", but its shard has a {TEXT_FORMAT_MEMBER}; expected text features next to every image, or to none"
+        )
+
+
 Members = dict[str, tuple[int, int]]
 
 
-@dataclass
-class _Formats:
-    """The formats that the first members of a shard describe."""
-
-    latents: LatentFormat | None = None
-    text: TextFormat | None = None
-
-    def read(self, shard: str, file: BinaryIO, member: tarfile.TarInfo) -> bool:
-        """Read a member if it describes a format, and return whether it does.
-
-        Raises:
-            DataError: it is invalid.
-        """
-        if not member.isreg() or member.name not in (FORMAT_MEMBER, TEXT_FORMAT_MEMBER):
-            return False
-        is_text, where = member.name == TEXT_FORMAT_MEMBER, f"shard {shard}"
-        if not 0 <= member.size <= (MAX_TEXT_FORMAT_BYTES if is_text else MAX_FORMAT_BYTES):
-            if is_text:
-                raise DataError(f"{where} has a {TEXT_FORMAT_MEMBER} of {member.size:,} bytes, which is out of range")
-            return False
-        data = _read(file, member.offset_data, member.size)
-        if is_text:
-            self.text = self.text or parse_text_format(data, where)
-        else:
-            self.latents = self.latents or parse_format(data, where)
-        return True
-
-
-def _samples(shard: str, file: BinaryIO, formats: _Formats) -> Iterator[tuple[str, Members]]:
+def _samples(shard: str, file: BinaryIO, formats: Formats) -> Iterator[tuple[str, Members]]:
     """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
     current = ""
     members: Members = {}
@@ -311,18 +318,7 @@ def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[
 
 def _label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
     offset, size = place
-    text = _read(file, offset, min(size, MAX_LABEL_BYTES))
+    text = read_at(file, offset, min(size, MAX_LABEL_BYTES))
     if size > MAX_LABEL_BYTES or not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
         raise DataError(f"{where} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
     return int(text)
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Read bytes and restore the position, from which tarfile continues."""
-    here = file.tell()
-    file.seek(offset)
-    data = file.read(size)
-    file.seek(here)
-    if len(data) != size:
-        raise EOFError(f"the file ends before byte {offset + size}")
-    return data

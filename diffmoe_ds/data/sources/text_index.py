@@ -7,8 +7,8 @@ combined; WebDataset skips members with such names.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,6 @@ from diffmoe_ds.text_features import (
     record_ranges,
     text_format,
 )
-
-if TYPE_CHECKING:
-    from diffmoe_ds.data.sources.tar_index import Index
 
 TEXT_FORMAT_MEMBER = "__text__"
 MAX_TEXT_FORMAT_BYTES = 4 << 20
@@ -104,26 +101,6 @@ def text_table(rows: np.ndarray, form: TextFormat | None) -> np.ndarray | None:
     return rows if form is not None or rows.any() else None
 
 
-def join_text(parts: Sequence[Index]) -> tuple[np.ndarray | None, TextFormat | None]:
-    """Concatenate the text of indices.
-
-    Raises:
-        DataError: the shards hold text features of different formats, or only some of them hold any.
-    """
-    form = parts[0].text_format
-    for part in parts:
-        found = text_difference(part.text_format, form)
-        if found is not None:
-            raise DataError(
-                f"shards {parts[0].shards[0].name} and {part.shards[0].name} hold different text features: {found}"
-            )
-    if all(part.text is None for part in parts):
-        return None, form
-    empty = np.zeros((1, len(TextEntry._fields)), np.int64)
-    blocks = [np.repeat(empty, len(part.samples), 0) if part.text is None else part.text for part in parts]
-    return np.concatenate(blocks), form
-
-
 def text_difference(found: TextFormat | None, expected: TextFormat | None) -> str | None:
     """Return how two formats of text features differ, in words; None if features of both can be mixed."""
     if found is None or expected is None:
@@ -145,24 +122,6 @@ def valid_text(rows: np.ndarray, shard_bytes: np.ndarray, max_bytes: int) -> np.
         valid &= (size >= 0) & ((offset >= tarfile.BLOCKSIZE) | (offset == 0) & (size == 0))
         valid &= offset <= shard_bytes - size  # a difference, because the sum of hostile numbers would overflow
     return np.asarray(valid & (rows[:, FEATURES + 1] <= max_bytes))
-
-
-def check_text(index: Index) -> None:
-    """Check that all samples have text features or none has.
-
-    Raises:
-        DataError: some lack them.
-    """
-    if index.text_format is None or index.text is None:
-        assert index.text_format is None, "a format comes with a table"
-        return
-    lacks = index.text[:, FEATURES] == 0
-    if lacks.any():
-        number = int(np.argmax(lacks))
-        raise DataError(
-            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has no .{TEXT_SUFFIX}"
-            f", but its shard has a {TEXT_FORMAT_MEMBER}; expected text features next to every image, or to none"
-        )
 
 
 def read_records(entry: TextEntry, read: Read, layout: TextLayout, choice: float | None = None) -> list[Caption]:
