@@ -156,11 +156,11 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
     if problem is not None:
         raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
-        data = config.data.model_copy(update={"path": path})
-        dataset = open_dataset(config.model_copy(update={"data": data}))
+        of_path = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+        dataset = open_dataset(of_path)
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
-        with_text(config, dataset)  # only checks them
+        with_text(of_path, dataset)  # only checks the shapes
         held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))
