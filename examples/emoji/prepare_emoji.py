@@ -104,10 +104,6 @@ class Emoji:
         """Return the format of an emoji."""
         return "png"
 
-    def suffix(self, index: int) -> str:
-        """Return the format of an emoji."""
-        return "png"
-
     def image_bytes(self, index: int) -> bytes:
         """Return the PNG of an emoji.
 
