@@ -15,7 +15,7 @@ import transformers
 from diffmoe_ds.data import minilm
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.text_features import decode_record
+from diffmoe_ds.text_features import check_same_encoder, decode_record
 from tests.helpers.encoders import KINDS, WIDTH, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -237,6 +237,19 @@ def test_minilm_is_unpacked_once_and_repaired(monkeypatch, tmp_path):
         file.write(b"damage")
     minilm.minilm_folder()
     assert TextEncoders(["minilm"], CPU).format == encoders.format
+
+
+def test_another_encoder_is_refused():
+    t5, clip = load("t5"), load("clip")
+    check_same_encoder(load("t5").format, t5.format, "--encoder")
+    cases = (
+        (clip, r"--encoder does not match: text encoder 1 \(.*clip\) has pooled width 12 instead of 16 \(.*t5\)\."),
+        (load("t5", "clip"), "--encoder does not match: 2 text encoders instead of 1"),
+        (load("t5", tokens=9), "has most tokens 9 instead of 128"),
+    )
+    for other, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            check_same_encoder(other.format, t5.format, "--encoder")
 
 
 def test_loading_prints_nothing(capfd):
