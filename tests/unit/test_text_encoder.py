@@ -190,6 +190,20 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(path):
         TextEncoders([path], CPU)
 
 
+def test_encoders_on_the_hub_keep_their_name(monkeypatch):
+    def download(name: str, allow_patterns: list[str]) -> str:
+        if name != "some/bert":
+            raise OSError("no such repository\non the hub.")
+        assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py", "*"))]
+        return str(tiny_encoder("bert"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (info,) = TextEncoders(["some/bert"], CPU).format.encoders
+    assert info.name == "some/bert" and info.sha256 == load("bert").format.encoders[0].sha256
+    with pytest.raises(ConfigError, match=r"cannot be downloaded from the Hugging Face hub: no such .* on the hub\."):
+        TextEncoders(["some/other"], CPU)
+
+
 def test_numbers_beyond_fp16_are_clipped_and_nan_is_refused(copied):
     model = transformers.BertModel.from_pretrained(copied)
     with torch.no_grad():
