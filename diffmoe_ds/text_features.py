@@ -113,6 +113,25 @@ def text_format(tree: Any) -> TextFormat:
     return found
 
 
+def difference(found: TextFormat, expected: TextFormat) -> str | None:
+    """Return how the encoders of two formats differ, in words; None if their features can be mixed."""
+    if len(found.encoders) != len(expected.encoders):
+        return f"{len(found.encoders)} text encoders instead of {len(expected.encoders)}"
+    for number, (one, other) in enumerate(zip(found.encoders, expected.encoders, strict=True), 1):
+        for name, label in (("width", "width"), ("pooled", "pooled width"), ("tokens", "most tokens")):
+            if getattr(one, name) != getattr(other, name):
+                return (
+                    f"text encoder {number} ({one.name}) has {label} {getattr(one, name)} instead of "
+                    f"{getattr(other, name)} ({other.name})"
+                )
+        if one.sha256 != other.sha256:
+            return (
+                f"text encoder {number} ({one.name}) has the sha256 {one.sha256[:12]} instead of "
+                f"{other.sha256[:12]} ({other.name})"
+            )
+    return None
+
+
 def encode_record(caption: Caption) -> bytes:
     """Encode one caption with its features."""
     text = caption.text.encode()

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.data.dataset import image_shape, open_dataset
+from diffmoe_ds.data.dataset import image_shape, open_dataset, with_text
 from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
-from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents, text_shape
 from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS
@@ -33,7 +33,8 @@ class HeldOut:
     """N evenly spaced images of a dataset, which may be sorted by class.
 
     Their random numbers depend only on their position, from 0 to N - 1. Labels are never dropped, images never
-    mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`).
+    mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`). Text models see the
+    first caption of each image.
     """
 
     def __init__(self, dataset: Dataset, config: Config, num_images: int = 0) -> None:
@@ -51,14 +52,18 @@ class HeldOut:
         self.dataset = dataset
         self._order = _EvenlySpaced(min(num_images or len(dataset), len(dataset)), len(dataset))
         model = config.model
-        check_labels(dataset, model.num_classes)
+        if not config.is_text:
+            check_labels(dataset, model.num_classes)
         check_latents(dataset.latents, image_shape(config))
         shape = (model.in_channels, model.input_size, model.input_size)
         is_encoded_later = config.data.vae is not None
         self._draws = partial(
             held_out_draws, shape=shape, strata=NOISE_BINS, posterior=is_encoded_later or dataset.latents is not None
         )
-        self._shapes = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+        self._shapes: tuple[tuple[int, ...], ...] = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+        self._choose = _first_caption if config.is_text else None
+        if config.is_text:
+            self._shapes += (text_shape(dataset),)
 
     def __len__(self) -> int:
         return self._order.positions
@@ -93,11 +98,15 @@ class HeldOut:
         for first in range(share.start, share.stop, batch_size):
             positions = range(first, min(first + batch_size, share.stop))
             shapes = tuple((len(positions), *shape) for shape in self._shapes)
-            reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None)
+            reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None, choose=self._choose)
             item = reader[Task(0, positions)]
             if isinstance(item, DataError):
                 raise item
             yield to_micro_batch(reader, 0, item)
+
+
+def _first_caption(position: int) -> float:
+    return 0.0
 
 
 def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
@@ -147,10 +156,11 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
     if problem is not None:
         raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
-        data = config.data.model_copy(update={"path": path})
-        dataset = open_dataset(config.model_copy(update={"data": data}))
+        of_path = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+        dataset = open_dataset(of_path)
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
+        with_text(of_path, dataset)  # only checks the shapes
         held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))

@@ -151,12 +151,19 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_classes, check_exists, check_first_image, open_dataset, with_classes
+    from diffmoe_ds.data.dataset import (
+        check_classes,
+        check_exists,
+        check_first_image,
+        open_dataset,
+        with_classes,
+        with_text,
+    )
     from diffmoe_ds.evaluation.held_out import open_held_out
 
     check_exists(config)
     dataset = open_dataset(config)
-    config = with_classes(config, dataset)
+    config = with_text(with_classes(config, dataset), dataset)
     _check_sampling(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     launch, settings = fit_ranks(launch, lambda ranks: _resolve_settings(config, source, ranks, device))
