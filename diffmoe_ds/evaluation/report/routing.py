@@ -37,8 +37,8 @@ SHOWN_CLASSES = 20
 """Largest number of labels in the figure of capacity by label."""
 CLASS_SPAN = 0.05
 """Smallest span of its axis as a fraction of the mean, so that nearly equal labels do not look like a ranking."""
-HEAT_MAPS = 4
-"""Images in the figure of compute per token."""
+HEAT_MAPS = {"class": 4, "prompt": 8}
+"""Largest number of images in the figure of compute per token, by what the labels are."""
 NARROWEST_SHEET = 3.6
 """Smallest width of this figure in inches, for the labels of its rows."""
 
@@ -150,7 +150,7 @@ def by_class(routed: Routed) -> list[Drawing]:
         mean_M[position], rows, xerr=error_M[position], fmt="o", color=BLUE, ecolor=BLUE, elinewidth=1.2, capsize=0
     )
     axes.axvline(mean_M.mean(), color=MUTED, linewidth=1, linestyle=":")
-    axes.set_yticks(rows, [shorten(routed.names[label], 26) for label in shown])
+    axes.set_yticks(rows, [shorten(routed.names[label], 22) for label in shown])
     axes.invert_yaxis()
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
@@ -223,7 +223,7 @@ def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
 
     images = len(heat.experts_IVRQ)
     order = np.argsort(-heat.mean_IRQ.mean((1, 2)), kind="stable")
-    chosen = order[np.unique(np.linspace(0, images - 1, min(HEAT_MAPS, images)).astype(int))]
+    chosen = order[np.unique(np.linspace(0, images - 1, min(HEAT_MAPS[routed.nouns.one], images)).astype(int))]
     top = float(np.percentile(heat.experts_IVRQ[chosen], 99.5)) or 1.0
     # with few sampler steps, one step is the nearest to several noise levels
     level_IV = heat.level_IV[chosen]
