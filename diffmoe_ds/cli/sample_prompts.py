@@ -196,21 +196,17 @@ def open_encoders(paths: Sequence[str], text: TextFormat, device: torch.device) 
     return found
 
 
-def open_prompts(chosen: ChosenPrompts, text: TextFormat, device: torch.device) -> tuple[PromptSet, str | None]:
-    """Load the text encoders of a model for some prompts.
+def prompt_set(chosen: ChosenPrompts, text: TextFormat, encoders: TextEncoders) -> tuple[PromptSet, str | None]:
+    """Return prompts as the labels of a model.
 
     Args:
         chosen: the prompts.
-        text: the encoders of the model.
-        device: where they run.
+        text: the encoders that the model was trained with.
+        encoders: from `open_encoders`.
 
     Returns:
         The prompts, and a warning about those with more tokens than the encoders read.
-
-    Raises:
-        ConfigError: see `open_encoders`.
     """
-    encoders = open_encoders(chosen.encoders, text, device)
     found = (encoders.too_long(prompt) for prompt in (*chosen.texts, chosen.negative))
     warnings = [warning for warning in found if warning is not None]
     more = f" (and {counted(len(warnings) - 1, 'other prompt')})" if len(warnings) > 1 else ""

@@ -1,4 +1,4 @@
-"""Write the results of a complete set of images: ADM's ``samples.npz``, PNG files, also as GenEval reads them, and a grid.
+"""Write the results of a complete set of images: ADM's ``samples.npz``, PNG files, GenEval's folders, a grid.
 
 Legend: N images, B images of a shard, H, W height and width, C channels.
 """

@@ -66,8 +66,9 @@ RULES = {
     "__main__": "cli",
     "train": "cli",
     "api_arguments": "cli config",
-    "api": "api_arguments cli checkpoint config diffusion distributed sampling",
-    "": "api checkpoint",
+    "api_samples": "sampling",
+    "api": "api_arguments api_samples cli checkpoint config data diffusion distributed sampling",
+    "": "api api_samples checkpoint",
 }
 
 # The files that may talk to other ranks directly; all others go through them.
