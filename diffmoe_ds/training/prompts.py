@@ -56,7 +56,7 @@ def grid_prompts(config: Config, dataset: Dataset, device: torch.device) -> Grid
 
     def read() -> tuple[np.ndarray, tuple[str, ...]]:
         if get_rank():
-            return np.zeros((count, config.text_layout.values), np.float16), ()
+            return np.zeros((count, text.layout.values), np.float16), ()
         if given:
             return _encoded(given, text), given
         return stored.rows(list(range(count))).numpy(), tuple(stored.captions())
