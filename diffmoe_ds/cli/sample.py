@@ -68,10 +68,10 @@ def add_image_options(parser: argparse.ArgumentParser, default: int) -> None:
         "ADM's sample files; the same for prompts"
     )
     add("--labels", choices=("cycle", "random"), default="cycle", help=text)
-    _add_prompt_options(parser)
+    add_prompt_options(parser)
 
 
-def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of text models."""
     add = parser.add_argument
     text = "prompt of a text model; repeat the option for several prompts"

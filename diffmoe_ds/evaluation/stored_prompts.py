@@ -78,5 +78,10 @@ class RowPrompts:
 
 def evenly_spaced(dataset: Dataset, count: int) -> DatasetPrompts:
     """Return the captions of at most ``count`` evenly spaced images of a dataset, which may be sorted."""
-    count = min(count, len(dataset))
-    return DatasetPrompts(dataset, [number * len(dataset) // count for number in range(count)])
+    return DatasetPrompts(dataset, spaced(len(dataset), count))
+
+
+def spaced(images: int, count: int) -> list[int]:
+    """Return the indices of at most ``count`` evenly spaced images."""
+    count = min(count, images)
+    return [number * images // count for number in range(count)]

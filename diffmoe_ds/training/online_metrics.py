@@ -20,8 +20,8 @@ from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor, reported_as
 from diffmoe_ds.evaluation.held_out import HeldOut, decoder_path
 from diffmoe_ds.evaluation.outputs import Outputs
-from diffmoe_ds.evaluation.stored_prompts import evenly_spaced
 from diffmoe_ds.evaluation.selected import ImageFeatures, selected_metrics
+from diffmoe_ds.evaluation.stored_prompts import evenly_spaced
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import SamplingSettings, share_of_rank
 from diffmoe_ds.sampling.grid import Pixels, to_uint8

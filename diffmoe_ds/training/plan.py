@@ -179,7 +179,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         check_wandb_login()
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
-    held_out = open_held_out(config, local_device(launch))
+    held_out = open_held_out(config, local_device(launch), dataset.text if config.is_text else None)
     plan = TrainPlan(
         launch, config, settings, directory, request.resume, dataset, held_out, initial=initial, inherited=inherited
     ).with_start()

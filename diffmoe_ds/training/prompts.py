@@ -48,22 +48,23 @@ def grid_prompts(config: Config, dataset: Dataset, device: torch.device) -> Grid
         ConfigError: on all ranks, if rank 0 cannot load the encoders, or they are not those of the training set.
         DataError: on all ranks, if rank 0 cannot read a caption.
     """
-    assert dataset.text is not None, "checked by `with_text`"
+    text = dataset.text
+    assert text is not None, "checked by `with_text`"
     given = config.sample.prompts[: config.sample.num_images]
     stored = evenly_spaced(dataset, min(SHOWN_CAPTIONS, config.sample.num_images))
     count = len(given or stored)
 
     def read() -> tuple[np.ndarray, tuple[str, ...]]:
         if get_rank():
-            return np.zeros((count, config.text_layout.values), np.float16), ()
+            return np.zeros((count, text.layout.values), np.float16), ()
         if given:
-            return _encoded(given, dataset.text), given
+            return _encoded(given, text), given
         return stored.rows(list(range(count))).numpy(), tuple(stored.captions())
 
     rows_PN, texts = raise_on_all_ranks(device, read)
     shared = torch.from_numpy(rows_PN).view(torch.int32).to(device)  # not every backend has fp16
     rows = broadcast(shared).cpu().view(torch.float16)
-    return GridPrompts(RowPrompts(rows, torch.from_numpy(dataset.text.null_row)), texts)
+    return GridPrompts(RowPrompts(rows, torch.from_numpy(text.null_row)), texts)
 
 
 def _encoded(prompts: tuple[str, ...], text: TextFormat) -> np.ndarray:
