@@ -36,7 +36,7 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
       --vae stabilityai/sd-vae-ft-ema --size 256 --out latents
   diffmoe prepare images --images photographs --size 64 --out shards
-  diffmoe prepare text --images latents --captions captions.csv --encoder google/t5-v1_1-base --out text
+  diffmoe prepare text --images latents --captions captions.csv --encoder google/flan-t5-base --out text
   diffmoe prepare check latents
 """
 

@@ -158,22 +158,23 @@ def read_table(path: Path) -> dict[str, list[str]]:
     if suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"the captions {path} must be a .csv or .jsonl file.")
     table: dict[str, list[str]] = {}
-    number = 0
+    rows = 0
     try:
         with open_regular(path) as raw:
             if os.fstat(raw.fileno()).st_size > MAX_TABLE_BYTES:
                 raise ValueError(f"larger than the limit of {MAX_TABLE_BYTES:,} bytes")
             lines = _lines(io.TextIOWrapper(raw, "utf-8-sig", newline=""))
-            for number, name, value in _csv_rows(lines) if suffix == ".csv" else _jsonl_rows(lines):
+            for name, value in _csv_rows(lines) if suffix == ".csv" else _jsonl_rows(lines):
                 known = table.setdefault(name, [])
                 table[name] = clean_captions([*known, *(one for one in _one_line(value) if one not in known)])
+                rows += 1
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"the captions {path} cannot be read after line {number}: {reason(error)}") from None
+        raise DataError(f"the captions {path} cannot be read after {counted(rows, 'row')}: {reason(error)}") from None
     return {name: captions for name, captions in table.items() if captions}
 
 
-def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, Any]]:
-    """Yield line number, name of the image and caption of each row."""
+def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Yield name of the image and caption of each row."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip().lower() for name in next(reader, [])]
     image, caption = (_column(header, keys) for keys in (IMAGE_KEYS, CAPTION_KEYS))
@@ -182,10 +183,10 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, Any]]:
             continue
         if len(row) != len(header):
             raise ValueError(f"line {reader.line_num} has {len(row)} columns, but the header has {len(header)}")
-        yield reader.line_num, _image(row[header.index(image)]), row[header.index(caption)]
+        yield _image(row[header.index(image)]), row[header.index(caption)]
 
 
-def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, Any]]:
+def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -193,7 +194,7 @@ def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, str, Any]]:
         if not isinstance(tree, dict):
             raise ValueError(f"line {number} is not an object")
         image, caption = (_column(tree, keys) for keys in (IMAGE_KEYS, CAPTION_KEYS))
-        yield number, _image(tree[image]), tree[caption]
+        yield _image(tree[image]), tree[caption]
 
 
 def _column(columns: Iterable[str], keys: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,13 @@ from diffmoe_ds.files import expand_user, sha256_of
 from diffmoe_ds.text import reason, shortened
 from diffmoe_ds.text_features import (
     MAX_CAPTION_BYTES,
-    MAX_ENCODERS,
-    MAX_TOKENS,
     Caption,
     EncoderFeatures,
     EncoderInfo,
     TextFormat,
     encode_record,
 )
+from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS
 
 INSTALL = "pip install 'diffmoe_ds[text]'"
 T5_MODELS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
@@ -266,11 +266,27 @@ def _load(folder: Path, stored: int) -> tuple[str, Any]:
     config.return_dict = True  # otherwise the network returns tuples
     check_size(model_class.from_config if is_auto else model_class, config, stored)
     how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    model, info = model_class.from_pretrained(folder, config=config, **how, **LOCAL)
+    with _quiet():
+        model, info = model_class.from_pretrained(folder, config=config, **how, **LOCAL)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's, which is not used
     if missing:  # transformers would initialize them at random
         raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
     return kind, model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warning that weights are not used, such as those of T5's decoder, and the bar of a load of seconds."""
+    logging = _transformers().utils.logging
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:
@@ -279,7 +295,12 @@ def _tokenizer(folder: Path, model: Any) -> Any:
     Raises:
         ValueError: it lacks the fast implementation, or has more tokens than the model.
     """
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, use_fast=True, **LOCAL)
+    transformers = _transformers()
+    # AutoTokenizer may rebuild parts of a tokenizer instead of taking them from its file.
+    has_file = (folder / "tokenizer.json").is_file()
+    tokenizer_class = transformers.PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
+    with _quiet():
+        tokenizer = tokenizer_class.from_pretrained(folder, **LOCAL)
     if not tokenizer.is_fast:
         raise ValueError("its tokenizer has no fast implementation; expected a tokenizer.json")
     tokenizer.truncation_side = "right"

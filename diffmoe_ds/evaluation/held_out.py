@@ -159,11 +159,11 @@ def read_held_out(config: Config, path: str, name: str, text: TextFormat | None 
     if problem is not None:
         raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
-        data = config.data.model_copy(update={"path": path})
-        dataset = open_dataset(config.model_copy(update={"data": data}))
+        of_path = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+        dataset = open_dataset(of_path)
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
-        with_text(config, dataset)  # only checks them
+        with_text(of_path, dataset)  # only checks the shapes
         differs = None if text is None or dataset.text is None else difference(dataset.text, text)
         if differs is not None:
             raise DataError(f"the captions were encoded with other text encoders than the model's: there is {differs}")

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmoe_ds.data.sources import shards
+from diffmoe_ds.data.sources import cache, shard_paths, shards
 from diffmoe_ds.data.sources.index_files import INDEX, TEXT, load_index, save_index
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.text_index import parse_captions
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.text_features import MAX_CAPTIONS, difference
+from diffmoe_ds.text_features import MAX_CAPTIONS, difference, padded_row
 from tests.helpers.data import PNG, caption, format_member, text_features, text_member, write_tar
-from tests.helpers.fuzz import fuzz
+from tests.helpers.fuzz import changed_bytes, changed_trees, fuzz, to_json
 
 FORM = text_features()
 CAPTIONS = {"a": ["red apple"], "b": ["car", "a blue car", "one of many cars"], "c": [""]}
@@ -37,7 +37,7 @@ def save(index, folder):
 
 
 def row(text):
-    return FORM.layout.row(caption(text).features)
+    return padded_row(FORM.layout, caption(text).features)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
@@ -209,3 +209,46 @@ def test_limits_of_captions():
         parse_captions("txt", b"x\n" * 65)
     with pytest.raises(ValueError, match="more than 65,536 bytes"):
         parse_captions("txt", b"x" * 65537)
+
+
+def test_the_index_behind_a_url_is_fetched_with_its_text(tmp_path, monkeypatch):
+    served, fetched = tmp_path / "served", []
+    served.mkdir()
+    path = write_tar(served / "a.tar", members())
+    save(ShardDataset([path]).index, served)
+
+    def fetch(url, target):
+        fetched.append(url.rpartition("/")[2])
+        shutil.copyfile(served / fetched[-1], target)
+
+    for module in (cache, shard_paths):
+        monkeypatch.setattr(module, "fetch", fetch)
+    dataset = ShardDataset(["https://host/a.tar"], cache.ShardCache(tmp_path / "cache", 1 << 30))
+    assert fetched == ["index.json", "index-samples.npy", "index-keys.npy", "index-text.npy"]
+    assert dataset.text == FORM and dataset.captions(1) == CAPTIONS["b"] and fetched[4:] == ["a.tar"]
+
+
+@fuzz(40)
+@given(tree=changed_trees(FORM.to_json()))
+def test_hostile_formats(tmp_path_factory, tree):
+    read_anything(tmp_path_factory.mktemp("format"), [("__text__", to_json(tree).encode("utf-8", "replace"))])
+
+
+@fuzz(40)
+@given(data=changed_bytes(text_member("x", "red apple", "car")[1]))
+def test_hostile_members(tmp_path_factory, data):
+    read_anything(tmp_path_factory.mktemp("member"), [format_member(FORM), ("x.png", PNG), ("x.text", data)])
+
+
+def read_anything(folder, files):
+    """Read the samples of a hostile shard, which gives features of the right shape or a `DataError`."""
+    try:
+        dataset = ShardDataset([write_tar(folder / "a.tar", [*files, *members()[1:]])])
+        for index in range(len(dataset)):
+            dataset.captions(index)
+            if dataset.text is not None:
+                rows = dataset.text_rows([index], [0.9])
+                assert rows.shape == (1, dataset.text.layout.values) and np.isfinite(rows).all()
+    except DataError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    shutil.rmtree(folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.images import centre_crop, decode_pixels, open_rgb, png
-from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
 from diffmoe_ds.data.vae import VAE
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text_features import TextFormat
@@ -105,10 +105,13 @@ class StoredEncoder:
 
         def read(index: int) -> Encoded:
             suffix, data = source.suffix(index), source.image_bytes(index)
-            if self.latents is None:
+            if self.latents is not None:
+                return Encoded(index, suffix, data, moments=self._moments(data))
+            if suffix == "npy":
+                decode_array(data)
+            else:
                 decode_pixels(data, suffix)
-                return Encoded(index, suffix, data)
-            return Encoded(index, suffix, data, moments=self._moments(data))
+            return Encoded(index, suffix, data)
 
         for index, encoded, reason in _read_ahead(read, indices, self._threads):
             yield Encoded(index, unreadable=reason) if encoded is None else encoded
@@ -119,7 +122,7 @@ class StoredEncoder:
         header = self.latents.header
         if not data.startswith(header):
             raise ValueError("its .npy is not a latent of the format of its shard")
-        halves = np.frombuffer(data, np.uint8, offset=len(header)).reshape(2, self.latents.half_bytes)
+        halves = np.frombuffer(bytearray(data), np.uint8, offset=len(header)).reshape(2, -1)
         moments = self.latents.decode(halves)
         if not np.isfinite(moments).all():
             raise ValueError("its latent contains NaN or Inf")

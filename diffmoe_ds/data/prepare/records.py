@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from diffmoe_ds.data.sources.text_index import TextEntry
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.text import reason
 
+TEXT_ROW = np.dtype("<i8")
 STORED = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
 """Columns of the index that a record has in `rows`; the others follow from the keys and the shard."""
 
@@ -64,7 +66,7 @@ def shard_record(index: Index, sha256: str, totals: Totals) -> dict[str, Any]:
         "captions": totals.captions,
         "truncated": totals.truncated,
         "rows": index.samples[:, STORED].tolist(),
-        "text": None if index.text is None else index.text.tolist(),
+        "text": None if index.text is None else base64.b64encode(index.text.astype(TEXT_ROW).tobytes()).decode(),
         "keys": [index.key(i) for i in range(len(index.samples))],
     }
 
@@ -97,7 +99,7 @@ def record_index(record: dict[str, Any], encoder: Encoder) -> Index:
     samples[:, 5] = np.cumsum(samples[:, 6]) - samples[:, 6]
     shard = ShardInfo(record["name"], record["bytes"], record["samples"])
     rows = record.get("text")
-    text = None if rows is None else np.array(rows, np.int64).reshape(-1, len(TextEntry._fields))
+    text = None if rows is None else _text_rows(rows, len(names))
     keys = np.frombuffer(b"".join(names), np.uint8)
     return Index((shard,), samples, keys, encoder.latents, text=text, text_format=encoder.text)
 
@@ -110,11 +112,14 @@ def _check_record(record: dict[str, Any]) -> None:
     """
     info = shard_info(record)
     rows, keys, text = record["rows"], record["keys"], record.get("text")
-    valid = _are_rows(rows, 4) and (
-        text is None or (_are_rows(text, len(TextEntry._fields)) and len(text) == len(rows))
+    valid = type(rows) is list and all(
+        type(row) is list and len(row) == 4 and all(type(number) is int and -1 <= number < 2**63 for number in row)
+        for row in rows
     )
     valid = valid and type(keys) is list and all(type(k) is str and k.encode(errors="surrogateescape") for k in keys)
     valid = valid and len(rows) == len(keys) == info.samples
+    if text is not None:
+        _text_rows(text, len(rows))
     valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
     valid = valid and all(type(entry["key"]) is type(entry["reason"]) is str for entry in record["skipped"])
     valid = valid and type(record["statistics"]) is list and len(record["statistics"]) == 3
@@ -123,9 +128,10 @@ def _check_record(record: dict[str, Any]) -> None:
         raise ValueError("not the record of a shard")
 
 
-def _are_rows(rows: Any, columns: int) -> bool:
-    """Return whether a value of a record is a list of rows of the index."""
-    return type(rows) is list and all(
-        type(row) is list and len(row) == columns and all(type(n) is int and -1 <= n < 2**63 for n in row)
-        for row in rows
-    )
+def _text_rows(text: str, samples: int) -> np.ndarray:
+    """Return the rows of the index of text, int64 [samples, 5].
+
+    They are stored in base64: as numbers, those of a large shard would exceed the limits of a JSON file.
+    """
+    rows = np.frombuffer(base64.b64decode(text, validate=True), TEXT_ROW)
+    return rows.reshape(samples, len(TextEntry._fields)).astype(np.int64)
