@@ -14,7 +14,7 @@ from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.text_features import EncoderFeatures, TextFormat
+from diffmoe_ds.text_features import EncoderFeatures, TextFormat, padded_row
 
 MAX_BYTES = 4 << 30
 """Most bytes of the features of all captions, in each process."""
@@ -109,7 +109,7 @@ class EncodedCaptions:
         """Return the text features of one caption of each image: fp16 [B, N], see `ShardDataset.text_rows`."""
         chosen = [int(choice * self._counts[index]) for index, choice in zip(indices, choices, strict=True)]
         numbers = self._chosen[self._starts[list(indices)] + chosen]
-        return np.stack([self._layout.row(self._features[number]) for number in numbers.tolist()])
+        return np.stack([padded_row(self._layout, self._features[number]) for number in numbers.tolist()])
 
     def describe(self, index: int) -> str:
         """See `Dataset`."""

@@ -62,7 +62,7 @@ class MicroBatch(NamedTuple):
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
     unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
-    text: torch.Tensor | None = None  # float16 [B, N]: text features, in place of the labels, for a text model
+    text: torch.Tensor | None = None  # fp16 [B, N]: text features, see `TextLayout`; None for class models
 
     @property
     def condition(self) -> torch.Tensor:

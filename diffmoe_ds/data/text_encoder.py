@@ -28,14 +28,13 @@ from diffmoe_ds.files import expand_user, sha256_of
 from diffmoe_ds.text import reason, shortened
 from diffmoe_ds.text_features import (
     MAX_CAPTION_BYTES,
-    MAX_ENCODERS,
-    MAX_TOKENS,
     Caption,
     EncoderFeatures,
     EncoderInfo,
     TextFormat,
     encode_record,
 )
+from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS
 
 INSTALL = "pip install 'diffmoe_ds[text]'"
 T5_MODELS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}

@@ -23,6 +23,7 @@ from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.extractors import count_features, load_extractor, reported_as
 from diffmoe_ds.rng import held_out_draws
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+from diffmoe_ds.text_features import TextFormat, difference
 
 CPU = torch.device("cpu")
 MIN_IMAGES = 2
@@ -109,12 +110,13 @@ def _first_caption(position: int) -> float:
     return 0.0
 
 
-def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
+def open_held_out(config: Config, device: torch.device = CPU, text: TextFormat | None = None) -> HeldOut | None:
     """Open the held-out images of a run and read the first one, unless it is behind a URL.
 
     Args:
         config: the run's configuration.
         device: where the extractor of ``eval.metrics`` is tried; it may need a GPU.
+        text: see `read_held_out`.
 
     Returns:
         The images; None if the run does not evaluate.
@@ -133,19 +135,20 @@ def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
             f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set; set it to the "
             "held-out images."
         )
-    held_out = read_held_out(config, data.validation_path, "data.validation_path", evaluation.num_images)
+    held_out = read_held_out(config, data.validation_path, "data.validation_path", text, evaluation.num_images)
     if evaluation.metrics:
         check_metrics(config, device)
     return held_out
 
 
-def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> HeldOut:
+def read_held_out(config: Config, path: str, name: str, text: TextFormat | None = None, num_images: int = 0) -> HeldOut:
     """Open held-out images and read the first one, unless it is behind a URL.
 
     Args:
         config: the model's configuration.
         path: the images, in any form that `data.path` accepts.
         name: name of the key or option, for messages.
+        text: the encoders of a text model.
         num_images: see `HeldOut`.
 
     Raises:
@@ -161,6 +164,9 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
         with_text(of_path, dataset)  # only checks the shapes
+        differs = None if text is None or dataset.text is None else difference(dataset.text, text)
+        if differs is not None:
+            raise DataError(f"the captions were encoded with other text encoders than the model's: there is {differs}")
         held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))

@@ -4,7 +4,7 @@
     python -m examples.emoji.prepare_emoji emoji-datasource-google-16.0.0.tgz    # writes the directory emoji
 
 The images are Google's Noto Emoji (Apache-2.0), 64x64 pixels; alpha is composited onto white.  Labels are Unicode
-categories; captions are the emoji names.
+categories; captions are the emoji names.  With `--text`, every picture has several captions, see `captions.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.prepare import add_output_arguments, prepare
+from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.data.prepare.encoders import PixelEncoder
 from diffmoe_ds.data.prepare.preparation import Preparation
 from diffmoe_ds.distributed.launch import Launch
-from diffmoe_ds.errors import DataError
+from diffmoe_ds.errors import ConfigError, DataError
+from examples.emoji.captions import captions, distinct
 
 SIZE = 64
 NO_CLASS = "Component"
@@ -34,48 +37,72 @@ PICTURES = f"img/google/{SIZE}"
 MAX_JSON_BYTES = 64 << 20
 
 
+class Picture(NamedTuple):
+    """One picture of the package."""
+
+    file: str
+    entry: dict[str, Any]
+    """Its entry in `emoji.json`."""
+    tones: str
+    """Code points of its skin tones, joined by dashes; empty without them."""
+
+
 class Emoji:
     """The emoji of a package as a `folder.Source` with captions."""
 
-    def __init__(self, package: Path, skin_tones: bool = False) -> None:
+    def __init__(self, package: Path, skin_tones: bool = False, categories: Collection[str] = ()) -> None:
         """Read the package.
 
         Args:
             package: the unpacked package, a folder whose `node_modules` contains it, or the `.tgz`.
             skin_tones: add the skin tone variants, which double the number of images.
+            categories: the categories to include; all of them if empty.
 
         Raises:
             DataError: the package is missing or has an unexpected layout.
+            ConfigError: a category is unknown.
         """
         self._read = _reader(package)
         entries = self._entries(package)
-        self.classes = sorted({entry["category"] for entry in entries} - {NO_CLASS})
-        label_of = {name: label for label, name in enumerate(self.classes)}
-        rows: list[tuple[str, str, int]] = []
+        known = sorted({entry["category"] for entry in entries} - {NO_CLASS})
+        for name in categories:
+            if name not in known:
+                raise ConfigError(unknown("--categories", name, known))
+        self.classes = [name for name in known if name in categories or not categories]
+        rows: list[Picture] = []
         for entry in entries:
-            pictures = [entry, *(entry.get("skin_variations", {}).values() if skin_tones else ())]
-            for picture in pictures:
-                if entry["category"] != NO_CLASS and picture.get("has_img_google"):
-                    rows.append((picture["image"], entry["name"].lower(), label_of[entry["category"]]))
+            pictures = {"": entry, **(entry.get("skin_variations", {}) if skin_tones else {})}
+            for tones, picture in pictures.items():
+                if entry["category"] in self.classes and picture.get("has_img_google"):
+                    rows.append(Picture(picture["image"], entry, tones))
         if not rows:
             raise DataError(f"{package}/emoji.json lists no images; expected entries with image, name and category")
-        self._rows = sorted(rows)
-        self.labels = np.array([label for _, _, label in self._rows], np.int64)
+        self._rows = sorted(rows, key=lambda row: row.file)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Category of each picture."""
+        return np.array([self.classes.index(row.entry["category"]) for row in self._rows], np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def key(self, index: int) -> str:
         """Return the code points, such as `1f600`."""
-        return self._rows[index][0].removesuffix(".png")
+        return self._rows[index].file.removesuffix(".png")
 
-    def caption(self, index: int) -> str:
+    def name(self, index: int) -> str:
         """Return the name in lower case, such as `grinning face`."""
-        return self._rows[index][1]
+        name: str = self._rows[index].entry["name"].lower()
+        return name
 
     def describe(self, index: int) -> str:
         """Return the file of an emoji, for messages."""
-        return f"picture {PICTURES}/{self._rows[index][0]}"
+        return f"picture {PICTURES}/{self._rows[index].file}"
+
+    def suffix(self, index: int) -> str:
+        """Return the format of an emoji."""
+        return "png"
 
     def image_bytes(self, index: int) -> bytes:
         """Return the PNG of an emoji.
@@ -83,7 +110,28 @@ class Emoji:
         Raises:
             DataError: the package does not contain it.
         """
-        return self._read(f"{PICTURES}/{self._rows[index][0]}")
+        return self._read(f"{PICTURES}/{self._rows[index].file}")
+
+    def captions(self) -> dict[str, list[str]]:
+        """Keep one picture of each drawing, and return its captions, those of all pictures with this drawing, by key.
+
+        Raises:
+            DataError: a picture is missing or cannot be decoded.
+        """
+        pixels = {self.key(index): self._pixels(index) for index in range(len(self))}
+        firsts, found = distinct(pixels), dict[str, list[str]]()
+        for index, row in enumerate(self._rows):
+            key = self.key(index)
+            found.setdefault(firsts[key], []).extend(captions(row.entry, row.tones, pixels[key]))
+        self._rows = [row for row in self._rows if row.file.removesuffix(".png") in found]
+        return {key: list(dict.fromkeys(each)) for key, each in found.items()}
+
+    def _pixels(self, index: int) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(self.image_bytes(index))) as image:
+                return np.asarray(image.convert("RGBA").resize((SIZE, SIZE)))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.describe(index)} cannot be decoded: {error}") from None
 
     def _entries(self, package: Path) -> list[dict[str, Any]]:
         try:
@@ -151,15 +199,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare 64x64 colour images with 9 classes and captions.")
     parser.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or as .tgz")
     parser.add_argument("--skin-tones", action="store_true", help="include skin tone variants")
+    text = "write several captions per picture, and each drawing only once: for `diffmoe prepare text`"
+    parser.add_argument("--text", action="store_true", help=text)
+    text = "categories to include, separated by commas, such as 'Food & Drink,Objects' (default: all)"
+    parser.add_argument("--categories", default="", metavar="A,B", help=text)
     add_output_arguments(parser, Path("emoji"))
     parser.set_defaults(run=lambda args: prepare(args, _preparation))
     return run_command(parser.parse_args(argv))
 
 
 def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
-    source = Emoji(args.path, args.skin_tones)
+    categories = [name.strip() for name in args.categories.split(",") if name.strip()]
+    source = Emoji(args.path, args.skin_tones, categories)
     encoder = PixelEncoder(SIZE, args.threads)
-    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, source.caption)
+    every = source.captions() if args.text else None
+
+    def caption(index: int) -> str:
+        return source.name(index) if every is None else "\n".join(every[source.key(index)])
+
+    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, caption)
 
 
 if __name__ == "__main__":

@@ -144,3 +144,13 @@ def format_member(form: TextFormat) -> tuple[str, bytes]:
 
 def text_member(key: str, *captions: str, width: int = 3) -> tuple[str, bytes]:
     return f"{key}.text", encode_member([caption(text, width) for text in captions])
+
+
+def captioned_shard(path: Path, count: int, width: int = 3, **form: object) -> Path:
+    """Write 28x28 grayscale images filled with their number, with 1 to 3 captions each and their text features."""
+    members = [format_member(text_features(width, **form))]
+    for number in range(count):
+        captions = [f"image number {number}", f"grey {number}", "grey"][: number % 3 + 1]
+        png = image_file(np.full((28, 28), number, np.uint8))
+        members += [(f"{number:04d}.png", png), text_member(f"{number:04d}", *captions, width=width)]
+    return write_tar(path, members)

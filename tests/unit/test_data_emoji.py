@@ -12,6 +12,7 @@ import pytest
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
+from examples.emoji.captions import main_colour
 from examples.emoji.prepare_emoji import main
 from tests.helpers.data import image_file, tree
 
@@ -62,6 +63,49 @@ def test_skin_tones_are_included_on_request(tmp_path):
     assert main([str(made), "--skin-tones", "--out", str(tmp_path / "out")]) == 0
     dataset = ShardDataset(expand(tmp_path / "out"))
     assert "1f601-1f3fb" in {dataset.key(i) for i in range(len(dataset))} and len(dataset) == 6
+
+
+def test_captions_for_text_models(tmp_path):
+    """Several captions per picture; pictures of the same drawing become one, with the captions of both."""
+
+    def change(entries):
+        pictures = tmp_path / "package/img/google/64"
+        (pictures / "1f606.png").write_bytes((pictures / "1f602.png").read_bytes())
+        entries[6]["short_names"] = ["happy_face", "face2"]
+        return entries
+
+    made = package(tmp_path / "package", change)
+    assert main([str(made), "--text", "--categories", "Activities, Flags", "--out", str(tmp_path / "out")]) == 0
+    with tarfile.open(expand(tmp_path / "out")[0]) as tar:
+        texts = {name: tar.extractfile(name).read().decode() for name in tar.getnames() if name.endswith(".txt")}
+    assert texts == {
+        "1f601.txt": "face 1\nface 1, flags",
+        "1f605.txt": "face 5\nface 5, flags",
+        "1f602.txt": "face 2\nface 2, activities\npurple face 2\nface 6\nhappy face\nface 6, activities\npurple face 6",
+    }
+    assert main([str(made), "--skin-tones", "--text", "--out", str(tmp_path / "tones")]) == 0
+    with tarfile.open(expand(tmp_path / "tones")[0]) as tar:
+        assert tar.extractfile("1f601-1f3fb.txt").read() == b"face 1, light skin tone"
+
+
+def test_an_unknown_category(tmp_path, capsys):
+    made = package(tmp_path / "package")
+    assert main([str(made), "--categories", "Flag", "--out", str(tmp_path / "out")]) == 2
+    assert "--categories: 'Flag' is not known; did you mean 'Flags'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("colour", "word"),
+    [
+        ((220, 30, 40), "red"), ((240, 140, 20), "orange"), ((250, 220, 60), "yellow"), ((40, 160, 60), "green"),
+        ((40, 90, 220), "blue"), ((130, 60, 200), "purple"), ((240, 90, 170), "pink"), ((120, 70, 40), "brown"),
+        ((20, 20, 20), "black"), ((250, 250, 250), "white"), ((150, 150, 150), "gray"),
+    ],
+)  # fmt: skip
+def test_words_for_colours(colour, word):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:5] = (*colour, 255)  # the transparent rest does not count
+    assert main_colour(pixels) == word
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from diffmoe_ds.data.sources.index_files import INDEX, TEXT, load_index, save_in
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.text_index import parse_captions
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.text_features import MAX_CAPTIONS, difference
+from diffmoe_ds.text_features import MAX_CAPTIONS, difference, padded_row
 from tests.helpers.data import PNG, caption, format_member, text_features, text_member, write_tar
 from tests.helpers.fuzz import changed_bytes, changed_trees, fuzz, to_json
 
@@ -37,7 +37,7 @@ def save(index, folder):
 
 
 def row(text):
-    return FORM.layout.row(caption(text).features)
+    return padded_row(FORM.layout, caption(text).features)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])

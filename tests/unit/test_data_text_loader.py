@@ -22,6 +22,7 @@ from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.held_out import HeldOut, read_held_out
 from diffmoe_ds.files import sha256_of
 from diffmoe_ds.rng import Purpose, caption_choice, philox, training_draws
+from diffmoe_ds.text_features import padded_row
 from tests.helpers.data import (
     GREY,
     IMAGES,
@@ -59,12 +60,12 @@ def small(tmp_path_factory) -> ShardDataset:
 
 
 def rows(texts):
-    return np.stack([FORM.layout.row(caption(text).features) for text in texts])
+    return np.stack([padded_row(FORM.layout, caption(text).features) for text in texts])
 
 
 def texts_of(batch):
     """The captions of a micro-batch."""
-    known = {FORM.layout.row(caption(text).features).tobytes(): text for texts in TEXTS for text in texts}
+    known = {padded_row(FORM.layout, caption(text).features).tobytes(): text for texts in TEXTS for text in texts}
     return [known[row.numpy().tobytes()] for row in batch.text]
 
 

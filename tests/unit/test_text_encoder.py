@@ -15,7 +15,7 @@ import transformers
 from diffmoe_ds.data import minilm
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.text_features import decode_record
+from diffmoe_ds.text_features import check_same_encoder, decode_record, padded_row
 from tests.helpers.encoders import KINDS, WIDTH, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def test_empty_prompts_are_the_null_record_in_any_batch():
             np.testing.assert_array_equal(one.pooled, other.pooled)
     assert [len(each.tokens) for each in null.features] == [1, 1]
     assert [len(each.tokens) for each in found[0].features] == [3, 2]  # T5's tokenizer appends its end
-    np.testing.assert_array_equal(encoders.format.null_row, encoders.format.layout.row(null.features))
+    np.testing.assert_array_equal(encoders.format.null_row, padded_row(encoders.format.layout, null.features))
 
 
 def test_longer_prompts_are_truncated_and_reported():
@@ -190,6 +190,20 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(path):
         TextEncoders([path], CPU)
 
 
+def test_encoders_on_the_hub_keep_their_name(monkeypatch):
+    def download(name: str, allow_patterns: list[str]) -> str:
+        if name != "some/bert":
+            raise OSError("no such repository\non the hub.")
+        assert not [pattern for pattern in allow_patterns if pattern.endswith((".bin", ".py", "*"))]
+        return str(tiny_encoder("bert"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (info,) = TextEncoders(["some/bert"], CPU).format.encoders
+    assert info.name == "some/bert" and info.sha256 == load("bert").format.encoders[0].sha256
+    with pytest.raises(ConfigError, match=r"cannot be downloaded from the Hugging Face hub: no such .* on the hub\."):
+        TextEncoders(["some/other"], CPU)
+
+
 def test_numbers_beyond_fp16_are_clipped_and_nan_is_refused(copied):
     model = transformers.BertModel.from_pretrained(copied)
     with torch.no_grad():
@@ -239,6 +253,22 @@ def test_minilm_is_unpacked_once_and_repaired(monkeypatch, tmp_path):
     assert TextEncoders(["minilm"], CPU).format == encoders.format
 
 
+def test_another_encoder_is_refused():
+    t5, clip = load("t5"), load("clip")
+    check_same_encoder(load("t5").format, t5.format, "--encoder")
+    cases = (
+        (clip, r"--encoder does not match: text encoder 1 \(.*clip\) has pooled width 12 instead of 16 \(.*t5\)\."),
+        (load("t5", "clip"), "--encoder does not match: 2 text encoders instead of 1"),
+        (load("t5", tokens=9), "has most tokens 9 instead of 128"),
+    )
+    for other, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            check_same_encoder(other.format, t5.format, "--encoder")
+
+
 def test_loading_prints_nothing(capfd):
+    for kind in ("t5", "qwen2"):
+        tiny_encoder(kind)  # which prints, when it is made
+    capfd.readouterr()
     load("t5", "qwen2")  # their files have more weights than are read
     assert capfd.readouterr() == ("", "")

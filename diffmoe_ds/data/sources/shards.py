@@ -38,7 +38,7 @@ from diffmoe_ds.data.sources.tar_index import (
 from diffmoe_ds.data.sources.text_index import CAPTION_SUFFIXES, TEXT_SUFFIX, TextEntry, read_plain, read_records
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text import reason
-from diffmoe_ds.text_features import Caption, TextFormat
+from diffmoe_ds.text_features import Caption, TextFormat, padded_row
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
 EMBEDDED_CLASSES = (
@@ -233,7 +233,7 @@ class ShardDataset:
         """
         assert self.text is not None
         layout, pairs = self.text.layout, zip(indices, choices, strict=True)
-        return np.stack([layout.row(self.read_captions(index, choice)[0].features) for index, choice in pairs])
+        return np.stack([padded_row(layout, self.read_captions(index, choice)[0].features) for index, choice in pairs])
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to download those shards that are URLs."""

@@ -189,8 +189,8 @@ def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
     places = [(samples, Entry._fields.index("offset"))]
     if text is not None:
         places += [(text, CAPTIONS), (text, FEATURES)]
-    view, parts = memoryview(tar), [memoryview(bytes(tarfile.BLOCKSIZE))]  # because no member is at NOT_STORED
-    end = tarfile.BLOCKSIZE
+    view, parts = memoryview(tar), [memoryview(bytes(1))]
+    end = 1  # after a byte, because no member is at NOT_STORED
     for table, column in places:
         offsets, sizes = table[:, column], table[:, column + 1]
         parts += [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]

@@ -21,12 +21,12 @@ from diffmoe_ds.text_features import (
     MAX_HEAD_BYTES,
     Caption,
     TextFormat,
-    TextLayout,
     decode_record,
     difference,
     record_ranges,
     text_format,
 )
+from diffmoe_ds.text_layout import TextLayout
 
 TEXT_FORMAT_MEMBER = "__text__"
 MAX_TEXT_FORMAT_BYTES = 4 << 20
