@@ -227,7 +227,8 @@ def test_mistakes_in_the_python_interface(model, class_model):
         with pytest.raises(ConfigError) as caught:
             diffmoe_ds.load(path, **arguments)
         assert str(caught.value) == message
-    with pytest.raises(ConfigError, match="^text_encoder must be that of the training: text encoder 1 .* has pooled width 12"):
+    message = r"^text_encoder must be that of the training: text encoder 1 .* has pooled width 12"
+    with pytest.raises(ConfigError, match=message):
         diffmoe_ds.load(model, text_encoder=tiny_encoder("clip")).sample(prompts=["cat"])
 
 
