@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import diffmoe_ds
 from diffmoe_ds.cli import main, sample_set
+from diffmoe_ds.cli.sample_prompts import read_prompts
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling import output
@@ -172,6 +175,28 @@ def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@given(data=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode(errors="surrogatepass")))
+def test_any_file_of_prompts_is_read_or_refused_in_one_sentence(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name in ("prompts.txt", "prompts.jsonl"):
+        path = folder / name
+        path.write_bytes(data)
+        try:
+            prompts = read_prompts(path)
+        except ConfigError as error:
+            assert str(error).startswith(f"--prompts {path}: ") and "\n" not in str(error)
+        else:
+            lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]
+            assert name.endswith(".jsonl") or prompts == [line for line in lines if line]
+
+
+@given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), min_size=1, max_size=4))
+def test_jsonl_files_hold_any_prompt(tmp_path_factory, prompts):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) + "\n", encoding="utf-8")
+    assert read_prompts(path) == prompts
+
+
 def test_encoders_move_with_their_folder(capsys, tmp_path):
     """The checkpoint says where the encoder was, and by its SHA-256 which one it was."""
     folder = Path(shutil.copytree(ENCODER, tmp_path / "encoder"))
@@ -227,8 +252,7 @@ def test_mistakes_in_the_python_interface(model, class_model):
         with pytest.raises(ConfigError) as caught:
             diffmoe_ds.load(path, **arguments)
         assert str(caught.value) == message
-    message = r"^text_encoder must be that of the training: text encoder 1 .* has pooled width 12"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"^text_encoder does not match: .* has pooled width 12"):
         diffmoe_ds.load(model, text_encoder=tiny_encoder("clip")).sample(prompts=["cat"])
 
 
