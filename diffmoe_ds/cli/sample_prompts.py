@@ -14,11 +14,12 @@ import torch
 
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.control_files import parse_json, read_text
+from diffmoe_ds.data.matching_encoders import matching_encoders
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.prompts import PromptSet
 from diffmoe_ds.text import counted, reason, shortened
-from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat, check_same_encoder
+from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat
 
 PROMPT_OPTIONS = ("prompt", "prompts", "geneval", "negative_prompt", "text_encoder")
 
@@ -176,14 +177,11 @@ def open_encoders(paths: Sequence[str], text: TextFormat, device: torch.device) 
             f"--text-encoder must be given {counted(len(names), 'time')}, for {' and '.join(names)}, got {len(paths)}."
         )
     try:
-        # the longest of several, because each reads no more than its own limit
-        found = TextEncoders(paths or names, device, max(encoder.tokens for encoder in text.encoders))
+        return matching_encoders(text, device, paths, "--text-encoder")
     except ConfigError as error:
         if paths:
             raise
         raise ConfigError(f"{str(error).rstrip('.')}; pass its folder with --text-encoder.") from None
-    check_same_encoder(found.format, text, "--text-encoder")
-    return found
 
 
 def prompt_set(chosen: ChosenPrompts, text: TextFormat, encoders: TextEncoders) -> tuple[PromptSet, str | None]:
