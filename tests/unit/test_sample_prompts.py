@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -127,16 +128,27 @@ def test_a_killed_run_continues(capsys, monkeypatch, model, tmp_path):
     assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
 
 
-def test_capacity_guides_and_warnings(capsys, model, tmp_path):
-    guided = ("--cfg-scale", "2", "--autoguidance", str(model), "--capacity", "2")
-    assert run(model, tmp_path / "out", "--prompt", LONG, "--prompt", LONG + " the", *guided) == 0
+def test_capacity_and_warnings(capsys, model, tmp_path):
+    """Thresholds are calibrated on the prompts, and saved for these alone."""
+    options = ("--prompt", LONG, "--prompt", LONG + " the", "--capacity", "2", "--steps", "1")
+    assert run(model, tmp_path / "out", *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    (warning,) = (line for line in lines if "warning" in line)
+    (warning,) = (line for line in lines if line.strip().startswith("warning"))
     assert "has 9 tokens" in warning and "reads 6" in warning and warning.endswith("(and 1 other prompt)")
-    assert any("thresholds saved" in line for line in lines) and not any("hardly changes" in line for line in lines)
-    for prompt, is_known in ((LONG, False), (LONG, True), ("car", False)):
-        assert run(model, tmp_path / "out", "--prompt", prompt, *guided) == 0
+    assert any("thresholds saved" in line for line in lines)
+    for more, is_known in (((), True), (("--prompt", "car"), False)):
+        assert run(model, tmp_path / "out", *options, *more) == 0
         assert ("thresholds for 2 from" in capsys.readouterr().out) == is_known
+
+
+def test_guides_need_the_same_encoders(capsys, model, tmp_path):
+    text = TextEncoders([ENCODER], torch.device("cpu"), 6).format
+    assert run(model, tmp_path / "out", *APPLE, "--cfg-scale", "2", "--autoguidance", str(model)) == 0
+    assert "hardly changes" not in capsys.readouterr().out
+    other = replace(text, encoders=(replace(text.encoders[0], sha256="0" * 64),))
+    guide = write_random_model(tmp_path / "guide", text=other)
+    assert run(model, tmp_path / "out", *APPLE, "--cfg-scale", "2", "--autoguidance", str(guide)) == 2
+    assert "was trained with other text encoders than" in capsys.readouterr().err
 
 
 def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
