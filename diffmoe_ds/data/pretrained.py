@@ -142,15 +142,17 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
 
     Args:
         build: returns the network for a configuration.
-        config: the configuration of transformers.
+        config: the configuration of transformers; that of CLIP has one for each half.
         stored: bytes of the files of weights.
 
     Raises:
         ValueError: it is.
     """
-    layers = config.num_hidden_layers
-    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
+    halves = [getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name)]
+    for part in halves or [config]:
+        layers = part.num_hidden_layers
+        if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build(config).parameters())
     if count > stored:
