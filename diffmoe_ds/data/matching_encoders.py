@@ -26,8 +26,8 @@ def matching_encoders(
         ConfigError: one cannot be loaded, or is another encoder than that of the format.
     """
     names = list(paths) or [encoder.name for encoder in text.encoders]
-    # the longest of several, because each reads no more than its own limit
-    found = TextEncoders(names, device, max(encoder.tokens for encoder in text.encoders))
+    known = [encoder.tokens for encoder in text.encoders]
+    found = TextEncoders(names, device, each=known if len(names) == len(known) else ())
     different = difference(found.format, text)
     if different is not None:
         raise ConfigError(f"{what} must be that of the training: {different}.")

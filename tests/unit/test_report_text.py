@@ -29,8 +29,8 @@ class TinyEncoders:
 
     format = text_features()
 
-    def __init__(self, paths, device, tokens):
-        assert tokens == 4
+    def __init__(self, paths, device, each):
+        assert each == [4]
 
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]

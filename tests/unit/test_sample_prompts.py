@@ -264,7 +264,7 @@ def test_mistakes_in_the_python_interface(model, class_model):
         with pytest.raises(ConfigError) as caught:
             diffmoe_ds.load(path, **arguments)
         assert str(caught.value) == message
-    with pytest.raises(ConfigError, match=r"^text_encoder does not match: .* has pooled width 12"):
+    with pytest.raises(ConfigError, match=r"^text_encoder must be that of the training: .* has pooled width 12"):
         diffmoe_ds.load(model, text_encoder=tiny_encoder("clip")).sample(prompts=["cat"])
 
 

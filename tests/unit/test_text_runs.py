@@ -28,8 +28,8 @@ class TinyEncoders:
 
     format = text_features()
 
-    def __init__(self, paths, device, tokens):
-        assert (list(paths), tokens) == (["tiny"], 4)
+    def __init__(self, paths, device, each):
+        assert (list(paths), each) == (["tiny"], [4])
 
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]
@@ -158,7 +158,7 @@ def test_the_validation_loss_needs_neither_prompts_nor_a_reference(trained, tmp_
     assert evaluate(trained, "--validation", str(held_out)) == 0
     assert capsys.readouterr().out == f"validation loss   {found['validation_loss']:<9.5g}  7 held-out images\n"
     for options, message in (
-        (("--validation", str(held_out), "--prompt", "a"), "--prompt needs --reference; without it, no images are"),
+        (("--validation", str(held_out), "--prompt", "a"), "--prompt needs --reference, --clip or --retrieval"),
         (("--validation", str(held_out), "--steps", "7"), "--steps needs --reference"),
         ((), "--reference is missing"),
     ):
