@@ -82,7 +82,7 @@ def test_prompts_need_the_encoders_of_the_captions(trained, tmp_path, grids, cap
     assert "sample.prompts needs the text encoders of the training set: the text encoder must be that of the" in error
     assert f"training: {ENCODERS}; remove it to show captions instead." in error
 
-    def missing(*arguments):
+    def missing(*arguments, **options):
         raise ConfigError("the text encoder tiny cannot be loaded: gone.")
 
     monkeypatch.setattr(matching_encoders, "TextEncoders", missing)
