@@ -53,6 +53,7 @@ class MicroBatch(NamedTuple):
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
     unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
+    features: torch.Tensor | None = None  # float16 [B, T, F]: image features, for REPA
     text: torch.Tensor | None = None  # float16 [B, N]: text features, in place of the labels, for a text model
 
     @property

@@ -20,8 +20,8 @@ INHERITED = {
     "objective": ("kind", "flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift"),
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
-ADAPTABLE = ("num_classes", "label_dropout")
-"""Keys that may differ from those of the initial model: only the class embedding depends on them."""
+ADAPTABLE = ("num_classes", "label_dropout", "repa_weight", "repa_hidden", "repa_features")
+"""Keys that may differ from those of the initial model: only the class embedding and REPA's projector depend on them."""
 
 
 class Start(NamedTuple):
