@@ -21,7 +21,7 @@ INHERITED = {
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
 ADAPTABLE = ("num_classes", "label_dropout", "repa_weight", "repa_hidden", "repa_features")
-"""Keys that may differ from those of the initial model: only the class embedding and REPA's projector depend on them."""
+"""Keys that may differ from those of the initial model: they decide the class embedding and REPA's projector alone."""
 
 
 class Start(NamedTuple):
