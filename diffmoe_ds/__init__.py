@@ -13,14 +13,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffmoe_ds.api import Model, Samples, fit, load
+    from diffmoe_ds.api import Model, fit, load
+    from diffmoe_ds.api_samples import Samples
     from diffmoe_ds.checkpoint.reference import load_official
 
 __version__ = version("diffmoe_ds")
 __all__ = ["Model", "Samples", "__version__", "fit", "load", "load_official"]
 
 _MODULES = {
-    **dict.fromkeys(("Model", "Samples", "fit", "load"), "diffmoe_ds.api"),
+    **dict.fromkeys(("Model", "fit", "load"), "diffmoe_ds.api"),
+    "Samples": "diffmoe_ds.api_samples",
     "load_official": "diffmoe_ds.checkpoint.reference",
 }
 

@@ -12,14 +12,16 @@ from itertools import islice
 from numbers import Real
 from operator import index
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
 from diffmoe_ds.cli.arguments import LARGEST, MAX_NUMBER
+from diffmoe_ds.cli.sample_prompts import ChosenPrompts, check_prompt
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import flatten
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError, DiffMoEError
 from diffmoe_ds.text import reason
 
@@ -31,6 +33,30 @@ OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 """An option of the command line in an error message."""
 RENAMED = {"config": "recipe", "set": "settings"}
 """Arguments whose option has another name."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Further arguments of `Model.sample`."""
+
+    sampler: str | None
+    """flow: euler (default), heun, dopri5, sde; ddpm: ddpm (default), ddim, dpm."""
+    routing: str | None
+    """``per_token``, ``dynamic`` or ``static``, as the router supports; None is the model's default."""
+    capacity: float | None
+    """Average number of experts per token; None keeps that of training. The first call with other settings calibrates,
+    which takes the time of a few hundred images."""
+    batch_size: int
+    """Images per batch, 50 by default."""
+
+
+def check_options(options: SamplingOptions) -> None:
+    """Check the names of further arguments, as Python does for others.
+
+    Raises:
+        TypeError: one is unknown.
+    """
+    for name in options.keys() - SamplingOptions.__annotations__.keys():
+        raise TypeError(f"Model.sample() got an unexpected keyword argument {name!r}")
 
 
 def checked_seeds(seeds: Integers) -> list[int]:
@@ -69,6 +95,52 @@ def checked_classes(classes: Classes) -> list[str]:
 def _word(value: object) -> str:
     """Return a label or a name as text; Python refuses to print integers of thousands of digits."""
     return short_repr(value) if isinstance(value, int) and abs(value) >= 2**63 else str(value)
+
+
+def checked_prompts(classes: Any, prompts: Any, negative: Any, cfg_scale: float) -> ChosenPrompts:
+    """Return the prompts of a text model.
+
+    Args:
+        classes: must be None, because the model has no classes.
+        prompts: one or more texts.
+        negative: the negative prompt.
+        cfg_scale: guidance scale.
+
+    Raises:
+        ConfigError: an argument is invalid or does not fit the model.
+    """
+    if classes is not None:
+        raise ConfigError(f"classes {short_repr(classes)}: the model generates images of prompts; use prompts.")
+    if prompts is None:
+        raise ConfigError('the model generates images of prompts; pass prompts, such as ["a red apple"].')
+    is_list = isinstance(prompts, (list, tuple, np.ndarray)) and 0 < len(prompts) <= MAX_NUMBER
+    if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"prompts must be a list of one or more texts, got {short_repr(prompts)}.")
+    if not isinstance(negative, str):
+        raise ConfigError(f"negative_prompt must be a text, got {short_repr(negative)}.")
+    if negative and cfg_scale == 1:
+        raise ConfigError("negative_prompt needs guidance; set cfg_scale to a value other than 1.")
+    texts = tuple(str(prompt) for prompt in prompts)
+    for text in texts:
+        check_prompt(text, "prompts")
+    check_prompt(negative, "negative_prompt")
+    return ChosenPrompts(texts, negative)
+
+
+def checked_encoders(text_encoder: Any, config: Config) -> tuple[str, ...]:
+    """Return the argument ``text_encoder`` of `load` as a tuple; it is empty if the argument is None.
+
+    Raises:
+        ConfigError: it is not a path or several, or the model has none.
+    """
+    if text_encoder is None:
+        return ()
+    paths = text_encoder if isinstance(text_encoder, (list, tuple)) else [text_encoder]
+    if not paths or not all(_is_path(path) for path in paths):
+        raise ConfigError(f"text_encoder must be a path or a list of paths, got {short_repr(text_encoder)}.")
+    if not config.is_text:
+        raise ConfigError(f"text_encoder {short_repr(text_encoder)}: the model generates images of classes; omit it.")
+    return tuple(str(path) for path in paths)
 
 
 def check_numbers(steps: Any, batch_size: Any, cfg_scale: Any, capacity: Any) -> tuple[float, float | None, int]:

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     LABELS = 6
     EVALUATION = 8
     FEISTEL_SHUFFLE = 9
+    CAPTIONS = 10
 
 
 class TrainingDraws(NamedTuple):
@@ -75,6 +76,18 @@ def training_draws(
     noise = rng.standard_normal(shape, dtype=np.float32)
     latent = posterior_noise(rng.bit_generator, shape) if posterior else None
     return TrainingDraws(flip and flip_uniform < 0.5, drop_uniform < label_dropout, time, noise, latent)
+
+
+def caption_choice(seed: int, position: int) -> float:
+    """Draw which caption of an image to use, as a fraction from 0 (the first) to less than 1.
+
+    The stream is separate from that of `training_draws`, so that captions change no other draw.
+
+    Args:
+        seed: seed of the run.
+        position: position of the image in the run.
+    """
+    return np.random.Generator(philox(seed, Purpose.CAPTIONS, position)).random()
 
 
 def held_out_draws(position: int, shape: tuple[int, int, int], strata: int, posterior: bool = False) -> TrainingDraws:

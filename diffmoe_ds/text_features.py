@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH, EncoderShape, TextLayout
 
 MAX_CAPTIONS = 64
@@ -111,6 +112,41 @@ def text_format(tree: Any) -> TextFormat:
         raise ValueError(f"null: {error}") from None
     decode_record(found.null, found.layout)
     return found
+
+
+def difference(found: TextFormat, expected: TextFormat) -> str | None:
+    """Return how the encoders of two formats differ, in words; None if their features can be mixed."""
+    if len(found.encoders) != len(expected.encoders):
+        return f"{len(found.encoders)} text encoders instead of {len(expected.encoders)}"
+    for number, (one, other) in enumerate(zip(found.encoders, expected.encoders, strict=True), 1):
+        for name, label in (("width", "width"), ("pooled", "pooled width"), ("tokens", "most tokens")):
+            if getattr(one, name) != getattr(other, name):
+                return (
+                    f"text encoder {number} ({one.name}) has {label} {getattr(one, name)} instead of "
+                    f"{getattr(other, name)} ({other.name})"
+                )
+        if one.sha256 != other.sha256:
+            return (
+                f"text encoder {number} ({one.name}) has the sha256 {one.sha256[:12]} instead of "
+                f"{other.sha256[:12]} ({other.name})"
+            )
+    return None
+
+
+def check_same_encoder(found: TextFormat, expected: TextFormat, what: str) -> None:
+    """Check that features of one format can be used where those of another are expected.
+
+    Args:
+        found: the format.
+        expected: that of the model or dataset.
+        what: subject of the message, such as ``the text encoder of --encoder``.
+
+    Raises:
+        ConfigError: the encoders differ.
+    """
+    different = difference(found, expected)
+    if different is not None:
+        raise ConfigError(f"{what} does not match: {different}.")
 
 
 def encode_record(caption: Caption) -> bytes:

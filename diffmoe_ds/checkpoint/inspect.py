@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from diffmoe_ds.checkpoint.export import WEIGHTS_FILE, ModelFileReader, not_a_model
-from diffmoe_ds.checkpoint.load import CheckpointReader
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
 from diffmoe_ds.checkpoint.verify import candidates, check_contents, check_sizes
-from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
 
 SMALL = 1 << 30
@@ -33,7 +32,7 @@ def describe(path: Path, *, full: bool | None) -> dict[str, Any]:
     directory = path.parent if path.name == WEIGHTS_FILE else path
     if (directory / WEIGHTS_FILE).is_file():
         reader = ModelFileReader(directory)
-        model = {"path": str(reader.path), "weights": reader.weights, "images": reader.images, **_model(reader.config)}
+        model = {"path": str(reader.path), "weights": reader.weights, "images": reader.images, **_model(reader)}
         model["checked"] = "names, types and shapes"  # an exported model has no checksums
         return {"checkpoints": [], "model": model}
     every = [_checkpoint(candidate, full) for candidate in candidates(path)]
@@ -69,7 +68,7 @@ def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
         "images": saved.images,
         "step": saved.step,
         "layout": saved.layout.known(),
-        **_model(reader.config),
+        **_model(reader),
         "parameters": sum(torch.Size(shape).numel() for shape in saved.shapes.values()),
         "tensors": len(saved.shapes),
         "kinds": kinds,
@@ -78,14 +77,17 @@ def _checkpoint(path: Path, full: bool | None) -> dict[str, Any]:
     }
 
 
-def _model(config: Config) -> dict[str, Any]:
+def _model(reader: WeightsReader) -> dict[str, Any]:
+    config, text = reader.config, reader.text
+    names = [] if text is None else [f"{each.name} (SHA-256 {each.sha256[:12]})" for each in text.encoders]
     return {
         "name": config.model_name,
         "routing": config.routing.kind,
         "experts": config.num_experts,
         "objective": config.objective.kind,
         "image": [config.model.in_channels, config.model.input_size, config.model.input_size],
-        "classes": config.model.num_classes,
+        "conditioning": config.size.conditioning,
+        **({"classes": config.model.num_classes} if text is None else {"text_encoders": names}),
     }
 
 

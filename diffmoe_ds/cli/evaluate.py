@@ -71,10 +71,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         _refuse_generation_options(args)
     else:
         check_sampling_numbers(args)
-        if args.num_images is None and args.per_class is None:
-            args.num_images = NUM_IMAGES
         # Options that only `diffmoe sample` has: experts are not sharded, and nothing is written.
-        args.experts, args.out, args.format = "gathered", Path(), "npz"
+        args.experts, args.out, args.format, args.geneval = "gathered", Path(), None, None
     from diffmoe_ds.cli.evaluate_run import run_evaluation  # imports torch
 
     run_evaluation(args)

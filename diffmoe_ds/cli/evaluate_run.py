@@ -107,7 +107,7 @@ def open_validation(args: argparse.Namespace, samples: Images) -> HeldOut | None
     assert isinstance(samples, GeneratedImages), "`evaluate_command` has checked that there is a checkpoint"
     config = samples.config
     data = config.data.model_copy(update={"vae": None})
-    return read_held_out(config.model_copy(update={"data": data}), args.validation, "--validation")
+    return read_held_out(config.model_copy(update={"data": data}), args.validation, "--validation", samples.text)
 
 
 def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
 from diffmoe_ds.text import counted
+from diffmoe_ds.text_features import TextFormat
 
 T = TypeVar("T")
 
@@ -62,6 +63,11 @@ class GeneratedImages:
     def config(self) -> Config:
         """The model's configuration."""
         return self._plan.reader.config
+
+    @property
+    def text(self) -> TextFormat | None:
+        """The encoders of a text model."""
+        return self._plan.reader.text
 
     @property
     def together(self) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
-from diffmoe_ds.config.fields import AUTO_CLASSES
+from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_TEXT
 from diffmoe_ds.config.load import read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -18,12 +19,17 @@ EXAMPLES = """examples:
   diffmoe plan --model L-E16 --world 64 --ep 8 --zero 2 --micro-batch 32
   diffmoe plan --model L-E16 --world 1024 --micro-batch 4 --simulate
   diffmoe plan --model XL-E16 --gpu A100-40GB --set model.activation_checkpointing=true
+  diffmoe plan --model T2I-E16 --world 64 --ep 16 --zero 2 --micro-batch 8
   diffmoe plan --config fashion --world 2 --dtype fp32 --json
 
 Times come from a simple model; docs/planning.md lists its assumptions.
 """
 RECIPE = "imagenet-256"
 """The default recipe: the paper's models on 256-pixel images."""
+CLASSES = 1000
+"""Assumed number of classes where the training set decides."""
+TEXT_ENCODERS = ((77, 768, 768),)
+"""Assumed shape of the text features where the training set decides: that of the text encoder of CLIP ViT-L/14."""
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +76,8 @@ def plan_command(args: argparse.Namespace) -> None:
         if args.model is not None:
             error.args = (str(error).replace("--set: model.name", "--model"),)
         raise
-    if config.model.num_classes == AUTO_CLASSES:  # planning needs no images
-        config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
+    assumed = _assumed(config)
+    config = config.model_copy(update={"model": config.model.model_copy(update=assumed)})
     if args.deepspeed_config is not None:
         raw, source = read_deepspeed_json(args.deepspeed_config), args.deepspeed_config
     elif config.deepspeed:
@@ -95,8 +101,15 @@ def plan_command(args: argparse.Namespace) -> None:
     )
     layout = resolve_layout(request, config, raw, source)
     quiet_deepspeed()
-    plan = plan_summary(layout, device, args.simulate)
+    plan = plan_summary(layout, device, args.simulate, {f"model.{key}": value for key, value in assumed.items()})
     print(json.dumps(plan) if args.json else plan_table(plan), flush=True)
+
+
+def _assumed(config: Config) -> dict[str, Any]:
+    """Return values for the keys of ``model`` that depend on the training set, which planning does not read."""
+    if config.is_text:
+        return {"text_encoders": TEXT_ENCODERS} if config.model.text_encoders == AUTO_TEXT else {}
+    return {"num_classes": CLASSES} if config.model.num_classes == AUTO_CLASSES else {}
 
 
 def _read_recipe(name: str, overrides: Sequence[str]) -> Config:

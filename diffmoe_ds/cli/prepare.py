@@ -1,4 +1,4 @@
-"""`diffmoe prepare`: convert images to shards, in one or more processes, and verify a dataset."""
+"""`diffmoe prepare`: convert images and captions to shards, in one or more processes, and verify a dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,10 @@ from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, DiffMoEError
 from diffmoe_ds.files import expand_user
 
+if TYPE_CHECKING:
+    from diffmoe_ds.data.prepare.text import CaptionEncoder
+    from diffmoe_ds.data.sources.folder import Source
+
 REPORT_TIME = 3.0
 """Seconds that the other ranks of a host wait before they exit with an error that all of them hit.
 
@@ -31,15 +36,21 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli prepare latents --images 'raw/shards-{000..127}.tar' \\
       --vae stabilityai/sd-vae-ft-ema --size 256 --out latents
   diffmoe prepare images --images photographs --size 64 --out shards
+  diffmoe prepare text --images latents --captions captions.csv --encoder google/flan-t5-base --out text
   diffmoe prepare check latents
 """
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `diffmoe prepare`."""
-    kinds = parser.add_subparsers(required=True, dest="kind", metavar="latents|images|check")
+    kinds = parser.add_subparsers(required=True, dest="kind", metavar="latents|images|text|check")
     latents = kinds.add_parser("latents", help="encode images with a VAE", description="Encode images with a VAE.")
     images = kinds.add_parser("images", help="crop images", description="Crop images and write them to shards as PNG.")
+    text = kinds.add_parser(
+        "text",
+        help="encode captions with text encoders",
+        description="Encode captions with one or more text encoders, and write them to shards with their images.",
+    )
     check = kinds.add_parser(
         "check",
         help="verify a dataset",
@@ -55,7 +66,9 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     latents.add_argument(
         "--batch-size", type=int, default=32, metavar="B", help="images per batch (default: %(default)s)"
     )
-    for sub in (latents, images):
+    _add_source(text)
+    _add_text(text)
+    for sub in (latents, images, text):
         add_output_arguments(sub)
     check.add_argument("path", type=nonempty_path, metavar="DIR", help="directory of shards, or one shard")
     check.add_argument("--json", action="store_true", help="print one JSON object")
@@ -79,7 +92,7 @@ def prepare(args: argparse.Namespace, make: Callable[[argparse.Namespace, Launch
     Raises:
         DiffMoEError: an option is invalid, the images cannot be read, or the shards cannot be written.
     """
-    require_positive(args, "size", "batch_size", "shard_images", "threads", "timeout")
+    require_positive(args, "size", "tokens", "batch_size", "shard_images", "threads", "timeout")
     if not 0 < getattr(args, "cache_gb", 1.0) <= MAX_CACHE_GB:  # also refuses NaN
         raise ConfigError(f"--cache-gb must be positive and at most {MAX_CACHE_GB:g}, got {args.cache_gb:g}.")
     if not 0 <= args.max_unreadable <= 1:
@@ -122,6 +135,35 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="size limit of the cache; it must hold all shards (default: %(default)s)",
     )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--encoder",
+        type=nonempty,
+        required=True,
+        action="append",
+        metavar="PATH|HUB_ID|minilm",
+        help="directory or hub ID of a text encoder, or minilm, the one of the extra `text`; repeat the option to "
+        "combine several",
+    )
+    add(
+        "--captions",
+        type=nonempty_path,
+        metavar="FILE",
+        help="CSV or JSONL file with columns file_name and caption (default: .txt or .json next to each image, or in "
+        "the shards)",
+    )
+    add(
+        "--tokens",
+        type=int,
+        metavar="L",
+        help="most tokens of a caption; longer ones are truncated (default: 77 for CLIP, 128 for others, or what the "
+        "encoder reads)",
+    )
+    add("--size", type=int, help="crop images to this height and width (default: store them as they are)")
+    add("--batch-size", type=int, default=32, metavar="B", help="captions per batch (default: %(default)s)")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = None) -> None:
@@ -181,6 +223,8 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     encoder: Encoder
     if args.kind == "images":
         encoder = PixelEncoder(args.size, args.threads)
+    elif args.kind == "text":
+        encoder = _caption_encoder(args, launch, source)
     else:
         from diffmoe_ds.data.vae import VAE
 
@@ -188,6 +232,22 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
             VAE(args.vae, local_device(launch)), args.size, args.dtype, args.batch_size, args.threads
         )
     return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
+
+
+def _caption_encoder(args: argparse.Namespace, launch: Launch, source: Source) -> CaptionEncoder:
+    from diffmoe_ds.data.captions import open_captions
+    from diffmoe_ds.data.prepare.encoders import PixelEncoder, StoredEncoder
+    from diffmoe_ds.data.prepare.text import CaptionEncoder
+    from diffmoe_ds.data.sources.shards import ShardDataset
+    from diffmoe_ds.data.text_encoder import TextEncoders
+
+    latents = source.latents if isinstance(source, ShardDataset) else None
+    if latents is not None and args.size is not None:
+        raise ConfigError(f"--size is {args.size}, but --images {args.images} holds latents; remove --size.")
+    images = StoredEncoder(latents, args.threads) if args.size is None else PixelEncoder(args.size, args.threads)
+    captions = open_captions(source, None if args.captions is None else str(args.captions))
+    encoders = TextEncoders(args.encoder, local_device(launch), args.tokens)
+    return CaptionEncoder(images, captions, args.captions, encoders, args.batch_size)
 
 
 def _check(args: argparse.Namespace) -> None:

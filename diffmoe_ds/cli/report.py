@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
+from diffmoe_ds.cli.sample import add_prompt_options
 from diffmoe_ds.cli.sampling_options import REPORT_CLASSES, add_sampling_options, check_sampling_numbers
 from diffmoe_ds.errors import ConfigError
 
@@ -13,6 +14,7 @@ EXAMPLES = """examples:
   diffmoe report runs/demo --images 1000 --steps 50 --cfg-scale 2 --out report
   diffmoe report runs/L-E16 --checkpoint runs/L-E16/checkpoints/images_000001000000 --vae sd-vae --out report
   diffmoe report exported --classes 207,360,387 --out report
+  diffmoe report runs/emoji --prompt "red apple" --prompt "blue car" --out report
 """
 IMAGES = 200
 """Default of ``--images``: about a minute on two CPU cores for the model of the embedded recipe."""
@@ -37,8 +39,12 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image of each class (default: %(default)s)")
     text = "classes to generate, as labels or names, separated by commas (default: --num-classes, evenly spaced)"
     add("--classes", type=nonempty, metavar="A,B", help=text)
-    text = f"number of classes (default: {REPORT_CLASSES}, or fewer if the model has fewer or --images is smaller)"
-    add("--num-classes", type=int, metavar="M", help=text)
+    text = (
+        f"number of classes, or of captions of the run's dataset for a text model without --prompt (default: "
+        f"{REPORT_CLASSES}, or fewer if there are fewer or --images is smaller)"
+    )
+    add("--num-classes", "--num-captions", type=int, metavar="M", help=text)
+    add_prompt_options(parser)
     add_sampling_options(parser, cfg_scale=None)
 
 
@@ -49,6 +55,7 @@ def report_command(args: argparse.Namespace) -> None:
         DiffMoEError: an option is invalid, or the run cannot be read.
     """
     require_positive(args, "images", "num_classes")
+    args.geneval = None  # an option of `diffmoe sample` alone
     check_sampling_numbers(args)
     last_seed = 2**64 - 1 - args.images
     if not 0 <= args.seed <= last_seed:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffmoe_ds.checkpoint.export import WEIGHTS, not_a_model, open_weights, require_weights
 from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE
 from diffmoe_ds.checkpoint.load import WeightsReader, best_kind, check_same_model
+from diffmoe_ds.cli.report_prompts import ReportPrompts, choose_report_prompts
 from diffmoe_ds.cli.sample_images import parse_classes
 from diffmoe_ds.cli.sample_model import read_decoder, read_model
 from diffmoe_ds.cli.sampling_options import REPORT_CLASSES, open_guide, resolve_settings
@@ -25,7 +26,7 @@ from diffmoe_ds.cli.sampling_plan import DTYPES, default_dtype
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import local_device, resolve_launch
-from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
 from diffmoe_ds.evaluation.report.build import Contents, build_page
 from diffmoe_ds.evaluation.report.facts import ModelUse, Sampled
 from diffmoe_ds.evaluation.report.history import History, read_history
@@ -64,9 +65,13 @@ class ReportPlan:
     trained: Config
     """The run's configuration; that of the model without a run."""
     classes: tuple[int, ...]
-    """The classes to generate."""
+    """The classes to generate, or the numbers of the prompts."""
     settings: SamplingSettings
     """Sampler and guidance."""
+    prompts: ReportPrompts | None = None
+    """The prompts of a text model."""
+    no_images: str = ""
+    """Why no images are generated, if none are."""
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -84,7 +89,7 @@ def run_report(args: argparse.Namespace) -> None:
     plan = plan_report(args)
     _make_folder(args.out)
     history = History() if plan.run is None else read_history(plan.run)
-    sampled = None if plan.reader is None else sample_images(args, plan, plan.reader)
+    sampled = None if plan.reader is None or plan.no_images else sample_images(args, plan, plan.reader)
     with styled():
         page = build_page(
             Contents(
@@ -95,6 +100,7 @@ def run_report(args: argparse.Namespace) -> None:
                 sampled=sampled,
                 is_foreign=is_foreign(plan),
                 command=args.command_line,
+                no_images=plan.no_images,
             )
         )
         write_report(page, args.out)
@@ -121,14 +127,21 @@ def plan_report(args: argparse.Namespace) -> ReportPlan:
         raise CheckpointError(f"{path}: {not_a_model(path)}.")
     if args.vae is not None and config.model.in_channels in PIXEL_CHANNELS:
         raise ConfigError(f"{path}: the model generates pixels ({config.model.in_channels} channels); omit --vae.")
-    return ReportPlan(
+    plan = ReportPlan(
         run=path if is_run else None,
         reader=reader,
         config=config,
         trained=trained or config,
-        classes=choose_classes(args, config, (reader.class_names if reader else None) or ()),
+        classes=(),
         settings=resolve_settings(args, config),
     )
+    if reader is None:
+        return replace(plan, no_images="The run has no checkpoint yet, so the report has no images.")
+    try:
+        prompts = choose_report_prompts(args, reader, plan.trained)
+    except DataError as error:
+        return replace(plan, no_images=f"The report has no images: {error}.")
+    return replace(plan, classes=choose_classes(args, config, reader.class_names or (), prompts), prompts=prompts)
 
 
 def is_foreign(plan: ReportPlan) -> bool:
@@ -138,17 +151,25 @@ def is_foreign(plan: ReportPlan) -> bool:
     return not plan.reader.path.resolve().is_relative_to(plan.run.resolve())
 
 
-def choose_classes(args: argparse.Namespace, config: Config, names: Sequence[str]) -> tuple[int, ...]:
-    """Return the classes to generate: those of ``--classes``, otherwise evenly spaced ones.
+def choose_classes(
+    args: argparse.Namespace, config: Config, names: Sequence[str], prompts: ReportPrompts | None
+) -> tuple[int, ...]:
+    """Return the labels to generate: all prompts, or the classes of ``--classes``, otherwise evenly spaced ones.
 
     Args:
         args: of `cli.report.add_report_arguments`.
         config: of the run.
         names: names of the classes; empty if unknown.
+        prompts: of a text model with a checkpoint.
 
     Raises:
-        ConfigError: the model does not have one of the classes, or there are fewer images than classes.
+        ConfigError: the model does not have one of the classes, or there are fewer images than labels.
     """
+    if prompts is not None:
+        count = len(prompts.chosen.texts)
+        if args.images < count:
+            raise ConfigError(f"--images must be at least the number of prompts, {count}, got {args.images}.")
+        return tuple(range(count))
     available = config.model.num_classes
     count = args.num_classes or min(REPORT_CLASSES, available, args.images)
     if count > available:
@@ -169,6 +190,8 @@ def sample_images(args: argparse.Namespace, plan: ReportPlan, reader: WeightsRea
     """
     used = choose_model(args, plan.config, reader)
     model, guide, decode = load_model(used), load_guide(used, plan.settings), load_decoder(used)
+    if plan.prompts is not None:
+        plan.prompts.attach([model] if guide is None else [model, guide], reader, used.device)
     thresholds = {
         block: layer.expert_threshold.tolist()
         for block, layer in model.moe_layers().items()
@@ -201,6 +224,7 @@ def sample_images(args: argparse.Namespace, plan: ReportPlan, reader: WeightsRea
         pictures_G=pictures_G,
         thresholds=thresholds,
         seconds=time.perf_counter() - start,
+        prompts=() if plan.prompts is None else plan.prompts.chosen.texts,
     )
 
 

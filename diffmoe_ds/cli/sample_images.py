@@ -1,4 +1,4 @@
-"""Which images ``diffmoe sample`` generates: their seeds, their classes and their number."""
+"""Which images ``diffmoe sample`` generates: their seeds, their classes or prompts, and their number."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.cli.arguments import MAX_NUMBER
+from diffmoe_ds.cli.sample_prompts import ChosenPrompts, choose_prompts
 from diffmoe_ds.cli.sampling_options import NUM_IMAGES
 from diffmoe_ds.config.nearest import did_you_mean
 from diffmoe_ds.errors import ConfigError
@@ -20,26 +21,30 @@ from diffmoe_ds.text import counted
 
 LABEL = re.compile("-?[0-9]{1,18}")
 """A class given by its label."""
+GENEVAL_IMAGES = 4
+"""Images per prompt with ``--geneval``, as in GenEval's own script."""
 SHOWN_NAMES = 12
 """Largest number of class names in a message."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of a run: image k has seed ``seed + k``, and a class that does not depend on its batch or rank."""
+    """The images of a run: image k has seed ``seed + k``, and a label that does not depend on its batch or rank."""
 
     num_images: int
     seed: int
     classes: tuple[int, ...]
-    """The classes to choose from."""
+    """The classes to choose from; for a text model, the numbers of the prompts."""
     labels: str
     """``cycle`` or ``random``."""
     out: Path
     """The output directory."""
     format: str
-    """``npz``, ``png`` or ``both``."""
+    """``npz``, ``png``, ``both`` or ``geneval``."""
     class_names: Sequence[str] = ()
     """Name of each label; empty if they are unknown."""
+    prompts: ChosenPrompts | None = None
+    """The prompts of a text model."""
 
     def seeds_of(self, images: range) -> range:
         """Return the seeds of images."""
@@ -62,32 +67,70 @@ def choose_images(args: argparse.Namespace, reader: WeightsReader) -> ImageSet:
     Raises:
         ConfigError: an option does not fit the model or another option.
     """
+    prompts = choose_prompts(args, reader)
     num_classes = reader.config.model.num_classes
-    names = (reader.class_names or ())[:num_classes]
-    classes = tuple(range(num_classes))
-    if args.classes is not None:
-        if num_classes == 1:
-            raise ConfigError(f"--classes {args.classes}: {reader.path} was trained without classes; omit the option.")
-        classes = parse_classes(args.classes, num_classes, names)
-    num_images = args.num_images or NUM_IMAGES
-    if args.per_class is not None:
-        if args.num_images is not None:
-            raise ConfigError(
-                f"--per-class {args.per_class} and --num-images {args.num_images} contradict each other; omit one."
-            )
-        if args.labels == "random":
-            raise ConfigError(f"--per-class {args.per_class} and --labels random contradict each other; omit one.")
-        num_images = args.per_class * len(classes)
-        if num_images > MAX_NUMBER:
-            raise ConfigError(
-                f"--per-class {args.per_class} gives {num_images:,} images of {len(classes)} classes; at most "
-                f"{MAX_NUMBER:,} are possible."
-            )
+    names: tuple[str, ...] = ()
+    if prompts is not None:
+        classes = tuple(range(len(prompts.texts)))
+    else:
+        names = (reader.class_names or ())[:num_classes]
+        classes = tuple(range(num_classes))
+        if args.classes is not None:
+            if num_classes == 1:
+                raise ConfigError(
+                    f"--classes {args.classes}: {reader.path} was trained without classes; omit the option."
+                )
+            classes = parse_classes(args.classes, num_classes, names)
+    num_images = _choose_number(args, len(classes), is_text=prompts is not None)
     last_seed = 2**64 - 2 * num_images  # ranks that share experts may generate extra images, which are discarded
     if not 0 <= args.seed <= last_seed:
         images = counted(num_images, "image")
         raise ConfigError(f"--seed must be from 0 to {last_seed} with {images}, got {args.seed}.")
-    return ImageSet(num_images, args.seed, classes, args.labels, args.out, args.format, names)
+    return ImageSet(num_images, args.seed, classes, args.labels, args.out, format_of(args), names, prompts)
+
+
+def _choose_number(args: argparse.Namespace, num_classes: int, is_text: bool) -> int:
+    """Return the number of images.
+
+    Args:
+        args: of `cli.sample.add_sample_arguments`.
+        num_classes: number of classes or prompts to choose from.
+        is_text: whether they are prompts; there is one image of each by default.
+
+    Raises:
+        ConfigError: options contradict each other, or the number is too large.
+    """
+    option, what = ("--per-prompt", "prompts") if is_text else ("--per-class", "classes")
+    each = args.per_class
+    if each is not None and args.num_images is not None:
+        raise ConfigError(f"{option} {each} and --num-images {args.num_images} contradict each other; omit one.")
+    if each is not None and args.labels == "random":
+        raise ConfigError(f"{option} {each} and --labels random contradict each other; omit one.")
+    if args.geneval is not None:
+        for name, value, default in (("num-images", args.num_images, None), ("labels", args.labels, "cycle")):
+            if value != default:
+                raise ConfigError(f"--geneval and --{name} {value} contradict each other; use --per-prompt.")
+        each = each or GENEVAL_IMAGES
+    if args.num_images is not None:
+        return int(args.num_images)
+    num_images = NUM_IMAGES if each is None and not is_text else (each or 1) * num_classes
+    if num_images > MAX_NUMBER:
+        raise ConfigError(
+            f"{option} {each or 1} gives {num_images:,} images of {num_classes:,} {what}; at most {MAX_NUMBER:,} are "
+            "possible."
+        )
+    return num_images
+
+
+def format_of(args: argparse.Namespace) -> str:
+    """Return the format of the results, one of `sample_set.FORMATS`.
+
+    Raises:
+        ConfigError: both ``--geneval`` and ``--format`` are given.
+    """
+    if args.geneval is not None and args.format is not None:
+        raise ConfigError(f"--geneval and --format {args.format} contradict each other; omit one.")
+    return "geneval" if args.geneval is not None else args.format or "npz"
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, ...]:

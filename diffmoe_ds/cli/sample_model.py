@@ -9,6 +9,7 @@ import torch
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.cli.capacity import Dial, set_capacity
+from diffmoe_ds.cli.sample_prompts import open_encoders, prompt_set
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, dtype_of, model_settings
 from diffmoe_ds.distributed.rendezvous import Rendezvous
@@ -16,6 +17,7 @@ from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT, allocate, empty_model
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.grid import Pixels
+from diffmoe_ds.sampling.prompts import PromptSet, set_prompts
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 from diffmoe_ds.topology import Topology
 
@@ -32,6 +34,10 @@ def load_generator(plan: SamplingPlan, device: torch.device, rendezvous: Rendezv
     model = rendezvous.raise_on_all_ranks("weights", lambda: load_model(plan, device))
     guide = rendezvous.raise_on_all_ranks("guide", lambda: load_guide(plan, device))
     decode = rendezvous.raise_on_all_ranks("vae", lambda: load_decoder(plan, device))
+    prompts = rendezvous.raise_on_all_ranks("prompts", lambda: load_prompts(plan, device))
+    for each in (model, guide):
+        if prompts is not None and each is not None:
+            set_prompts(each, prompts)
     if plan.capacity is not None:
         key = partial(model_settings, plan, dtype_of(plan, device))
         dial = Dial(plan.capacity, plan.reader, key, plan.settings, plan.batch_size)
@@ -78,6 +84,17 @@ def read_model(
 def load_guide(plan: SamplingPlan, device: torch.device) -> DiT | None:
     """Return the guiding model of autoguidance, if any; see `load_model`."""
     return None if plan.guide is None else load_model(plan.guide, device)
+
+
+def load_prompts(plan: SamplingPlan, device: torch.device) -> PromptSet | None:
+    """Return the prompts of a text model, and print a warning on rank 0 if some are too long."""
+    chosen, text = plan.images.prompts, plan.reader.text
+    if chosen is None or text is None:
+        return None
+    prompts, warning = prompt_set(chosen, text, open_encoders(chosen.encoders, text, device))
+    if warning is not None and plan.topology.rank == 0:
+        print(f"{'warning':>11}  {warning}", flush=True)
+    return prompts
 
 
 def load_decoder(plan: SamplingPlan, device: torch.device) -> Decode:

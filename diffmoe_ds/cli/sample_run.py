@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from diffmoe_ds.cli.capacity import print_capacity
+from diffmoe_ds.cli.sample_images import format_of
 from diffmoe_ds.cli.sample_model import load_generator
 from diffmoe_ds.cli.sample_set import FORMATS, open_set
 from diffmoe_ds.cli.sampling_plan import describe, determining_settings, dtype_of, plan_sampling, sources
@@ -42,7 +43,7 @@ def run_sampling(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace, rendezvous: Rendezvous) -> None:
     launch = rendezvous.launch
-    rendezvous.on_main("targets", lambda: check_targets(args.out, FORMATS[args.format]))
+    rendezvous.on_main("targets", lambda: check_targets(args.out, FORMATS[format_of(args)]))
     plan = rendezvous.raise_on_all_ranks("plan", lambda: plan_sampling(args, launch))
     rendezvous.check_same(
         "model",

@@ -19,17 +19,22 @@ from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.files import replacing, sync_directory, write_error
 from diffmoe_ds.sampling.fields import Progress
-from diffmoe_ds.sampling.grid import Pixels, class_grid, save_png
+from diffmoe_ds.sampling.grid import Pixels, class_grid, prompt_grid, save_png
 from diffmoe_ds.sampling.observer import CapacityMeter
 from diffmoe_ds.sampling.output import (
+    GENEVAL,
     GRID,
     PNG,
+    PROMPTS,
     SAMPLES,
     check_targets,
-    is_png_folder,
+    is_result,
+    write_geneval,
     write_labels,
+    write_metadata,
     write_npz,
     write_pngs,
+    write_prompts,
 )
 from diffmoe_ds.sampling.turns import Shard, Turn, deal, images_per_shard, rounds, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
@@ -37,8 +42,8 @@ from diffmoe_ds.text import counted
 
 GRID_IMAGES = 100
 """Largest number of images in grid.png."""
-FORMATS = {"npz": (SAMPLES,), "png": (PNG,), "both": (SAMPLES, PNG)}
-"""The values of ``--format``, and what each writes in addition to the grid."""
+FORMATS = {"npz": (SAMPLES,), "png": (PNG,), "both": (SAMPLES, PNG), "geneval": (GENEVAL,)}
+"""The values of ``--format``, and that of ``--geneval``, and what each writes in addition to the grid."""
 WRITE_BAR_AFTER_S = 2.0
 """Delay before a progress bar appears while the results are assembled."""
 
@@ -152,8 +157,8 @@ class ShardedSet:
             ConfigError: on all ranks, if a result would now replace something else; see `check_targets`.
         """
         outputs = FORMATS[self.images.format]
-        if PNG in outputs:
-            self.raise_on_all_ranks(self._write_pngs)
+        for name in {PNG, GENEVAL}.intersection(outputs):
+            self.raise_on_all_ranks(partial(self._write_pngs, name))
         self.raise_on_all_ranks(lambda: self._publish(outputs) if self.launch.rank == 0 else None)
 
     def discard_if_empty(self) -> None:
@@ -161,13 +166,16 @@ class ShardedSet:
         if self.launch.rank == 0:
             self.files.discard_if_empty(others=self.launch.world > 1)
 
-    def _write_pngs(self) -> None:
-        """Write this rank's share of the PNG files."""
-        folder, total = self.files.own / PNG, self.images.num_images
+    def _write_pngs(self, name: str) -> None:
+        """Write this rank's share of the PNG files, in the layout `PNG` or `GENEVAL`."""
+        folder, images = self.files.own / name, self.images
         try:
             folder.mkdir(exist_ok=True)
             for shard in self._with_bar(self.shards[self.launch.rank :: self.launch.world], "png"):
-                write_pngs(folder, shard.images, self.files.read(shard), total)
+                if name == PNG:
+                    write_pngs(folder, shard.images, self.files.read(shard), images.num_images)
+                else:
+                    write_geneval(folder, shard.images, self.files.read(shard), len(images.classes))
         except OSError as error:
             raise write_error(folder, error) from None
 
@@ -176,14 +184,13 @@ class ShardedSet:
         check_targets(out, outputs)  # again: hours may have passed
         try:
             self._write_results(outputs)
-            for name in (*outputs, GRID):
-                if name == PNG:
-                    self.files.discard(out / PNG)
+            for name in (*outputs, GRID, *([PROMPTS] if self.images.prompts else [])):
+                if name in (PNG, GENEVAL):
+                    self.files.discard(out / name)
                 (self.files.own / name).replace(out / name)
-            if SAMPLES not in outputs:
-                self.files.discard(out / SAMPLES)  # of an earlier run, which would not match these images
-            if PNG not in outputs and is_png_folder(out / PNG):
-                self.files.discard(out / PNG)
+            for name in {SAMPLES, PNG, GENEVAL}.difference(outputs):
+                if is_result(out / name):  # of an earlier run, which would not match these images
+                    self.files.discard(out / name)
             sync_directory(out)
         except OSError as error:
             raise write_error(out, error) from None
@@ -194,7 +201,7 @@ class ShardedSet:
 
     def _write_results(self, outputs: Sequence[str]) -> None:
         """Write all results except the PNG files."""
-        folder, images = self.files.own, self.images
+        folder, images, chosen = self.files.own, self.images, self.images.prompts
         labels_N = images.labels_of(range(images.num_images)).numpy()
         first = self.files.read(self.shards[0])
         if SAMPLES in outputs:
@@ -202,14 +209,21 @@ class ShardedSet:
             with replacing(folder / SAMPLES) as tmp:
                 write_npz(tmp, (images.num_images, *first.shape[1:]), parts, labels_N)
         if PNG in outputs:
-            write_labels(folder / PNG, labels_N.tolist())
+            write_labels(folder / PNG, labels_N.tolist(), chosen.texts if chosen else ())
+        if GENEVAL in outputs and chosen:
+            write_metadata(folder / GENEVAL, chosen.metadata)
         shown = [first]
         for shard in self.shards[1:]:
             if shard.images.start < GRID_IMAGES:
                 shown.append(self.files.read(shard))
         pixels = np.concatenate(shown)[:GRID_IMAGES]
         classes = images.classes if images.labels == "cycle" else ()
-        save_png(class_grid(pixels, classes, images.class_names), folder / GRID)
+        if chosen:
+            write_prompts(folder / PROMPTS, chosen.texts)
+            grid = prompt_grid(pixels, [chosen.texts[label] for label in labels_N[: len(pixels)]])
+        else:
+            grid = class_grid(pixels, classes, images.class_names)
+        save_png(grid, folder / GRID)
 
     def _with_bar(self, shards: Sequence[Shard], what: str) -> Iterator[Shard]:
         hidden = self.launch.rank != 0

@@ -113,9 +113,12 @@ def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: 
         launch: the ranks.
 
     Raises:
+        ConfigError: its text encoders are others than those of the guided model.
         TopologyError: the guiding model's experts cannot be sharded over the ranks.
     """
     config = reader.config
+    if _encoders(reader) != _encoders(plan.reader):
+        raise ConfigError(f"--autoguidance {reader.path} was trained with other text encoders than {plan.reader.path}.")
     topology = place_experts(experts, launch, config.num_experts)
     routing = config.inference_choices[0]
     return replace(
@@ -190,7 +193,8 @@ def describe(plan: SamplingPlan, dtype: torch.dtype) -> str:
         how.append(f"routing {plan.routing}")
     model = f"{reader.path}, {WEIGHTS_NAMES[plan.kind]} weights, {trained}"
     lines = [("weights", model), ("sampler", ", ".join([*how, DTYPE_NAMES[dtype]]))]
-    if settings.cfg_scale != 1 and plan.guide is None and reader.config.model.num_classes == 1:
+    has_classes = reader.config.is_text or reader.config.model.num_classes > 1
+    if settings.cfg_scale != 1 and plan.guide is None and not has_classes:
         lines.append(("note", "guidance hardly changes images of a model without classes, and takes twice the time"))
     warning = initial_weights_warning(reader, WEIGHTS_NAMES[plan.kind])
     if warning is not None:
@@ -205,7 +209,7 @@ def sources(plan: SamplingPlan) -> str:
 
 
 def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
-    """Return everything but the capacity that determines the model's output for a seed and a class."""
+    """Return everything but the capacity that determines the model's output for a seed and a label."""
     found = {
         "checkpoint": _identity(plan.reader),
         "weights": WEIGHTS_NAMES[plan.kind],
@@ -215,6 +219,8 @@ def model_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, Any]:
     }
     if plan.guide is not None:
         found["autoguidance"] = _identity(plan.guide.reader)
+    if plan.images.prompts is not None and plan.reader.text is not None:
+        found.update(plan.images.prompts.settings(plan.reader.text))
     return found
 
 
@@ -251,6 +257,11 @@ def determining_settings(plan: SamplingPlan, dtype: torch.dtype) -> dict[str, An
     if plan.images_compete:
         found["batch_size"] = plan.batch_size
     return found
+
+
+def _encoders(reader: WeightsReader) -> list[str]:
+    """Return the SHA-256 of a model's text encoders."""
+    return [] if reader.text is None else [encoder.sha256 for encoder in reader.text.encoders]
 
 
 def _identity(reader: WeightsReader) -> str:

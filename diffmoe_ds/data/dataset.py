@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from diffmoe_ds.config.fields import AUTO_CLASSES
+from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_TEXT
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.captions import open_captions
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.data.reader import Dataset
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
@@ -34,10 +35,30 @@ def open_dataset(config: Config) -> Dataset:
         DataError: the images cannot be read.
         ConfigError: the settings do not fit the images.
     """
-    data, model = config.data, config.model
+    data = config.data
     source = open_source(data.path or EMBEDDED, cache=shard_cache(data))
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
+    images = _images(config, source)
+    if not data.text_encoder:
+        return images
+    if images.text is not None:
+        raise ConfigError(
+            f"data.text_encoder is {', '.join(data.text_encoder)}, but {data.path} holds text features already; remove "
+            "data.text_encoder."
+        )
+    from diffmoe_ds.data.encoded_captions import EncodedCaptions, load_encoders
+
+    return EncodedCaptions(images, open_captions(source, data.captions), load_encoders(data.text_encoder))
+
+
+def _images(config: Config, source: ShardDataset | Source) -> Dataset:
+    """Return the images of a source as training reads them.
+
+    Raises:
+        ConfigError: the settings do not fit the images.
+    """
+    data, model = config.data, config.model
     if data.vae is not None:
         if isinstance(source, ShardDataset) and source.latents is not None:
             raise ConfigError(f"data.vae is {data.vae}, but {data.path} holds latents already; remove data.vae.")
@@ -82,9 +103,36 @@ def is_missing(path: str) -> bool:
 
 def with_classes(config: Config, dataset: Dataset) -> Config:
     """Return the configuration with the number of classes of the training set, if ``model.num_classes`` is ``auto``."""
-    if config.model.num_classes != AUTO_CLASSES:
+    if config.model.num_classes != AUTO_CLASSES or config.is_text:
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"num_classes": _classes(dataset)})})
+
+
+def with_text(config: Config, dataset: Dataset) -> Config:
+    """Return the configuration of a text model with the shapes of the dataset's text features; others as they are.
+
+    Raises:
+        DataError: the dataset has no text features.
+        ConfigError: ``model.text_encoders`` is set to other shapes.
+    """
+    if not config.is_text:
+        return config
+    model, path = config.model, config.data.path or "the embedded set"
+    if dataset.text is None:
+        raise DataError(
+            f"{path} has no text features, which a text model needs; add them with `diffmoe prepare text --images "
+            f"{config.data.path or 'IMAGES'} --encoder ENCODER --out DIR`, or set data.text_encoder to encode the "
+            "captions of a small set at startup"
+        )
+    shapes = tuple((encoder.tokens, encoder.width, encoder.pooled) for encoder in dataset.text.encoders)
+    if model.text_encoders not in (AUTO_TEXT, shapes):
+        raise ConfigError(
+            f"model.text_encoders is {[*map(list, model.text_encoders)]}, but the text features of {path} are "
+            f"{[*map(list, shapes)]} (tokens, width, pooled width); use the same encoders, or set it to auto for a new "
+            "model."
+        )
+    update = {"num_classes": 1, "text_encoders": shapes}
+    return config.model_copy(update={"model": model.model_copy(update=update)})
 
 
 def check_classes(config: Config, dataset: Dataset) -> None:
@@ -93,6 +141,8 @@ def check_classes(config: Config, dataset: Dataset) -> None:
     Raises:
         ConfigError: it does not.
     """
+    if config.is_text:
+        return
     count, found = config.model.num_classes, _classes(dataset)
     if dataset.labels.max() >= count or (dataset.classes is not None and count > found):
         raise ConfigError(
@@ -104,7 +154,7 @@ def check_classes(config: Config, dataset: Dataset) -> None:
 def missing_classes(config: Config, dataset: Dataset) -> str | None:
     """Return a sentence if classes of the model have no images; classes without names may legitimately have none."""
     count, found = config.model.num_classes, _classes(dataset)
-    if count <= found:
+    if count <= found or config.is_text:
         return None
     return (
         f"model.num_classes is {count}, but the labels of {config.data.path or 'the embedded set'} end at {found - 1}; "
@@ -134,7 +184,7 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
     )
     settings = LoaderSettings(
         seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
-        image_shape=image_shape(config), num_classes=model.num_classes,
+        image_shape=image_shape(config), num_classes=model.num_classes, reads_text=config.is_text,
         replaces_unreadable=config.data.max_unreadable > 0,
         shuffle="whole" if config.data.shuffle == "whole" else "feistel",
     )  # fmt: skip

@@ -28,10 +28,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from diffmoe_ds.data.reader import Dataset, Packed, Reader, Task, Unreadable, check_labels, check_latents
+from diffmoe_ds.data.reader import (
+    Dataset,
+    Packed,
+    Reader,
+    Task,
+    Unreadable,
+    check_labels,
+    check_latents,
+    text_shape,
+)
 from diffmoe_ds.data.shuffle import FeistelShuffle, Shuffle, WholeShuffle, WindowShuffle
 from diffmoe_ds.errors import DataError, WorkerLostError
-from diffmoe_ds.rng import TrainingDraws
+from diffmoe_ds.rng import TrainingDraws, caption_choice
 
 PREFETCHED_PER_WORKER = 2  # micro-batches that each worker may read ahead
 SLOTS_PER_WORKER = PREFETCHED_PER_WORKER + 1  # those read ahead, and the one being copied out
@@ -46,15 +55,15 @@ class MicroBatch(NamedTuple):
     """B images with all their random draws, as CPU tensors."""
 
     x: torch.Tensor  # float32 [B, C, H, W]: images in [-1, 1], latents as stored
-    label: torch.Tensor  # int64 [B]
+    label: torch.Tensor  # int64 [B]; 0 for text models
     noise: torch.Tensor  # float32 [B, C, H, W]
     time: torch.Tensor  # float32 [B] in [0, 1)
     drop: torch.Tensor  # bool [B]: the label is dropped, for classifier-free guidance
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
     unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
-    features: torch.Tensor | None = None  # float16 [B, T, F]: image features, for REPA
-    text: torch.Tensor | None = None  # float16 [B, N]: text features, in place of the labels, for a text model
+    features: torch.Tensor | None = None  # fp16 [B, T, F]: image features; None without REPA
+    text: torch.Tensor | None = None  # fp16 [B, N]: text features, see `TextLayout`; None for class models
 
     @property
     def condition(self) -> torch.Tensor:
@@ -89,6 +98,8 @@ class LoaderSettings:
     """(C, H, W) of `x`.  Smaller images are padded centrally with black; latents must fit exactly."""
     num_classes: int
     """Classes of the model.  A dataset without labels trains as one class: every label is 0."""
+    reads_text: bool = False
+    """Whether the model takes text features in place of labels, which then may have any value."""
     start_position: int = 0
     """Images that the run has trained on already."""
     num_workers: int = 0
@@ -126,7 +137,8 @@ class PositionLoader:
             DataError: the labels do not fit `num_classes`, or the latents `image_shape`.  Iterating raises it for a
                 sample that cannot be read or does not fit, and `WorkerLostError` if a worker has died.
         """
-        check_labels(dataset, settings.num_classes)
+        if not settings.reads_text:
+            check_labels(dataset, settings.num_classes)
         check_latents(dataset.latents, settings.image_shape)
         shuffle: Shuffle
         if settings.shuffle_window:
@@ -142,12 +154,15 @@ class PositionLoader:
         self._draws = draws
         self._num_workers = settings.num_workers
         self._replaces = settings.replaces_unreadable
+        self._choose = functools.partial(caption_choice, settings.seed) if settings.reads_text else None
         first_position = settings.start_position + settings.rank * micro_batch
         self._positions = _Positions(first_position, micro_batch, stride)
         first = draws(settings.start_position)
         shapes: list[tuple[int, ...]] = [settings.image_shape, first.noise.shape]
         if first.posterior is not None and dataset.latents is None:
             shapes.append(first.posterior.shape)
+        if settings.reads_text:
+            shapes.append(text_shape(dataset))
         self._shapes = tuple((micro_batch, *shape) for shape in shapes)
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -157,7 +172,7 @@ class PositionLoader:
             atexit.register(_close, closing)  # runs before multiprocessing's handler, which was registered earlier
             values = sum(math.prod(shape) for shape in self._shapes)
             slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
-        reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots, self._replaces)
+        reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots, self._replaces, self._choose)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             reader,  # type: ignore[arg-type]  # maps tasks, not indices, to items
             sampler=self._positions,
@@ -195,10 +210,12 @@ def to_micro_batch(reader: Reader, number: int, item: Packed) -> MicroBatch:
         slot = reader.slot(number)
         large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
         np.copyto(large.numpy(), slot.numpy())  # torch's copy would wake its thread pool
-    x, noise, *posterior = reader.split(large)
+    x, noise, *others = reader.split(large)
+    text = None if reader.choose is None else others.pop()
+    posterior = others[0] if others else None
     small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
     label, time, drop, position = small
-    return MicroBatch(x, label, noise, time, drop, position, posterior[0] if posterior else None, item.unreadable)
+    return MicroBatch(x, label, noise, time, drop, position, posterior, item.unreadable, text)
 
 
 @dataclass(frozen=True)

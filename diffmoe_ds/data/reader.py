@@ -17,6 +17,7 @@ from diffmoe_ds.data.sources.tar_index import NO_LABEL
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.rng import TrainingDraws
 from diffmoe_ds.text import counted
+from diffmoe_ds.text_features import TextFormat
 
 MAX_REPLACED = 100
 """Unreadable images in a row that are replaced by the same image; more mean that none can be read."""
@@ -41,9 +42,15 @@ class Dataset(Protocol):
     def latents(self) -> LatentFormat | None:
         """How latents are stored, if samples are read by `read_moments`; None if they are read one by one."""
 
+    @property
+    def text(self) -> TextFormat | None:
+        """How text features are stored, if samples have any, which `text_rows` reads."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
+    def captions(self, index: int) -> list[str]: ...
+    def text_rows(self, indices: Sequence[int], choices: Sequence[float]) -> np.ndarray: ...
     def describe(self, index: int) -> str: ...
     def prefetch(self, shards: Iterable[int]) -> None: ...
 
@@ -65,7 +72,7 @@ class Unreadable(NamedTuple):
 class Packed(NamedTuple):
     """A micro-batch as the reader returns it."""
 
-    large: torch.Tensor | None  # float32, flat: x, noise and, if x is not encoded yet, posterior; None: in a slot
+    large: torch.Tensor | None  # float32, flat, see `Reader.split`; None: in a slot
     label: np.ndarray
     time: np.ndarray
     drop: np.ndarray
@@ -86,11 +93,13 @@ class Reader:
     shuffle: Shuffle
     draws: Callable[[int], TrainingDraws]
     shapes: tuple[tuple[int, ...], ...]
-    """Shapes of x, noise and, if x is not encoded yet, posterior."""
+    """Shapes of x, noise, if x is not encoded yet, posterior, and, if text is read, text as float32 [B, N / 2]."""
     slots: torch.Tensor | None
     """float32 [workers, slots per worker, values per micro-batch]; None without workers."""
     replaces: bool = False
     """Whether the image of the next position replaces one that cannot be read."""
+    choose: Callable[[int], float] | None = None
+    """Returns which caption a position uses, see `ShardDataset.text_rows`; None reads no text, for class models."""
 
     def __getitem__(self, task: Task) -> Packed | DataError:
         try:
@@ -105,9 +114,12 @@ class Reader:
         return self.slots[number % workers, number // workers % each]
 
     def split(self, large: torch.Tensor) -> list[torch.Tensor]:
-        """Split a flat tensor into its fields."""
+        """Split a flat tensor into its fields: x, noise, posterior or nothing, text (fp16 [B, N]) or nothing."""
         parts = large.split([math.prod(shape) for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        fields = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        if self.choose is not None:
+            fields[-1] = fields[-1].view(torch.float16)
+        return fields
 
     def _micro_batch(self, task: Task) -> Packed:
         draws = [self.draws(position) for position in task.positions]
@@ -117,19 +129,22 @@ class Reader:
             large = torch.empty(sum(math.prod(shape) for shape in self.shapes))
         else:
             large = self.slot(task.number)
-        x, noise, *posterior = (part.numpy() for part in self.split(large))
+        x, noise, *others = (part.numpy() for part in self.split(large))
+        text = None if self.choose is None else others.pop()
         np.stack([each.noise for each in draws], out=noise)
-        for out in posterior:
+        for out in others:
             np.stack(_posteriors(draws), out=out)
         problems: list[Unreadable] = []
         if self.dataset.latents is None:
             indices, problems = self._pixels(task.positions, draws, x)
         else:
             self._latents(indices, draws, self.dataset.latents, x)
+        if self.choose is not None and text is not None:
+            text[:] = self.dataset.text_rows(indices, [self.choose(position) for position in task.positions])
         labels = self.dataset.labels[indices]
         return Packed(
             large=large if self.slots is None else None,
-            label=np.where(labels == NO_LABEL, 0, labels),
+            label=np.where((labels == NO_LABEL) | (text is not None), 0, labels),
             time=np.array([each.time for each in draws], np.float32),
             drop=np.array([each.drop for each in draws], bool),
             position=np.array(task.positions, np.int64),
@@ -208,6 +223,12 @@ def check_labels(dataset: Dataset, num_classes: int) -> None:
             f"{dataset.describe(index)} has the label {labels[index]}; "
             f"the model has {num_classes} classes, 0 to {num_classes - 1}"
         )
+
+
+def text_shape(dataset: Dataset) -> tuple[int]:
+    """Return the shape (N / 2,) of the text features of one sample, as float32."""
+    assert dataset.text is not None, "checked by `with_text`"
+    return (dataset.text.layout.values // 2,)
 
 
 def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_json
+from diffmoe_ds.data.pretrained import LOCAL, check_size, read_config
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.outputs import Outputs, describe, one_line, resize, state_digest, to_rgb
 from diffmoe_ds.files import expand_user
@@ -25,10 +25,6 @@ from diffmoe_ds.files import expand_user
 DEFAULT = "efficientnet-lite0"
 CPU_BATCH = 5
 """Images that EfficientNet takes at once on CPUs; activations of 50 fall out of the caches, and take twice as long."""
-MAX_LABELS = 100_000
-"""Most labels in `config.json` of a DINOv2, those of classifiers."""
-MAX_LAYERS = 512
-"""Most layers of a DINOv2; the largest has 40."""
 KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
 
 
@@ -146,17 +142,15 @@ class DinoExtractor:
             raise ConfigError(
                 "--extractor dinov2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
             ) from None
-        # Without trust_remote_code, transformers asks on standard input whether to run the code of a folder.
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            _check_labels(folder)
-            config = AutoConfig.from_pretrained(folder, **local)
+            read_config(folder)
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
             if config.model_type != "dinov2":
                 raise ValueError(f"the model type in config.json must be dinov2, got {config.model_type}")
             config.return_dict = True  # otherwise the network returns tuples
-            _check_size(Dinov2Model, config, folder)
+            check_size(Dinov2Model, config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
             loaded: Any = Dinov2Model.from_pretrained(
-                folder, config=config, use_safetensors=True, output_loading_info=True, **local
+                folder, config=config, use_safetensors=True, output_loading_info=True, **LOCAL
             )
             network, info = loaded
             missing = sorted(info["missing_keys"])
@@ -185,35 +179,6 @@ class DinoExtractor:
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""
         return self.extract(images_BCHW).features_BF
-
-
-def _check_labels(folder: Path) -> None:
-    """Check ``config.json`` before transformers reads it, which builds a name for each of ``num_labels``.
-
-    Raises:
-        OSError: it cannot be read, or is too large.
-        ValueError: it is invalid, or has too many labels.
-    """
-    tree = read_json(folder / "config.json", MAX_TEXT_BYTES)
-    labels = tree.get("num_labels", 0) if isinstance(tree, dict) else 0
-    if type(labels) is not int or not 0 <= labels <= MAX_LABELS:
-        raise ValueError(f"num_labels in config.json must be from 0 to {MAX_LABELS:,}, got {labels}")
-
-
-def _check_size(network_class: Any, config: Any, folder: Path) -> None:
-    """Check that a DINOv2 is not larger than its weights, so that a hostile `config.json` costs little memory.
-
-    Raises:
-        ValueError: it is.
-    """
-    layers = config.num_hidden_layers
-    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in network_class(config).parameters())
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if count > stored:
-        raise ValueError(f"config.json describes {count:,} parameters, but the files of weights have {stored:,} bytes")
 
 
 class UserExtractor:

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.data.dataset import image_shape, open_dataset
+from diffmoe_ds.data.dataset import image_shape, open_dataset, with_text
 from diffmoe_ds.data.loader import MicroBatch, to_micro_batch
-from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents
+from diffmoe_ds.data.reader import Dataset, Reader, Task, check_labels, check_latents, text_shape
 from diffmoe_ds.data.sources.shard_paths import why_not_shards
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.diffusion.objective import NOISE_BINS
@@ -23,6 +23,7 @@ from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation.extractors import count_features, load_extractor, reported_as
 from diffmoe_ds.rng import held_out_draws
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
+from diffmoe_ds.text_features import TextFormat, difference
 
 CPU = torch.device("cpu")
 MIN_IMAGES = 2
@@ -33,7 +34,8 @@ class HeldOut:
     """N evenly spaced images of a dataset, which may be sorted by class.
 
     Their random numbers depend only on their position, from 0 to N - 1. Labels are never dropped, images never
-    mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`).
+    mirrored, and every noise level gets the same number of images (see `rng.held_out_draws`). Text models see the
+    first caption of each image.
     """
 
     def __init__(self, dataset: Dataset, config: Config, num_images: int = 0) -> None:
@@ -51,14 +53,18 @@ class HeldOut:
         self.dataset = dataset
         self._order = _EvenlySpaced(min(num_images or len(dataset), len(dataset)), len(dataset))
         model = config.model
-        check_labels(dataset, model.num_classes)
+        if not config.is_text:
+            check_labels(dataset, model.num_classes)
         check_latents(dataset.latents, image_shape(config))
         shape = (model.in_channels, model.input_size, model.input_size)
         is_encoded_later = config.data.vae is not None
         self._draws = partial(
             held_out_draws, shape=shape, strata=NOISE_BINS, posterior=is_encoded_later or dataset.latents is not None
         )
-        self._shapes = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+        self._shapes: tuple[tuple[int, ...], ...] = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+        self._choose = _first_caption if config.is_text else None
+        if config.is_text:
+            self._shapes += (text_shape(dataset),)
 
     def __len__(self) -> int:
         return self._order.positions
@@ -93,19 +99,24 @@ class HeldOut:
         for first in range(share.start, share.stop, batch_size):
             positions = range(first, min(first + batch_size, share.stop))
             shapes = tuple((len(positions), *shape) for shape in self._shapes)
-            reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None)
+            reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None, choose=self._choose)
             item = reader[Task(0, positions)]
             if isinstance(item, DataError):
                 raise item
             yield to_micro_batch(reader, 0, item)
 
 
-def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
+def _first_caption(position: int) -> float:
+    return 0.0
+
+
+def open_held_out(config: Config, device: torch.device = CPU, text: TextFormat | None = None) -> HeldOut | None:
     """Open the held-out images of a run and read the first one, unless it is behind a URL.
 
     Args:
         config: the run's configuration.
         device: where the extractor of ``eval.metrics`` is tried; it may need a GPU.
+        text: see `read_held_out`.
 
     Returns:
         The images; None if the run does not evaluate.
@@ -124,19 +135,20 @@ def open_held_out(config: Config, device: torch.device = CPU) -> HeldOut | None:
             f"eval.every_images is {evaluation.every_images}, but data.validation_path is not set; set it to the "
             "held-out images."
         )
-    held_out = read_held_out(config, data.validation_path, "data.validation_path", evaluation.num_images)
+    held_out = read_held_out(config, data.validation_path, "data.validation_path", text, evaluation.num_images)
     if evaluation.metrics:
         check_metrics(config, device)
     return held_out
 
 
-def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> HeldOut:
+def read_held_out(config: Config, path: str, name: str, text: TextFormat | None = None, num_images: int = 0) -> HeldOut:
     """Open held-out images and read the first one, unless it is behind a URL.
 
     Args:
         config: the model's configuration.
         path: the images, in any form that `data.path` accepts.
         name: name of the key or option, for messages.
+        text: the encoders of a text model.
         num_images: see `HeldOut`.
 
     Raises:
@@ -147,10 +159,14 @@ def read_held_out(config: Config, path: str, name: str, num_images: int = 0) -> 
     if problem is not None:
         raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
-        data = config.data.model_copy(update={"path": path})
-        dataset = open_dataset(config.model_copy(update={"data": data}))
+        of_path = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+        dataset = open_dataset(of_path)
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
+        with_text(of_path, dataset)  # only checks the shapes
+        differs = None if text is None or dataset.text is None else difference(dataset.text, text)
+        if differs is not None:
+            raise DataError(f"the captions were encoded with other text encoders than the model's: there is {differs}")
         held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))

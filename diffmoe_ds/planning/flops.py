@@ -3,6 +3,8 @@
 Element-wise work, softmax and norms are left out, as is what activation checkpointing or attention recomputes: these
 are the model's operations, those by which MFU (arXiv 2204.02311, appendix B) divides.
 
+Text counts at its padded length, as the model computes it.
+
 Legend: S tokens per image, D width, H hidden width, E experts, C capacity.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
+from diffmoe_ds.model.conditioning import context_width
 from diffmoe_ds.model.layers import TIME_FREQUENCIES
 from diffmoe_ds.moe.capacity import tokens_per_expert
 
@@ -21,13 +24,13 @@ class FlopCounts:
     """Floating-point operations of one image, averaged over images where routing varies."""
 
     attention: float
-    """Of the forward pass: projections, scores and weighted sums of all blocks."""
+    """Of the forward pass: projections, scores and weighted sums of all blocks, those of cross-attention included."""
     ffn: float
     """Of the forward pass: dense FFNs, routed experts at capacity C, and shared experts."""
     routing: float
     """Of the forward pass: routers and capacity predictors."""
     other: float
-    """Of the forward pass: patch, time and final layers, and the adaLN of all blocks."""
+    """Of the forward pass: patch, time, text and final layers, and the adaLN of all blocks."""
     training: float
     """Of a training step: the forward pass, the gradients of all weights, and those of the inputs that need one."""
 
@@ -53,20 +56,39 @@ def flops_per_image(config: Config) -> FlopCounts:
     moe_blocks = count_moe_blocks(config)
     ffn_row = 2 * width * hidden * (3 if model.mlp == "swiglu" else 2)
     attention = size.depth * (2 * tokens * width * 4 * width + 2 * 2 * tokens**2 * width)
+    cross, text, features = _text_flops(config)
+    attention += size.depth * cross
     ffn = ffn_row * ((size.depth - moe_blocks) * tokens + moe_blocks * _rows_per_image(config))
     ffn += ffn_row * moe_blocks * tokens * routing.shared_experts
     embed = 2 * tokens * patch * model.in_channels * width + 2 * TIME_FREQUENCIES * width
     out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
     final = 2 * tokens * width * patch * out_channels + 2 * width * 2 * width
-    other = embed + 2 * width * width + size.depth * 2 * width * 6 * width + final
+    other = embed + 2 * width * width + size.depth * 2 * width * 6 * width + final + text
     router = moe_blocks * 2 * tokens * width * config.num_experts
     first = second = 0
     if config.has_capacity_predictor and moe_blocks:
         first, second = moe_blocks * 2 * tokens * width * width, router
     forward = attention + ffn + router + first + second + other
-    # the backward pass has two products for each of the forward pass, but images, times and what the capacity
-    # predictor reads (detached) need no gradient
-    return FlopCounts(attention, ffn, router + first + second, other, 3 * forward - embed - first)
+    # the backward pass has two products for each of the forward pass, but images, times, text features and
+    # what the capacity predictor reads (detached) need no gradient
+    return FlopCounts(attention, ffn, router + first + second, other, 3 * forward - embed - features - first)
+
+
+def _text_flops(config: Config) -> tuple[int, int, int]:
+    """Return the operations of a text model for an image.
+
+    Returns:
+        Those of a block's cross-attention, those of the conditioner, and those of the conditioner's layers that read
+        text features; 0 for a class model.
+    """
+    if not config.is_text:
+        return 0, 0, 0
+    tokens, width = config.tokens_per_image, config.size.hidden_size
+    encoders, context = config.text_layout.encoders, context_width(config.text_layout, width)
+    length = sum(encoder.tokens for encoder in encoders)
+    cross = 2 * 2 * tokens * width**2 + 2 * length * context * 2 * width + 2 * 2 * tokens * length * width
+    features = sum(2 * e.pooled * width + 2 * e.tokens * e.width * context for e in encoders)
+    return cross, features + 2 * width**2, features
 
 
 def count_moe_blocks(config: Config) -> int:

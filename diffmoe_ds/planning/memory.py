@@ -116,10 +116,12 @@ def step_memory(layout: Layout, passes: Passes) -> StepMemory:
     offload = layout.zero("offload_optimizer", {}).get("device", "none") == "cpu"
     state = FP32 * sizes.updated
     moments = len(MOMENTS[layout.settings.json["optimizer"]["type"]])
-    positions = FP32 * layout.config.tokens_per_image * layout.config.size.hidden_size
+    buffers = layout.config.tokens_per_image * layout.config.size.hidden_size  # positions
+    if layout.config.is_text:
+        buffers += layout.config.text_layout.values  # the null condition
     has_master = stage > 0 or layout.settings.bf16
     return StepMemory(
-        weights=_weights(layout, sizes) + positions,
+        weights=_weights(layout, sizes) + FP32 * buffers,
         master=state if has_master and not offload else 0,
         moments=0 if offload else moments * state,
         ema=0 if offload else state,

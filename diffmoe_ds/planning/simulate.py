@@ -120,13 +120,17 @@ def estimate_passes(layout: Layout) -> Passes:
 
 
 def _inputs(config: Config, micro_batch: int) -> tuple[Tensor, ...]:
-    """Return noisy images, times, labels and label-drop flags."""
+    """Return noisy images, times, labels or text features, and drop flags."""
     model = config.model
     x = torch.empty(micro_batch, model.in_channels, model.input_size, model.input_size)
     is_flow = config.objective.kind == "flow"
     t_B = torch.empty(micro_batch, dtype=torch.float32 if is_flow else torch.int64)
     drop_B = torch.empty(micro_batch, dtype=torch.bool)
-    return x, t_B, torch.empty(micro_batch, dtype=torch.int64), drop_B
+    if config.is_text:
+        condition = torch.empty(micro_batch, config.text_layout.values, dtype=torch.float16)
+    else:
+        condition = torch.empty(micro_batch, dtype=torch.int64)
+    return x, t_B, condition, drop_B
 
 
 def _loss(output: DiTOutput) -> Tensor:

@@ -21,13 +21,14 @@ from diffmoe_ds.planning.simulate import Passes, Simulation, estimate_passes, si
 GB = 1e9
 
 
-def plan_summary(layout: Layout, device: Device, simulated: bool) -> dict[str, Any]:
+def plan_summary(layout: Layout, device: Device, simulated: bool, assumed: dict[str, Any]) -> dict[str, Any]:
     """Return the plan of a layout.
 
     Args:
         layout: the model and its ranks.
         device: the GPU of the verdict and of the times.
         simulated: also run rank 0 of the whole model on fake tensors, and use its counts.
+        assumed: the values of the layout's configuration that depend on a training set, by key.
 
     Returns:
         Numbers, strings, lists and dicts; sizes in bytes, except for names that end in ``_gb`` (10^9 bytes).
@@ -41,6 +42,7 @@ def plan_summary(layout: Layout, device: Device, simulated: bool) -> dict[str, A
     messages = step_messages(layout)
     return {
         **_model(layout),
+        "assumed": assumed,
         **_memory(layout, memory, passes),
         **_resume(resume_cost(layout)),
         "bytes_per_step": sum(message.bytes for message in messages),
@@ -69,6 +71,7 @@ def _model(layout: Layout) -> dict[str, Any]:
         "model": config.model_name,
         "routing": config.routing.kind,
         "pool": config.routing.pool,
+        "text_encoders": [list(shape) for shape in config.model.text_encoders],
         "world": layout.world,
         "gpus_per_node": layout.local_world,
         "ep_size": settings.ep_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -44,8 +45,12 @@ def _model(plan: dict[str, Any]) -> list[str]:
     millions = {key: f"{plan[key] / 1e6:,.1f} M" for key in plan if key.startswith("params_")}
     flops, training = plan["flops_per_image"] / 1e9, plan["flops_per_image_training"] / 1e9
     is_on = ", activation checkpointing" if plan["activation_checkpointing"] else ""
+    assumed = [f"{key}={json.dumps(value)}" for key, value in plan["assumed"].items()]
+    text = [f"{tokens} tokens of width {width}, pooled {pooled}" for tokens, width, pooled in plan["text_encoders"]]
     return [
         _line("model", f"{plan['model']}, {plan['routing']}, pool {plan['pool']}"),
+        *([_line("text", "; ".join(text))] if text else []),
+        *([_line("assumed", f"{', '.join(assumed)}; in a run, the training set decides")] if assumed else []),
         _line(
             "layout",
             f"{plan['world']:,} GPUs, {plan['gpus_per_node']} per node; ep {plan['ep_size']}, "

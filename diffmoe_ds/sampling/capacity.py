@@ -227,8 +227,8 @@ class _Round:
         return float(capacities(counts).mean()), histogram_LEN
 
     def _generate_batch(self, images: Sequence[int], observer: Census, progress: Callable[[int, int], object]) -> None:
-        classes = self.model.config.model.num_classes
-        label_B = torch.tensor([image * classes // IMAGES for image in images])  # all classes, or evenly spaced ones
+        count = self.model.y_embedder.num_labels
+        label_B = torch.tensor([image * count // IMAGES for image in images])  # all labels, or evenly spaced ones
         seeds = [FIRST_SEED + image for image in images]
         with observing(self.model, observer):
             label_B = label_B.to(self.model.pos_embed.device)

@@ -210,4 +210,4 @@ def _guided_model(
             settings.guide_channels,
             one_batch=not model.images_compete,
         )
-    return in_interval(guided_fn, lambda x, t_B: forward(x, t_B, label_B), settings.guidance_interval)
+    return in_interval(guided_fn, lambda x, t_B: forward(x, t_B, condition), settings.guidance_interval)

@@ -23,6 +23,12 @@ MAX_HEAD = 300
 """Most characters of a column head that are measured."""
 FONT_SIZES = (18, 15, 12)
 """Sizes in pixels of the column heads, the largest first."""
+MAX_COLUMNS = 16
+"""Most classes or prompts that have a column each."""
+MIN_PROMPT_WIDTH = 150
+"""Width in pixels that an image with a prompt beneath it is enlarged to."""
+PROMPT_FONT, PROMPT_LINE, PROMPT_LINES = 15, 19, 6
+"""Of prompts: size of the font and height of a line in pixels, and most lines."""
 
 
 def to_uint8(images_NCHW: Tensor) -> Pixels:
@@ -38,7 +44,7 @@ def grid_columns(num_images: int, num_classes: int) -> int:
         num_images: number of images in the grid.
         num_classes: number of classes over which labels cycle; 0 if they do not cycle.
     """
-    if 1 < num_classes <= 16:
+    if 1 < num_classes <= MAX_COLUMNS:
         return num_classes
     return math.ceil(math.sqrt(num_images))
 
@@ -101,6 +107,74 @@ def _heads(heads: Sequence[str], width: int) -> Pixels:
             head = head.rstrip("…")[:-1].rstrip() + "…"
         draw.text(((index + 0.5) * column, size), head, "black", font, anchor="mm")
     return np.asarray(line)
+
+
+def prompt_grid(images_NHWC: Pixels, prompts_N: Sequence[str]) -> Pixels:
+    """Draw a grid of enlarged images with their prompts beneath them.
+
+    Prompts that repeat in a cycle have one column each, and stand beneath it; a single prompt stands beneath the grid.
+
+    Args:
+        images_NHWC: uint8, one or three channels.
+        prompts_N: prompt of each image.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    count, _, width, _ = images_NHWC.shape
+    distinct = list(dict.fromkeys(prompts_N))
+    cycle = all(prompt == distinct[image % len(distinct)] for image, prompt in enumerate(prompts_N))
+    is_column_each = cycle and len(distinct) < count and len(distinct) <= MAX_COLUMNS
+    columns = grid_columns(count, len(distinct) if is_column_each else 0)
+    scale = max(math.ceil(MIN_WIDTH / (columns * (width + 2) + 2)), math.ceil(MIN_PROMPT_WIDTH / (width + 2)))
+    empty = -count % columns
+    blank = np.full((empty, *images_NHWC.shape[1:]), 255, np.uint8)
+    images_NHWC, prompts_N = np.concatenate([images_NHWC, blank]), [*prompts_N, *[""] * empty]
+    parts = []
+    for start in range(0, len(images_NHWC), columns):
+        row = make_grid(images_NHWC[start : start + columns], columns).repeat(scale, 0).repeat(scale, 1)
+        parts.append(row)
+        if not is_column_each:
+            parts.append(_captions(prompts_N[start : start + columns], row.shape[1]))
+    if is_column_each:
+        parts.append(_captions(distinct, parts[0].shape[1]))
+    return np.concatenate(parts)
+
+
+def _captions(prompts: Sequence[str], width: int) -> Pixels:
+    """Draw prompts side by side, each wrapped and centered in its column."""
+    font, column = ImageFont.load_default(PROMPT_FONT), width / len(prompts)
+    wrapped = [_wrap(prompt, font, column - PROMPT_FONT) for prompt in prompts]
+    picture = Image.new("RGB", (width, PROMPT_LINE * max(map(len, wrapped)) + PROMPT_LINE // 2), "white")
+    draw = ImageDraw.Draw(picture)
+    for index, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):
+            draw.text(((index + 0.5) * column, PROMPT_LINE * (number + 0.5)), line, "black", font, anchor="mm")
+    return np.asarray(picture)
+
+
+def _wrap(prompt: str, font: Any, width: float) -> list[str]:
+    """Split a prompt into at most `PROMPT_LINES` lines that are not wider than a number of pixels.
+
+    Words that are too wide for a line are split; a prompt that is too long ends with an ellipsis.
+    """
+    words = prompt[: MAX_HEAD + 1].split()
+    lines = [""]
+    for word in words:
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        elif lines[-1]:
+            lines[-1] += " "
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > PROMPT_LINES or len(prompt) > MAX_HEAD:
+        lines = lines[:PROMPT_LINES]
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + "…"
+    return lines
 
 
 def save_png(picture_HWC: Pixels, path: Path) -> None:

@@ -218,6 +218,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         start_position=run.images,
         image_shape=image_shape(run.config),
         num_classes=model.num_classes,
+        reads_text=run.config.is_text,
         num_workers=data.num_workers,
         replaces_unreadable=data.max_unreadable > 0,
         shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,

@@ -21,10 +21,12 @@ from diffmoe_ds.evaluation.extractors import Extractor, load_extractor, reported
 from diffmoe_ds.evaluation.held_out import HeldOut, decoder_path
 from diffmoe_ds.evaluation.outputs import Outputs
 from diffmoe_ds.evaluation.selected import ImageFeatures, selected_metrics
+from diffmoe_ds.evaluation.stored_prompts import evenly_spaced
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.sampling.generate import SamplingSettings, share_of_rank
 from diffmoe_ds.sampling.grid import Pixels, to_uint8
 from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.prompts import set_prompts
 from diffmoe_ds.sampling.stream import DECODED_TOGETHER, Decode, generate_batches
 from diffmoe_ds.training.batches import load_vae
 from diffmoe_ds.training.lockstep import lockstep, num_batches, reading
@@ -53,6 +55,8 @@ class OnlineMetrics:
         """
         run, names, count = self._run, self._run.config.eval.metrics, self._run.config.eval.metric_images
         decode, reference = self._decode, self._reference
+        if run.config.is_text:  # captions that can be read: they were, with the images of the reference
+            set_prompts(model, evenly_spaced(self._held_out.dataset, count))
         samples = self._features(self._generated_images(model, decode), count, "generate")
 
         def compare() -> dict[str, float]:
@@ -96,7 +100,7 @@ class OnlineMetrics:
         """Yield this rank's share of the generated images, uint8 [B, C, H, W], with the same seeds every time."""
         run, sample = self._run, self._run.config.sample
         seeds = share_of_rank(run.config.eval.metric_images, 0, run.topology.rank, run.topology.world)
-        labels = cycle_labels(seeds, range(run.config.model.num_classes))
+        labels = cycle_labels(seeds, range(model.y_embedder.num_labels))
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
         for _, pixels in generate_batches(
             model, labels, seeds, settings, decode, run.settings.micro_batch,

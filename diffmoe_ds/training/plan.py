@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
     from diffmoe_ds.data.reader import Dataset
     from diffmoe_ds.evaluation.held_out import HeldOut
+    from diffmoe_ds.text_features import TextFormat
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class TrainPlan:
         return self.launch.rank == 0
 
     @property
+    def _text(self) -> TextFormat | None:
+        """The encoders of a text model's captions."""
+        return self.dataset.text if self.config.is_text else None
+
+    @property
     def images(self) -> int:
         """Images that the checkpoint has been trained on; 0 for a new run."""
         return 0 if self.reader is None else self.reader.metadata.images
@@ -107,17 +113,19 @@ class TrainPlan:
             CheckpointError: `resume` contradicts the run directory, all checkpoints are damaged, or one does not match
                 the model.
         """
-        from diffmoe_ds.training.start import check_resumable, first_complete, resume_choices
+        from diffmoe_ds.training.start import check_resumable, check_same_encoders, first_complete, resume_choices
 
         choices = resume_choices(self.resume, self.directory, self.launch)
         reader = first_complete(choices, self.launch, self.reader)
         if reader is not None:
-            check_resumable(reader, self.config, self.settings)
+            check_resumable(reader, self.config, self.settings, self._text)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
 
             initial = require_weights(Path(name), "model.init_from")
+        if initial is not None:
+            check_same_encoders(initial, self._text, f"model.init_from {name}")
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
     def with_checkpoint(self, path: Path | None) -> TrainPlan:
@@ -132,7 +140,7 @@ class TrainPlan:
         from diffmoe_ds.training.start import check_resumable
 
         reader = CheckpointReader(path)
-        check_resumable(reader, self.config, self.settings)
+        check_resumable(reader, self.config, self.settings, self._text)
         return replace(self, reader=reader, initial=None)
 
 
@@ -151,12 +159,19 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     # Everything below needs torch or DeepSpeed.
     import torch
 
-    from diffmoe_ds.data.dataset import check_classes, check_exists, check_first_image, open_dataset, with_classes
+    from diffmoe_ds.data.dataset import (
+        check_classes,
+        check_exists,
+        check_first_image,
+        open_dataset,
+        with_classes,
+        with_text,
+    )
     from diffmoe_ds.evaluation.held_out import open_held_out
 
     check_exists(config)
     dataset = open_dataset(config)
-    config = with_classes(config, dataset)
+    config = with_text(with_classes(config, dataset), dataset)
     _check_sampling(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     launch, settings = fit_ranks(launch, lambda ranks: _resolve_settings(config, source, ranks, device))
@@ -164,7 +179,7 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         check_wandb_login()
     if not settings.json.get("csv_monitor", {"output_path": "x"}).get("output_path"):
         settings.json["csv_monitor"].update(output_path=str(directory), job_name="csv")
-    held_out = open_held_out(config, local_device(launch))
+    held_out = open_held_out(config, local_device(launch), dataset.text if config.is_text else None)
     plan = TrainPlan(
         launch, config, settings, directory, request.resume, dataset, held_out, initial=initial, inherited=inherited
     ).with_start()

@@ -8,8 +8,9 @@ import torch
 from diffmoe_ds.distributed.collectives import all_gather
 from diffmoe_ds.distributed.watchdog import Watchdog
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS, SamplingSettings, generate, share_of_rank
-from diffmoe_ds.sampling.grid import class_grid, to_uint8
+from diffmoe_ds.sampling.grid import class_grid, prompt_grid, to_uint8
 from diffmoe_ds.sampling.labels import cycle_labels
+from diffmoe_ds.sampling.prompts import set_prompts
 from diffmoe_ds.training.averaged import averaged_model
 from diffmoe_ds.training.setup import Run
 
@@ -25,12 +26,19 @@ class Preview:
         """Return a grid, uint8 [height, width, 3], on rank 0 and None on the others.  Every rank must call this."""
         run, sample = self._run, self._run.config.sample
         seeds = share_of_rank(sample.num_images, 0, run.topology.rank, run.topology.world)
-        labels = cycle_labels(seeds, range(run.config.model.num_classes)).to(run.device)
+        model = averaged_model(run)
+        if run.prompts is not None:
+            set_prompts(model, run.prompts.features)
+        num_labels = model.y_embedder.num_labels
+        labels = cycle_labels(seeds, range(num_labels)).to(run.device)
         settings = SamplingSettings(sample.sampler or run.objective.samplers[0], sample.steps, sample.cfg_scale)
-        images = generate(averaged_model(run), labels, seeds, settings, lambda done, total: self._watchdog.alive())
+        images = generate(model, labels, seeds, settings, lambda done, total: self._watchdog.alive())
         if run.config.model.in_channels not in PIXEL_CHANNELS:
             images = images[:, :3] / 4  # the first three latent channels, roughly scaled: enough to see progress
         every = all_gather(images)
         if not run.is_main:
             return None
-        return class_grid(to_uint8(torch.cat(every)), range(run.config.model.num_classes), run.class_names or ())
+        pixels = to_uint8(torch.cat(every))
+        if run.prompts is not None:
+            return prompt_grid(pixels, [run.prompts.texts[image % num_labels] for image in range(len(pixels))])
+        return class_grid(pixels, range(num_labels), run.class_names or ())

@@ -29,6 +29,7 @@ from diffmoe_ds.training.banner import banner, describe_start
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.device_settings import apply_device_settings
 from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.prompts import grid_prompts
 from diffmoe_ds.training.resume import agree_on_checkpoint
 from diffmoe_ds.training.run_log import RunLog, open_log, peak_images_per_s
 from diffmoe_ds.training.setup import Run, setup_run
@@ -77,6 +78,8 @@ class Session:
         run = setup_run(self.plan, self.owner)
         names = plan.dataset.classes
         run.class_names = None if names is None else tuple(names)
+        if run.config.is_text and run.config.run.sample_every_images:
+            run.prompts = grid_prompts(run.config, plan.dataset, device)
         # not earlier: a rejected run must not change the file
         raise_on_all_ranks(device, lambda: self._write_resolved(run) if plan.is_main else None)
         return run

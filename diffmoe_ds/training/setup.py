@@ -27,6 +27,7 @@ from diffmoe_ds.text_features import TextFormat
 from diffmoe_ds.topology import Topology
 from diffmoe_ds.training.ema import EMA
 from diffmoe_ds.training.plan import TrainPlan
+from diffmoe_ds.training.prompts import GridPrompts
 from diffmoe_ds.training.resume import continued
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Run:
     """Name of each label, if labels have names."""
     text: TextFormat | None = None
     """The encoders of a text model."""
+    prompts: GridPrompts | None = None
+    """The prompts of the sample grids of a text model."""
     again: str = "the same command"
     """How to resume, for messages."""
 

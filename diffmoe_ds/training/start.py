@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, check_same_moments
+from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model, check_same_moments
 from diffmoe_ds.checkpoint.verify import candidates, check_sizes, no_valid_one
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError
+from diffmoe_ds.text_features import TextFormat, difference
 
 
 def resume_choices(resume: str, directory: Path, launch: Launch) -> list[Path]:
@@ -50,21 +51,46 @@ def resume_choices(resume: str, directory: Path, launch: Launch) -> list[Path]:
     return found
 
 
-def check_resumable(reader: CheckpointReader, config: Config, settings: DeepSpeedSettings) -> None:
+def check_resumable(
+    reader: CheckpointReader, config: Config, settings: DeepSpeedSettings, text: TextFormat | None
+) -> None:
     """Check that this run can resume from a checkpoint.
 
     Args:
         reader: the checkpoint.
         config: the run's configuration.
         settings: its DeepSpeed settings.
+        text: the encoders of its captions, for a text model.
 
     Raises:
-        CheckpointError: the checkpoint does not match the model or the optimizer.
+        CheckpointError: the checkpoint does not match the model, the optimizer or the text encoders.
     """
     own_recipe = reader.path.parent.parent / RESOLVED_RECIPE
     hint = f"; to continue that run, pass --config {own_recipe}" if os.path.isfile(own_recipe) else ""
     check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
+    check_same_encoders(reader, text, str(reader.path))
+
+
+def check_same_encoders(reader: WeightsReader, text: TextFormat | None, name: str) -> None:
+    """Check that a text model was trained with the encoders of a run's captions; class models have none.
+
+    Args:
+        reader: the model.
+        text: the encoders of the captions.
+        name: of the model, for messages.
+
+    Raises:
+        CheckpointError: it was not.
+    """
+    if reader.text is None or text is None:
+        return
+    differs = difference(text, reader.text)
+    if differs is not None:
+        raise CheckpointError(
+            f"{name}: was trained on captions of other text encoders than those of data.path: there is {differs}; "
+            "encode the captions with the same encoders."
+        )
 
 
 def first_complete(paths: list[Path], launch: Launch, known: CheckpointReader | None = None) -> CheckpointReader | None:

@@ -100,6 +100,10 @@ class Emoji:
         """Return the file of an emoji, for messages."""
         return f"picture {PICTURES}/{self._rows[index].file}"
 
+    def suffix(self, index: int) -> str:
+        """Return the format of an emoji."""
+        return "png"
+
     def image_bytes(self, index: int) -> bytes:
         """Return the PNG of an emoji.
 

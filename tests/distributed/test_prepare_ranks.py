@@ -22,12 +22,13 @@ def test_rank_0_notices_ranks_that_failed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ("latents", "text"))
 @pytest.mark.parametrize(
     ("ranks", "kills"), (pytest.param(2, 2, id="short"), pytest.param(4, 5, id="long", marks=pytest.mark.long))
 )
-def test_killed_at_random_times_and_finished(tmp_path, ranks, kills):
+def test_killed_at_random_times_and_finished(tmp_path, kind, ranks, kills):
     """On one rank, on several ranks, and on several that are killed repeatedly; see the worker."""
-    arguments = ["--images", "600", "--size", "32", "--shard-images", "12", "--ranks", str(ranks)]
+    arguments = ["--kind", kind, "--images", "600", "--size", "32", "--shard-images", "12", "--ranks", str(ranks)]
     command = [sys.executable, "-m", "tests.distributed.workers.killed_prepare", *arguments, "--kills", str(kills)]
     finished = run_processes([(command, clean_environment())], timeout=1200)
     assert finished.code == 0, finished.output

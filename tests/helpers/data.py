@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
 from diffmoe_ds.rng import training_draws
+from diffmoe_ds.text_features import Caption, EncoderFeatures, EncoderInfo, TextFormat, encode_member, encode_record
 
 SHAPE = (1, 8, 8)
 IMAGES = 21  # fewer than two steps read, so that steps straddle epochs
@@ -121,3 +123,34 @@ def photographs(folder: Path, count: int, size: int = 40, classes: int = 3) -> P
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its contents."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def text_features(width: int = 3, tokens: int = 4, name: str = "tiny", sha256: str = "ab" * 32) -> TextFormat:
+    """The format of a text encoder whose features `caption` makes."""
+    shape = EncoderInfo(tokens=tokens, width=width, pooled=2, name=name, sha256=sha256)
+    return TextFormat((shape,), encode_record(caption("", width)))
+
+
+def caption(text: str, width: int = 3) -> Caption:
+    """Features of a caption, which depend on its text only; as many tokens as words, from 1 to 4."""
+    draws = np.random.default_rng(list(text.encode()))
+    tokens = draws.standard_normal((min(max(len(text.split()), 1), 4), width)).astype(np.float16)
+    return Caption(text, (EncoderFeatures(draws.standard_normal(2).astype(np.float16), tokens),))
+
+
+def format_member(form: TextFormat) -> tuple[str, bytes]:
+    return "__text__", json.dumps(form.to_json()).encode()
+
+
+def text_member(key: str, *captions: str, width: int = 3) -> tuple[str, bytes]:
+    return f"{key}.text", encode_member([caption(text, width) for text in captions])
+
+
+def captioned_shard(path: Path, count: int, width: int = 3, **form: object) -> Path:
+    """Write 28x28 grayscale images filled with their number, with 1 to 3 captions each and their text features."""
+    members = [format_member(text_features(width, **form))]
+    for number in range(count):
+        captions = [f"image number {number}", f"grey {number}", "grey"][: number % 3 + 1]
+        png = image_file(np.full((28, 28), number, np.uint8))
+        members += [(f"{number:04d}.png", png), text_member(f"{number:04d}", *captions, width=width)]
+    return write_tar(path, members)

@@ -15,6 +15,7 @@ from diffmoe_ds.config.load import config_from_dict, dump_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.training.log_files import TensorBoardLog
+from tests.helpers.data import text_features
 
 NAMES = ("<b>boot</b>", "bag & $belt$", "coat")
 """Class names that must be escaped."""
@@ -32,6 +33,13 @@ def report_config(kind: str, objective: str = "flow", **model: object) -> Config
     return config_from_dict(tree, "a test")
 
 
+def text_config(shards: object, **model: object) -> Config:
+    """Return the configuration of such a model with prompts, whose encoder is that of `text_features`."""
+    text = {"conditioning": "text", "text_encoders": [[4, 3, 2]], "num_classes": 1}
+    config = report_config("batch_pool", **text, **model)
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": str(shards)})})
+
+
 @torch.no_grad()
 def random_model(config: Config) -> DiT:
     """Return a model whose weights are all random, so that its predictions and its routing vary."""
@@ -43,6 +51,8 @@ def random_model(config: Config) -> DiT:
     for layer in model.moe_layers().values():
         if layer.capacity_predictor is not None:
             layer.expert_threshold.fill_(0.5)
+    if config.is_text:
+        model.y_embedder.null_row.copy_(torch.from_numpy(text_features().null_row))
     model.set_inference(config.inference_choices[0])
     return model.eval()
 
@@ -58,8 +68,9 @@ def write_run(folder: Path, config: Config, rows: int = 40, images: int = 96, is
         is_logged: whether to write log files beside ``metrics.jsonl``, too.
     """
     model = random_model(config)
+    described = Description(config, text=text_features()) if config.is_text else Description(config, NAMES)
     entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(folder, entries, Description(config, NAMES), "ema", images)
+    write_model(folder, entries, described, "ema", images)
     (folder / "resolved.yaml").write_text(dump_config(config))
     lines = [json.dumps(_row(step)) + "\n" for step in range(1, rows + 1)]
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 41, "ima')  # as a killed run leaves it

@@ -13,7 +13,9 @@ from diffmoe_ds.checkpoint.export import write_model
 from diffmoe_ds.checkpoint.stream import Entry
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import load_config
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.text_features import TextFormat
 
 
 def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
@@ -27,21 +29,37 @@ def sample(trained: Path, out: Path, *options: str) -> np.ndarray:
     return images
 
 
-@torch.no_grad()
 def write_random_model(
-    folder: Path, class_names: Sequence[str] | None = None, seed: int = 0, overrides: Sequence[str] = ()
+    folder: Path,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    text: TextFormat | None = None,
 ) -> Path:
     """Export a tiny model of Fashion-MNIST with random weights, whose images depend on their class; return its folder.
 
-    A model that was trained for a few steps still predicts nearly 0, whatever the class.
+    A model that was trained for a few steps still predicts nearly 0, whatever the class. With text encoders, it is a
+    text model.
     """
+    if text is not None:
+        shapes = [[encoder.tokens, encoder.width, encoder.pooled] for encoder in text.encoders]
+        overrides = [*overrides, "model.conditioning=text", f"model.text_encoders={shapes}"]
+    model = random_model(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8", *overrides]), text, seed)
+    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
+    write_model(folder, entries, Description(model.config, class_names, text), "ema", images=16)
+    return folder
+
+
+@torch.no_grad()
+def random_model(config: Config, text: TextFormat | None = None, seed: int = 0) -> DiT:
+    """Return a model whose weights are all random: `init_weights` would zero its output."""
     torch.manual_seed(seed)
-    model = DiT(load_config("fashion", ["model.name=nano-E4", "model.patch_size=8", *overrides]))
+    model = DiT(config)
     for parameter in model.parameters():
         parameter.copy_(0.1 * torch.randn(parameter.shape))
     for layer in model.moe_layers().values():
         if layer.capacity_predictor is not None:
             layer.expert_threshold.fill_(0.5)
-    entries = [Entry(name, tuple(t.shape), torch.float32, [t]) for name, t in model.state_dict().items()]
-    write_model(folder, entries, Description(model.config, class_names), "ema", images=16)
-    return folder
+    if text is not None:
+        model.y_embedder.null_row.copy_(torch.from_numpy(text.null_row))
+    return model.eval()

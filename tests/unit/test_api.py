@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 import diffmoe_ds
-from diffmoe_ds import api
-from diffmoe_ds.api_arguments import overrides_of
+from diffmoe_ds import api, api_samples
+from diffmoe_ds.api_arguments import SamplingOptions, overrides_of
 from diffmoe_ds.checkpoint import reference
 from diffmoe_ds.cli import main
 from diffmoe_ds.distributed.launch import EXPORTED
@@ -42,12 +42,12 @@ def demo(run_directory, tmp_path, monkeypatch):
     return "runs/demo"
 
 
-@pytest.mark.parametrize("module", (diffmoe_ds, api))
+@pytest.mark.parametrize("module", (diffmoe_ds, api, api_samples))
 def test_the_examples_run(demo, module):
     model = diffmoe_ds.load(demo)
     names = {"diffmoe_ds": diffmoe_ds, "model": model, "samples": model.sample(seeds=[0], steps=1)}
     found = doctest.testmod(module, globs=names)
-    assert found.failed == 0 and found.attempted >= 3
+    assert found.failed == 0 and found.attempted >= 3, module
 
 
 def test_the_code_of_the_page_runs(demo):
@@ -58,7 +58,8 @@ def test_the_code_of_the_page_runs(demo):
     assert names["samples"].labels.tolist() == [8, 3] * 4 and names["velocity"].shape == (2, 1, 32, 32)
     assert names["model"].trained_images == 64 and os.path.isfile("bag.png")
     for function in (diffmoe_ds.load, diffmoe_ds.fit, diffmoe_ds.Model.sample):
-        for argument in set(inspect.signature(function).parameters) - {"self"}:
+        options = SamplingOptions.__annotations__ if function is diffmoe_ds.Model.sample else {}
+        for argument in {*inspect.signature(function).parameters, *options} - {"self", "options"}:
             assert f"\n| `{argument}` |" in page
 
 
@@ -74,7 +75,7 @@ def test_the_example_of_the_reference_runs():
 def test_every_public_name_has_an_example_and_a_type():
     for name in set(diffmoe_ds.__all__) - {"__version__"}:
         assert ">>>" in getattr(diffmoe_ds, name).__doc__, name
-    assert ">>>" in api.Model.sample.__doc__ and ">>>" in api.Samples.to_pil.__doc__
+    assert ">>>" in api.Model.sample.__doc__ and ">>>" in api_samples.Samples.to_pil.__doc__
     assert {*diffmoe_ds.__all__, "api"} <= {*dir(diffmoe_ds)}
     assert diffmoe_ds.__version__.count(".") == 2
     assert os.path.isfile(os.path.join(os.path.dirname(diffmoe_ds.__file__), "py.typed"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ds.data.sources import shards, tar_index
+from diffmoe_ds.data.sources import compressed, tar_index
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.helpers.data import LABELLED, PNG, write_tar
@@ -26,7 +26,7 @@ def test_big_members_are_refused_unless_they_are_never_read(tmp_path, monkeypatc
 
 
 def test_big_gzipped_shards_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(compressed, "MAX_UNPACKED_BYTES", 1 << 20)
     path = write_tar(tmp_path / "a.tar.gz", [("a.txt", bytes(2 << 20))])
     with pytest.raises(DataError, match=r"needs more than 1 MiB of memory when decompressed; store it as a plain .tar"):
         ShardDataset([path])

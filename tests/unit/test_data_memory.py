@@ -81,10 +81,10 @@ def test_the_names_of_image_files_take_little_memory(tmp_path, monkeypatch):
 
 
 def test_only_the_images_of_a_compressed_shard_are_kept(tmp_path):
-    names = [f"{number}.{suffix}" for number in range(50) for suffix in ("txt", "png", "cls")]
+    names = [f"{number}.{suffix}" for number in range(50) for suffix in ("xml", "png", "cls")]
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         for name in names:
-            data = {"png": PNG + bytes([int(name[:-4])]), "cls": b"3", "txt": bytes(10**4)}[name[-3:]]
+            data = {"png": PNG + bytes([int(name[:-4])]), "cls": b"3", "xml": bytes(10**4)}[name[-3:]]
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

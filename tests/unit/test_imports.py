@@ -46,7 +46,7 @@ RULES = {
     "distributed": "config",
     "data": "config",
     "data.prepare": "config data distributed",
-    "sampling": "config diffusion model",
+    "sampling": "config diffusion model model.conditioning",
     "planning": "config diffusion model model.layers moe moe.expert_parallel distributed checkpoint",
     "checkpoint": "config model distributed",
     "training": (
@@ -66,8 +66,9 @@ RULES = {
     "__main__": "cli",
     "train": "cli",
     "api_arguments": "cli config",
-    "api": "api_arguments cli checkpoint config diffusion distributed sampling",
-    "": "api checkpoint",
+    "api_samples": "sampling",
+    "api": "api_arguments api_samples cli checkpoint config data diffusion distributed sampling",
+    "": "api api_samples checkpoint",
 }
 
 # The files that may talk to other ranks directly; all others go through them.

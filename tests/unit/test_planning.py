@@ -35,6 +35,7 @@ from diffmoe_ds.planning.traffic import size_text
         ("model.name=tiny-E4", "model.mlp=swiglu", "routing.shared_experts=1", "objective.kind=ddpm"),
         ("model.name=tiny-E8", "routing.kind=token_choice", "routing.capacity=2"),
         ("model.name=tiny-E8", "routing.kind=expert_choice", "routing.interleave=false"),
+        ("model.name=tiny-E4", "model.conditioning=text", "model.text_encoders=[[5,12,9],[3,200,16]]"),
     ),
 )
 def test_flops_equal_those_that_torch_counts(overrides):
@@ -43,7 +44,9 @@ def test_flops_equal_those_that_torch_counts(overrides):
     init_weights(model, seed=0)
     images = torch.randn(1, 4, 32, 32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        out = model(images, torch.rand(1), torch.zeros(1, dtype=torch.int64))
+        label = torch.zeros(1, dtype=torch.int64)
+        condition = torch.ones(1, config.text_layout.values, dtype=torch.float16) if config.is_text else label
+        out = model(images, torch.rand(1), condition)
         assert counter.get_total_flops() == flops_per_image(config).forward
         logits = [r.capacity_logits_TE.sum() for r in out.routing if r.capacity_logits_TE is not None]
         (out.prediction.sum() + sum(logits)).backward()
@@ -55,6 +58,12 @@ def test_dit_flops_agree_with_the_dit_paper():
     for name, gmacs in (("S", 6.06), ("B", 23.01), ("L", 80.71), ("XL", 118.64)):
         config = load_config("imagenet-256", [f"model.name=Dense-{name}", "routing.kind=dense", "objective.kind=ddpm"])
         assert flops_per_image(config).forward / 2e9 == pytest.approx(gmacs, rel=0.002)
+
+
+def test_the_paper_s_text_to_image_model_has_its_size():
+    """1.2 B activated of 4.6 B."""
+    counts = count_parameters(load_config("imagenet-256", ["model.name=T2I-E16", "model.text_encoders=[[77,768,768]]"]))
+    assert counts.total == pytest.approx(4.6e9, rel=0.01) and counts.activated == pytest.approx(1.2e9, rel=0.01)
 
 
 def test_gpus_are_found_by_our_name_and_by_the_driver_s():
@@ -100,6 +109,7 @@ def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="
         (("routing.kind=token_choice", "routing.padded_dispatch=1.5"), 8, 2),
         (("routing.kind=expert_choice", "routing.interleave=false"), 4, 4),
         (("model.name=Dense-S", "model.depth=2", "routing.kind=dense"), 4, 1),
+        (("model.conditioning=text", "model.text_encoders=[[5,12,9]]"), 8, 4),
     ),
 )
 def test_planned_messages_of_the_passes_equal_simulated_ones(overrides, world, ep):
@@ -199,6 +209,35 @@ def test_the_command_prints_one_object_or_a_page(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("resume ") for line in lines)
     assert any(line.startswith("verdict") for line in lines) and max(map(len, lines)) <= 120
+
+
+def test_memory_of_a_text_model_includes_its_features_and_null_condition():
+    """Tokens that are twice as many take more activations; all else is the same but for the null condition, fp32."""
+    short, long = (
+        layout("model.name=tiny-E8", "model.conditioning=text", f"model.text_encoders=[[{tokens},12,8]]")
+        for tokens in (8, 16)
+    )
+    passes = Passes(saved=0, temporary=0, operators=0)
+    assert step_memory(long, passes).weights - step_memory(short, passes).weights == 4 * 8 * 12
+    rows_bytes = 2 * 2 * 8 * 12
+    assert estimate_passes(long).saved - estimate_passes(short).saved > rows_bytes
+
+
+def test_what_a_training_set_would_decide_is_assumed_and_said(capsys):
+    command = ["plan", "--model", "tiny-E8", "--world", "2", "--micro-batch", "2"]
+    text = ["--set", "model.conditioning=text"]
+    assert main([*command, *text, "--simulate", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["assumed"] == {"model.text_encoders": [[77, 768, 768]]} and plan["text_encoders"] == [[77, 768, 768]]
+    assert main([*command, *text]) == 0
+    page = capsys.readouterr().out
+    assert "assumed       model.text_encoders=[[77, 768, 768]]; in a run, the training set decides\n" in page
+    assert "text          77 tokens of width 768, pooled 768\n" in page
+    assert main([*command, *text, "model.text_encoders=[[8,12,8]]", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["assumed"] == {} and plan["text_encoders"] == [[8, 12, 8]]
+    assert main([*command, "--set", "model.num_classes=auto"]) == 0
+    assert "model.num_classes=1000; in a run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from diffmoe_ds.evaluation.report import facts
 from diffmoe_ds.evaluation.report.curves import SMOOTHED, moving_average, threshold_drawings, validation_drawings
 from diffmoe_ds.evaluation.report.history import Curve, History, Validation
 from diffmoe_ds.evaluation.report.probe import HeatMaps, Probe
@@ -53,7 +54,7 @@ def routed() -> Routed:
     taken = rng.integers(0, 900, (LAYERS, EXPERTS + 1))
     probe = Probe(labels, pictures, tuple(range(1, 24, 2)), capacity, tokens, taken, heat)
     names = {label: f"a class with a long name {label}" for label in range(CLASSES)}
-    return Routed(probe, 1.0, names, "60 images")
+    return Routed(probe, 1.0, names, facts.CLASSES, "60 images")
 
 
 def texts(drawing: Drawing) -> list[str]:

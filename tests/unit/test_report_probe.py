@@ -91,7 +91,8 @@ def test_a_token_is_drawn_where_its_patch_is():
     mask[token] = True
     recorder = Recorder(model, heat_maps=1)
     output = DiTOutput(image, (Routing(mask, None, None, None),) * 2)
-    recorder.observe(image, torch.tensor([0.5]), torch.tensor([0]), output)
+    recorder.see_inputs(model, (image,))
+    recorder.observe(torch.tensor([0.5]), torch.tensor([0]), output)
     record = recorder.take()
     heat = record.experts_IVS.reshape(len(LEVELS), 4, 4)
     assert (heat[:, 1, 2] == 4).all() and heat.sum() == 4 * len(LEVELS)

@@ -1,22 +1,24 @@
-"""What preparation stores for an image: its cropped pixels, or the latents of the image and its mirror image."""
+"""What preparation stores for an image: its pixels, cropped or as they are, or latents of it and its mirror image."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from diffmoe_ds.data.sources.folder import Source
-from diffmoe_ds.data.sources.images import centre_crop, open_rgb, png
-from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.images import centre_crop, decode_pixels, open_rgb, png
+from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
 from diffmoe_ds.data.vae import VAE
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text_features import TextFormat
 
+Read = TypeVar("Read")
 READ_AHEAD = 4
 """Images that each thread decodes ahead; decoding releases the GIL."""
 
@@ -33,6 +35,12 @@ class Encoded:
     """Why the image could not be encoded; empty if it was."""
     moments: np.ndarray | None = None
     """fp32 [2, 2, C, H, W] of a latent, for statistics."""
+    more: tuple[tuple[str, bytes], ...] = ()
+    """Suffix and contents of further members."""
+    captions: int = 0
+    """Number of captions with features."""
+    truncated: int = 0
+    """How many of them have more tokens than an encoder reads."""
 
 
 class Encoder(Protocol):
@@ -41,6 +49,10 @@ class Encoder(Protocol):
     @property
     def latents(self) -> LatentFormat | None:
         """How latents are stored; None if pixels are."""
+
+    @property
+    def text(self) -> TextFormat | None:
+        """How text features are stored; None if there are none."""
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the bytes depend on, as plain data."""
@@ -53,6 +65,7 @@ class PixelEncoder:
     """Stores crops as PNG, which is lossless."""
 
     latents = None
+    text = None
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size = size
@@ -68,12 +81,62 @@ class PixelEncoder:
             yield Encoded(index, unreadable=reason) if crop is None else Encoded(index, "png", png(crop))
 
 
+class StoredEncoder:
+    """Stores image files and prepared latents byte for byte, if they can be decoded."""
+
+    text = None
+
+    def __init__(self, latents: LatentFormat | None, threads: int = 1) -> None:
+        """Describe the images.
+
+        Args:
+            latents: format of the source, if it holds prepared latents.
+            threads: decoding threads.
+        """
+        self.latents = latents
+        self._threads = threads
+
+    def settings(self) -> dict[str, Any]:
+        """See `Encoder`."""
+        return {"kind": "stored", "latents": None if self.latents is None else self.latents.to_json()}
+
+    def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
+        """See `Encoder`."""
+
+        def read(index: int) -> Encoded:
+            suffix, data = source.suffix(index), source.image_bytes(index)
+            if self.latents is not None:
+                return Encoded(index, suffix, data, moments=self._moments(data))
+            if suffix == "npy":
+                decode_array(data)
+            else:
+                decode_pixels(data, suffix)
+            return Encoded(index, suffix, data)
+
+        for index, encoded, reason in _read_ahead(read, indices, self._threads):
+            yield Encoded(index, unreadable=reason) if encoded is None else encoded
+
+    def _moments(self, data: bytes) -> np.ndarray:
+        """Return the moments of a latent and of its mirror image, fp32 [2, 2, C, H, W]."""
+        assert self.latents is not None and len(data) == self.latents.member_bytes, len(data)
+        header = self.latents.header
+        if not data.startswith(header):
+            raise ValueError("its .npy is not a latent of the format of its shard")
+        halves = np.frombuffer(bytearray(data), np.uint8, offset=len(header)).reshape(2, -1)
+        moments = self.latents.decode(halves)
+        if not np.isfinite(moments).all():
+            raise ValueError("its latent contains NaN or Inf")
+        return moments
+
+
 class LatentEncoder:
     """Stores posteriors of a VAE.
 
     A batch holds images of one shard only.  The last bits of a latent may depend on its batch, and this way they depend
     neither on the rank that encodes the shard nor on the shards before it.
     """
+
+    text = None
 
     def __init__(self, vae: VAE, size: int, dtype: str, batch_size: int, threads: int = 1) -> None:
         self.latents = vae.format(size, dtype)
@@ -122,20 +185,27 @@ def _crops(
     source: Source, indices: Sequence[int], size: int, threads: int
 ) -> Iterator[tuple[int, np.ndarray | None, str]]:
     """Yield (index, crop as uint8 [3, size, size] or None, reason for None) in order; threads decode ahead."""
+    return _read_ahead(lambda index: centre_crop(open_rgb(source.image_bytes(index)), size), indices, threads)
 
-    def crop(index: int) -> tuple[np.ndarray | None, str]:
+
+def _read_ahead(
+    read: Callable[[int], Read], indices: Sequence[int], threads: int
+) -> Iterator[tuple[int, Read | None, str]]:
+    """Yield (index, what `read` returns or None, reason for None) in order; threads read ahead."""
+
+    def attempt(index: int) -> tuple[Read | None, str]:
         try:
-            return centre_crop(open_rgb(source.image_bytes(index)), size), ""
+            return read(index), ""
         except Exception as error:  # decoders raise many types on damaged bytes
             return None, str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
-    waiting: deque[tuple[int, Future[tuple[np.ndarray | None, str]]]] = deque()
+    waiting: deque[tuple[int, Future[tuple[Read | None, str]]]] = deque()
     left = iter(indices)
     with ThreadPoolExecutor(threads) as pool:
         try:
             while True:
                 for index in itertools.islice(left, threads * READ_AHEAD - len(waiting)):
-                    waiting.append((index, pool.submit(crop, index)))
+                    waiting.append((index, pool.submit(attempt, index)))
                 if not waiting:
                     return
                 index, future = waiting.popleft()

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
-from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
+from diffmoe_ds.data.prepare.encoders import Encoder
+from diffmoe_ds.data.prepare.records import Totals, read_record, record_index, shard_record
 from diffmoe_ds.data.shuffle import epoch_shuffle
 from diffmoe_ds.data.sources.folder import Source
-from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index, shard_info
+from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
-from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, Entry, Index, ShardInfo, join, scan
+from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, join, scan
+from diffmoe_ds.data.sources.text_index import TEXT_FORMAT_MEMBER
 from diffmoe_ds.errors import CheckpointError, ConfigError, DataError
 from diffmoe_ds.files import (
     TMP_PREFIX,
@@ -140,7 +142,7 @@ def begin(preparation: Preparation) -> None:
         raise CheckpointError(f"--out {preparation.out} cannot be used: {reason(error)}.") from None
 
 
-def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], None]) -> int:
+def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], None]) -> list[dict[str, str]]:
     """Write a shard and its record.
 
     Args:
@@ -149,7 +151,7 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
         progress: called with the number of images encoded since the last call.
 
     Returns:
-        The number of unreadable images.
+        `key` and `reason` of each unreadable image.
 
     Raises:
         DataError: the shard replaces one that a finished dataset has lost, and differs from it.
@@ -157,9 +159,8 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
     """
     path = preparation.out / preparation.name(shard)
     indices = preparation.images(shard).tolist()
-    skipped: list[dict[str, str]] = []
-    statistics = np.zeros(3)  # number of values, sum of means, sum of second moments
-    write_tar(path, _members(preparation, indices, skipped, statistics, progress))
+    totals = Totals()
+    write_tar(path, _members(preparation, indices, totals, progress))
     sha256 = sha256_of(path)
     if _lost_sha256(preparation, path.name) not in (None, sha256):
         path.unlink(missing_ok=True)
@@ -169,30 +170,28 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
         )
     with open(path, "rb") as file:
         index = scan(path.name, file, path.stat().st_size)
+    skipped = totals.skipped
     assert len(index.samples) + len(skipped) == len(indices), (len(index.samples), len(skipped), len(indices))
-    record = {
-        **index.shards[0]._asdict(),
-        "sha256": sha256,
-        "skipped": skipped,
-        "statistics": statistics.tolist(),
-        "rows": index.samples[:, 1:5].tolist(),
-        "keys": [index.key(i) for i in range(len(index.samples))],
-    }
-    write_text(preparation.part(shard), json.dumps(record))
-    return len(skipped)
+    write_text(preparation.part(shard), json.dumps(shard_record(index, sha256, totals)))
+    return skipped
 
 
-def check_unreadable(preparation: Preparation, unreadable: int) -> None:
+def check_unreadable(preparation: Preparation, skipped: list[dict[str, str]]) -> None:
     """Check the number of unreadable images.
 
+    Args:
+        preparation: the dataset.
+        skipped: `key` and `reason` of each unreadable image.
+
     Raises:
-        DataError: it exceeds `max_unreadable`.
+        DataError: there are more than `max_unreadable` allows.
     """
     allowed = preparation.max_unreadable * len(preparation.source)
-    if unreadable > allowed:
+    if len(skipped) > allowed:
         raise DataError(
-            f"{unreadable:,} of {len(preparation.source):,} images could not be read, more than --max-unreadable "
-            f"{preparation.max_unreadable:g} allows; {preparation.out / REPORT} or {preparation.out / PARTS} names them"
+            f"{len(skipped):,} of {len(preparation.source):,} images could not be read, more than --max-unreadable "
+            f"{preparation.max_unreadable:g} allows; the first is {skipped[0]['key']!r}: {skipped[0]['reason']}; "
+            f"{preparation.out / REPORT} or {preparation.out / PARTS} names all"
         )
 
 
@@ -200,26 +199,28 @@ def finish(preparation: Preparation) -> dict[str, Any]:
     """Build the index and the report from the records of all shards.
 
     Returns:
-        The report: `images`, `stored` and `skipped`.
+        The report: `images`, `stored` and `skipped`, and with text features the number of `captions` and of
+        `truncated_captions`, which have more tokens than an encoder reads.
 
     Raises:
         DataError: too many images are unreadable.
         CheckpointError: a record cannot be read, or a file cannot be written.
     """
-    parts, skipped, hashes = [], [], {}
-    statistics = np.zeros(3)
+    parts, hashes, totals, encoder = [], {}, Totals(), preparation.encoder
     for shard in range(preparation.shards):
-        record = _record(preparation.part(shard))
-        parts.append(_index(preparation, record))
-        skipped += record["skipped"]
+        record = read_record(preparation.part(shard))
+        parts.append(record_index(record, encoder))
+        totals.add_record(record)
         hashes[record["name"]] = record["sha256"]
-        statistics += record["statistics"]
-    report = {"images": len(preparation.source), "stored": len(preparation.source) - len(skipped), "skipped": skipped}
+    images, skipped = len(preparation.source), totals.skipped
+    report = {"images": images, "stored": images - len(skipped), "skipped": skipped}
+    if encoder.text is not None:
+        report |= {"captions": totals.captions, "truncated_captions": totals.truncated}
     write_json(preparation.out / REPORT, report)
-    check_unreadable(preparation, len(skipped))
+    check_unreadable(preparation, skipped)
     extra: dict[str, Any] = {"classes": preparation.source.classes, "sha256": hashes}
-    if preparation.encoder.latents is not None and statistics[0] > 0:
-        extra["latent_mean"], extra["latent_std"] = scaled_statistics(preparation, statistics)
+    if encoder.latents is not None and totals.statistics[0] > 0:
+        extra["latent_mean"], extra["latent_std"] = scaled_statistics(preparation, totals.statistics)
     save_index(join(parts), preparation.out, extra)
     clean(preparation)
     return report
@@ -229,36 +230,6 @@ def clean(preparation: Preparation) -> None:
     """Remove the files that only an unfinished dataset needs."""
     remove_tree(preparation.out / PARTS, ignore_errors=True)
     remove_leftovers(preparation.out)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = read_json(path, MAX_INDEX_BYTES)
-        _check_record(record)
-        return record
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; run the command again to continue.") from None
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Check the record of a shard, as `write_shard` writes it.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: a value is missing or invalid.
-    """
-    info = shard_info(record)
-    rows, keys = record["rows"], record["keys"]
-    valid = type(rows) is list and all(
-        type(row) is list and len(row) == 4 and all(type(number) is int and -1 <= number < 2**63 for number in row)
-        for row in rows
-    )
-    valid = valid and type(keys) is list and all(type(k) is str and k.encode(errors="surrogateescape") for k in keys)
-    valid = valid and len(rows) == len(keys) == info.samples
-    valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
-    valid = valid and all(type(entry["key"]) is type(entry["reason"]) is str for entry in record["skipped"])
-    valid = valid and type(record["statistics"]) is list and len(record["statistics"]) == 3
-    if not valid or not all(type(number) in (int, float) for number in record["statistics"]):
-        raise ValueError("not the record of a shard")
 
 
 def _lost_sha256(preparation: Preparation, name: str) -> str | None:
@@ -281,44 +252,27 @@ def scaled_statistics(preparation: Preparation, statistics: np.ndarray) -> tuple
 
 
 def _members(
-    preparation: Preparation,
-    indices: list[int],
-    skipped: list[dict[str, str]],
-    statistics: np.ndarray,
-    progress: Callable[[int], None],
+    preparation: Preparation, indices: list[int], totals: Totals, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of a shard's members; append to `skipped` and add to `statistics`."""
+    """Yield name and contents of a shard's members, and count them."""
     source, encoder = preparation.source, preparation.encoder
-    if encoder.latents is not None:
-        yield FORMAT_MEMBER, json.dumps(encoder.latents.to_json()).encode()
+    for member, form in ((FORMAT_MEMBER, encoder.latents), (TEXT_FORMAT_MEMBER, encoder.text)):
+        if form is not None:
+            yield member, json.dumps(form.to_json()).encode()
     for encoded in encoder.encode(source, indices):
         progress(1)
         key = source.key(encoded.index)
         if encoded.unreadable:
-            skipped.append({"key": key, "reason": encoded.unreadable})
+            totals.skipped.append({"key": key, "reason": encoded.unreadable})
             continue
-        _add(statistics, encoded)
+        totals.add(encoded)
         yield f"{key}.{encoded.suffix}", encoded.data
         if source.labels[encoded.index] != NO_LABEL:
             yield f"{key}.{LABEL_SUFFIX}", b"%d" % source.labels[encoded.index]
         if preparation.captions is not None:
             yield f"{key}.txt", preparation.captions(encoded.index).encode()
-
-
-def _add(statistics: np.ndarray, encoded: Encoded) -> None:
-    if encoded.moments is not None:
-        mean, log_variance = encoded.moments.astype(np.float64)[:, 0], encoded.moments.astype(np.float64)[:, 1]
-        statistics += mean.size, mean.sum(), (mean**2 + np.exp(log_variance)).sum()
-
-
-def _index(preparation: Preparation, record: dict[str, Any]) -> Index:
-    names = [key.encode("utf-8", "surrogateescape") for key in record["keys"]]
-    samples = np.zeros((len(names), len(Entry._fields)), np.int64)
-    samples[:, 1:5] = np.array(record["rows"], np.int64).reshape(-1, 4)
-    samples[:, 6] = [len(name) for name in names]
-    samples[:, 5] = np.cumsum(samples[:, 6]) - samples[:, 6]
-    shard = ShardInfo(record["name"], record["bytes"], record["samples"])
-    return Index((shard,), samples, np.frombuffer(b"".join(names), np.uint8), preparation.encoder.latents)
+        for suffix, data in encoded.more:
+            yield f"{key}.{suffix}", data
 
 
 def _settings(preparation: Preparation) -> dict[str, Any]:

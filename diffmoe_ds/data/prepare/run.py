@@ -43,6 +43,11 @@ def run(preparation: Preparation, rank: int, world: int, timeout: float) -> None
         print(f"{preparation.out} is complete {how}")
         return
     print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
+    if report.get("truncated_captions"):
+        print(
+            f"{report['truncated_captions']:,} of {report['captions']:,} captions have more tokens than an encoder "
+            "reads; the rest of each is ignored"
+        )
     if report["skipped"]:
         print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
 
@@ -55,7 +60,7 @@ def _write(preparation: Preparation, rank: int, world: int, timeout: float) -> d
             old.unlink(missing_ok=True)
     with tqdm(total=len(preparation.source), unit="image", desc="prepare", disable=rank != 0) as bar:
         progress = Progress(preparation, rank, world, bar)
-        unreadable = 0
+        unreadable: list[dict[str, str]] = []
         try:
             for shard in progress.own_shards():
                 unreadable += write_shard(preparation, shard, progress.advance)

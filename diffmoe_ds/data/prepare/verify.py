@@ -17,8 +17,11 @@ from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.tar_index import NO_LABEL, Entry, Index
+from diffmoe_ds.data.sources.text_index import text_difference
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import sha256_of
+from diffmoe_ds.text import counted
+from diffmoe_ds.text_features import TextFormat
 
 BATCH = 64
 USUAL_STD = (0.5, 2.0)
@@ -35,7 +38,8 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
     Returns:
         `shards`, `samples`, `labelled`, `per_class` (label to count), `classes` (names), `duplicate_keys`,
         `problems` (sentences; empty if the dataset is valid), `notes`, and for latents `format` and the mean and
-        standard deviation of scaled latents, `latent_mean` and `latent_std`, as training samples them.
+        standard deviation of scaled latents, `latent_mean` and `latent_std`, as training samples them; for text
+        features, `captions` (their number) and `text_encoders`.
 
     Raises:
         DataError: the path holds no shards.
@@ -68,6 +72,9 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
     if sums.latents is not None and sums.statistics[0]:
         report["format"] = sums.latents.to_json()
         _add_statistics(report, sums.latents, sums.statistics)
+    if sums.text is not None:
+        report["captions"] = sums.captions
+        report["text_encoders"] = sums.text.to_json()["encoders"]
     return {**report, "problems": problems}
 
 
@@ -87,6 +94,11 @@ def report_lines(report: dict[str, Any]) -> str:
             f"{form['scaling_factor']:g}: mean {report['latent_mean']:.4f}, "
             f"standard deviation {report['latent_std']:.4f}"
         )
+    if "captions" in report:
+        encoders = [
+            f"{each['name']} ({each['tokens']} tokens of width {each['width']})" for each in report["text_encoders"]
+        ]
+        lines.append(f"{counted(report['captions'], 'caption')} encoded by {' and '.join(encoders)}")
     lines += [f"note: {note}" for note in report["notes"]]
     lines += [f"problem: {problem}" for problem in report["problems"]]
     return "\n".join(lines)
@@ -99,6 +111,9 @@ class _Sums:
     labels: Counter[int] = field(default_factory=Counter)
     keys: Counter[Any] = field(default_factory=Counter)
     latents: LatentFormat | None = None
+    text: TextFormat | None = None
+    captions: int = 0
+    """Captions with text features."""
     statistics: np.ndarray = field(default_factory=lambda: np.zeros(3))
     """Number of values, sum of means, sum of second moments."""
 
@@ -153,11 +168,27 @@ def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
         return [] if "there is no sample" in str(error) else [str(error)]
     keys = [dataset.key(i) for i in range(len(dataset))]
     sums.latents = dataset.latents or sums.latents
+    sums.text = sums.text or dataset.text
     sums.labels.update(dataset.labels.tolist())
     sums.keys.update(keys)
     problems = [] if index is None else _differences(Path(shard).name, dataset.index, keys, index)
     for first in range(0, len(dataset), BATCH):
         problems += _decode(dataset, range(first, min(first + BATCH, len(dataset))), sums.statistics)
+    return problems + _caption_problems(dataset, sums)
+
+
+def _caption_problems(dataset: ShardDataset, sums: _Sums) -> list[str]:
+    """Return the problems of a shard's text, and count its captions with text features."""
+    difference = text_difference(dataset.text, sums.text)
+    if difference is not None:
+        return [f"shard {dataset.index.shards[0].name} holds other text features than the first shard: {difference}"]
+    problems = []
+    for index in range(len(dataset) if dataset.text is not None else 0):
+        try:
+            dataset.captions(index)
+            sums.captions += len(dataset.read_captions(index))
+        except DataError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -166,16 +197,22 @@ def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list
     said = subset(whole, [name])
     if said is None:
         return [f"shard {name} is not in {SAMPLES}"]
-    if said.latents != found.latents or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
-        return [f"{INDEX} gives shard {name} other sizes, another number of samples or other latents than it has"]
+    formats = said.latents != found.latents or said.text_format != found.text_format
+    if formats or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
+        return [
+            f"{INDEX} gives shard {name} other sizes, another number of samples or other latents or text features than "
+            "it has"
+        ]
     content = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
     other = (said.samples[:, content] != found.samples[:, content]).any(axis=1)
     other |= np.array([said.key(i) != key for i, key in enumerate(keys)])
+    if said.text is not None:  # an index from before captions were indexed lacks it
+        other |= (said.text != (0 if found.text is None else found.text)).any(axis=1)
     if not other.any():
         return []
     return [
-        f"the index gives {other.sum()} samples of shard {name} another offset, label or key than the shard, the first "
-        f"is {keys[int(np.argmax(other))]!r}"
+        f"the index gives {other.sum()} samples of shard {name} another offset, label, key or text than the shard, the "
+        f"first is {keys[int(np.argmax(other))]!r}"
     ]
 
 

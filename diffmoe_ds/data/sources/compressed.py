@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import io
 import mmap
 import os
 import tempfile
@@ -18,6 +19,8 @@ MAX_RATIO = 200
 """Largest compression ratio of a large shard; zeros reach 1,000, shards of raw pixels 10."""
 MAX_UNCHECKED_BYTES = 64 << 20
 """A shard up to this size may have any compression ratio."""
+MAX_UNPACKED_BYTES = 4 << 30
+"""Most bytes of a shard that is decompressed in memory."""
 
 
 def decompress(shard: str, file: BinaryIO) -> Iterator[bytes]:
@@ -42,6 +45,28 @@ def decompress(shard: str, file: BinaryIO) -> Iterator[bytes]:
                     "decompression bomb"
                 )
             yield chunk
+
+
+def unpack(shard: str, file: BinaryIO) -> bytes:
+    """Return the contents of a gzip file.
+
+    Args:
+        shard: its name, for messages.
+        file: the compressed file.
+
+    Raises:
+        DataError: they are larger than `MAX_UNPACKED_BYTES`, or the compression ratio is too high.
+        OSError, EOFError, zlib.error: the file is damaged.
+    """
+    unpacked = io.BytesIO()
+    for chunk in decompress(shard, file):
+        unpacked.write(chunk)
+        if unpacked.tell() > MAX_UNPACKED_BYTES:
+            raise DataError(
+                f"shard {shard} needs more than {MAX_UNPACKED_BYTES >> 20} MiB of memory when decompressed; "
+                "store it as a plain .tar, which is read in place"
+            )
+    return unpacked.getvalue()
 
 
 class StoredBytes:

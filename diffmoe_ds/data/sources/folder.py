@@ -40,6 +40,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def key(self, index: int) -> str: ...
     def describe(self, index: int) -> str: ...
+    def suffix(self, index: int) -> str: ...
     def image_bytes(self, index: int) -> bytes: ...
 
 
@@ -47,7 +48,11 @@ UNLABELLED = "`diffmoe prepare images --unlabelled` takes all images, at any dep
 
 
 class ImageFolder:
-    """The image files of a folder, sorted by name."""
+    """The image files of a folder, sorted by name.
+
+    Attributes:
+        folder: the folder.
+    """
 
     def __init__(self, folder: str | Path, unlabelled: bool = False) -> None:
         """List the images.
@@ -60,13 +65,13 @@ class ImageFolder:
             DataError: the folder or a class holds no images, two class names differ in case only, or images are both
                 next to and inside class folders, or deeper.
         """
-        self._folder = expand_user(folder)
-        if not self._folder.is_dir():
+        self.folder = expand_user(folder)
+        if not self.folder.is_dir():
             raise DataError(f"{folder} is not a directory of images")
         if unlabelled:
-            self.classes, files, labels = None, sorted(images_below(self._folder)), None
+            self.classes, files, labels = None, sorted(images_below(self.folder)), None
         else:
-            self.classes, files, labels = _labelled(self._folder)
+            self.classes, files, labels = _labelled(self.folder)
         if not files:
             raise DataError(f"{folder} holds no images; expected files named *{', *'.join(RAW_SUFFIXES)}")
         self.labels = np.full(len(files), NO_LABEL, np.int64) if labels is None else np.array(labels, np.int64)
@@ -75,7 +80,7 @@ class ImageFolder:
 
     def unsupported(self) -> Counter[str]:
         """Return how many files of each unsupported image format are next to the images, by ending."""
-        return unsupported({str(self._folder / os.path.dirname(name)) for name in self._files})
+        return unsupported({str(self.folder / os.path.dirname(name)) for name in self._files})
 
     def __len__(self) -> int:
         return len(self._files)
@@ -87,7 +92,15 @@ class ImageFolder:
 
     def describe(self, index: int) -> str:
         """Return the file of a sample, for messages."""
-        return f"image {self._folder / self._files[index]}"
+        return f"image {self.path(index)}"
+
+    def path(self, index: int) -> Path:
+        """Return the file of a sample."""
+        return self.folder / self._files[index]
+
+    def suffix(self, index: int) -> str:
+        """Return the format of a file, as its name ends, in lower case."""
+        return self.path(index).suffix[1:].lower()
 
     def image_bytes(self, index: int) -> bytes:
         """Return the contents of a file, truncated beyond the limit of `open_rgb`.
@@ -96,7 +109,7 @@ class ImageFolder:
             DataError: the file cannot be read.
         """
         try:
-            with open_regular(self._folder / self._files[index]) as file:
+            with open_regular(self.path(index)) as file:
                 return file.read(MAX_IMAGE_BYTES + 1)
         except OSError as error:
             raise DataError(f"{self.describe(index)} cannot be read: {error.strerror}") from None

@@ -1,8 +1,9 @@
 """The index files of a directory of shards.
 
-`index.json` lists the shards with their sizes and the format of latents, `index-samples.npy` holds a row per sample
-and `index-keys.npy` the concatenated keys.  One process of a host verifies the checksums of the arrays (`verified.py`);
-they are memory-mapped, so all ranks and workers share them.
+`index.json` lists the shards with their sizes and the formats of latents and text features, `index-samples.npy` holds a
+row per sample and `index-keys.npy` the concatenated keys. If samples have captions or text features, `index-text.npy`
+holds a row for each. One process of a host verifies the checksums of the arrays (`verified.py`); they are
+memory-mapped, so all ranks and workers share them.
 """
 
 from __future__ import annotations
@@ -29,16 +30,20 @@ from diffmoe_ds.data.sources.tar_index import (
     Index,
     ShardInfo,
     check_latents,
+    check_text,
 )
+from diffmoe_ds.data.sources.text_index import TextEntry, valid_text
 from diffmoe_ds.data.sources.verified import has_sha256
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.files import atomic_write, sha256_of, write_json
 from diffmoe_ds.npy import read_header, write_array
 from diffmoe_ds.text import reason
+from diffmoe_ds.text_features import text_format
 
 INDEX = "index.json"
 SAMPLES = "index-samples.npy"
 KEYS = "index-keys.npy"
+TEXT = "index-text.npy"
 VERSION = 1
 ROWS_AT_ONCE = 1 << 16
 """Rows that are checked together, so that the check of a large index takes little memory."""
@@ -61,15 +66,19 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
     Raises:
         CheckpointError: the files cannot be written.
     """
-    for name, array in ((SAMPLES, index.samples), (KEYS, index.keys)):
+    arrays = {SAMPLES: index.samples, KEYS: index.keys}
+    if index.text is not None:
+        arrays[TEXT] = index.text
+    for name, array in arrays.items():
         with atomic_write(folder / name) as file:
             write_array(file, array.shape, array.dtype, [array])
     tree = {
         "version": VERSION,
         "samples": len(index.samples),
         "key_bytes": len(index.keys),
-        "index_sha256": {name: sha256_of(folder / name) for name in (SAMPLES, KEYS)},
+        "index_sha256": {name: sha256_of(folder / name) for name in arrays},
         "latents": None if index.latents is None else index.latents.to_json(),
+        "text": None if index.text_format is None else index.text_format.to_json(),
         **(extra or {}),
         "shards": [shard._asdict() for shard in index.shards],
     }
@@ -92,20 +101,23 @@ def load_index(folder: Path, *, rehash: bool = False) -> Index:
         tree = read_json(folder / INDEX, MAX_INDEX_BYTES)
         shards = tuple(map(shard_info, tree["shards"]))
         latents = None if tree["latents"] is None else latent_format(tree["latents"])
-        # Datasets from before the checksums existed have none.
-        hashes = tree.get("index_sha256", {}).items()
-        hashes = [(folder / name, sha256) for name, sha256 in hashes if name in (SAMPLES, KEYS)]
+        form = None if tree.get("text") is None else text_format(tree["text"])
+        # Datasets from before the checksums existed have none, nor text.
+        sums = tree.get("index_sha256", {})
+        hashes = [(folder / name, sha256) for name, sha256 in sums.items() if name in (SAMPLES, KEYS, TEXT)]
         classes = _class_names(tree.get("classes"))
         samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))  # before a file of any size is hashed
+        text = _map(folder / TEXT) if TEXT in sums else None
         fits = all(has_sha256(file, sha256, rehash=rehash) for file, sha256 in hashes)
         fits = fits and samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64
         fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
+        fits = fits and (form is None if text is None else _fits_text(text, len(samples)))
         fits = fits and tree["version"] == VERSION and sum(shard.samples for shard in shards) == len(samples)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the index {folder / INDEX} cannot be read: {reason(error)}; {remedy}") from None
     if not fits:
         raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
-    index = Index(shards, samples, keys, latents, classes)
+    index = Index(shards, samples, keys, latents, classes, text, form)
     check_rows(index, str(folder / INDEX), remedy)
     return index
 
@@ -134,10 +146,15 @@ def check_rows(index: Index, source: str, remedy: str) -> None:
         valid &= offset <= shard_bytes[expected] - size
         valid &= (label >= NO_LABEL) & (label <= MAX_LABEL)
         valid &= (key_offset >= 0) & (key_size >= 0) & (key_offset <= len(index.keys) - key_size)
+        text = None if index.text is None else index.text[first : first + ROWS_AT_ONCE]
+        if text is not None:
+            valid &= valid_text(text, shard_bytes[expected], MAX_MEMBER_BYTES)
         if not valid.all():
             number = first + int(np.argmin(valid))
             raise DataError(f"the index {source} has numbers out of range for sample {number}; {remedy}")
-        check_latents(replace(index, samples=rows))
+        block = replace(index, samples=rows, text=text)
+        check_latents(block)
+        check_text(block)
 
 
 def shard_info(tree: Any) -> ShardInfo:
@@ -172,13 +189,21 @@ def subset(index: Index, names: Sequence[str]) -> Index | None:
     if chosen == list(range(len(index.shards))):
         return index
     ends = np.cumsum([shard.samples for shard in index.shards])
-    blocks = []
-    for new, old in enumerate(chosen):
-        block = np.array(index.samples[ends[old] - index.shards[old].samples : ends[old]])
-        block[:, 0] = new
-        blocks.append(block)
+    places = [slice(ends[old] - index.shards[old].samples, ends[old]) for old in chosen]
+    samples = np.concatenate([index.samples[place] for place in places])
     shards = tuple(index.shards[old] for old in chosen)
-    return Index(shards, np.concatenate(blocks), index.keys, index.latents, index.classes)
+    samples[:, 0] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    text = None if index.text is None else np.concatenate([index.text[place] for place in places])
+    return replace(index, shards=shards, samples=samples, text=text)
+
+
+def array_names(index: Path) -> list[str]:
+    """Return the arrays that belong to an `index.json`, which may be damaged, which `load_index` reports."""
+    try:
+        has_text = TEXT in read_json(index, MAX_INDEX_BYTES)["index_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        has_text = False
+    return [SAMPLES, KEYS, *([TEXT] if has_text else [])]
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -200,6 +225,10 @@ def _class_names(names: Any) -> tuple[str, ...] | None:
     if not isinstance(names, (list, type(None))) or not all(isinstance(name, str) for name in names or ()):
         raise ValueError("classes is not a list of names")
     return None if names is None else tuple(names)
+
+
+def _fits_text(text: np.ndarray, samples: int) -> bool:
+    return text.shape == (samples, len(TextEntry._fields)) and text.dtype == np.int64
 
 
 def _map(path: Path) -> np.ndarray:

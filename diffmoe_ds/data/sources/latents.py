@@ -16,6 +16,7 @@ import torch
 
 from diffmoe_ds.control_files import parse_json
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.npy import read_array
 
 FORMAT_MEMBER = "__latents__"
 MAX_FORMAT_BYTES = 1 << 16
@@ -131,3 +132,17 @@ def latent_format(tree: Any) -> LatentFormat:
     if not valid:
         raise ValueError("a value is invalid")
     return form
+
+
+def decode_array(data: bytes) -> np.ndarray:
+    """Decode a latent that is stored as a single array to float32 [C, H, W].
+
+    Raises:
+        ValueError: it is not one, or contains NaN or Inf.
+    """
+    latent = read_array(io.BytesIO(data), len(data))
+    with np.errstate(over="ignore"):  # values outside float32 become infinite and are refused
+        values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
+    if values is None or values.ndim != 3 or not np.isfinite(values).all():
+        raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
+    return values

@@ -8,9 +8,10 @@ import numpy as np
 
 from diffmoe_ds.data.sources.folder import Source
 from diffmoe_ds.data.sources.images import centre_crop, open_rgb
-from diffmoe_ds.data.sources.shards import Sample
+from diffmoe_ds.data.sources.shards import Sample, ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text import reason
+from diffmoe_ds.text_features import TextFormat
 
 IMAGES_TOGETHER = 1000
 """Images of a folder that count as one shard for shuffling in windows."""
@@ -74,6 +75,20 @@ class RawImages:
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
         """Not supported: raw images have no stored latents."""
         raise AssertionError("raw images have no stored latents")
+
+    @property
+    def text(self) -> TextFormat | None:
+        """How text features are stored, if the source is shards with text features."""
+        return self._source.text if isinstance(self._source, ShardDataset) else None
+
+    def text_rows(self, indices: Sequence[int], choices: Sequence[float]) -> np.ndarray:
+        """Read the text features of one caption of each image: fp16 [B, N], see `ShardDataset.text_rows`."""
+        assert isinstance(self._source, ShardDataset), "image files have no stored text features"
+        return self._source.text_rows(indices, choices)
+
+    def captions(self, index: int) -> list[str]:
+        """Return the captions of an image, if the source is shards; none if it has none."""
+        return self._source.captions(index) if isinstance(self._source, ShardDataset) else []
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to download shards that are URLs."""

@@ -21,8 +21,7 @@ from diffmoe_ds.control_files import open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, locked
 from diffmoe_ds.data.sources.index_files import (
     INDEX,
-    KEYS,
-    SAMPLES,
+    array_names,
     listed,
     load_index,
     refuse_unfinished,
@@ -114,10 +113,12 @@ def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
-            for name in (SAMPLES, KEYS, INDEX):
-                if not (folder / INDEX).exists():
-                    with replacing(folder / name) as tmp:
-                        fetch(f"{place}/{name}", tmp)
+            if not (folder / INDEX).exists():
+                with replacing(folder / INDEX) as tmp:  # appears last
+                    fetch(f"{place}/{INDEX}", tmp)
+                    for name in array_names(tmp):
+                        with replacing(folder / name) as array:
+                            fetch(f"{place}/{name}", array)
     except (DataError, OSError):
         return None  # most datasets have none, so their headers are read
     return subset(load_index(folder), names)

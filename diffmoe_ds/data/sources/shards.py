@@ -10,17 +10,18 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.control_files import open_descriptor, open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
-from diffmoe_ds.data.sources.compressed import StoredBytes, decompress
+from diffmoe_ds.data.sources.compressed import StoredBytes, unpack
 from diffmoe_ds.data.sources.images import decode_pixels
-from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
 from diffmoe_ds.data.sources.remote import is_url
 from diffmoe_ds.data.sources.shard_paths import is_gzip, kept_index, prepared_index, shard_size
 from diffmoe_ds.data.sources.tar_index import (
@@ -34,16 +35,16 @@ from diffmoe_ds.data.sources.tar_index import (
     scan,
     without_labels,
 )
+from diffmoe_ds.data.sources.text_index import CAPTION_SUFFIXES, TEXT_SUFFIX, TextEntry, read_plain, read_records
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.npy import read_array
 from diffmoe_ds.text import reason
+from diffmoe_ds.text_features import Caption, TextFormat, padded_row
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
 EMBEDDED_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
 
-MAX_UNPACKED_BYTES = 4 << 30  # of one .tar.gz, which is decompressed in memory
 MAX_OPEN_FILES = 512  # per dataset and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
 KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index; the scanned one is cached next to them
@@ -111,7 +112,7 @@ class ShardDataset:
         suffix = IMAGE_SUFFIXES[entry.suffix]
         data = self.image_bytes(index)
         try:
-            image = _decode_latent(data) if suffix == "npy" else decode_pixels(data, suffix)
+            image = decode_array(data) if suffix == "npy" else decode_pixels(data, suffix)
         except Exception as error:  # decoders raise many types on damaged bytes
             raise DataError(
                 f"{self.describe(index)} has a .{suffix} that cannot be decoded: {reason(error)}"
@@ -122,6 +123,11 @@ class ShardDataset:
     def latents(self) -> LatentFormat | None:
         """How latents are stored, if the shards hold prepared ones, which `read_moments` reads."""
         return self.index.latents
+
+    @property
+    def text(self) -> TextFormat | None:
+        """How text features are stored, if the shards hold any, which `text_rows` reads."""
+        return self.index.text_format
 
     @property
     def labels(self) -> np.ndarray:
@@ -148,14 +154,16 @@ class ShardDataset:
         """Return key and shard of a sample, for messages."""
         return f"sample {self.key(index)!r} of shard {self._shards[self._entry(index).shard]}"
 
+    def suffix(self, index: int) -> str:
+        """Return the format of a sample's image, the suffix of its member."""
+        return IMAGE_SUFFIXES[self._entry(index).suffix]
+
     def image_bytes(self, index: int) -> bytes:
         """Return the stored bytes of a sample's image."""
         entry = self._entry(index)
         if entry.offset == NOT_STORED:
             raise DataError(f"{self.describe(index)} has a link or another special member for its image")
-        buffer = bytearray(entry.size)
-        self._read(entry.shard, entry.offset, [buffer], entry.size)
-        return bytes(buffer)
+        return self._bytes(entry.shard, entry.offset, entry.size)
 
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
         """Read the latents of images or their mirror images: uint8 [B, half_bytes], see `LatentFormat`."""
@@ -175,6 +183,58 @@ class ShardDataset:
                 raise DataError(f"{self.describe(index)} has a .npy that is not a latent of {latents}")
         return rows
 
+    def captions(self, index: int) -> list[str]:
+        """Return the captions of a sample, from its `.txt` or `.json` or else its text features; none if it has none.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        if self._text is None:
+            return []
+        entry = TextEntry(*self._text[index].tolist())
+        if entry.captions_offset == NOT_STORED:
+            return [] if self.text is None else [caption.text for caption in self.read_captions(index)]
+        try:
+            return read_plain(entry, partial(self._bytes, self._entry(index).shard))
+        except ValueError as error:
+            where = f"{self.describe(index)} has a .{CAPTION_SUFFIXES[entry.suffix]}"
+            raise DataError(f"{where} with invalid captions: {reason(error)}") from None
+
+    def read_captions(self, index: int, choice: float | None = None) -> list[Caption]:
+        """Return the captions of a sample with their text features.
+
+        Args:
+            index: the sample.
+            choice: see `read_records`.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        assert self.text is not None and self.index.text is not None
+        entry = TextEntry(*self.index.text[index].tolist())
+        try:
+            return read_records(entry, partial(self._bytes, self._entry(index).shard), self.text.layout, choice)
+        except ValueError as error:
+            where = f"{self.describe(index)} has a .{TEXT_SUFFIX}"
+            raise DataError(f"{where} that cannot be decoded: {reason(error)}") from None
+
+    def text_rows(self, indices: Sequence[int], choices: Sequence[float]) -> np.ndarray:
+        """Read the text features of one caption of each sample.
+
+        Args:
+            indices: B samples.
+            choices: for each, which of its captions, as a fraction from 0 (the first) to less than 1.
+
+        Returns:
+            fp16 [B, N], see `TextLayout`.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        assert self.text is not None
+        layout, pairs = self.text.layout, zip(indices, choices, strict=True)
+        return np.stack([padded_row(layout, self.read_captions(index, choice)[0].features) for index, choice in pairs])
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to download those shards that are URLs."""
         urls = [self._shards[number] for number in shards if is_url(self._shards[number])]
@@ -188,6 +248,16 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+    @cached_property
+    def _text(self) -> np.ndarray | None:
+        """Where captions are; indices from before they were stored lack them, so the shards are scanned."""
+        if self.index.text is not None:
+            return self.index.text
+        found = self._scan_all()
+        if len(found.samples) != len(self):
+            raise DataError(f"shard {self._shards[0]} or others have changed; run diffmoe prepare check to find out")
+        return found.text
 
     def _entry(self, index: int) -> Entry:
         return Entry(*self.index.samples[index].tolist())
@@ -231,12 +301,17 @@ class ShardDataset:
                 file.seek(0)
                 if not packed:
                     return scan(shard, file, size)
-                unpacked = _unpack(shard, file)
+                unpacked = unpack(shard, file)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"shard {shard} is not a readable, complete tar or tar.gz file: {reason(error)}") from error
         index, images = only_images(scan(shard, io.BytesIO(unpacked), len(unpacked)), unpacked)
         self._unpacked[number] = StoredBytes(images)
         return index
+
+    def _bytes(self, number: int, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        self._read(number, offset, [buffer], size)
+        return bytes(buffer)
 
     def _read(self, number: int, offset: int, buffers: list[Any], size: int) -> None:
         """Fill buffers of `size` bytes in total from a shard."""
@@ -266,25 +341,3 @@ class ShardDataset:
         if len(self._files) > MAX_OPEN_FILES:
             self._files.pop(next(iter(self._files)), None)  # closed when the last thread has read from it
         return kept
-
-
-def _unpack(shard: str, file: BinaryIO) -> bytes:
-    unpacked = io.BytesIO()
-    for chunk in decompress(shard, file):
-        unpacked.write(chunk)
-        if unpacked.tell() > MAX_UNPACKED_BYTES:
-            raise DataError(
-                f"shard {shard} needs more than {MAX_UNPACKED_BYTES >> 20} MiB of memory when decompressed; "
-                "store it as a plain .tar, which is read in place"
-            )
-    return unpacked.getvalue()
-
-
-def _decode_latent(data: bytes) -> np.ndarray:
-    """Decode a latent that is stored as a single array to float32 [C, H, W]."""
-    latent = read_array(io.BytesIO(data), len(data))
-    with np.errstate(over="ignore"):  # values outside float32 become infinite and are refused
-        values = np.ascontiguousarray(latent, np.float32) if latent.dtype.kind == "f" else None
-    if values is None or values.ndim != 3 or not np.isfinite(values).all():
-        raise ValueError(f"{latent.dtype} array of shape {latent.shape}, expected finite floats of shape (C, H, W)")
-    return values

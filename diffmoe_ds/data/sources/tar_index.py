@@ -1,7 +1,7 @@
 """Find the samples of shards by reading tar headers; `index_files.py` stores the result.
 
 A shard is a tar file.  Adjacent members with the same key (the name up to the first dot of its base name) form a
-sample.  Nothing is extracted or unpickled, and only images and labels are read.
+sample.  Nothing is extracted or unpickled, and only images, labels, captions and text features are read.
 """
 
 from __future__ import annotations
@@ -15,19 +15,28 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
+from diffmoe_ds.data.sources.latents import LatentFormat
+from diffmoe_ds.data.sources.tar_headers import Formats, Headers, read_at
+from diffmoe_ds.data.sources.text_index import (
+    CAPTION_SUFFIXES,
+    CAPTIONS,
+    FEATURES,
+    TEXT_FORMAT_MEMBER,
+    TEXT_SUFFIX,
+    TextEntry,
+    text_difference,
+    text_entry,
+    text_table,
+)
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text import reason
+from diffmoe_ds.text_features import TextFormat
 
 MAX_MEMBER_BYTES = 64 << 20
 MAX_LABEL_BYTES = 64
 MAX_LABEL = 999_999_999
-MAX_HEADER_BYTES = 1 << 20
-"""Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
 MAX_NAME = 4096
 """Most characters of a member's name, as of a path on Linux."""
-MAX_DIGITS = 64
-"""Longest number in an extended header; the standard library's search for one takes quadratic time."""
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "npy", "gif", "bmp", "tif", "tiff")
 """Indices store positions in this tuple, so new suffixes are appended."""
 RARE_SUFFIXES = ("gif", "bmp", "tif", "tiff")
@@ -67,6 +76,8 @@ class Index:
     keys: np.ndarray  # uint8, the UTF-8 of all keys
     latents: LatentFormat | None = None
     classes: tuple[str, ...] | None = None  # name of each label, if labels have names
+    text: np.ndarray | None = None  # int64 [n, len(TextEntry._fields)], if samples have captions or text features
+    text_format: TextFormat | None = None  # of text features, if samples have any
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""
@@ -79,7 +90,7 @@ def join(parts: Sequence[Index]) -> Index:
     """Concatenate indices.
 
     Raises:
-        DataError: the shards hold latents of different formats.
+        DataError: the shards hold latents or text features of different formats.
     """
     latents = parts[0].latents
     first_shard, first_key, blocks = 0, 0, []
@@ -93,12 +104,35 @@ def join(parts: Sequence[Index]) -> Index:
         blocks.append(part.samples + np.array(shift, np.int64))
         first_shard += len(part.shards)
         first_key += len(part.keys)
+    text, text_format = _join_text(parts)
     return Index(
         tuple(shard for part in parts for shard in part.shards),
         np.concatenate(blocks),
         np.concatenate([part.keys for part in parts]),
         latents,
+        text=text,
+        text_format=text_format,
     )
+
+
+def _join_text(parts: Sequence[Index]) -> tuple[np.ndarray | None, TextFormat | None]:
+    """Concatenate the text of indices.
+
+    Raises:
+        DataError: the shards hold text features of different formats, or only some of them hold any.
+    """
+    form = parts[0].text_format
+    for part in parts:
+        found = text_difference(part.text_format, form)
+        if found is not None:
+            raise DataError(
+                f"shards {parts[0].shards[0].name} and {part.shards[0].name} hold different text features: {found}"
+            )
+    if all(part.text is None for part in parts):
+        return None, form
+    empty = np.zeros((1, len(TextEntry._fields)), np.int64)
+    blocks = [np.repeat(empty, len(part.samples), 0) if part.text is None else part.text for part in parts]
+    return np.concatenate(blocks), form
 
 
 def scan(shard: str, file: BinaryIO, size: int) -> Index:
@@ -110,18 +144,19 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         size: its bytes.
 
     Raises:
-        DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, or a
-            member is too large or has a name that leads out of the archive.
+        DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, only some
+            samples have text features, or a member is too large or has a name that leads out of the archive.
     """
-    rows, keys = array("q"), bytearray()
-    latents: list[LatentFormat] = []
+    rows, texts, keys = array("q"), array("q"), bytearray()
+    formats = Formats()
     try:
-        for key, members in _samples(shard, file, latents):
+        for key, members in _samples(shard, file, formats):
             where = f"sample {key!r} of shard {shard}"
             suffix, (offset, length) = _image(where, members)
             label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
             rows.extend(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
+            texts.extend(text_entry(members))
             keys += name
     except RecursionError:
         raise DataError(f"shard {shard} has a member with hundreds of headers") from None
@@ -132,26 +167,37 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         (ShardInfo(shard, size, len(samples)),),
         samples,
         np.frombuffer(bytes(keys), np.uint8),
-        latents[0] if latents else None,
+        formats.latents,
+        text=text_table(np.array(texts, np.int64).reshape(-1, len(TextEntry._fields)), formats.text),
+        text_format=formats.text,
     )
     check_latents(index)
+    check_text(index)
     return index
 
 
 def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
-    """Return the images of a tar file in one block, and their index; small ones take a fraction of the tar file.
+    """Return the images and the text of a tar file in one block, and their index.
+
+    Small images take a fraction of the tar file.
 
     Args:
         index: the samples of the tar file.
         tar: its contents.
     """
-    samples = np.array(index.samples)
-    offsets, sizes = samples[:, Entry._fields.index("offset")], samples[:, Entry._fields.index("size")]
-    view = memoryview(tar)
-    images = [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
-    starts = 1 + np.cumsum(sizes) - sizes  # after a byte, because no image is at NOT_STORED
-    offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
-    return replace(index, samples=samples), b"".join([bytes(1), *images])
+    samples, text = np.array(index.samples), None if index.text is None else np.array(index.text)
+    places = [(samples, Entry._fields.index("offset"))]
+    if text is not None:
+        places += [(text, CAPTIONS), (text, FEATURES)]
+    view, parts = memoryview(tar), [memoryview(bytes(1))]
+    end = 1  # after a byte, because no member is at NOT_STORED
+    for table, column in places:
+        offsets, sizes = table[:, column], table[:, column + 1]
+        parts += [view[offset : offset + size] for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+        starts = end + np.cumsum(sizes) - sizes
+        end += int(sizes.sum())
+        offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
+    return replace(index, samples=samples, text=text), b"".join(parts)
 
 
 def without_labels(index: Index) -> Index:
@@ -180,14 +226,32 @@ def check_latents(index: Index) -> None:
         )
 
 
+def check_text(index: Index) -> None:
+    """Check that all samples have text features or none has.
+
+    Raises:
+        DataError: some lack them.
+    """
+    if index.text_format is None or index.text is None:
+        assert index.text_format is None, "a format comes with a table"
+        return
+    lacks = index.text[:, FEATURES] == 0
+    if lacks.any():
+        number = int(np.argmax(lacks))
+        raise DataError(
+            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has no .{TEXT_SUFFIX}"
+            f", but its shard has a {TEXT_FORMAT_MEMBER}; expected text features next to every image, or to none"
+        )
+
+
 Members = dict[str, tuple[int, int]]
 
 
-def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterator[tuple[str, Members]]:
+def _samples(shard: str, file: BinaryIO, formats: Formats) -> Iterator[tuple[str, Members]]:
     """Yield key and members `{suffix: (offset, size)}` of each sample, grouped as in WebDataset."""
     current = ""
     members: Members = {}
-    headers = _Headers(shard, file)
+    headers = Headers(shard, file)
     with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
         for member in tar:
             tar.members.clear()  # type: ignore[attr-defined]  # the headers of all members, which tarfile would keep
@@ -197,8 +261,7 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                     f"shard {shard} has a member whose name has {len(member.name):,} characters; the limit is "
                     f"{MAX_NAME:,}"
                 )
-            if member.name == FORMAT_MEMBER and member.isreg() and 0 <= member.size <= MAX_FORMAT_BYTES:
-                latents.append(parse_format(_read(file, member.offset_data, member.size), f"shard {shard}"))
+            if formats.read(shard, file, member):
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, dot, suffix = base.partition(".")
@@ -214,8 +277,10 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
                 current, members = key, {}
             if suffix in members:
                 raise DataError(f"sample {key!r} of shard {shard} has two .{suffix} members; expected one")
-            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX):
+            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX, TEXT_SUFFIX):
                 _check_member(shard, member)
+            elif suffix in CAPTION_SUFFIXES and member.size < 0:
+                raise tarfile.ReadError(f"member {member.name!r} has a negative size")
             members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
         # tarfile treats a damaged or truncated header as the end of the archive; the real end is a block of zeros.
         file.seek(tar.offset)
@@ -223,54 +288,6 @@ def _samples(shard: str, file: BinaryIO, latents: list[LatentFormat]) -> Iterato
             raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
     if members:
         yield current, members
-
-
-class _Headers:
-    """A tar file as `tarfile` reads it: headers only, and a bounded number of bytes for each member."""
-
-    def __init__(self, shard: str, file: BinaryIO) -> None:
-        """Wrap a file.
-
-        Args:
-            shard: its name, for messages.
-            file: the tar file.
-        """
-        self._shard = shard
-        self._file = file
-        self._left = MAX_HEADER_BYTES
-        self._offset = 0
-        self.seek, self.tell = file.seek, file.tell
-
-    def start_member(self, offset: int) -> None:
-        """Allow the headers of the next member.
-
-        Args:
-            offset: where they begin.
-
-        Raises:
-            DataError: they do not follow the previous ones, so that reading would never end.
-        """
-        if offset <= self._offset:
-            raise DataError(f"shard {self._shard} has a member of negative size before byte {self._offset}")
-        self._offset, self._left = offset, MAX_HEADER_BYTES
-
-    def read(self, size: int = -1) -> bytes:
-        """Return a part of a header.
-
-        Raises:
-            DataError: the member has more than `MAX_HEADER_BYTES` of headers, or a header has a number of more than
-                `MAX_DIGITS`.
-        """
-        self._left -= size
-        if size < 0 or self._left < 0:
-            raise DataError(
-                f"shard {self._shard} has a member with more than {MAX_HEADER_BYTES >> 20} MiB of headers at byte "
-                f"{self._file.tell()}"
-            )
-        data = self._file.read(size)
-        if size > tarfile.BLOCKSIZE and re.search(b"[0-9]{%d}" % (MAX_DIGITS + 1), data):
-            raise DataError(f"shard {self._shard} has a header with a number of more than {MAX_DIGITS} digits")
-        return data
 
 
 def _check_member(shard: str, member: tarfile.TarInfo) -> None:
@@ -301,18 +318,7 @@ def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[
 
 def _label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
     offset, size = place
-    text = _read(file, offset, min(size, MAX_LABEL_BYTES))
+    text = read_at(file, offset, min(size, MAX_LABEL_BYTES))
     if size > MAX_LABEL_BYTES or not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
         raise DataError(f"{where} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
     return int(text)
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Read bytes and restore the position, from which tarfile continues."""
-    here = file.tell()
-    file.seek(offset)
-    data = file.read(size)
-    file.seek(here)
-    if len(data) != size:
-        raise EOFError(f"the file ends before byte {offset + size}")
-    return data

@@ -14,8 +14,10 @@ from diffmoe_ds.evaluation.report.facts import (
     Sampled,
     key_numbers,
     model_table,
+    prompt_table,
     router_name,
     sampling_table,
+    shown_prompt,
     software_table,
     training_table,
 )
@@ -40,11 +42,13 @@ class Contents:
     history: History
     """The run's logs."""
     sampled: Sampled | None
-    """Generated images; None for a run without a checkpoint."""
+    """Generated images, if any."""
     is_foreign: bool
     """Whether the model is from outside the run, so that it may belong to another run."""
     command: str
     """The command line."""
+    no_images: str
+    """Why there are no images, if there are none."""
 
 
 def build_page(contents: Contents) -> Page:
@@ -53,7 +57,7 @@ def build_page(contents: Contents) -> Page:
     sections = [_training(history)]
     if sampled is not None:
         known = class_names(config, sampled)
-        names = {label: known.get(label, f"class {label}") for label in sampled.classes}
+        names = {label: known.get(label, f"{sampled.nouns.one} {label}") for label in sampled.classes}
         sections += [_samples(sampled, names), *_routing(contents, sampled, names)]
     size = config.model.input_size
     kind = "pixels" if config.model.in_channels in PIXEL_CHANNELS else "latents"
@@ -64,6 +68,8 @@ def build_page(contents: Contents) -> Page:
     }
     if sampled is not None:
         tables["Generated images"] = sampling_table(sampled, class_names(config, sampled))
+        if sampled.prompts:
+            tables["Prompts"] = prompt_table(sampled)
     return Page(
         title=Path(contents.source).resolve().name,
         subtitle=(
@@ -80,10 +86,12 @@ def build_page(contents: Contents) -> Page:
 
 
 def class_names(config: Config, sampled: Sampled) -> dict[int, str]:
-    """Return the class names of the generated images by label; empty if unknown.
+    """Return the class names or the prompts of the generated images by label; empty if unknown.
 
     Bytes of a folder's name that are not valid UTF-8 become escapes, which can be drawn.
     """
+    if sampled.prompts:
+        return {label: shown_prompt(sampled.prompts[label]) for label in sampled.classes}
     known: Sequence[str] = sampled.used.reader.class_names or ()
     if not known and config.data.path is None and config.model.num_classes == len(EMBEDDED_CLASSES):
         known = EMBEDDED_CLASSES
@@ -101,7 +109,7 @@ def notes(contents: Contents) -> list[str]:
             f"are from {sampled.used.reader.path}, outside the run."
         )
     if sampled is None:
-        found.append("The run has no checkpoint yet, so the report has no images.")
+        found.append(contents.no_images)
     elif config.model.in_channels not in PIXEL_CHANNELS and sampled.used.vae is None:
         found.append(
             "The model generates latents. Without --vae, images show their first three channels, roughly scaled."
@@ -129,11 +137,11 @@ def _samples(sampled: Sampled, names: Mapping[int, str]) -> Section:
     settings = sampled.settings
     how = f"Sampler {settings.sampler}, {sampled.steps}"
     guided = f"{how}, guidance scale {settings.cfg_scale:g}"
-    drawings = [class_drawing(sampled.probe, names, sampled.seed, guided)]
-    text = "Images from the first seeds, ordered by class."
+    drawings = [class_drawing(sampled.probe, names, sampled.nouns, sampled.seed, guided)]
+    text = f"Images from the first seeds, ordered by {sampled.nouns.one}."
     if sampled.pictures_G:
-        shown = guidance_drawing(sampled.pictures_G, sampled.guided, names, f"{how}, seed {sampled.seed}")
-        drawings.append(shown)
+        about = f"{how}, seed {sampled.seed}"
+        drawings.append(guidance_drawing(sampled.pictures_G, sampled.guided, names, sampled.nouns, about))
     else:
         text += " The model was trained without label dropout, so it does not support classifier-free guidance."
     return Section("Samples", text, drawings)
@@ -144,7 +152,7 @@ def _routing(contents: Contents, sampled: Sampled, names: Mapping[int, str]) -> 
     config = contents.config
     if not sampled.probe.layers:
         return [Section("Experts", "The model is dense: all tokens pass through the same layers, without routing.")]
-    routed = Routed(sampled.probe, config.routing.capacity, names, sampled.evidence)
+    routed = Routed(sampled.probe, config.routing.capacity, names, sampled.nouns, sampled.evidence)
     compute = compute_drawings(routed)
     text = f"{_rule(config, sampled.used)} {findings(routed)}"
     if sampled.settings.cfg_scale != 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
 from diffmoe_ds.sampling.samplers import ADAPTIVE
-from diffmoe_ds.text import counted
+from diffmoe_ds.text import counted, shortened
 
 PACKAGES = ("diffmoe_ds", "torch", "deepspeed", "numpy", "matplotlib")
 """Packages whose versions are listed in a report."""
@@ -39,6 +40,16 @@ ROUTERS = {
 def router_name(config: Config) -> str:
     """Return the name of a model's router in reports and model cards; ``dense`` without experts."""
     return "dense" if config.num_experts == 1 else ROUTERS[config.routing.kind]
+
+
+class Nouns(NamedTuple):
+    """What the labels of generated images are."""
+
+    one: str
+    many: str
+
+
+CLASSES, PROMPTS = Nouns("class", "classes"), Nouns("prompt", "prompts")
 
 
 @dataclass(frozen=True)
@@ -70,26 +81,33 @@ class Sampled:
     settings: SamplingSettings
     """Sampler and guidance."""
     seed: int
-    """The first seed of each class."""
+    """The first seed of each class or prompt."""
     classes: tuple[int, ...]
-    """The classes."""
+    """The classes, or the numbers of the prompts."""
     probe: Probe
     """The images and their routing."""
     guided: Sequence[int]
-    """Classes of the images generated at several guidance scales."""
+    """Classes or prompts of the images generated at several guidance scales."""
     pictures_G: Mapping[float, Pixels]
     """These images, uint8 [N, H, W, C], by guidance scale; empty for a model without guidance."""
     thresholds: Mapping[int, Sequence[float]]
     """The checkpoint's thresholds by block of the MoE layer; empty without a capacity predictor."""
     seconds: float
     """Generation time."""
+    prompts: tuple[str, ...] = ()
+    """The prompts of a text model."""
+
+    @property
+    def nouns(self) -> Nouns:
+        """What the labels are."""
+        return PROMPTS if self.prompts else CLASSES
 
     @property
     def evidence(self) -> str:
         """Number of images and steps in the routing figures."""
-        images, classes = len(self.probe.label_N), len(self.classes)
+        images, labels = len(self.probe.label_N), len(self.classes)
         each = " each" if images > 1 else ""
-        return f"{counted(images, 'image')} of {classes:,} class{'es' * (classes > 1)}, {self.steps}{each}"
+        return f"{counted(images, 'image')} of {labels:,} {self.nouns[labels > 1]}, {self.steps}{each}"
 
     @property
     def steps(self) -> str:
@@ -109,7 +127,7 @@ def model_table(config: Config) -> dict[str, str]:
         "blocks, width, heads": f"{size.depth}, {size.hidden_size}, {size.num_heads}",
         "input": f"{counted(model.in_channels, 'channel')}, {shape}",
         "tokens per image": f"{config.tokens_per_image:,}",
-        "classes": f"{model.num_classes:,}",
+        **({"conditioning": "text"} if config.is_text else {"classes": f"{model.num_classes:,}"}),
         "objective": "rectified flow" if config.objective.kind == "flow" else "DDPM",
         "router": router_name(config),
     }
@@ -179,9 +197,12 @@ def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]
         "precision": str(used.dtype).removeprefix("torch."),
         "device": device_name(used.device),
         "images": f"{images:,}",
-        "seeds": seeds + (", the same for every class" if len(sampled.classes) > 1 else ""),
-        "classes": classes,
+        "seeds": seeds + (f", the same for every {sampled.nouns.one}" if len(sampled.classes) > 1 else ""),
     }
+    if used.reader.text is not None:
+        rows["text encoders"] = ", ".join(encoder.name for encoder in used.reader.text.encoders)
+    else:
+        rows["classes"] = classes
     if sampled.pictures_G:
         count = sum(len(pictures) for pictures in sampled.pictures_G.values())
         rows["images for guidance"] = f"{count}, seed {sampled.seed}"
@@ -191,6 +212,26 @@ def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]
         if value is not None:
             rows[name] = value
     return rows | {"time": clock(sampled.seconds)}
+
+
+def prompt_table(sampled: Sampled) -> dict[str, str]:
+    """Describe the compute of each prompt, the hardest first; without experts, only number the prompts."""
+    names = {label: f"{label + 1}. {shown_prompt(sampled.prompts[label])}" for label in sampled.classes}
+    capacity_NKL, label_N = sampled.probe.capacity_NKL, sampled.probe.label_N
+    if capacity_NKL is None:
+        return {name: counted(int((label_N == label).sum()), "image") for label, name in names.items()}
+    mean_N = np.nanmean(capacity_NKL, axis=(1, 2))
+    mean = {label: float(mean_N[label_N == label].mean()) for label in names}
+    hardest = sorted(names, key=lambda label: -mean[label])
+    return {names[label]: f"{mean[label]:.3f} experts per token" for label in hardest}
+
+
+def shown_prompt(prompt: str) -> str:
+    """Return a prompt in one line that can be drawn."""
+    line = " ".join(prompt.split())
+    return shortened(
+        "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line), 300
+    ) or ("(empty prompt)")
 
 
 def software_table() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Generate images and record how their tokens are routed, as plain arrays for figures.
 
-With classifier-free guidance, only the conditional pass is counted: the unconditional one has no class.
+With classifier-free guidance, only the conditional pass is counted: the unconditional one has no class or prompt.
 
 Legend: N images, I images with heat maps, B images of a batch, S tokens per image, V noise levels of heat maps, K bins
 of the noise level, L MoE layers, E experts, C channels, H, W height and width, R, Q rows and columns of tokens.
@@ -24,6 +24,7 @@ from diffmoe_ds.model.dit import DiT, DiTOutput
 from diffmoe_ds.sampling.fields import Progress
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels, to_uint8
+from diffmoe_ds.sampling.observer import observing
 from diffmoe_ds.sampling.stream import Decode, generate_batches
 
 NOISE_BINS = 10
@@ -38,7 +39,7 @@ class Images(NamedTuple):
     """The images to generate."""
 
     label_N: Tensor
-    """int64 class labels."""
+    """int64 class labels, or numbers of prompts."""
     seeds: Sequence[int]
     """Seed of each image."""
     heat_maps: int = 0
@@ -64,7 +65,7 @@ class Probe:
     """Generated images and the routing of their tokens."""
 
     label_N: Array
-    """int64 class labels."""
+    """int64 class labels, or numbers of prompts."""
     picture_NHWC: Pixels
     """uint8 images."""
     layers: tuple[int, ...] = ()
@@ -158,37 +159,36 @@ class Record(NamedTuple):
 
 
 class Recorder:
-    """Accumulates the routing of every forward pass, on the model's device until the end of a batch."""
+    """Accumulates the routing of every forward pass, on the model's device until the end of a batch (an `Observer`)."""
 
     def __init__(self, model: DiT, heat_maps: int) -> None:
-        """Start a batch.
+        """Start with no batch.
 
         Args:
             model: the model.
             heat_maps: how many of the first images to keep states and heat maps of.
         """
         self.layers = tuple(model.moe_layers())
-        self._classes = model.config.model.num_classes
+        self._model = model
         self._noise_level = make_objective(model.config.objective.kind).noise_level
         self._left = heat_maps
-        self._reset()
+        self.start()
 
-    def _reset(self) -> None:
+    def start(self) -> None:
+        """Start or restart a batch; see `Observer.start`."""
         self._sum_BKL: Tensor | None = None
         self._nearest: list[tuple[Tensor, ...]] = []
 
-    def observe(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
-        """Add a forward pass of the model.
+    def see_inputs(self, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Note the state of the sampler; a forward pre-hook of the model."""
+        self._x_BCHW = inputs[0]
 
-        Args:
-            x_BCHW: the state of the sampler.
-            t_B: the times, as passed to the model.
-            y_B: labels; unconditional images have the null label, the number of classes.
-            output: the model's output.
-        """
-        is_cond_B = y_B < self._classes
+    def observe(self, t_B: Tensor, y_B: Tensor, output: DiTOutput) -> None:
+        """Add a forward pass of the model; see `Observer.observe`."""
+        is_cond_B = y_B < self._model.y_embedder.num_labels  # which is the label of the null condition
         if not output.routing or not is_cond_B.any():
             return
+        x_BCHW = self._x_BCHW
         mask_LBSE = torch.stack([routing.mask_TE.unflatten(0, (len(y_B), -1)) for routing in output.routing])
         mask_LBSE = mask_LBSE[:, is_cond_B]
         taken_LBS = mask_LBSE.sum(-1)
@@ -215,7 +215,6 @@ class Recorder:
         self._taken_LT = torch.zeros(L, E + 1, dtype=torch.int64, device=device)
         self._kept = min(self._left, B)
         self._sum_IS = torch.zeros(self._kept, S, device=device)
-        self._left -= self._kept
 
     def _keep(self, state_ICHW: Tensor, level_I: Tensor, experts_IS: Tensor) -> None:
         """Keep a step for the heat maps of all levels to which it is the nearest so far, separately for each image."""
@@ -230,17 +229,21 @@ class Recorder:
                 for new, old in zip(found, self._nearest[v], strict=True)
             )
 
+    def keep(self) -> None:
+        """End a batch, whose record is then to be taken; see `Observer.keep`."""
+
     def take(self) -> Record:
-        """Return the record of the generated batch, and start another."""
+        """Return the record of the generated batch."""
         if self._sum_BKL is None:
             empty = np.empty(0)
             return Record(empty, empty, empty, empty, (), empty, empty)
+        self._left -= self._kept
         steps_BK = self._steps_BK.cpu().numpy()
         with np.errstate(invalid="ignore"):
             capacity_BKL = self._sum_BKL.cpu().numpy() / steps_BK[:, :, None]
         levels = [level_I.cpu().numpy() for level_I, _, _ in self._nearest]
         experts = [experts_IS.cpu().numpy() for _, _, experts_IS in self._nearest]
-        record = Record(
+        return Record(
             capacity_BKL=capacity_BKL,
             tokens_LE=self._tokens_LE.cpu().numpy(),
             taken_LT=self._taken_LT.cpu().numpy(),
@@ -249,8 +252,6 @@ class Recorder:
             experts_IVS=np.stack(experts, axis=1) if experts else np.empty(0),
             mean_IS=self._sum_IS.cpu().numpy() / steps_BK[0].sum(),
         )
-        self._reset()
-        return record
 
 
 @contextmanager
@@ -262,17 +263,9 @@ def recording(model: DiT, heat_maps: int = 0) -> Iterator[Recorder]:
         heat_maps: how many of the first images to keep states and heat maps of.
     """
     recorder = Recorder(model, heat_maps)
-
-    def hook(module: torch.nn.Module, inputs: tuple[Tensor, Tensor, Tensor], output: DiTOutput) -> None:
-        recorder.observe(*inputs[:3], output)
-
-    # A bound that is never exceeded: otherwise `generate` may repeat a batch, whose passes would count twice.
-    assumed = model.assumed_capacities
-    capacities = [layer.capacity for layer in model.moe_layers().values()]
-    model.assumed_capacities = model.config.num_experts / min(capacities, default=1)
-    handle = model.register_forward_hook(hook)
+    handle = model.register_forward_pre_hook(recorder.see_inputs)
     try:
-        yield recorder
+        with observing(model, recorder):
+            yield recorder
     finally:
         handle.remove()
-        model.assumed_capacities = assumed

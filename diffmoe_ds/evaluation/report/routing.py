@@ -1,6 +1,6 @@
-"""Routing figures: compute per token over the image, capacity by noise level, layer and class, load, experts taken.
+"""Routing figures: compute per token over the image, capacity by noise level, layer and label, load, experts taken.
 
-Legend: N images, K bins of the noise level, L MoE layers, E experts, M classes.
+Legend: N images, K bins of the noise level, L MoE layers, E experts, M labels: classes or prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffmoe_ds.evaluation.report.facts import Nouns
 from diffmoe_ds.evaluation.report.probe import NOISE_BINS, Array, HeatMaps, Probe
 from diffmoe_ds.evaluation.report.style import (
     BALANCE,
@@ -27,16 +28,17 @@ from diffmoe_ds.evaluation.report.style import (
     panel,
     picture_sheet,
     shorten,
+    wrapped,
 )
 
 LINES = 4
 """Maximum number of layers drawn as lines; more are drawn as a heat map."""
 SHOWN_CLASSES = 20
-"""Largest number of classes in the figure of capacity by class."""
+"""Largest number of labels in the figure of capacity by label."""
 CLASS_SPAN = 0.05
-"""Smallest span of its axis as a fraction of the mean, so that nearly equal classes do not look like a ranking."""
-HEAT_MAPS = 4
-"""Images in the figure of compute per token."""
+"""Smallest span of its axis as a fraction of the mean, so that nearly equal labels do not look like a ranking."""
+HEAT_MAPS = {"class": 4, "prompt": 8}
+"""Largest number of images in the figure of compute per token, by what the labels are."""
 NARROWEST_SHEET = 3.6
 """Smallest width of this figure in inches, for the labels of its rows."""
 
@@ -50,7 +52,9 @@ class Routed:
     capacity: float
     """The training capacity C."""
     names: Mapping[int, str]
-    """Names of the classes by label."""
+    """Names of the classes by label, or the prompts."""
+    nouns: Nouns
+    """Which of these."""
     evidence: str
     """Number of images and steps in the figures, such as ``160 images, 25 steps each``."""
 
@@ -129,8 +133,9 @@ def by_layer(routed: Routed) -> Drawing:
 
 
 def by_class(routed: Routed) -> list[Drawing]:
-    """Draw experts per token by class and pictures of the hardest and easiest ones; nothing for a single class or
+    """Draw experts per token by label and pictures of the hardest and easiest ones; nothing for a single label or
     if the rule gives all images the same capacity."""
+    one, many = routed.nouns
     labels_M, mean_M, error_M = class_capacity(routed.probe.label_N, routed.capacity_N)
     if len(labels_M) < 2 or np.ptp(routed.capacity_N) < 1e-3:
         return []
@@ -151,12 +156,12 @@ def by_class(routed: Routed) -> list[Drawing]:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("experts per token")
     _span_at_least(axes, CLASS_SPAN * mean_M.mean())
-    some = "" if len(shown) == len(labels_M) else f" The {half} hardest and {half} easiest of {len(labels_M)} classes."
+    some = "" if len(shown) == len(labels_M) else f" The {half} hardest and {half} easiest of {len(labels_M)} {many}."
     caption = (
-        f"{routed.evidence}; mean over noise levels and layers{_interval(routed.probe.label_N)}. The dotted line is "
-        f"the mean of all classes. Classes at the top get the most compute.{some}"
+        f"{routed.evidence}; mean over noise levels and layers{_interval(routed.probe.label_N, many)}. The dotted line "
+        f"is the mean of all {many}. {many.capitalize()} at the top get the most compute.{some}"
     )
-    return [Drawing("capacity_by_class", "Experts per token by class", caption, figure), _extremes(routed, labels_M)]
+    return [Drawing(f"capacity_by_{one}", f"Experts per token by {one}", caption, figure), _extremes(routed, labels_M)]
 
 
 def _span_at_least(axes: Any, span: float) -> None:
@@ -169,19 +174,19 @@ def _span_at_least(axes: Any, span: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
 
 
-def _interval(label_N: Array) -> str:
-    """Return what the caption says about intervals; a class with a single image has none."""
+def _interval(label_N: Array, many: str) -> str:
+    """Return what the caption says about intervals; a label with a single image has none."""
     counts_M = np.unique(label_N, return_counts=True)[1]
     if counts_M.max() == 1:
         return ""
-    return ", with a 95% interval over images" + (" for classes with several" if counts_M.min() == 1 else "")
+    return ", with a 95% interval over images" + (f" for {many} with several" if counts_M.min() == 1 else "")
 
 
 def class_capacity(label_N: Array, capacity_N: Array) -> tuple[Array, Array, Array]:
-    """Return labels, mean capacity and half its 95% interval (0 for a single image) of each class, hardest first.
+    """Return labels, mean capacity and half its 95% interval (0 for a single image) of each label, hardest first.
 
     Args:
-        label_N: class of each image.
+        label_N: label of each image.
         capacity_N: experts per token of each image.
     """
     labels = np.unique(label_N)
@@ -193,7 +198,7 @@ def class_capacity(label_N: Array, capacity_N: Array) -> tuple[Array, Array, Arr
 
 
 def _extremes(routed: Routed, labels_M: Array) -> Drawing:
-    """Draw pictures of the hardest and easiest classes, each class with its images from hard to easy."""
+    """Draw pictures of the hardest and easiest labels, each with its images from hard to easy."""
     count = min(3, len(labels_M) // 2)
     capacity_N = routed.capacity_N
     rows = []
@@ -201,13 +206,14 @@ def _extremes(routed: Routed, labels_M: Array) -> Drawing:
         found = np.flatnonzero(routed.probe.label_N == label)
         found = found[np.argsort(-capacity_N[found], kind="stable")]
         chosen = found[np.unique(np.linspace(0, len(found) - 1, 6).astype(int))]
-        text = f"{shorten(routed.names[label], 14)}\n{capacity_N[found].mean():.2f}"
+        text = f"{wrapped(routed.names[label], 14, lines=3)}\n{capacity_N[found].mean():.2f}"
         rows.append(PictureRow(text, [routed.probe.picture_NHWC[i] for i in chosen], starts_group=number == count))
     caption = (
-        f"Top {count} rows: the class{'' if count == 1 else 'es'} with the most experts per token (the number is the "
+        f"Top {count} rows: the {routed.nouns[count > 1]} with the most experts per token (the number is the "
         f"mean); bottom {count}: with the fewest. Each row is ordered from most to fewest. {routed.evidence}."
     )
-    return picture_sheet("hardest_and_easiest_classes", "Hardest and easiest classes", caption, rows)
+    many = routed.nouns.many
+    return picture_sheet(f"hardest_and_easiest_{many}", f"Hardest and easiest {many}", caption, rows)
 
 
 def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
@@ -217,7 +223,7 @@ def heat_maps(routed: Routed, heat: HeatMaps) -> Drawing:
 
     images = len(heat.experts_IVRQ)
     order = np.argsort(-heat.mean_IRQ.mean((1, 2)), kind="stable")
-    chosen = order[np.unique(np.linspace(0, images - 1, min(HEAT_MAPS, images)).astype(int))]
+    chosen = order[np.unique(np.linspace(0, images - 1, min(HEAT_MAPS[routed.nouns.one], images)).astype(int))]
     top = float(np.percentile(heat.experts_IVRQ[chosen], 99.5)) or 1.0
     # with few sampler steps, one step is the nearest to several noise levels
     level_IV = heat.level_IV[chosen]
@@ -337,5 +343,7 @@ def findings(routed: Routed) -> str:
     labels_M, mean_M, _ = class_capacity(routed.probe.label_N, routed.capacity_N)
     if len(labels_M) > 1 and mean_M[0] >= 1.01 * mean_M[-1] > 0:
         most, fewest = (routed.names[int(label)] for label in labels_M[[0, -1]])
-        text.append(f"The hardest class, {most}, gets {mean_M[0] / mean_M[-1]:.2f} times the compute of {fewest}.")
+        text.append(
+            f"The hardest {routed.nouns.one}, {most}, gets {mean_M[0] / mean_M[-1]:.2f} times the compute of {fewest}."
+        )
     return " ".join(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ class PictureRow:
     """A row of pictures with a label on its left."""
 
     label: str
-    """One or two lines."""
+    """A few lines."""
     pictures: Sequence[Any]
     """uint8 [H, W, C]."""
     starts_group: bool = False
@@ -219,18 +220,19 @@ def picture_sheet(
         title: of the figure.
         caption: of the figure.
         rows: the rows; the longest decides how large the pictures are.
-        heads: labels above the columns; none if empty.
+        heads: labels above the columns, which may take several lines; none if empty.
     """
     gap, space = 0.05, 0.16
     longest = max(len(line) for row in rows for line in row.label.splitlines())
-    left, top = 0.12 + 0.082 * longest, 0.24 if heads else 0.02
+    left = 0.12 + 0.082 * longest
     columns = max(len(row.pictures) for row in rows)
     side = min(0.95, (SHEET_WIDTH - left) / columns - gap)
+    heads = [wrapped(head, round(side / 0.075), lines=4) for head in heads]
+    top = 0.12 + 0.12 * max(head.count("\n") + 1 for head in heads) if heads else 0.02
     height = top + len(rows) * (side + gap) + space * sum(row.starts_group for row in rows)
     sheet = Sheet(left + columns * (side + gap), height)
     for column, head in enumerate(heads):
-        text = shorten(head, round(side / 0.075))
-        sheet.write(text, left + column * (side + gap) + side / 2, top - 0.07, ha="center", fontsize=8)
+        sheet.write(head, left + column * (side + gap) + side / 2, top - 0.07, ha="center", fontsize=8)
     y = top
     for row in rows:
         y += space * row.starts_group
@@ -239,6 +241,11 @@ def picture_sheet(
             sheet.place(picture, left + column * (side + gap), y, side)
         y += side + gap
     return Drawing(name, title, caption, sheet.figure, is_wide=True)
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """Return a text in at most ``lines`` lines of ``width`` characters, cut with an ellipsis."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder="…"))
 
 
 def shorten(text: str, length: int) -> str:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from tests.helpers.data import photographs, tiny_vae, tree
+from tests.helpers.encoders import tiny_encoder
 from tests.helpers.processes import REPOSITORY, clean_environment
 
 TIMEOUT = 3000
@@ -81,6 +82,7 @@ def seconds_per_shard(prepared: Path) -> float:
 def main() -> None:
     """Run the three preparations and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("latents", "text"), default="latents")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--shard-images", type=int, default=250)
@@ -92,8 +94,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         images = photographs(folder / "photographs", options.images, size=options.size + 8, classes=10)
-        vae = tiny_vae(folder / "vae")
-        common = ["latents", "--images", str(images), "--vae", str(vae), "--size", str(options.size)]
+        if options.kind == "text":
+            for number, path in enumerate(sorted(images.rglob("*.jpg"))):
+                path.with_suffix(".txt").write_text(f"a red car {number}\nthe house" if number % 2 else "blue")
+            encoder = ["--encoder", str(tiny_encoder("bert"))]
+        else:
+            encoder = ["--vae", str(tiny_vae(folder / "vae"))]
+        common = [options.kind, "--images", str(images), *encoder, "--size", str(options.size)]
         common += ["--shard-images", str(options.shard_images), "--out"]
         log = folder / "log"
         worlds = {"one": 1, "more": options.ranks}
