@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffmoe_ds.control_files import MAX_BYTES, read_json
 from diffmoe_ds.data.minilm import MINILM, minilm_folder
-from diffmoe_ds.data.pretrained import LOCAL, check_size, read_config
+from diffmoe_ds.data.pretrained import LOCAL, check_size, download, read_config
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import expand_user, sha256_of
 from diffmoe_ds.text import reason, shortened
@@ -217,13 +217,7 @@ def _folder(path: str) -> Path:
             f"the text encoder {path} is neither a folder with a model of transformers, nor a name on the Hugging Face "
             f"hub, nor {MINILM}."
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises many types
-        why = " ".join(reason(error).split())[:300]
-        raise ConfigError(f"the text encoder {path} cannot be downloaded from the Hugging Face hub: {why}.") from None
+    return download(path, HUB_FILES, "the text encoder")
 
 
 def _weights(folder: Path) -> list[Path]:

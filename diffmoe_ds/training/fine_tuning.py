@@ -21,8 +21,8 @@ INHERITED = {
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
 ADAPTABLE = ("num_classes", "label_dropout", "text_encoders", "repa_weight", "repa_hidden", "repa_features")
-"""Keys that may differ from those of the initial model: they decide its class embedding and the projector of REPA alone.
-The text encoders must be the same, which `TrainPlan.with_start` checks when those of the new images are known."""
+"""Keys that may differ from those of the initial model: they decide its class embedding and REPA's projector alone. The
+text encoders must be the same, which `TrainPlan.with_start` checks when those of the new images are known."""
 
 
 class Start(NamedTuple):
