@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffmoe_ds.cli.arguments import nonempty, nonempty_path, require_positive
@@ -15,11 +16,15 @@ EXAMPLES = """examples:
   diffmoe evaluate --samples samples/samples.npz --reference photos --save-reference photos.npz
   diffmoe evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception:weights.pth
   diffmoe evaluate --checkpoint runs/fashion --num-images 10000 --labels random --reference 'data/test/*.tar'
+  diffmoe evaluate --checkpoint runs/emoji --prompts captions.txt --reference 'data/test/*.tar'
+  diffmoe evaluate --checkpoint runs/emoji --validation 'data/test/*.tar'
   torchrun --nproc_per_node 2 -m diffmoe_ds.cli evaluate --samples samples.npz --reference photos.npz --json
 """
 
 NUM_IMAGES = 50_000
 """Default number of images to generate, as in published FIDs."""
+OF_LOSS = ("batch_size", "dtype", "routing", "weights")
+"""Generation options that the validation loss depends on."""
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +41,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     text = (
         "images (.npz, folder or shards) or statistics (.npz with mu and sigma, as published by ADM). Images in "
         "a folder are resized and cropped to the size of the samples; those in shards are padded if they are smaller, "
-        "otherwise resized and cropped"
+        "otherwise resized and cropped. Without it, only the loss of --validation is computed"
     )
-    add("--reference", type=nonempty, required=True, metavar="NPZ|DIR|SHARDS", help=text)
+    add("--reference", type=nonempty, metavar="NPZ|DIR|SHARDS", help=text)
     text = (
         "network whose features are compared: efficientnet-lite0 (default), inception:WEIGHTS_FILE (FID, sFID), "
         "dinov2:FOLDER, or module:Class"
@@ -67,25 +72,43 @@ def evaluate_command(args: argparse.Namespace) -> None:
         raise ConfigError(f"--save-reference must end in .npz, got {args.save_reference}.")
     if args.checkpoint is None and args.validation is not None:
         raise ConfigError("--validation needs --checkpoint: computing the loss needs the model.")
+    if args.reference is None and args.validation is None:
+        raise ConfigError("--reference is missing; only --checkpoint with --validation needs none.")
     if args.checkpoint is None:
-        _refuse_generation_options(args)
+        _refuse_options(args, "needs --checkpoint; --samples are already generated.", allowed=("batch_size",))
+    elif args.reference is None:
+        if args.save_reference is not None:
+            raise ConfigError(f"--save-reference {args.save_reference} needs --reference.")
+        _refuse_options(args, "needs --reference; without it, no images are generated.", allowed=OF_LOSS)
     else:
         check_sampling_numbers(args)
+        if all(getattr(args, name) is None for name in ("num_images", "per_class", "prompt", "prompts")):
+            args.num_images = NUM_IMAGES
         # Options that only `diffmoe sample` has: experts are not sharded, and nothing is written.
         args.experts, args.out, args.format, args.geneval = "gathered", Path(), None, None
+    if args.reference is None:
+        from diffmoe_ds.cli.evaluate_loss import run_loss  # imports torch
+
+        run_loss(args)
+        return
     from diffmoe_ds.cli.evaluate_run import run_evaluation  # imports torch
 
     run_evaluation(args)
 
 
-def _refuse_generation_options(args: argparse.Namespace) -> None:
-    """Check that no generation option is passed together with existing images.
+def _refuse_options(args: argparse.Namespace, why: str, allowed: Sequence[str]) -> None:
+    """Check that no generation option is passed that would have no effect.
+
+    Args:
+        args: of the command.
+        why: end of the error's sentence.
+        allowed: names of those that have an effect.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: one is passed.
     """
     parser = argparse.ArgumentParser(add_help=False)
     _add_generation_options(parser)
     for name, default in vars(parser.parse_args([])).items():
-        if name != "batch_size" and getattr(args, name) != default:
-            raise ConfigError(f"--{name.replace('_', '-')} needs --checkpoint; --samples are already generated.")
+        if name not in allowed and getattr(args, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffmoe_ds.cli.evaluate_loss import open_held_out
 from diffmoe_ds.cli.generated_images import GeneratedImages
 from diffmoe_ds.cli.sampling_plan import plan_sampling
 from diffmoe_ds.distributed.collectives import init_process_group
@@ -29,7 +30,7 @@ from diffmoe_ds.evaluation.evaluate import (
     steps_of,
 )
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
-from diffmoe_ds.evaluation.held_out import HeldOut, read_held_out
+from diffmoe_ds.evaluation.held_out import HeldOut
 from diffmoe_ds.evaluation.images import Images, open_images
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
 from diffmoe_ds.evaluation.sharded import ShardedRows
@@ -105,9 +106,7 @@ def open_validation(args: argparse.Namespace, samples: Images) -> HeldOut | None
     if args.validation is None:
         return None
     assert isinstance(samples, GeneratedImages), "`evaluate_command` has checked that there is a checkpoint"
-    config = samples.config
-    data = config.data.model_copy(update={"vae": None})
-    return read_held_out(config.model_copy(update={"data": data}), args.validation, "--validation", samples.text)
+    return open_held_out(samples.reader, args.validation)
 
 
 def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: Team) -> dict[str, Any]:
@@ -120,12 +119,7 @@ def metrics_of_model(samples: GeneratedImages, held_out: HeldOut | None, team: T
     """
     found: dict[str, Any] = {"capacity": samples.capacity(team)}
     if held_out is not None:
-        loss = samples.validation_loss(held_out, team)
-        found |= {
-            "validation_loss": loss.mean,
-            "validation_loss_by_noise_level": list(loss.by_noise_level),
-            "validation_images": loss.images,
-        }
+        found |= samples.validation_loss(held_out, team)
     return found
 
 

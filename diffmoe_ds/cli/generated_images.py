@@ -5,30 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.cli.capacity import used_capacity
+from diffmoe_ds.cli.evaluate_loss import loss_of
 from diffmoe_ds.cli.sample_model import load_generator
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, describe, dtype_of
-from diffmoe_ds.config.schema import Config
-from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.vae import downsampling, vae_settings
-from diffmoe_ds.diffusion.objective import make_objective
-from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.distributed.rendezvous import Rendezvous
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.evaluation.evaluate import Team
 from diffmoe_ds.evaluation.held_out import HeldOut
-from diffmoe_ds.evaluation.validation_loss import ValidationLoss, validation_loss
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.precision import set_tf32
 from diffmoe_ds.sampling.observer import CapacityMeter, observing
 from diffmoe_ds.text import counted
-from diffmoe_ds.text_features import TextFormat
 
 T = TypeVar("T")
 
@@ -60,14 +56,9 @@ class GeneratedImages:
         return self._plan.images.num_images
 
     @property
-    def config(self) -> Config:
-        """The model's configuration."""
-        return self._plan.reader.config
-
-    @property
-    def text(self) -> TextFormat | None:
-        """The encoders of a text model."""
-        return self._plan.reader.text
+    def reader(self) -> WeightsReader:
+        """The model's weights."""
+        return self._plan.reader
 
     @property
     def together(self) -> int:
@@ -111,35 +102,7 @@ class GeneratedImages:
         used_L = used_capacity(self._meter, team.world)
         return None if used_L is None else float(used_L.mean())
 
-    def validation_loss(self, held_out: HeldOut, team: Team) -> ValidationLoss:
-        """Compute the model's loss on held-out images. Every rank must call this.
-
-        Args:
-            held_out: the images.
-            team: the ranks.
-
-        Raises:
-            DataError: on all ranks, if any rank cannot read an image.
-        """
+    def validation_loss(self, held_out: HeldOut, team: Team) -> dict[str, Any]:
+        """Return the model's loss on held-out images; see `loss_of`."""
         assert self._model is not None, "load() comes first"
-        batches = held_out.read(team.share(len(held_out), self.together), self._plan.batch_size)
-        objective = make_objective(self._model.config.objective.kind)
-        reduce = all_reduce if team.world > 1 else _unchanged
-        set_tf32(True)
-        found = validation_loss(self._model, objective, _agreed(batches, team), len(held_out), reduce)
-        set_tf32(False)
-        return found
-
-
-def _agreed(batches: Iterator[MicroBatch], team: Team) -> Iterator[MicroBatch]:
-    """Yield this rank's batches, which may be fewer than another's; if one cannot be read on any rank, all raise."""
-    while True:
-        batch = team.agree(lambda: next(batches, None))
-        if not team.any(batch is not None):
-            return
-        if batch is not None:
-            yield batch
-
-
-def _unchanged(sums: Tensor) -> Tensor:
-    return sums
+        return loss_of(self._model, held_out, self._plan.batch_size, team)

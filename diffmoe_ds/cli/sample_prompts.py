@@ -18,7 +18,7 @@ from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.prompts import PromptSet
 from diffmoe_ds.text import counted, reason, shortened
-from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat
+from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat, difference
 
 PROMPT_OPTIONS = ("prompt", "prompts", "geneval", "negative_prompt", "text_encoder")
 
@@ -182,17 +182,9 @@ def open_encoders(paths: Sequence[str], text: TextFormat, device: torch.device) 
         if paths:
             raise
         raise ConfigError(f"{str(error).rstrip('.')}; pass its folder with --text-encoder.") from None
-    for path, theirs, ours in zip(paths or names, found.format.encoders, text.encoders, strict=True):
-        for what, wrong, right in (
-            ("token features of width", theirs.width, ours.width),
-            ("a pooled vector of width", theirs.pooled, ours.pooled),
-            ("the SHA-256", theirs.sha256[:16], ours.sha256[:16]),
-        ):
-            if wrong != right:
-                raise ConfigError(
-                    f"--text-encoder {path} has {what} {wrong}, but {ours.name}, with which the model was trained, has "
-                    f"{right}."
-                )
+    different = difference(found.format, text)
+    if different is not None:
+        raise ConfigError(f"--text-encoder must be that of the training: {different}.")
     return found
 
 

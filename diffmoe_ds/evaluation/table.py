@@ -39,6 +39,11 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
         else:
             spread = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}"
         yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"
+    yield from model_lines(result)
+
+
+def model_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of those results that need the model."""
     for name, label in MODEL_LABELS.items():
         if result.get(name) is not None:
             of = f"{result['validation_images']:,} held-out images" if name == "validation_loss" else ""
