@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_bytes
 from diffmoe_ds.data.dinov2 import DINOv2
 from diffmoe_ds.data.efficientnet import CPU_BATCH, INPUT_SIZE, load_efficientnet
 from diffmoe_ds.data.pretrained import download, resize, state_digest, to_rgb
@@ -100,7 +101,7 @@ def _dinov2(folder: Path, device: torch.device) -> tuple[Tokens, str]:
         raise ConfigError(
             "--features of a DINOv2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
         ) from None
-    digest = _sha256(state_digest(found.network).encode(), (folder / "config.json").read_bytes())
+    digest = _sha256(state_digest(found.network).encode(), read_bytes(folder / "config.json", MAX_TEXT_BYTES))
     return lambda images_BCHW: found.tokens(images_BCHW)[:, found.prefix :], digest
 
 

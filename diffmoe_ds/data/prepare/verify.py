@@ -234,8 +234,8 @@ def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list
     if not other.any():
         return []
     return [
-        f"the index gives {other.sum()} samples of shard {name} another offset, label, key or text than the shard, the "
-        f"first is {keys[int(np.argmax(other))]!r}"
+        f"the index gives {other.sum()} samples of shard {name} another offset, label, key, text or features than the "
+        f"shard, the first is {keys[int(np.argmax(other))]!r}"
     ]
 
 
