@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffmoe_ds.checkpoint.export import WEIGHTS
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import WeightsReader, has_null
+from diffmoe_ds.checkpoint.load import PROJECTOR, WeightsReader, has_null
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
@@ -294,6 +294,8 @@ def _entries(export: FolderExport) -> Iterator[Entry]:
     model = empty_model(export.config)
     buffers = dict(model.named_buffers())
     for name, tensor in model.state_dict().items():
+        if name.startswith(PROJECTOR):
+            continue  # only training uses it
         kind, dtype = (BUFFER, torch.float32) if name in buffers else (WEIGHTS[export.weights], export.dtype)
         yield Entry(name, tuple(tensor.shape), dtype, _read_lazily(export.reader, kind, name, dtype, tensor.numel()))
 
