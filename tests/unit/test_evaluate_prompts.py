@@ -15,11 +15,14 @@ from PIL import Image
 
 from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
+from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.evaluation.evaluate import Team
 from diffmoe_ds.evaluation.retrieval import nearest_images
 from diffmoe_ds.files import write_tar
 from tests.helpers.clip import SIZE, save_clip
-from tests.helpers.encoders import tokenizer
+from tests.helpers.encoders import tiny_encoder, tokenizer
+from tests.helpers.features import assert_same
+from tests.helpers.sampling import write_random_model
 
 AVERAGES = "tests.helpers.features:Averages"
 PROMPTS = ("red apple", "blue car", "a pear on the house", "small  Green pear")
@@ -92,7 +95,6 @@ def test_clip_score_is_the_mean_cosine(evaluate, clip, tmp_path):
     samples = write_samples(tmp_path / "samples", images, labels, prompts)
     found = evaluate(samples, "--clip", clip)
     expected = direct_score(clip, images, [prompts[label] for label in labels])
-    print(expected)
     assert expected > 1
     assert found["clip_score"] == pytest.approx(expected, abs=1e-4)
     assert set(found) == {"n", "clip_model", "clip_score"} and found["n"] == 12
@@ -167,6 +169,26 @@ def test_retrieval_with_noise_lies_between_and_is_shown_beside_a_reference(evalu
     assert found["frechet"] > 0 and found["clip_score"] >= 0 and found["n_reference"] == 30
     same = write_samples(tmp_path / "same", mixed, [3] * 30, names)
     assert evaluate(same, "--retrieval", dataset)["retrieval_control"] is None
+
+
+def test_generated_images_are_scored_as_written_ones(evaluate, clip, tmp_path, capsys):
+    text = TextEncoders([str(tiny_encoder("t5"))], torch.device("cpu"), 6).format
+    model = write_random_model(tmp_path / "model", text=text)
+    dataset = write_dataset(tmp_path / "dataset", pictures(4), [*PROMPTS[:2], "x", "y"])
+    options = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--per-prompt", "3", "--steps", "2"]
+    assert main(["sample", "--checkpoint", str(model), "--out", str(tmp_path / "out"), *options]) == 0
+    metrics = ["--clip", str(clip), "--retrieval", str(dataset), "--extractor", AVERAGES, "--json"]
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", str(model), *options, *metrics]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("capacity") > 0
+    assert found["n"] == found["retrieval_n"] == 6
+    assert_same(found, evaluate(tmp_path / "out", *metrics[:-1]))
+    classes = write_random_model(tmp_path / "classes", ["cat", "dog"])
+    for option in ("--clip", "--retrieval"):
+        assert main(["evaluate", "--checkpoint", str(classes), option, str(dataset), "--num-images", "4"]) == 2
+        message = f"{option} needs prompts; {classes} generates images of classes"
+        assert message in capsys.readouterr().err
 
 
 def test_nearest_images_match_a_plain_sort(monkeypatch):
