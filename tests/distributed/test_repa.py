@@ -29,7 +29,6 @@ def test_every_layout_trains_and_resumes_the_same_with_repa(tmp_path):
     """3 steps in one layout and 3 in the next: losses, weights, moments and EMA."""
     shard = captioned_shard(tmp_path / "a.tar", IMAGES, features=FEATURES)
     straight, taken = train_text(tmp_path, shard, LAYOUTS[0], 96, *REPA)
-    assert straight.column("repa_loss")[-1] < straight.column("repa_loss")[0]
     halves = {layout: train_text(tmp_path, shard, layout, 48, *REPA) for layout in LAYOUTS}
     for number, before in enumerate(LAYOUTS):
         half, first = halves[before]

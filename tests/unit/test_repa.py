@@ -22,6 +22,7 @@ from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import open_dataset, with_features
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.training.loss import alignment_loss
@@ -89,6 +90,19 @@ def test_features_are_resized_to_the_grid_of_the_tokens(grid, side):
     torch.testing.assert_close(
         alignment_loss(projected.flip(1), features), -F.cosine_similarity(projected.flip(1), projected, dim=-1).mean()
     )
+
+
+def test_the_loss_trains_the_blocks_up_to_the_aligned_one():
+    overrides = [*SMALLEST_MODEL, *REPA, "loss.repa_features=[2,6]", "loss.repa_block=2"]
+    model = DiT(load_config("fashion", overrides)).train()
+    init_weights(model, seed=0)
+    inputs = torch.randn(2, 1, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64)
+    aligned_BSF = model(*inputs).aligned_BSF
+    assert aligned_BSF.shape == (2, 16, 6)
+    alignment_loss(aligned_BSF, torch.randn(2, 4, 6).half()).backward()
+    trained = [any(p.grad is not None for p in block.parameters()) for block in model.blocks]
+    assert trained == [True, True, False, False] and model.x_embedder.proj.weight.grad.norm() > 0
+    assert model.eval()(*inputs).aligned_BSF is None
 
 
 def test_without_repa_features_change_nothing(runs):
