@@ -127,8 +127,9 @@ def test_planned_messages_of_the_passes_equal_simulated_ones(overrides, world, e
 
 
 def test_activations_of_a_deep_model_follow_from_two_shallow_ones():
-    for depth in (6, 7):
-        deep = layout("model.name=tiny-E8", f"model.depth={depth}")
+    repa = ("loss.repa_weight=0.5", "loss.repa_features=[4,10]", "loss.repa_block=6")
+    for depth, overrides in ((6, ()), (7, repa)):
+        deep = layout("model.name=tiny-E8", f"model.depth={depth}", *overrides)
         counted = simulate(deep.config, deep.topology, 2, deep.dtype)
         passes = estimate_passes(deep)
         assert passes.saved == counted.saved
