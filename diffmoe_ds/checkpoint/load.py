@@ -34,8 +34,11 @@ FIXED = {
     ),
     "routing": ("kind", "interleave", "shared_experts", "capacity_predictor"),
     "objective": ("kind", "flow_time_scale"),
+    "loss": ("repa_hidden", "repa_features"),
 }  # fmt: skip
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
+PROJECTOR = "repa_projector."
+"""Prefix of the parameters that only a run with REPA has."""
 CLASS_EMBEDDING = "y_embedder.embedding_table.weight"
 """The one parameter whose shape depends on the classes."""
 LIMIT_PER_OPEN_FILE = 4
@@ -295,6 +298,8 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         for key in keys
         if key not in size and key not in except_for
     ]
+    if "repa_weight" not in except_for and (saved.aligned_block is None) != (wanted.aligned_block is None):
+        pairs.append(("loss.repa_weight (zero or positive)", saved.loss.repa_weight, wanted.loss.repa_weight))
     if "label_dropout" not in except_for and has_null(saved) != has_null(wanted):
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))

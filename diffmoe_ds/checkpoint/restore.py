@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import CLASS_EMBEDDING, CheckpointReader, WeightsReader, has_null
+from diffmoe_ds.checkpoint.load import CLASS_EMBEDDING, PROJECTOR, CheckpointReader, WeightsReader, has_null
 from diffmoe_ds.checkpoint.pieces import COLUMNS, NUMBER
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import Group, all_gather, all_reduce, broadcast, get_rank, get_world_size
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks, vote
 from diffmoe_ds.errors import CheckpointError
@@ -91,9 +92,12 @@ def weight_targets(model: DiT, reader: WeightsReader, topology: Topology, kind: 
     """
     there, here = reader.config, model.config
     other_classes = there.model.num_classes != here.model.num_classes or has_null(there) != has_null(here)
+    other_projector = _projector(there) != _projector(here)
     targets = []
     for name, parameter in model.named_parameters():
         if other_classes and name == CLASS_EMBEDDING:
+            continue
+        if other_projector and name.startswith(PROJECTOR):
             continue
         logical = reader.shape(name)
         first = topology.ep_rank * parameter.numel() if is_expert(name) else 0
@@ -102,6 +106,11 @@ def weight_targets(model: DiT, reader: WeightsReader, topology: Topology, kind: 
             raise CheckpointError(f"{reader.path}: {name!r} has shape {logical}, but the model's is {shape}.")
         targets.append(Target(kind, name, first, parameter.data.view(-1)))
     return targets
+
+
+def _projector(config: Config) -> tuple[object, ...]:
+    """Return what the shape of REPA's projector depends on."""
+    return config.aligned_block is None, config.loss.repa_hidden, config.loss.repa_features
 
 
 def buffer_targets(model: DiT) -> list[Target]:

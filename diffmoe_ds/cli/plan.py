@@ -9,7 +9,7 @@ from typing import Any
 
 from diffmoe_ds.cli.arguments import require_positive
 from diffmoe_ds.config.deepspeed import read_deepspeed_json
-from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_TEXT
+from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_FEATURES, AUTO_TEXT
 from diffmoe_ds.config.load import read_recipe
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -30,6 +30,9 @@ CLASSES = 1000
 """Assumed number of classes where the training set decides."""
 TEXT_ENCODERS = ((77, 768, 768),)
 """Assumed shape of the text features where the training set decides: that of the text encoder of CLIP ViT-L/14."""
+
+IMAGE_FEATURES = (16, 768)
+"""Assumed shape of the image features of REPA where the training set decides: that of DINOv2 ViT-B/14 at 224 pixels."""
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +80,10 @@ def plan_command(args: argparse.Namespace) -> None:
             error.args = (str(error).replace("--set: model.name", "--model"),)
         raise
     assumed = _assumed(config)
-    config = config.model_copy(update={"model": config.model.model_copy(update=assumed)})
+    for key, value in assumed.items():
+        section, _, name = key.partition(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: part})
     if args.deepspeed_config is not None:
         raw, source = read_deepspeed_json(args.deepspeed_config), args.deepspeed_config
     elif config.deepspeed:
@@ -101,15 +107,20 @@ def plan_command(args: argparse.Namespace) -> None:
     )
     layout = resolve_layout(request, config, raw, source)
     quiet_deepspeed()
-    plan = plan_summary(layout, device, args.simulate, {f"model.{key}": value for key, value in assumed.items()})
+    plan = plan_summary(layout, device, args.simulate, assumed)
     print(json.dumps(plan) if args.json else plan_table(plan), flush=True)
 
 
 def _assumed(config: Config) -> dict[str, Any]:
-    """Return values for the keys of ``model`` that depend on the training set, which planning does not read."""
-    if config.is_text:
-        return {"text_encoders": TEXT_ENCODERS} if config.model.text_encoders == AUTO_TEXT else {}
-    return {"num_classes": CLASSES} if config.model.num_classes == AUTO_CLASSES else {}
+    """Return values for the keys that depend on the training set, which planning does not read."""
+    found: dict[str, Any] = {}
+    if config.is_text and config.model.text_encoders == AUTO_TEXT:
+        found["model.text_encoders"] = TEXT_ENCODERS
+    if not config.is_text and config.model.num_classes == AUTO_CLASSES:
+        found["model.num_classes"] = CLASSES
+    if config.aligned_block is not None and config.loss.repa_features == AUTO_FEATURES:
+        found["loss.repa_features"] = IMAGE_FEATURES
+    return found
 
 
 def _read_recipe(name: str, overrides: Sequence[str]) -> Config:

@@ -24,6 +24,7 @@ from diffmoe_ds.errors import AlreadyReportedError, ConfigError, DataError, Diff
 from diffmoe_ds.files import expand_user
 
 if TYPE_CHECKING:
+    from diffmoe_ds.data.prepare.encoders import Encoder
     from diffmoe_ds.data.prepare.text import CaptionEncoder
     from diffmoe_ds.data.sources.folder import Source
 
@@ -63,9 +64,21 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "--vae", type=nonempty, required=True, metavar="PATH|HUB_ID", help="directory or hub ID of an AutoencoderKL"
     )
     latents.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s")
-    latents.add_argument(
-        "--batch-size", type=int, default=32, metavar="B", help="images per batch (default: %(default)s)"
-    )
+    for sub in (latents, images):
+        sub.add_argument(
+            "--features",
+            type=nonempty,
+            metavar="efficientnet-lite0|PATH|HUB_ID",
+            help="also store the spatial tokens of a frozen network for each image and its mirror image, for REPA: "
+            "efficientnet-lite0, or the directory or hub ID of a DINOv2",
+        )
+        sub.add_argument(
+            "--batch-size",
+            type=int,
+            default=32,
+            metavar="B",
+            help="images per batch of a network (default: %(default)s)",
+        )
     _add_source(text)
     _add_text(text)
     for sub in (latents, images, text):
@@ -204,7 +217,6 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = Non
 def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     # Imported lazily so that typos fail fast: diffusers takes seconds to import.
     from diffmoe_ds.data.dataset import open_source
-    from diffmoe_ds.data.prepare.encoders import Encoder, LatentEncoder, PixelEncoder
     from diffmoe_ds.data.sources.cache import shard_cache
     from diffmoe_ds.data.sources.shards import ShardDataset
 
@@ -220,18 +232,27 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
             f"--cache-gb is {args.cache_gb:g}, but preparation mixes the images of all shards, {remote / 1e9:.3g} GB "
             "of downloads; increase it."
         )
-    encoder: Encoder
+    encoder = _caption_encoder(args, launch, source) if args.kind == "text" else _image_encoder(args, launch)
+    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
+
+
+def _image_encoder(args: argparse.Namespace, launch: Launch) -> Encoder:
+    from diffmoe_ds.data.prepare.encoders import LatentEncoder, PixelEncoder
+
+    images: PixelEncoder | LatentEncoder
+    device = local_device(launch)
     if args.kind == "images":
-        encoder = PixelEncoder(args.size, args.threads)
-    elif args.kind == "text":
-        encoder = _caption_encoder(args, launch, source)
+        images = PixelEncoder(args.size, args.threads)
     else:
         from diffmoe_ds.data.vae import VAE
 
-        encoder = LatentEncoder(
-            VAE(args.vae, local_device(launch)), args.size, args.dtype, args.batch_size, args.threads
-        )
-    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
+        images = LatentEncoder(VAE(args.vae, device), args.size, args.dtype, args.batch_size, args.threads)
+    if args.features is None:
+        return images
+    from diffmoe_ds.data.feature_network import FeatureNetwork
+    from diffmoe_ds.data.prepare.features import FeatureEncoder
+
+    return FeatureEncoder(images, FeatureNetwork(args.features, device), args.batch_size)
 
 
 def _caption_encoder(args: argparse.Namespace, launch: Launch, source: Source) -> CaptionEncoder:
@@ -244,7 +265,7 @@ def _caption_encoder(args: argparse.Namespace, launch: Launch, source: Source) -
     latents = source.latents if isinstance(source, ShardDataset) else None
     if latents is not None and args.size is not None:
         raise ConfigError(f"--size is {args.size}, but --images {args.images} holds latents; remove --size.")
-    images = StoredEncoder(latents, args.threads) if args.size is None else PixelEncoder(args.size, args.threads)
+    images = StoredEncoder(source, args.threads) if args.size is None else PixelEncoder(args.size, args.threads)
     captions = open_captions(source, None if args.captions is None else str(args.captions))
     encoders = TextEncoders(args.encoder, local_device(launch), args.tokens)
     return CaptionEncoder(images, captions, args.captions, encoders, args.batch_size)

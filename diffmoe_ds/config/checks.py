@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffmoe_ds.config.fields import AUTO_TEXT
 from diffmoe_ds.config.presets import Size
-from diffmoe_ds.config.sections import DataConfig, ModelConfig, RoutingConfig, SampleConfig
+from diffmoe_ds.config.sections import DataConfig, LossConfig, ModelConfig, RoutingConfig, SampleConfig
 from diffmoe_ds.errors import ConfigError
 
 MAX_TOKENS = 2**20
@@ -86,6 +86,16 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
             f"takes none of the {tokens_per_image} tokens of an image, got {capacity}; a smaller model.patch_size also "
             "helps."
         )
+
+
+def check_aligned_block(loss: LossConfig, depth: int) -> None:
+    """Check that the block that is aligned with image features exists.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if loss.repa_block is not None and loss.repa_block > depth:
+        raise ConfigError(f"loss.repa_block must be at most the number of blocks ({depth}), got {loss.repa_block}.")
 
 
 def check_no_text(model: ModelConfig, data: DataConfig, sample: SampleConfig) -> None:

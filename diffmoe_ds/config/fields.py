@@ -42,6 +42,10 @@ AUTO_CLASSES = 0
 """Number of classes before the training set is known."""
 AUTO_TEXT: tuple[tuple[int, int, int], ...] = ()
 """Shapes of the text features before the training set is known."""
+AUTO_FEATURES: tuple[int, ...] = ()
+"""Shape of image features before the training set is known."""
+MAX_GRID = 256
+"""Largest height of a grid of image features."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 
@@ -165,6 +169,18 @@ def _text_encoders(value: Any) -> tuple[tuple[int, int, int], ...]:
     return tuple(shapes)
 
 
+def _feature_shape(value: Any) -> tuple[int, ...]:
+    expected = f'"auto" or a list of 2 integers, at most {MAX_GRID} and {MAX_WIDTH:,}'
+    if value == "auto":
+        return AUTO_FEATURES
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise _wrong(expected)
+    side, width = map(_integer, value)
+    if not (1 <= side <= MAX_GRID and 1 <= width <= MAX_WIDTH):
+        raise _wrong(expected)
+    return side, width
+
+
 def _pair(value: Any) -> Any:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise _wrong("a list of 2 numbers")
@@ -256,6 +272,19 @@ TextEncoders = Annotated[
                     "minItems": 1,
                     "maxItems": MAX_ENCODERS,
                 },
+                {"const": "auto", "type": "string"},
+            ]
+        }
+    ),
+]
+FeatureShape = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_feature_shape),
+    PlainSerializer(lambda shape: "auto" if shape == AUTO_FEATURES else shape, return_type=Any),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
                 {"const": "auto", "type": "string"},
             ]
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_experts, check_no_text, check_shapes
+from diffmoe_ds.config.checks import check_aligned_block, check_experts, check_no_text, check_shapes
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
@@ -17,6 +17,7 @@ from diffmoe_ds.config.sections import (
     EMAConfig,
     EvalConfig,
     ExpertParallelConfig,
+    LossConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "EMAConfig",
     "EvalConfig",
     "ExpertParallelConfig",
+    "LossConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -64,6 +66,8 @@ class Config(Section):
     """Which tokens go to which expert."""
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     """The diffusion process."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """Additional losses."""
     data: DataConfig = Field(default_factory=DataConfig)
     """The training images."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -88,6 +92,7 @@ class Config(Section):
         """Run the checks that involve several fields."""
         check_shapes(self.model, self.size, self.tokens_per_image, self.num_experts)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
+        check_aligned_block(self.loss, self.size.depth)
         if not self.is_text:
             check_no_text(self.model, self.data, self.sample)
         return self
@@ -141,6 +146,13 @@ class Config(Section):
     def has_capacity_predictor(self) -> bool:
         """Whether the MoE layers have a capacity predictor."""
         return self.routing.kind in ("expert_choice", "batch_pool") and self.routing.capacity_predictor
+
+    @property
+    def aligned_block(self) -> int | None:
+        """Index of the block whose output is aligned with image features; None without REPA."""
+        if not self.loss.repa_weight:
+            return None
+        return (self.loss.repa_block or max(1, self.size.depth // 3)) - 1
 
     @property
     def tokens_per_image(self) -> int:

@@ -15,6 +15,7 @@ from diffmoe_ds.config.fields import (
     ClassCount,
     Count,
     Dimension,
+    FeatureShape,
     Flag,
     Fraction,
     GeneratedImages,
@@ -155,6 +156,22 @@ class ObjectiveConfig(Section):
             keys = ("flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift")
         default = ObjectiveConfig()
         return tuple(key for key in keys if getattr(self, key) != getattr(default, key))
+
+
+class LossConfig(Section):
+    """Losses in addition to that of the objective."""
+
+    repa_weight: NonNegativeNumber = 0.0
+    """Weight of representation alignment (REPA, arXiv 2410.06940): the tokens of one block, through a small projector,
+    are trained to point in the direction of image features that the training set holds (`diffmoe prepare latents
+    --features`). 0 disables it; the paper uses 0.5."""
+    repa_block: Count | None = None
+    """Block whose output is aligned, from 1; defaults to a third of the depth."""
+    repa_hidden: Dimension = 2048
+    """Hidden width of the projector, which has three layers and is not used in sampling."""
+    repa_features: FeatureShape = Field(default="auto", validate_default=True)
+    """Shape of the image features as `[height, width of a feature]`: a grid of height x height; `auto` is that of the
+    training set."""
 
 
 class DataConfig(Section):

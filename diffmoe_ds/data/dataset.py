@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_TEXT
+from diffmoe_ds.config.fields import AUTO_CLASSES, AUTO_FEATURES, AUTO_TEXT
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.captions import open_captions
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
@@ -135,6 +135,30 @@ def with_text(config: Config, dataset: Dataset) -> Config:
     return config.model_copy(update={"model": model.model_copy(update=update)})
 
 
+def with_features(config: Config, dataset: Dataset) -> Config:
+    """Return the configuration with the shape of the dataset's image features, if the run uses REPA.
+
+    Raises:
+        DataError: the dataset has no image features.
+        ConfigError: ``loss.repa_features`` is set to another shape.
+    """
+    if config.aligned_block is None:
+        return config
+    loss, path = config.loss, config.data.path or "the embedded set"
+    if dataset.features is None:
+        raise DataError(
+            f"{path} has no image features, which loss.repa_weight {loss.repa_weight:g} needs; prepare the images with "
+            "`diffmoe prepare latents` or `diffmoe prepare images` and --features NETWORK, or set loss.repa_weight to 0"
+        )
+    shape = dataset.features.side, dataset.features.width
+    if loss.repa_features not in (AUTO_FEATURES, shape):
+        raise ConfigError(
+            f"loss.repa_features is {[*loss.repa_features]}, but the image features of {path} are {[*shape]} (height, "
+            "width of a feature); set it to auto."
+        )
+    return config.model_copy(update={"loss": loss.model_copy(update={"repa_features": shape})})
+
+
 def check_classes(config: Config, dataset: Dataset) -> None:
     """Check that a new model has a class for every label, and images for every class of a set that names them.
 
@@ -185,6 +209,7 @@ def check_first_image(config: Config, dataset: Dataset) -> None:
     settings = LoaderSettings(
         seed=config.run.seed, global_batch=1, micro_batch=1, accumulation=1, rank=0, world=1,
         image_shape=image_shape(config), num_classes=model.num_classes, reads_text=config.is_text,
+        reads_features=config.aligned_block is not None,
         replaces_unreadable=config.data.max_unreadable > 0,
         shuffle="whole" if config.data.shuffle == "whole" else "feistel",
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from diffmoe_ds.data.captions import Captions
 from diffmoe_ds.data.reader import Dataset
+from diffmoe_ds.data.sources.image_features import FeatureFormat
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.data.text_encoder import TextEncoders
@@ -96,6 +97,11 @@ class EncodedCaptions:
         """See `Dataset`."""
         return self._images.latents
 
+    @property
+    def features(self) -> FeatureFormat | None:
+        """See `Dataset`."""
+        return self._images.features
+
     def captions(self, index: int) -> list[str]:
         """See `Dataset`."""
         first = int(self._starts[index])
@@ -104,6 +110,10 @@ class EncodedCaptions:
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
         """See `Dataset`."""
         return self._images.read_moments(indices, mirrored)
+
+    def read_features(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """See `Dataset`."""
+        return self._images.read_features(indices, mirrored)
 
     def text_rows(self, indices: Sequence[int], choices: Sequence[float]) -> np.ndarray:
         """Return the text features of one caption of each image: fp16 [B, N], see `ShardDataset.text_rows`."""

@@ -36,6 +36,7 @@ from diffmoe_ds.data.reader import (
     Unreadable,
     check_labels,
     check_latents,
+    features_shape,
     text_shape,
 )
 from diffmoe_ds.data.shuffle import FeistelShuffle, Shuffle, WholeShuffle, WindowShuffle
@@ -62,6 +63,7 @@ class MicroBatch(NamedTuple):
     position: torch.Tensor  # int64 [B]
     posterior: torch.Tensor | None = None  # float32 [B, C, H, W]: noise for the VAE posterior, if x is not encoded yet
     unreadable: tuple[Unreadable, ...] = ()  # images that were replaced by those of later positions
+    features: torch.Tensor | None = None  # fp16 [B, T, F]: image features, of the mirror image if x is one; for REPA
     text: torch.Tensor | None = None  # fp16 [B, N]: text features, see `TextLayout`; None for class models
 
     @property
@@ -99,6 +101,8 @@ class LoaderSettings:
     """Classes of the model.  A dataset without labels trains as one class: every label is 0."""
     reads_text: bool = False
     """Whether the model takes text features in place of labels, which then may have any value."""
+    reads_features: bool = False
+    """Whether the model is trained to align its tokens with image features."""
     start_position: int = 0
     """Images that the run has trained on already."""
     num_workers: int = 0
@@ -157,19 +161,21 @@ class PositionLoader:
         first_position = settings.start_position + settings.rank * micro_batch
         self._positions = _Positions(first_position, micro_batch, stride)
         first = draws(settings.start_position)
-        shapes: list[tuple[int, ...]] = [settings.image_shape, first.noise.shape]
+        shapes: dict[str, tuple[int, ...]] = {"x": settings.image_shape, "noise": first.noise.shape}
         if first.posterior is not None and dataset.latents is None:
-            shapes.append(first.posterior.shape)
+            shapes["posterior"] = first.posterior.shape
+        if settings.reads_features:
+            shapes["features"] = features_shape(dataset)
         if settings.reads_text:
-            shapes.append(text_shape(dataset))
-        self._shapes = tuple((micro_batch, *shape) for shape in shapes)
+            shapes["text"] = text_shape(dataset)
+        self._shapes = {name: (micro_batch, *shape) for name, shape in shapes.items()}
 
     def __iter__(self) -> Iterator[MicroBatch]:
         workers, slots, closing = self._num_workers, None, torch.zeros((), dtype=torch.uint8)
         if workers:
             closing.share_memory_()
             atexit.register(_close, closing)  # runs before multiprocessing's handler, which was registered earlier
-            values = sum(math.prod(shape) for shape in self._shapes)
+            values = sum(map(math.prod, self._shapes.values()))
             slots = torch.empty(workers, SLOTS_PER_WORKER, values).share_memory_()
         reader = Reader(self._dataset, self._shuffle, self._draws, self._shapes, slots, self._replaces, self._choose)
         loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -209,12 +215,8 @@ def to_micro_batch(reader: Reader, number: int, item: Packed) -> MicroBatch:
         slot = reader.slot(number)
         large = torch.empty(slot.shape, pin_memory=torch.cuda.is_available())
         np.copyto(large.numpy(), slot.numpy())  # torch's copy would wake its thread pool
-    x, noise, *others = reader.split(large)
-    text = None if reader.choose is None else others.pop()
-    posterior = others[0] if others else None
-    small = (torch.from_numpy(field) for field in (item.label, item.time, item.drop, item.position))
-    label, time, drop, position = small
-    return MicroBatch(x, label, noise, time, drop, position, posterior, item.unreadable, text)
+    small = {name: torch.from_numpy(getattr(item, name)) for name in ("label", "time", "drop", "position")}
+    return MicroBatch(**reader.split(large), **small, unreadable=item.unreadable)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,20 @@
-"""Find, check and read folders in Hugging Face format, without running their code or unpickling anything."""
+"""Pretrained networks: folders in Hugging Face format, which are checked and read without running their code or
+unpickling anything, and how images are converted to a network's input.
+
+Legend: B images, C channels, H, W height and width.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_json
 from diffmoe_ds.errors import ConfigError
@@ -69,13 +75,27 @@ def model_folder(path: str, what: str, files: Sequence[str], others: str = "") -
             f"{what} {path} is neither a folder with a model of transformers, nor a name on the Hugging Face "
             f"hub{f', {others}' if others else ''}."
         )
+    return download(path, files, what)
+
+
+def download(name: str, patterns: Sequence[str], what: str) -> Path:
+    """Return the folder of a network on the Hugging Face hub, which is downloaded unless it is in the cache.
+
+    Args:
+        name: its name on the hub.
+        patterns: of the files that are needed.
+        what: names it in messages.
+
+    Raises:
+        ConfigError: it cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(files)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises many types
         why = " ".join(reason(error).split())[:300]
-        raise ConfigError(f"{what} {path} cannot be downloaded from the Hugging Face hub: {why}.") from None
+        raise ConfigError(f"{what} {name} cannot be downloaded from the Hugging Face hub: {why}.") from None
 
 
 @contextmanager
@@ -157,3 +177,30 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
         count = sum(parameter.numel() for parameter in build(config).parameters())
     if count > stored:
         raise ValueError(f"config.json describes {count:,} parameters, but the files of weights have {stored:,} bytes")
+
+
+def to_rgb(images_BCHW: Tensor) -> Tensor:
+    """Return uint8 images with 3 channels; a single channel is repeated."""
+    assert images_BCHW.dtype == torch.uint8 and images_BCHW.shape[1] in (1, 3), describe(images_BCHW)
+    return images_BCHW.expand(-1, 3, -1, -1)
+
+
+def resize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 images bicubically with antialiasing to a height and width, ignoring the aspect ratio."""
+    if images_BCHW.shape[-2:] == size:
+        return images_BCHW
+    resized = functional.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def state_digest(network: nn.Module) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape, for messages."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

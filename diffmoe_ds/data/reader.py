@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from diffmoe_ds.data.shuffle import Shuffle
+from diffmoe_ds.data.sources.image_features import FeatureFormat
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shards import Sample
 from diffmoe_ds.data.sources.tar_index import NO_LABEL
@@ -21,6 +22,10 @@ from diffmoe_ds.text_features import TextFormat
 
 MAX_REPLACED = 100
 """Unreadable images in a row that are replaced by the same image; more mean that none can be read."""
+
+
+HALF = ("features", "text")
+"""Large fields of a micro-batch in fp16."""
 
 
 class Dataset(Protocol):
@@ -46,9 +51,14 @@ class Dataset(Protocol):
     def text(self) -> TextFormat | None:
         """How text features are stored, if samples have any, which `text_rows` reads."""
 
+    @property
+    def features(self) -> FeatureFormat | None:
+        """How image features are stored, if samples have any, which `read_features` reads."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
+    def read_features(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray: ...
     def captions(self, index: int) -> list[str]: ...
     def text_rows(self, indices: Sequence[int], choices: Sequence[float]) -> np.ndarray: ...
     def describe(self, index: int) -> str: ...
@@ -92,8 +102,9 @@ class Reader:
     dataset: Dataset
     shuffle: Shuffle
     draws: Callable[[int], TrainingDraws]
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes of x, noise, if x is not encoded yet, posterior, and, if text is read, text as float32 [B, N / 2]."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the large fields of a `MicroBatch`: x, noise, posterior if x is not encoded yet, features if image
+    features are read, text if text is read. Those of `HALF` are stored as float32, with half as many columns."""
     slots: torch.Tensor | None
     """float32 [workers, slots per worker, values per micro-batch]; None without workers."""
     replaces: bool = False
@@ -113,38 +124,39 @@ class Reader:
         workers, each, _ = self.slots.shape
         return self.slots[number % workers, number // workers % each]
 
-    def split(self, large: torch.Tensor) -> list[torch.Tensor]:
-        """Split a flat tensor into its fields: x, noise, posterior or nothing, text (fp16 [B, N]) or nothing."""
-        parts = large.split([math.prod(shape) for shape in self.shapes])
-        fields = [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-        if self.choose is not None:
-            fields[-1] = fields[-1].view(torch.float16)
-        return fields
+    @property
+    def values(self) -> int:
+        """Return the float32 values of a micro-batch."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def split(self, large: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the fields of a flat tensor, by their names in `MicroBatch`."""
+        parts = large.split([math.prod(shape) for shape in self.shapes.values()])
+        fields = {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+        return {name: field.view(torch.float16) if name in HALF else field for name, field in fields.items()}
 
     def _micro_batch(self, task: Task) -> Packed:
         draws = [self.draws(position) for position in task.positions]
         indices = [self.shuffle(position) for position in task.positions]
         self.dataset.prefetch(self.shuffle.next_shards(task.positions[-1]))
-        if self.slots is None:
-            large = torch.empty(sum(math.prod(shape) for shape in self.shapes))
-        else:
-            large = self.slot(task.number)
-        x, noise, *others = (part.numpy() for part in self.split(large))
-        text = None if self.choose is None else others.pop()
-        np.stack([each.noise for each in draws], out=noise)
-        for out in others:
-            np.stack(_posteriors(draws), out=out)
+        large = torch.empty(self.values) if self.slots is None else self.slot(task.number)
+        fields = {name: field.numpy() for name, field in self.split(large).items()}
+        np.stack([each.noise for each in draws], out=fields["noise"])
+        if "posterior" in fields:
+            np.stack(_posteriors(draws), out=fields["posterior"])
         problems: list[Unreadable] = []
         if self.dataset.latents is None:
-            indices, problems = self._pixels(task.positions, draws, x)
+            indices, problems = self._pixels(task.positions, draws, fields["x"])
         else:
-            self._latents(indices, draws, self.dataset.latents, x)
-        if self.choose is not None and text is not None:
-            text[:] = self.dataset.text_rows(indices, [self.choose(position) for position in task.positions])
+            self._latents(indices, draws, self.dataset.latents, fields["x"])
+        if "features" in fields:
+            fields["features"][:] = self.dataset.read_features(indices, [each.flip for each in draws])
+        if self.choose is not None:
+            fields["text"][:] = self.dataset.text_rows(indices, [self.choose(position) for position in task.positions])
         labels = self.dataset.labels[indices]
         return Packed(
             large=large if self.slots is None else None,
-            label=np.where((labels == NO_LABEL) | (text is not None), 0, labels),
+            label=np.where((labels == NO_LABEL) | (self.choose is not None), 0, labels),
             time=np.array([each.time for each in draws], np.float32),
             drop=np.array([each.drop for each in draws], bool),
             position=np.array(task.positions, np.int64),
@@ -164,7 +176,7 @@ class Reader:
         self, positions: range, draws: list[TrainingDraws], out: np.ndarray
     ) -> tuple[list[int], list[Unreadable]]:
         """Read images, and return their indices and those that they replace."""
-        shape, indices, problems = self.shapes[0][1:], [], []
+        shape, indices, problems = self.shapes["x"][1:], [], []
         for row, (position, each) in enumerate(zip(positions, draws, strict=True)):
             index, image, found = self._readable(position)
             out[row] = _model_range(image[:, :, ::-1] if each.flip else image, shape)
@@ -187,7 +199,7 @@ class Reader:
                 problems.append(Unreadable(index, str(error)))
 
     def _check(self, image: np.ndarray, index: int) -> None:
-        expected = self.shapes[0][1:]
+        expected = self.shapes["x"][1:]
         if image.dtype == np.uint8:
             fits = image.shape[0] == expected[0] and image.shape[1] <= expected[1] and image.shape[2] <= expected[2]
         else:
@@ -229,6 +241,13 @@ def text_shape(dataset: Dataset) -> tuple[int]:
     """Return the shape (N / 2,) of the text features of one sample, as float32."""
     assert dataset.text is not None, "checked by `with_text`"
     return (dataset.text.layout.values // 2,)
+
+
+def features_shape(dataset: Dataset) -> tuple[int, int]:
+    """Return the shape (T, F / 2) of the image features of one sample, as float32."""
+    assert dataset.features is not None, "checked by `with_features`"
+    tokens, width = dataset.features.shape
+    return tokens, width // 2
 
 
 def check_latents(latents: LatentFormat | None, shape: tuple[int, int, int]) -> None:

@@ -66,7 +66,9 @@ class TextEncoders:
         device: where they run.
     """
 
-    def __init__(self, paths: Sequence[str], device: torch.device, tokens: int | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str], device: torch.device, tokens: int | None = None, each: Sequence[int] = ()
+    ) -> None:
         """Load the encoders.
 
         Args:
@@ -74,6 +76,7 @@ class TextEncoders:
             device: where to run them.
             tokens: most tokens L of a prompt; an encoder that reads fewer truncates to its own limit. By default 77
                 for CLIP and 128 for others, or the encoder's limit if it is lower.
+            each: the same for each encoder, in place of ``tokens``.
 
         Raises:
             ConfigError: one cannot be loaded, or none reads as many tokens.
@@ -81,7 +84,8 @@ class TextEncoders:
         if not 1 <= len(paths) <= MAX_ENCODERS:
             raise ConfigError(f"expected 1 to {MAX_ENCODERS} text encoders, got {len(paths)}.")
         self.device = device
-        self._encoders = [_Encoder(path, device, tokens) for path in paths]
+        counts: Sequence[int | None] = each or [tokens] * len(paths)
+        self._encoders = [_Encoder(path, device, count) for path, count in zip(paths, counts, strict=True)]
         limit = max(encoder.limit for encoder in self._encoders)
         if tokens is not None and not 0 < tokens <= limit:
             raise ConfigError(f"tokens of a prompt must be from 1 to {limit}, which {paths[0]} can read, got {tokens}.")

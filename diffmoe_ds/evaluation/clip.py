@@ -24,11 +24,13 @@ from diffmoe_ds.data.pretrained import (
     model_folder,
     quiet_loading,
     read_config,
+    state_digest,
+    to_rgb,
 )
 from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.errors import ConfigError, DataError, NonFiniteError
 from diffmoe_ds.evaluation.images import Images
-from diffmoe_ds.evaluation.outputs import one_line, state_digest, to_rgb
+from diffmoe_ds.evaluation.outputs import one_line
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 """Either describes how images are resized and normalized."""

@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffmoe_ds.data.pretrained import LOCAL, check_size, read_config
+from diffmoe_ds.data.dinov2 import DINOv2
+from diffmoe_ds.data.efficientnet import CPU_BATCH, INPUT_SIZE, load_efficientnet
+from diffmoe_ds.data.pretrained import describe, resize, state_digest, to_rgb
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.evaluation.outputs import Outputs, describe, one_line, resize, state_digest, to_rgb
+from diffmoe_ds.evaluation.outputs import Outputs, one_line
 from diffmoe_ds.files import expand_user
 
 DEFAULT = "efficientnet-lite0"
-CPU_BATCH = 5
-"""Images that EfficientNet takes at once on CPUs; activations of 50 fall out of the caches, and take twice as long."""
 KINDS = f"{DEFAULT}, inception:WEIGHTS_FILE, dinov2:FOLDER or module:Class"
 
 
@@ -100,8 +100,6 @@ class EfficientNetExtractor:
     is_inception = False
 
     def __init__(self, device: torch.device) -> None:
-        from diffmoe_ds.evaluation.efficientnet import load_efficientnet
-
         self._device = device
         try:
             self._network = load_efficientnet(device)
@@ -113,8 +111,6 @@ class EfficientNetExtractor:
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
         """Return features and logits; images are resized bicubically to 224x224."""
-        from diffmoe_ds.evaluation.efficientnet import INPUT_SIZE
-
         outputs = []
         for part_BCHW in images_BCHW.split(CPU_BATCH if self._device.type == "cpu" else len(images_BCHW)):
             pixels = resize(to_rgb(part_BCHW).to(self._device), (INPUT_SIZE, INPUT_SIZE)).float()
@@ -137,44 +133,23 @@ class DinoExtractor:
         if not (folder / "config.json").is_file():
             raise DataError(f"--extractor dinov2:{folder}: not a folder with config.json and model.safetensors.")
         try:
-            from transformers import AutoConfig, Dinov2Model
+            self._network = DINOv2(folder, device)
         except ImportError:
             raise ConfigError(
                 "--extractor dinov2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
             ) from None
-        try:
-            read_config(folder)
-            config = AutoConfig.from_pretrained(folder, **LOCAL)
-            if config.model_type != "dinov2":
-                raise ValueError(f"the model type in config.json must be dinov2, got {config.model_type}")
-            config.return_dict = True  # otherwise the network returns tuples
-            check_size(Dinov2Model, config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-            loaded: Any = Dinov2Model.from_pretrained(
-                folder, config=config, use_safetensors=True, output_loading_info=True, **LOCAL
-            )
-            network, info = loaded
-            missing = sorted(info["missing_keys"])
-            if missing:  # transformers would initialize them at random
-                raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
         except Exception as error:  # transformers and safetensors raise many types
             raise DataError(f"--extractor dinov2:{folder}: cannot be loaded: {one_line(error)}.") from None
-        self._network = network.to(device, torch.float32).eval().requires_grad_(False)
-        self._device = device
-        self.name = f"dinov2:{state_digest(self._network)}"
-        self._mean, self._std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
-            for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        )
+        self.name = f"dinov2:{state_digest(self._network.network)}"
 
     @torch.inference_mode()
     def extract(self, images_BCHW: Tensor) -> Outputs:
         """Return the CLS token; images are resized bicubically to 224x224."""
-        pixels = resize(to_rgb(images_BCHW).to(self._device), (224, 224)).float()
         try:
-            found = self._network(pixel_values=(pixels - self._mean) / self._std)
+            found_BSD = self._network.tokens(images_BCHW)
         except (ValueError, RuntimeError) as error:  # config.json describes other channels, or patches beyond 224
             raise DataError(f"--extractor {self.name}: failed on images of 224x224: {one_line(error)}.") from None
-        return Outputs(found.last_hidden_state[:, 0])
+        return Outputs(found_BSD[:, 0])
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Return fp32 features [B, F]."""

@@ -61,10 +61,12 @@ class HeldOut:
         self._draws = partial(
             held_out_draws, shape=shape, strata=NOISE_BINS, posterior=is_encoded_later or dataset.latents is not None
         )
-        self._shapes: tuple[tuple[int, ...], ...] = (image_shape(config), shape, *([shape] if is_encoded_later else []))
+        self._shapes: dict[str, tuple[int, ...]] = {"x": image_shape(config), "noise": shape}
+        if is_encoded_later:
+            self._shapes["posterior"] = shape
         self._choose = _first_caption if config.is_text else None
         if config.is_text:
-            self._shapes += (text_shape(dataset),)
+            self._shapes["text"] = text_shape(dataset)
 
     def __len__(self) -> int:
         return self._order.positions
@@ -98,7 +100,7 @@ class HeldOut:
         """
         for first in range(share.start, share.stop, batch_size):
             positions = range(first, min(first + batch_size, share.stop))
-            shapes = tuple((len(positions), *shape) for shape in self._shapes)
+            shapes = {name: (len(positions), *shape) for name, shape in self._shapes.items()}
             reader = Reader(self.dataset, self._order, self._draws, shapes, slots=None, choose=self._choose)
             item = reader[Task(0, positions)]
             if isinstance(item, DataError):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from diffmoe_ds.checkpoint.reference_weights import RefusedFileError, check_pickles
 from diffmoe_ds.control_files import open_regular
+from diffmoe_ds.data.pretrained import state_digest, to_rgb
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.evaluation.outputs import Outputs, one_line, state_digest, to_rgb
+from diffmoe_ds.evaluation.outputs import Outputs, one_line
 
 SPATIAL_CHANNELS = 7
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

@@ -1,16 +1,13 @@
-"""Common code of extractors: their outputs, and how images are converted to their input.
+"""Common code of extractors: their outputs, and how their errors are shown.
 
-Legend: B images, C channels, H, W height and width, F features, S spatial features, K classes.
+Legend: B images, F features, S spatial features, K classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 
 class Outputs(NamedTuple):
@@ -22,33 +19,6 @@ class Outputs(NamedTuple):
     """The features of sFID."""
     logits_BK: Tensor | None = None
     """The logits of the Inception Score."""
-
-
-def to_rgb(images_BCHW: Tensor) -> Tensor:
-    """Return uint8 images with 3 channels; a single channel is repeated."""
-    assert images_BCHW.dtype == torch.uint8 and images_BCHW.shape[1] in (1, 3), describe(images_BCHW)
-    return images_BCHW.expand(-1, 3, -1, -1)
-
-
-def resize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 images bicubically with antialiasing to a height and width, ignoring the aspect ratio."""
-    if images_BCHW.shape[-2:] == size:
-        return images_BCHW
-    resized = functional.interpolate(images_BCHW.float(), size, mode="bicubic", antialias=True)
-    return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-def state_digest(network: nn.Module) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a network's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def describe(tensor: Tensor) -> str:
-    """Return dtype and shape, for messages."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def one_line(error: BaseException) -> str:

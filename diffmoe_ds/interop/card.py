@@ -13,7 +13,7 @@ from diffmoe_ds.evaluation.report.facts import router_name
 from diffmoe_ds.evaluation.report.history import log_rows
 from diffmoe_ds.evaluation.report.style import short_number
 from diffmoe_ds.evaluation.table import INCEPTION_LABELS, LABELS
-from diffmoe_ds.interop.folder import FolderExport
+from diffmoe_ds.interop.folder import FolderExport, encoder_name
 from diffmoe_ds.interop.stock import FREQ_SHIFT_HINT, stock_problems
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.text import counted
@@ -22,7 +22,7 @@ FRONT_MATTER = """\
 ---
 # license: choose one that the training images permit
 library_name: diffusers
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {pipeline}
 tags: [{tags}]
 ---
 """
@@ -32,10 +32,14 @@ HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+")
 
 def model_card(export: FolderExport) -> str:
     """Return the contents of ``README.md``."""
-    tags = ["image-generation", "class-conditional" if export.config.model.num_classes > 1 else "unconditional"]
+    is_text = export.config.is_text
+    tags = ["image-generation", "class-conditional" if _has_classes(export) else "unconditional"]
+    tags = ["text-to-image"] if is_text else tags
     tags += ["diffmoe", "mixture-of-experts"] if export.config.num_experts > 1 else ["dit"]
     sections = [
-        FRONT_MATTER.format(tags=", ".join(tags)),
+        FRONT_MATTER.format(
+            pipeline="text-to-image" if is_text else "unconditional-image-generation", tags=", ".join(tags)
+        ),
         f"# {export.config.model_name}\n\n{_summary(export)}\n",
         f"## Use\n\n{_usage(export)}\n",
         f"## Model\n\n{_table(_facts(export))}\n",
@@ -129,7 +133,9 @@ def _summary(export: FolderExport) -> str:
 def _usage(export: FolderExport) -> str:
     names = export.class_names
     labels = [names[0], len(names) - 1] if len(names) > 1 else [0, 1]
-    classes = f"class_labels={labels!r}, " if export.config.model.num_classes > 1 else ""
+    classes = f"class_labels={labels!r}, " if _has_classes(export) else ""
+    if export.config.is_text:
+        classes = 'prompt="red apple", '
     vae = f", {_vae_argument(export)}" if export.is_latent and export.vae is None else ""
     imports = "AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline"
     custom = "" if export.obstacles else ', custom_pipeline="DIR"'
@@ -140,9 +146,14 @@ def _usage(export: FolderExport) -> str:
         f"images = pipe({classes}seeds=[0, 1]).images",
         "```",
         "",
-        f"The same seed{' and class give' if classes else ' gives'} the image of `diffmoe sample` in fp32.",
+        f"The same seed{_with(export)} the image of `diffmoe sample` in fp32.",
         "`pipeline.py` explains the arguments `num_inference_steps`, `guidance_scale`, `sampler` and `routing`.",
     ]
+    if export.config.is_text:
+        lines += [
+            "The first prompt loads the text encoder, which the folder does not contain, with transformers: by its",
+            "`name` in `conditioner/config.json`, which you can change. Guidance moves away from `negative_prompt`.",
+        ]
     if not export.obstacles:
         lines += [
             "",
@@ -166,7 +177,7 @@ def _facts(export: FolderExport) -> dict[str, str]:
         "blocks, width, heads": f"{size.depth}, {size.hidden_size}, {size.num_heads}",
         "input": f"{config.model.input_size}x{config.model.input_size}x{config.model.in_channels}, "
         f"patches of {config.model.patch_size}x{config.model.patch_size}",
-        "classes": _classes(export),
+        **_conditions(export),
         "router": router_name(config),
     }
     if config.num_experts > 1:
@@ -179,6 +190,26 @@ def _facts(export: FolderExport) -> dict[str, str]:
         "weights": "averaged (EMA)" if export.weights == "ema" else "of the last step (raw)",
         "type": str(export.dtype).removeprefix("torch."),
     }
+
+
+def _has_classes(export: FolderExport) -> bool:
+    return export.config.model.num_classes > 1 and not export.config.is_text
+
+
+def _with(export: FolderExport) -> str:
+    """Return what an image depends on besides its seed, and the verb of both."""
+    if export.config.is_text:
+        return " and prompt give"
+    return " and class give" if _has_classes(export) else " gives"
+
+
+def _conditions(export: FolderExport) -> dict[str, str]:
+    """Return what images are generated from: the classes, or the text encoders."""
+    if export.reader.text is None:
+        return {"classes": _classes(export)}
+    encoders = export.reader.text.encoders
+    shown = (f"{encoder_name(e.name)} ({e.tokens} tokens, {e.width} wide, sha256 {e.sha256[:12]})" for e in encoders)
+    return {"text encoders" if len(encoders) > 1 else "text encoder": ", ".join(shown)}
 
 
 def _classes(export: FolderExport) -> str:

@@ -3,6 +3,7 @@
 model_index.json
 README.md               model card
 pipeline.py             our pipeline
+conditioner/            of a text model: config.json, the weights and diffmoe_conditioner.py
 transformer/            config.json, the weights and, unless diffusers has the class, diffmoe_transformer.py
 scheduler/              for `DiTPipeline`, if it can generate with the model
 vae/                    copy of the VAE of a latent model, if it is known
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,28 @@ from torch import Tensor
 
 from diffmoe_ds.checkpoint.export import WEIGHTS
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import WeightsReader
+from diffmoe_ds.checkpoint.load import PROJECTOR, WeightsReader, has_null
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.files import expand_user, write_json, write_text
 from diffmoe_ds.interop.stock import scheduler_config, stock_problems, transformer_config, transformer_weights
+from diffmoe_ds.model.conditioning import context_width
 from diffmoe_ds.model.dit import empty_model
 from diffmoe_ds.outputs import new_directory
 from diffmoe_ds.sampling.generate import PIXEL_CHANNELS
 from diffmoe_ds.text import counted
+from diffmoe_ds.text_features import TextFormat
 
 STANDALONE = Path(__file__).parent / "standalone"
 """The files that are copied into the folder."""
 VAE_CONFIG = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+CONDITIONER = "y_embedder."
+"""What the names of a conditioner's tensors start with in our model."""
+HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+"""The hub's names of text encoders that the package finds by itself."""
 STOCK_CLASSES = 1000
 """Number of classes of `DiTPipeline`, which takes the label after them for "no label"."""
 OLDEST_DIFFUSERS = "0.35.0"
@@ -78,8 +86,9 @@ class FolderExport:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class; empty if they are unknown."""
-        return (self.reader.class_names or ())[: self.config.model.num_classes]
+        """The name of each class; empty if they are unknown, or images are generated from prompts."""
+        names = () if self.config.is_text else self.reader.class_names or ()
+        return names[: self.config.model.num_classes]
 
     @property
     def has_stock_transformer(self) -> bool:
@@ -161,6 +170,8 @@ def write_folder(export: FolderExport, out: Path, card: str) -> None:
         write_json(tmp / "model_index.json", _model_index(export))
         write_text(tmp / "pipeline.py", (STANDALONE / "pipeline.py").read_text(encoding="utf-8"))
         _write_transformer(export, tmp / "transformer")
+        if export.reader.text is not None:
+            _write_conditioner(export, export.reader.text, tmp / "conditioner")
         if not export.obstacles:
             (tmp / "scheduler").mkdir()
             write_json(tmp / "scheduler" / "scheduler_config.json", _versioned(scheduler_config()))
@@ -191,6 +202,8 @@ def _model_index(export: FolderExport) -> dict[str, Any]:
     }
     if not export.obstacles:
         tree["scheduler"] = ["diffusers", "DDIMScheduler"]
+    if export.config.is_text:
+        tree["conditioner"] = ["diffmoe_conditioner", "DiffMoETextConditioner"]
     if export.vae is not None:
         tree["vae"] = ["diffusers", "AutoencoderKL"]
     if export.class_names:
@@ -210,7 +223,31 @@ def _write_transformer(export: FolderExport, folder: Path) -> None:
         name = "diffmoe_transformer.py"
         write_text(folder / name, (STANDALONE / name).read_text(encoding="utf-8"))
     entries = list(_stock_entries(export) if is_stock else _entries(export))
-    write_safetensors(folder / "diffusion_pytorch_model.safetensors", entries, {"format": "pt"})
+    if export.config.is_text:
+        entries = [entry for entry in entries if not entry.name.startswith(CONDITIONER)]
+    write_safetensors(folder / WEIGHTS_FILE, entries, {"format": "pt"})
+
+
+def encoder_name(name: str) -> str:
+    """Return the folder or hub ID of a text encoder for users without this package."""
+    return HUB_NAMES.get(name, name)
+
+
+def _write_conditioner(export: FolderExport, text: TextFormat, folder: Path) -> None:
+    folder.mkdir()
+    width = export.config.size.hidden_size
+    encoders = [asdict(encoder) | {"name": encoder_name(encoder.name)} for encoder in text.encoders]
+    tree = {"_class_name": "DiffMoETextConditioner", "width": width, "encoders": encoders}
+    tree["context_width"] = context_width(text.layout, width)
+    write_json(folder / "config.json", _versioned(tree))
+    name = "diffmoe_conditioner.py"
+    write_text(folder / name, (STANDALONE / name).read_text(encoding="utf-8"))
+    entries = [
+        entry._replace(name=entry.name.removeprefix(CONDITIONER))
+        for entry in _entries(export)
+        if entry.name.startswith(CONDITIONER)
+    ]
+    write_safetensors(folder / WEIGHTS_FILE, entries, {"format": "pt"})
 
 
 def diffmoe_config(config: Config) -> dict[str, Any]:
@@ -222,7 +259,7 @@ def diffmoe_config(config: Config) -> dict[str, Any]:
         "in_channels": model.in_channels,
         "patch_size": model.patch_size,
         "num_classes": model.num_classes,
-        "has_null_class": model.label_dropout > 0,
+        "has_null_class": has_null(config),
         "objective": {
             "kind": objective.kind,
             "time_scale": objective.flow_time_scale if objective.kind == "flow" else 1.0,
@@ -233,6 +270,12 @@ def diffmoe_config(config: Config) -> dict[str, Any]:
             "num_heads": size.num_heads,
             "ffn": model.mlp,
             "ffn_hidden_size": int(size.hidden_size * model.mlp_ratio),
+            "cross_attention": {
+                "context_width": context_width(config.text_layout, size.hidden_size),
+                "qk_norm": model.text_qk_norm,
+            }
+            if config.is_text
+            else None,
         },
         "routing": {
             "kind": routing.kind,
@@ -251,6 +294,8 @@ def _entries(export: FolderExport) -> Iterator[Entry]:
     model = empty_model(export.config)
     buffers = dict(model.named_buffers())
     for name, tensor in model.state_dict().items():
+        if name.startswith(PROJECTOR):
+            continue  # only training uses it
         kind, dtype = (BUFFER, torch.float32) if name in buffers else (WEIGHTS[export.weights], export.dtype)
         yield Entry(name, tuple(tensor.shape), dtype, _read_lazily(export.reader, kind, name, dtype, tensor.numel()))
 

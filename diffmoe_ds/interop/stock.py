@@ -45,13 +45,14 @@ def stock_problems(config: Config) -> list[str]:
     model = config.model
     problems = [
         f"{key} is {value}" for key, value, expected in (
+            ("model.conditioning", config.size.conditioning, "class"),
             ("objective.kind", config.objective.kind, "ddpm"),
             ("routing.kind", "dense" if config.num_experts == 1 else config.routing.kind, "dense"),
             ("model.mlp", model.mlp, "gelu"),
             ("model.mlp_ratio", model.mlp_ratio, 4),
         ) if value != expected
     ]  # fmt: skip
-    if model.label_dropout == 0:
+    if model.label_dropout == 0 and not config.is_text:
         problems.append("model.label_dropout is 0")
     return problems
 

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT), dense or with experts.
 
-Legend: B images, S tokens per image, D width, C channels, E experts.
+Legend: B images, S tokens per image, D width, C channels, E experts, F width of image features.
 Source: DiT (arXiv 2212.09748) with the MoE blocks of DiffMoE (arXiv 2503.14487).
 """
 
@@ -45,6 +45,8 @@ class DiTOutput(NamedTuple):
     """fp32 [B, C, height, width]: the velocity (flow), or noise and variance (DDPM, twice the channels)."""
     routing: tuple[Routing, ...]
     """One entry for each MoE layer, in the order of the blocks."""
+    aligned_BSF: Tensor | None = None
+    """What REPA aligns with image features, in training only."""
 
 
 class Observer(Protocol):
@@ -87,7 +89,7 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None = None) -> tuple[Tensor, Routing | None]:
         """Transform the tokens of a batch.
 
         Args:
@@ -142,6 +144,8 @@ class DiT(nn.Module):
             is_moe = routed and index % every == first
             mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, int(width * model.mlp_ratio))
             self.blocks.append(DiTBlock(width, size.num_heads, mlp, _cross_attention(config)))
+        self.aligned_block = config.aligned_block
+        self.repa_projector = None if self.aligned_block is None else _projector(config)
         self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
         self.assumed_capacities = 2.0
         """Assumed upper bound on a layer's rows in `bounded_dispatch`, as a multiple of the training capacity. The
@@ -162,9 +166,9 @@ class DiT(nn.Module):
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
         condition = self.y_embedder(y, drop_B)
         c_BD = self.t_embedder(t_B * self.time_scale) + condition.vector_BD
-        routings = []
+        routings, aligned_BSF = [], None
         recompute = self.config.model.activation_checkpointing and self.training
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             if recompute:
                 x_BSD, routing = checkpoint(
                     block, x_BSD, c_BD, condition.context, use_reentrant=False, context_fn=both_passes
@@ -173,8 +177,10 @@ class DiT(nn.Module):
                 x_BSD, routing = block(x_BSD, c_BD, condition.context)
             if routing is not None:
                 routings.append(routing)
+            if index == self.aligned_block and self.repa_projector is not None and self.training:
+                aligned_BSF = self.repa_projector(x_BSD)
         out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)
-        return DiTOutput(out.float(), tuple(routings))
+        return DiTOutput(out.float(), tuple(routings), aligned_BSF)
 
     def reset_positions(self) -> None:
         """Recompute the position embedding after storage was allocated; checkpoints do not contain it."""
@@ -209,6 +215,14 @@ class DiT(nn.Module):
         """Whether an image depends on the rest of its batch in eval mode, because their tokens compete for experts."""
         layers = self.moe_layers().values()
         return any(layer.kind == "batch_pool" and layer.inference != "per_token" for layer in layers)
+
+
+def _projector(config: Config) -> nn.Sequential:
+    """Return the projector of REPA from tokens to image features."""
+    width, hidden, (_, features) = config.size.hidden_size, config.loss.repa_hidden, config.loss.repa_features
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, features)
+    )
 
 
 def _cross_attention(config: Config) -> CrossAttention | None:

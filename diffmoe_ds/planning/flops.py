@@ -71,7 +71,16 @@ def flops_per_image(config: Config) -> FlopCounts:
     forward = attention + ffn + router + first + second + other
     # the backward pass has two products for each of the forward pass, but images, times, text features and
     # what the capacity predictor reads (detached) need no gradient
-    return FlopCounts(attention, ffn, router + first + second, other, 3 * forward - embed - features - first)
+    training = 3 * (forward + _projector_flops(config)) - embed - features - first
+    return FlopCounts(attention, ffn, router + first + second, other, training)
+
+
+def _projector_flops(config: Config) -> int:
+    """Return the operations of REPA's projector for an image, which only training uses."""
+    if config.aligned_block is None:
+        return 0
+    hidden, (_, features) = config.loss.repa_hidden, config.loss.repa_features
+    return 2 * config.tokens_per_image * hidden * (config.size.hidden_size + hidden + features)
 
 
 def _text_flops(config: Config) -> tuple[int, int, int]:

@@ -23,10 +23,13 @@ class ParameterCounts:
     ffn: int
     """Weights of all FFNs: dense ones, shared experts and routed experts."""
 
+    projector: int
+    """Weights of REPA's projector, which only training uses."""
+
     @property
     def touched(self) -> int:
-        """Weights that an average token's training step computes with: the activated ones, routers and predictors."""
-        return self.activated + self.routers
+        """Weights that an average token's training step computes with: those activated and what training adds."""
+        return self.activated + self.routers + self.projector
 
 
 def count_parameters(config: Config) -> ParameterCounts:
@@ -44,5 +47,6 @@ def count_parameters(config: Config) -> ParameterCounts:
         p.numel() for layer in layers if layer.capacity_predictor for p in layer.capacity_predictor.parameters()
     )
     ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and name.startswith("blocks."))
+    projector = sum(p.numel() for p in model.repa_projector.parameters()) if model.repa_projector else 0
     idle = experts * (1 - config.routing.capacity / config.num_experts)
-    return ParameterCounts(total, round(total - routers - idle), experts, routers, ffn - routers)
+    return ParameterCounts(total, round(total - routers - projector - idle), experts, routers, ffn - routers, projector)

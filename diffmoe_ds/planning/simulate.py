@@ -107,9 +107,10 @@ def estimate_passes(layout: Layout) -> Passes:
     shallow = 2 + depth % 2
     depths = (shallow, shallow + 2) if depth > shallow + 2 else (depth,)
     saved, peak, operators = [], [], []
+    loss = config.loss.model_copy(update={"repa_block": 1})  # one that both models have
     for blocks in depths:
         model = config.model.model_copy(update={"depth": blocks})
-        shorter = config.model_copy(update={"model": model})
+        shorter = config.model_copy(update={"model": model, "loss": loss})
         found = simulate(shorter, layout.topology, layout.settings.micro_batch, layout.dtype)
         saved.append(found.saved)
         peak.append(max(found.forward_peak, found.backward_peak))
@@ -140,6 +141,8 @@ def _loss(output: DiTOutput) -> Tensor:
             loss = loss + capacity_loss(routing.capacity_logits_TE, routing.mask_TE)
         if routing.balance_loss is not None:
             loss = loss + routing.balance_loss
+    if output.aligned_BSF is not None:
+        loss = loss + output.aligned_BSF.square().mean()
     return loss
 
 

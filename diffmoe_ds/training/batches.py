@@ -219,6 +219,7 @@ def make_loader(run: Run, dataset: Dataset) -> Iterable[MicroBatch]:
         image_shape=image_shape(run.config),
         num_classes=model.num_classes,
         reads_text=run.config.is_text,
+        reads_features=run.config.aligned_block is not None,
         num_workers=data.num_workers,
         replaces_unreadable=data.max_unreadable > 0,
         shuffle_window=data.shuffle_window if data.shuffle == "window" else 0,

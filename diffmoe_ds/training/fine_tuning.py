@@ -20,9 +20,9 @@ INHERITED = {
     "objective": ("kind", "flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift"),
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
-ADAPTABLE = ("num_classes", "label_dropout", "text_encoders")
-"""Keys that may differ from those of the initial model: only the class embedding depends on the first two. The text
-encoders must be the same, which `TrainPlan.with_start` checks when those of the new images are known."""
+ADAPTABLE = ("num_classes", "label_dropout", "text_encoders", "repa_weight", "repa_hidden", "repa_features")
+"""Keys that may differ from those of the initial model: they decide its class embedding and REPA's projector alone. The
+text encoders must be the same, which `TrainPlan.with_start` checks when those of the new images are known."""
 
 
 class Start(NamedTuple):

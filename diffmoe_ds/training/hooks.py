@@ -91,6 +91,8 @@ class LogStep:
         }
         if self._run.config.routing.kind == "token_choice":
             row["balance_loss"] = losses.balance
+        if self._run.config.loss.repa_weight:
+            row["repa_loss"] = losses.alignment
         if self._run.config.routing.padded_dispatch is not None:
             row["redone"] = step.redone
         row["data_s"] = self._batches.waited_s()

@@ -1,13 +1,15 @@
 """Training loss of a micro-batch: noise the images, run the model, weight the losses.
 
-Legend: B images of a micro-batch, T its tokens, E experts.
+Legend: B images of a micro-batch, S tokens of an image, T image features, F their width.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config, ObjectiveConfig
@@ -23,13 +25,15 @@ class Losses(NamedTuple):
     """Scalars, fp32; only ``total`` is differentiated."""
 
     total: Tensor
-    """diffusion + capacity_weight * capacity + balance_weight * balance."""
+    """diffusion + capacity_weight * capacity + balance_weight * balance + repa_weight * alignment."""
     diffusion: Tensor
     """The objective's loss, mean over images."""
     capacity: Tensor
     """The capacity predictors' loss, mean per layer, summed over layers."""
     balance: Tensor
     """The load-balance loss of ``token_choice``, summed over layers."""
+    alignment: Tensor
+    """The alignment loss of REPA."""
 
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -81,4 +85,25 @@ def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: 
     balance = sum((r.balance_loss for r in output.routing if r.balance_loss is not None), start=zero)
     routing = config.routing
     total = diffusion + routing.capacity_weight * capacity + routing.balance_weight * balance
-    return Losses(total, diffusion.detach(), capacity.detach(), balance.detach())
+    alignment = zero
+    if output.aligned_BSF is not None and batch.features is not None:
+        alignment = alignment_loss(output.aligned_BSF, batch.features)
+        total = total + config.loss.repa_weight * alignment
+    return Losses(total, diffusion.detach(), capacity.detach(), balance.detach(), alignment.detach())
+
+
+def alignment_loss(projected_BSF: Tensor, features_BTF: Tensor) -> Tensor:
+    """Return the mean negative cosine similarity of projected tokens and image features (REPA, arXiv 2410.06940).
+
+    Args:
+        projected_BSF: of the tokens of an image, which form a square grid.
+        features_BTF: of the image, a square grid as well; resized to that of the tokens if it differs.
+    """
+    features_BTF = features_BTF.float()
+    tokens, grid = projected_BSF.shape[1], math.isqrt(features_BTF.shape[1])
+    if tokens != features_BTF.shape[1]:
+        maps_BFHW = features_BTF.transpose(1, 2).unflatten(2, (grid, grid))
+        side = math.isqrt(tokens)
+        resized = F.interpolate(maps_BFHW, size=(side, side), mode="bilinear", antialias=True)
+        features_BTF = resized.flatten(2).transpose(1, 2)
+    return -F.cosine_similarity(projected_BSF.float(), features_BTF, dim=-1).mean()

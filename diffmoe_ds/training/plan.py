@@ -165,13 +165,14 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
         check_first_image,
         open_dataset,
         with_classes,
+        with_features,
         with_text,
     )
     from diffmoe_ds.evaluation.held_out import open_held_out
 
     check_exists(config)
     dataset = open_dataset(config)
-    config = with_text(with_classes(config, dataset), dataset)
+    config = with_features(with_text(with_classes(config, dataset), dataset), dataset)
     _check_sampling(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     launch, settings = fit_ranks(launch, lambda ranks: _resolve_settings(config, source, ranks, device))

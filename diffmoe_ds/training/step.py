@@ -31,6 +31,7 @@ class MeanLosses(NamedTuple):
     diffusion: float
     capacity: float
     balance: float
+    alignment: float
 
 
 class StepResult(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffmoe_ds.data.loader import LoaderSettings, PositionLoader
+from diffmoe_ds.data.sources.image_features import FeatureFormat
 from diffmoe_ds.rng import training_draws
 from diffmoe_ds.text_features import Caption, EncoderFeatures, EncoderInfo, TextFormat, encode_member, encode_record
 
@@ -146,11 +147,38 @@ def text_member(key: str, *captions: str, width: int = 3) -> tuple[str, bytes]:
     return f"{key}.text", encode_member([caption(text, width) for text in captions])
 
 
-def captioned_shard(path: Path, count: int, width: int = 3, **form: object) -> Path:
-    """Write 28x28 grayscale images filled with their number, with 1 to 3 captions each and their text features."""
-    members = [format_member(text_features(width, **form))]
+FEATURES = FeatureFormat(side=2, width=6, name="tiny", sha256="cd" * 32)
+
+
+def image_features(number: int, form: FeatureFormat = FEATURES) -> np.ndarray:
+    """Features of an image and its mirror image, which depend on its number only."""
+    return np.random.default_rng(number).standard_normal((2, *form.shape)).astype(np.float16)
+
+
+def features_format(form: FeatureFormat = FEATURES) -> tuple[str, bytes]:
+    return "__features__", json.dumps(form.to_json()).encode()
+
+
+def features_member(key: str, number: int, form: FeatureFormat = FEATURES) -> tuple[str, bytes]:
+    return f"{key}.features", form.encode(image_features(number, form))
+
+
+def captioned_shard(
+    path: Path, count: int, width: int = 3, features: FeatureFormat | None = None, **form: object
+) -> Path:
+    """Write 28x28 grayscale images filled with their number, with 1 to 3 captions each and their text features.
+
+    Args:
+        path: the shard.
+        count: number of images.
+        width: of the text features.
+        features: format of the image features; None writes none.
+        form: see `text_features`.
+    """
+    members = [format_member(text_features(width, **form)), *([] if features is None else [features_format(features)])]
     for number in range(count):
         captions = [f"image number {number}", f"grey {number}", "grey"][: number % 3 + 1]
         png = image_file(np.full((28, 28), number, np.uint8))
         members += [(f"{number:04d}.png", png), text_member(f"{number:04d}", *captions, width=width)]
+        members += [] if features is None else [features_member(f"{number:04d}", number, features)]
     return write_tar(path, members)

@@ -1,8 +1,8 @@
 """Load exported folders with diffusers, as a user without this package does; run as a script.
 
-Its argument is a folder with ``jobs.json``, a list of {"folder", "class", "load", "call", "inputs"} and optionally
-"save", a folder through which the pipeline goes before the call. The results go to ``0.npz``, ``1.npz``, ... in it:
-images, and outputs of the transformer for the inputs x, t and y of the npz file.
+Its argument is a folder with ``jobs.json``, a list of {"folder", "class", "load", "call"} and optionally "save",
+a folder through which the pipeline goes before the call, and "inputs", an npz file. The results go to ``0.npz``,
+``1.npz``, ... in it: images, and outputs of the transformer for the inputs x, t and y of that file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def run(job: dict) -> dict[str, np.ndarray]:
     if "generator" in job["call"]:
         job["call"]["generator"] = torch.Generator().manual_seed(job["call"]["generator"])
     results = {"images": np.stack([np.asarray(image) for image in pipe(**job["call"]).images])}
-    with np.load(job["inputs"]) as file, torch.no_grad():
-        x, t, y = (torch.from_numpy(file[name]) for name in ("x", "t", "y"))
-        results["outputs"] = pipe.transformer(x, timestep=t, class_labels=y).sample.numpy()
+    if "inputs" in job:
+        with np.load(job["inputs"]) as file, torch.no_grad():
+            x, t, y = (torch.from_numpy(file[name]) for name in ("x", "t", "y"))
+            results["outputs"] = pipe.transformer(x, timestep=t, class_labels=y).sample.numpy()
     return results
 
 

@@ -88,7 +88,7 @@ def test_an_index_that_does_not_match_its_shards(made, tmp_path, column, capsys)
     (tmp_path / "set" / INDEX).write_text(json.dumps(index))
     assert len(ShardDataset(expand(tmp_path / "set"))) == 12
     problems = check(tmp_path / "set", capsys)
-    assert problems and all("another offset, label, key or text than the shard" in problem for problem in problems)
+    assert problems and all("another offset, label, key, text or features than" in problem for problem in problems)
 
 
 def test_an_index_with_other_sizes_or_without_hashes(made, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmoe_ds.data.sources import compressed, tar_index
+from diffmoe_ds.data.sources import compressed, tar_headers
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from tests.helpers.data import LABELLED, PNG, write_tar
@@ -17,7 +17,7 @@ from tests.helpers.data import LABELLED, PNG, write_tar
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_big_members_are_refused_unless_they_are_never_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tar_index, "MAX_MEMBER_BYTES", 1 << 20)
+    monkeypatch.setattr(tar_headers, "MAX_MEMBER_BYTES", 1 << 20)
     assert ShardDataset([write_tar(tmp_path / name, [*LABELLED, ("a.txt", bytes(1_048_577))])])[0].label == 3
     for big in ("a.png", "a.cls"):
         path = write_tar(tmp_path / name, [(big, bytes(1_048_577))])

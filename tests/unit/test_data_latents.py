@@ -17,7 +17,7 @@ from diffmoe_ds.config.load import load_config
 from diffmoe_ds.data.dataset import image_shape, open_dataset
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.data.shuffle import sample_index
-from diffmoe_ds.data.sources import shards, tar_index
+from diffmoe_ds.data.sources import shard_paths, shards, tar_headers
 from diffmoe_ds.data.sources.index_files import load_index, save_index, subset
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
@@ -123,7 +123,7 @@ def test_an_index_opens_without_reading_the_shards(folder, tmp_path, monkeypatch
 
 def test_the_index_of_a_big_scanned_dataset_is_kept(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "set")
-    monkeypatch.setattr(shards, "KEEP_INDEX_FROM_BYTES", 1)
+    monkeypatch.setattr(shard_paths, "KEEP_INDEX_FROM_BYTES", 1)
     first = ShardDataset(expand(tmp_path / "set"))
     with monkeypatch.context() as patched:
         patched.setattr(shards, "scan", lambda *_: pytest.fail("the shards were scanned again"))
@@ -226,7 +226,7 @@ def test_subset_needs_all_names(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "set")
     index = load_index(index_of(tmp_path / "set"))
     assert subset(index, ["s-0.tar", "s-9.tar"]) is None
-    assert tar_index.MAX_MEMBER_BYTES == 64 << 20
+    assert tar_headers.MAX_MEMBER_BYTES == 64 << 20
 
 
 # --- raw images ----------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffmoe_ds.data.efficientnet import SameConv2d
+from diffmoe_ds.data.pretrained import resize, to_rgb
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.evaluation import inception
-from diffmoe_ds.evaluation.efficientnet import SameConv2d
 from diffmoe_ds.evaluation.extractors import DEFAULT, Extractor, load_extractor
-from diffmoe_ds.evaluation.outputs import resize, to_rgb
 from tests.helpers.sources import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "efficientnet_lite0.json"
@@ -103,7 +103,9 @@ def test_dinov2_from_a_folder(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
         load_extractor(f"dinov2:{tmp_path}", CPU)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(DataError, match=r"the model type in config\.json must be dinov2, got vit"):
+    with pytest.raises(
+        DataError, match=r"the model type in config\.json must be dinov2 or dinov2_with_registers, got vit"
+    ):
         load_extractor(f"dinov2:{tmp_path}", CPU)
     (tmp_path / "config.json").unlink()
     with pytest.raises(DataError, match=r"not a folder with config\.json"):

@@ -20,7 +20,7 @@ from diffmoe_ds.cli.sample_set import open_set
 from diffmoe_ds.distributed.launch import Launch
 from diffmoe_ds.errors import CheckpointError, ConfigError, LaunchError
 from diffmoe_ds.sampling.observer import CapacityMeter
-from diffmoe_ds.sampling.output import check_png_folder, is_png_folder, write_labels, write_npz, write_pngs
+from diffmoe_ds.sampling.output import check_folder, is_png_folder, write_labels, write_npz, write_pngs
 from diffmoe_ds.sampling.turns import Turn, split
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 from tests.helpers.sampling import write_random_model
@@ -71,12 +71,12 @@ def test_png_files_sort_by_index_and_hold_the_pixels(tmp_path, channels):
 
 
 def test_a_folder_of_the_user_is_not_replaced(tmp_path):
-    check_png_folder(tmp_path / "png")
+    check_folder(tmp_path / "png")
     (tmp_path / "png").mkdir()
-    check_png_folder(tmp_path / "png")
+    check_folder(tmp_path / "png")
     write_labels(tmp_path / "png", [0])
     write_pngs(tmp_path / "png", range(1), pixels_of(1), 1)
-    check_png_folder(tmp_path / "png")
+    check_folder(tmp_path / "png")
     assert is_png_folder(tmp_path / "png")
     (tmp_path / "png" / "holiday.png").touch()
     assert_not_replaced(tmp_path / "png")
@@ -85,14 +85,14 @@ def test_a_folder_of_the_user_is_not_replaced(tmp_path):
     assert_not_replaced(tmp_path / "png")
     (tmp_path / "png" / "labels.csv").unlink()
     assert_not_replaced(tmp_path / "png")
-    (tmp_path / "file").touch()
-    assert_not_replaced(tmp_path / "file")
+    (tmp_path / "png" / "png").touch()
+    assert_not_replaced(tmp_path / "png" / "png")
 
 
 def assert_not_replaced(path):
     assert not is_png_folder(path)
     with pytest.raises(ConfigError, match="exists but was not written by diffmoe; pass another --out or move it away"):
-        check_png_folder(path)
+        check_folder(path)
 
 
 @pytest.mark.parametrize("error", (PermissionError, NotADirectoryError))

@@ -12,8 +12,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from diffmoe_ds.data.sources.folder import Source
+from diffmoe_ds.data.sources.image_features import FEATURES_SUFFIX, STORED, FeatureFormat
 from diffmoe_ds.data.sources.images import centre_crop, decode_pixels, open_rgb, png
 from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
+from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.vae import VAE
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.text_features import TextFormat
@@ -35,6 +37,8 @@ class Encoded:
     """Why the image could not be encoded; empty if it was."""
     moments: np.ndarray | None = None
     """fp32 [2, 2, C, H, W] of a latent, for statistics."""
+    crop: np.ndarray | None = None
+    """uint8 [3, size, size]: the pixels of a crop, for image features."""
     more: tuple[tuple[str, bytes], ...] = ()
     """Suffix and contents of further members."""
     captions: int = 0
@@ -54,6 +58,10 @@ class Encoder(Protocol):
     def text(self) -> TextFormat | None:
         """How text features are stored; None if there are none."""
 
+    @property
+    def features(self) -> FeatureFormat | None:
+        """How image features are stored; None if there are none."""
+
     def settings(self) -> dict[str, Any]:
         """Return everything that the bytes depend on, as plain data."""
 
@@ -66,6 +74,7 @@ class PixelEncoder:
 
     latents = None
     text = None
+    features = None
 
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size = size
@@ -78,43 +87,55 @@ class PixelEncoder:
     def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
         """See `Encoder`."""
         for index, crop, reason in _crops(source, indices, self._size, self._threads):
-            yield Encoded(index, unreadable=reason) if crop is None else Encoded(index, "png", png(crop))
+            yield Encoded(index, unreadable=reason) if crop is None else Encoded(index, "png", png(crop), crop=crop)
 
 
 class StoredEncoder:
-    """Stores image files and prepared latents byte for byte, if they can be decoded."""
+    """Stores image files or prepared latents, and their image features, byte for byte, if they can be decoded."""
 
     text = None
 
-    def __init__(self, latents: LatentFormat | None, threads: int = 1) -> None:
+    def __init__(self, source: Source, threads: int = 1) -> None:
         """Describe the images.
 
         Args:
-            latents: format of the source, if it holds prepared latents.
+            source: the images, or shards with prepared latents or image features.
             threads: decoding threads.
         """
-        self.latents = latents
+        self._shards = source if isinstance(source, ShardDataset) else None
+        self.latents = None if self._shards is None else self._shards.latents
+        self.features = None if self._shards is None else self._shards.features
         self._threads = threads
 
     def settings(self) -> dict[str, Any]:
         """See `Encoder`."""
-        return {"kind": "stored", "latents": None if self.latents is None else self.latents.to_json()}
+        found: dict[str, Any] = {"kind": "stored", "latents": None if self.latents is None else self.latents.to_json()}
+        return found if self.features is None else {**found, "features": self.features.to_json()}
 
     def encode(self, source: Source, indices: Sequence[int]) -> Iterator[Encoded]:
         """See `Encoder`."""
 
         def read(index: int) -> Encoded:
-            suffix, data = source.suffix(index), source.image_bytes(index)
+            suffix, data, moments = source.suffix(index), source.image_bytes(index), None
             if self.latents is not None:
-                return Encoded(index, suffix, data, moments=self._moments(data))
-            if suffix == "npy":
+                moments = self._moments(data)
+            elif suffix == "npy":
                 decode_array(data)
             else:
                 decode_pixels(data, suffix)
-            return Encoded(index, suffix, data)
+            return Encoded(index, suffix, data, moments=moments, more=self._image_features(index))
 
         for index, encoded, reason in _read_ahead(read, indices, self._threads):
             yield Encoded(index, unreadable=reason) if encoded is None else encoded
+
+    def _image_features(self, index: int) -> tuple[tuple[str, bytes], ...]:
+        """Return the member with the image features of a sample, if it has any."""
+        if self._shards is None or self.features is None:
+            return ()
+        data = self._shards.features_bytes(index)
+        if not np.isfinite(np.frombuffer(data, STORED)).all():
+            raise ValueError(f"its .{FEATURES_SUFFIX} contains NaN or Inf")
+        return ((FEATURES_SUFFIX, data),)
 
     def _moments(self, data: bytes) -> np.ndarray:
         """Return the moments of a latent and of its mirror image, fp32 [2, 2, C, H, W]."""
@@ -137,6 +158,7 @@ class LatentEncoder:
     """
 
     text = None
+    features = None
 
     def __init__(self, vae: VAE, size: int, dtype: str, batch_size: int, threads: int = 1) -> None:
         self.latents = vae.format(size, dtype)
@@ -176,7 +198,7 @@ class LatentEncoder:
             with np.errstate(over="ignore"):
                 stored = found.astype(self.latents.dtype)
             if np.isfinite(stored).all():
-                yield Encoded(index, "npy", self.latents.encode(stored), moments=found)
+                yield Encoded(index, "npy", self.latents.encode(stored), moments=found, crop=crop)
             else:
                 yield Encoded(index, unreadable=f"its latent contains NaN or Inf in {self.latents.dtype}")
 

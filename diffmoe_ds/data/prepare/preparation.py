@@ -24,6 +24,7 @@ from diffmoe_ds.data.prepare.encoders import Encoder
 from diffmoe_ds.data.prepare.records import Totals, read_record, record_index, shard_record
 from diffmoe_ds.data.shuffle import epoch_shuffle
 from diffmoe_ds.data.sources.folder import Source
+from diffmoe_ds.data.sources.image_features import FEATURES_MEMBER
 from diffmoe_ds.data.sources.index_files import INDEX, PARTS, SETTINGS, load_index, save_index
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER
 from diffmoe_ds.data.sources.tar_index import LABEL_SUFFIX, NO_LABEL, join, scan
@@ -256,7 +257,12 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and contents of a shard's members, and count them."""
     source, encoder = preparation.source, preparation.encoder
-    for member, form in ((FORMAT_MEMBER, encoder.latents), (TEXT_FORMAT_MEMBER, encoder.text)):
+    formats = (
+        (FORMAT_MEMBER, encoder.latents),
+        (TEXT_FORMAT_MEMBER, encoder.text),
+        (FEATURES_MEMBER, encoder.features),
+    )
+    for member, form in formats:
         if form is not None:
             yield member, json.dumps(form.to_json()).encode()
     for encoded in encoder.encode(source, indices):

@@ -11,13 +11,14 @@ import numpy as np
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
 from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
+from diffmoe_ds.data.sources.image_features import FEATURES_COLUMNS
 from diffmoe_ds.data.sources.index_files import shard_info
 from diffmoe_ds.data.sources.tar_index import Entry, Index, ShardInfo
 from diffmoe_ds.data.sources.text_index import TextEntry
 from diffmoe_ds.errors import CheckpointError
 from diffmoe_ds.text import reason
 
-TEXT_ROW = np.dtype("<i8")
+ROW = np.dtype("<i8")
 STORED = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
 """Columns of the index that a record has in `rows`; the others follow from the keys and the shard."""
 
@@ -66,7 +67,8 @@ def shard_record(index: Index, sha256: str, totals: Totals) -> dict[str, Any]:
         "captions": totals.captions,
         "truncated": totals.truncated,
         "rows": index.samples[:, STORED].tolist(),
-        "text": None if index.text is None else base64.b64encode(index.text.astype(TEXT_ROW).tobytes()).decode(),
+        "text": _encoded(index.text),
+        "features": _encoded(index.features),
         "keys": [index.key(i) for i in range(len(index.samples))],
     }
 
@@ -98,28 +100,31 @@ def record_index(record: dict[str, Any], encoder: Encoder) -> Index:
     samples[:, 6] = [len(name) for name in names]
     samples[:, 5] = np.cumsum(samples[:, 6]) - samples[:, 6]
     shard = ShardInfo(record["name"], record["bytes"], record["samples"])
-    rows = record.get("text")
-    text = None if rows is None else _text_rows(rows, len(names))
+    text = _decoded(record.get("text"), len(names), len(TextEntry._fields))
+    features = _decoded(record.get("features"), len(names), FEATURES_COLUMNS)
     keys = np.frombuffer(b"".join(names), np.uint8)
-    return Index((shard,), samples, keys, encoder.latents, text=text, text_format=encoder.text)
+    return Index(
+        (shard,), samples, keys, encoder.latents, text=text, text_format=encoder.text, features=features,
+        feature_format=encoder.features,
+    )  # fmt: skip
 
 
 def _check_record(record: dict[str, Any]) -> None:
-    """Check the record of a shard, as `shard_record` returns it; those of older versions have no text.
+    """Check the record of a shard, as `shard_record` returns it; older ones have neither text nor features.
 
     Raises:
         ValueError, TypeError, KeyError, AttributeError: a value is missing or invalid.
     """
     info = shard_info(record)
-    rows, keys, text = record["rows"], record["keys"], record.get("text")
+    rows, keys = record["rows"], record["keys"]
     valid = type(rows) is list and all(
         type(row) is list and len(row) == 4 and all(type(number) is int and -1 <= number < 2**63 for number in row)
         for row in rows
     )
     valid = valid and type(keys) is list and all(type(k) is str and k.encode(errors="surrogateescape") for k in keys)
     valid = valid and len(rows) == len(keys) == info.samples
-    if text is not None:
-        _text_rows(text, len(rows))
+    _decoded(record.get("text"), len(rows), len(TextEntry._fields))
+    _decoded(record.get("features"), len(rows), FEATURES_COLUMNS)
     valid = valid and type(record["sha256"]) is str and type(record["skipped"]) is list
     valid = valid and all(type(entry["key"]) is type(entry["reason"]) is str for entry in record["skipped"])
     valid = valid and type(record["statistics"]) is list and len(record["statistics"]) == 3
@@ -128,10 +133,16 @@ def _check_record(record: dict[str, Any]) -> None:
         raise ValueError("not the record of a shard")
 
 
-def _text_rows(text: str, samples: int) -> np.ndarray:
-    """Return the rows of the index of text, int64 [samples, 5].
+def _encoded(table: np.ndarray | None) -> str | None:
+    """Return a table of the index, int64 [samples, columns], in base64.
 
-    They are stored in base64: as numbers, those of a large shard would exceed the limits of a JSON file.
+    As numbers, that of a large shard would exceed the limits of a JSON file.
     """
-    rows = np.frombuffer(base64.b64decode(text, validate=True), TEXT_ROW)
-    return rows.reshape(samples, len(TextEntry._fields)).astype(np.int64)
+    return None if table is None else base64.b64encode(table.astype(ROW).tobytes()).decode()
+
+
+def _decoded(text: str | None, samples: int, columns: int) -> np.ndarray | None:
+    """Return the table that `_encoded` encoded."""
+    if text is None:
+        return None
+    return np.frombuffer(base64.b64decode(text, validate=True), ROW).reshape(samples, columns).astype(np.int64)

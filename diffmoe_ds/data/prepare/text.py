@@ -11,7 +11,7 @@ from typing import Any
 from diffmoe_ds.data.captions import Captions
 from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
 from diffmoe_ds.data.sources.folder import Source
-from diffmoe_ds.data.sources.tar_index import MAX_MEMBER_BYTES
+from diffmoe_ds.data.sources.tar_headers import MAX_MEMBER_BYTES
 from diffmoe_ds.data.sources.text_index import TEXT_SUFFIX
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import DataError
@@ -38,6 +38,7 @@ class CaptionEncoder:
             batch_size: captions per batch.
         """
         self.latents = images.latents
+        self.features = images.features
         self.text = encoders.format
         self._images = images
         self._captions = captions
@@ -87,7 +88,7 @@ class CaptionEncoder:
                 continue
             yield replace(
                 encoded,
-                more=(("txt", "\n".join(captions).encode()), (TEXT_SUFFIX, member)),
+                more=(*encoded.more, ("txt", "\n".join(captions).encode()), (TEXT_SUFFIX, member)),
                 captions=len(captions),
                 truncated=sum(self._encoders.too_long(caption) is not None for caption in captions),
             )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
+from diffmoe_ds.data.sources.image_features import FeatureFormat
 from diffmoe_ds.data.sources.index_files import INDEX, SAMPLES, load_index, refuse_unfinished, subset
 from diffmoe_ds.data.sources.latents import LatentFormat
 from diffmoe_ds.data.sources.shard_paths import expand
@@ -39,7 +40,7 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
         `shards`, `samples`, `labelled`, `per_class` (label to count), `classes` (names), `duplicate_keys`,
         `problems` (sentences; empty if the dataset is valid), `notes`, and for latents `format` and the mean and
         standard deviation of scaled latents, `latent_mean` and `latent_std`, as training samples them; for text
-        features, `captions` (their number) and `text_encoders`.
+        features, `captions` (their number) and `text_encoders`; for image features, `features`.
 
     Raises:
         DataError: the path holds no shards.
@@ -75,6 +76,8 @@ def check_set(path: Path, progress: Callable[[int, int], None]) -> dict[str, Any
     if sums.text is not None:
         report["captions"] = sums.captions
         report["text_encoders"] = sums.text.to_json()["encoders"]
+    if sums.features is not None:
+        report["features"] = sums.features.to_json()
     return {**report, "problems": problems}
 
 
@@ -99,6 +102,9 @@ def report_lines(report: dict[str, Any]) -> str:
             f"{each['name']} ({each['tokens']} tokens of width {each['width']})" for each in report["text_encoders"]
         ]
         lines.append(f"{counted(report['captions'], 'caption')} encoded by {' and '.join(encoders)}")
+    if "features" in report:
+        form = report["features"]
+        lines.append(f"image features of {form['name']}: {form['side']}x{form['side']} tokens of width {form['width']}")
     lines += [f"note: {note}" for note in report["notes"]]
     lines += [f"problem: {problem}" for problem in report["problems"]]
     return "\n".join(lines)
@@ -112,6 +118,7 @@ class _Sums:
     keys: Counter[Any] = field(default_factory=Counter)
     latents: LatentFormat | None = None
     text: TextFormat | None = None
+    features: FeatureFormat | None = None
     captions: int = 0
     """Captions with text features."""
     statistics: np.ndarray = field(default_factory=lambda: np.zeros(3))
@@ -169,12 +176,13 @@ def _sample_problems(shard: str, index: Index | None, sums: _Sums) -> list[str]:
     keys = [dataset.key(i) for i in range(len(dataset))]
     sums.latents = dataset.latents or sums.latents
     sums.text = sums.text or dataset.text
+    sums.features = sums.features or dataset.features
     sums.labels.update(dataset.labels.tolist())
     sums.keys.update(keys)
     problems = [] if index is None else _differences(Path(shard).name, dataset.index, keys, index)
     for first in range(0, len(dataset), BATCH):
         problems += _decode(dataset, range(first, min(first + BATCH, len(dataset))), sums.statistics)
-    return problems + _caption_problems(dataset, sums)
+    return problems + _caption_problems(dataset, sums) + _feature_problems(dataset, sums)
 
 
 def _caption_problems(dataset: ShardDataset, sums: _Sums) -> list[str]:
@@ -192,27 +200,42 @@ def _caption_problems(dataset: ShardDataset, sums: _Sums) -> list[str]:
     return problems
 
 
+def _feature_problems(dataset: ShardDataset, sums: _Sums) -> list[str]:
+    """Return the problems of a shard's image features."""
+    if dataset.features != sums.features:
+        return [f"shard {dataset.index.shards[0].name} holds other image features than the first shard"]
+    problems = []
+    for index in range(len(dataset) if dataset.features is not None else 0):
+        try:
+            dataset.read_features([index, index], [False, True])
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _differences(name: str, found: Index, keys: list[str], whole: Index) -> list[str]:
     """Compare a shard with the index of the whole dataset, by which training reads it."""
     said = subset(whole, [name])
     if said is None:
         return [f"shard {name} is not in {SAMPLES}"]
-    formats = said.latents != found.latents or said.text_format != found.text_format
-    if formats or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
+    formats = ((index.latents, index.text_format, index.feature_format) for index in (said, found))
+    if len(set(formats)) > 1 or len(said.samples) != len(keys) or said.shards[0].bytes != found.shards[0].bytes:
         return [
-            f"{INDEX} gives shard {name} other sizes, another number of samples or other latents or text features than "
-            "it has"
+            f"{INDEX} gives shard {name} other sizes, another number of samples or other latents, text features or "
+            "image features than it has"
         ]
     content = slice(Entry._fields.index("suffix"), Entry._fields.index("label") + 1)
     other = (said.samples[:, content] != found.samples[:, content]).any(axis=1)
     other |= np.array([said.key(i) != key for i, key in enumerate(keys)])
     if said.text is not None:  # an index from before captions were indexed lacks it
         other |= (said.text != (0 if found.text is None else found.text)).any(axis=1)
+    if said.features is not None:
+        other |= (said.features != found.features).any(axis=1)
     if not other.any():
         return []
     return [
-        f"the index gives {other.sum()} samples of shard {name} another offset, label, key or text than the shard, the "
-        f"first is {keys[int(np.argmax(other))]!r}"
+        f"the index gives {other.sum()} samples of shard {name} another offset, label, key, text or features than the "
+        f"shard, the first is {keys[int(np.argmax(other))]!r}"
     ]
 
 

@@ -1,9 +1,9 @@
 """The index files of a directory of shards.
 
-`index.json` lists the shards with their sizes and the formats of latents and text features, `index-samples.npy` holds a
-row per sample and `index-keys.npy` the concatenated keys. If samples have captions or text features, `index-text.npy`
-holds a row for each. One process of a host verifies the checksums of the arrays (`verified.py`); they are
-memory-mapped, so all ranks and workers share them.
+`index.json` lists the shards with their sizes and the formats of latents, text and image features, `index-samples.npy`
+holds a row per sample and `index-keys.npy` the concatenated keys. If samples have captions or text features,
+`index-text.npy` holds a row for each; if they have image features, `index-features.npy` does. One process of a host
+verifies the checksums of the arrays (`verified.py`); they are memory-mapped, so all ranks and workers share them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, open_regular, read_json
+from diffmoe_ds.data.sources.image_features import FEATURES_COLUMNS, feature_format, valid_features
 from diffmoe_ds.data.sources.latents import latent_format
+from diffmoe_ds.data.sources.tar_headers import MAX_MEMBER_BYTES
 from diffmoe_ds.data.sources.tar_index import (
     IMAGE_SUFFIXES,
     MAX_LABEL,
-    MAX_MEMBER_BYTES,
     NO_LABEL,
     NOT_STORED,
     Entry,
     Index,
     ShardInfo,
+    check_features,
     check_latents,
     check_text,
 )
@@ -44,6 +46,8 @@ INDEX = "index.json"
 SAMPLES = "index-samples.npy"
 KEYS = "index-keys.npy"
 TEXT = "index-text.npy"
+FEATURES = "index-features.npy"
+ARRAYS = (SAMPLES, KEYS, TEXT, FEATURES)
 VERSION = 1
 ROWS_AT_ONCE = 1 << 16
 """Rows that are checked together, so that the check of a large index takes little memory."""
@@ -69,6 +73,8 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
     arrays = {SAMPLES: index.samples, KEYS: index.keys}
     if index.text is not None:
         arrays[TEXT] = index.text
+    if index.features is not None:
+        arrays[FEATURES] = index.features
     for name, array in arrays.items():
         with atomic_write(folder / name) as file:
             write_array(file, array.shape, array.dtype, [array])
@@ -79,6 +85,7 @@ def save_index(index: Index, folder: Path, extra: dict[str, Any] | None = None) 
         "index_sha256": {name: sha256_of(folder / name) for name in arrays},
         "latents": None if index.latents is None else index.latents.to_json(),
         "text": None if index.text_format is None else index.text_format.to_json(),
+        "features": None if index.feature_format is None else index.feature_format.to_json(),
         **(extra or {}),
         "shards": [shard._asdict() for shard in index.shards],
     }
@@ -102,22 +109,25 @@ def load_index(folder: Path, *, rehash: bool = False) -> Index:
         shards = tuple(map(shard_info, tree["shards"]))
         latents = None if tree["latents"] is None else latent_format(tree["latents"])
         form = None if tree.get("text") is None else text_format(tree["text"])
-        # Datasets from before the checksums existed have none, nor text.
+        features = None if tree.get("features") is None else feature_format(tree["features"])
+        # Datasets from before the checksums existed have none, nor text or image features.
         sums = tree.get("index_sha256", {})
-        hashes = [(folder / name, sha256) for name, sha256 in sums.items() if name in (SAMPLES, KEYS, TEXT)]
+        hashes = [(folder / name, sha256) for name, sha256 in sums.items() if name in ARRAYS]
         classes = _class_names(tree.get("classes"))
         samples, keys = (_map(folder / name) for name in (SAMPLES, KEYS))  # before a file of any size is hashed
-        text = _map(folder / TEXT) if TEXT in sums else None
+        text, places = (_map(folder / name) if name in sums else None for name in (TEXT, FEATURES))
         fits = all(has_sha256(file, sha256, rehash=rehash) for file, sha256 in hashes)
         fits = fits and samples.shape == (tree["samples"], len(Entry._fields)) and samples.dtype == np.int64
         fits = fits and keys.shape == (tree["key_bytes"],) and keys.dtype == np.uint8
-        fits = fits and (form is None if text is None else _fits_text(text, len(samples)))
+        fits = fits and (form is None if text is None else _fits(text, len(samples), len(TextEntry._fields)))
+        fits = fits and (features is None) == (places is None)
+        fits = fits and (places is None or _fits(places, len(samples), FEATURES_COLUMNS))
         fits = fits and tree["version"] == VERSION and sum(shard.samples for shard in shards) == len(samples)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"the index {folder / INDEX} cannot be read: {reason(error)}; {remedy}") from None
     if not fits:
         raise DataError(f"the files of the index {folder / INDEX} do not match each other; {remedy}")
-    index = Index(shards, samples, keys, latents, classes, text, form)
+    index = Index(shards, samples, keys, latents, classes, text, form, places, features)
     check_rows(index, str(folder / INDEX), remedy)
     return index
 
@@ -149,12 +159,16 @@ def check_rows(index: Index, source: str, remedy: str) -> None:
         text = None if index.text is None else index.text[first : first + ROWS_AT_ONCE]
         if text is not None:
             valid &= valid_text(text, shard_bytes[expected], MAX_MEMBER_BYTES)
+        features = None if index.features is None else index.features[first : first + ROWS_AT_ONCE]
+        block = replace(index, samples=rows, text=text, features=features)
+        if features is not None and index.feature_format is not None:
+            valid &= valid_features(features, index.feature_format, shard_bytes[expected])
         if not valid.all():
             number = first + int(np.argmin(valid))
             raise DataError(f"the index {source} has numbers out of range for sample {number}; {remedy}")
-        block = replace(index, samples=rows, text=text)
         check_latents(block)
         check_text(block)
+        check_features(block)
 
 
 def shard_info(tree: Any) -> ShardInfo:
@@ -194,16 +208,17 @@ def subset(index: Index, names: Sequence[str]) -> Index | None:
     shards = tuple(index.shards[old] for old in chosen)
     samples[:, 0] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
     text = None if index.text is None else np.concatenate([index.text[place] for place in places])
-    return replace(index, shards=shards, samples=samples, text=text)
+    features = None if index.features is None else np.concatenate([index.features[place] for place in places])
+    return replace(index, shards=shards, samples=samples, text=text, features=features)
 
 
 def array_names(index: Path) -> list[str]:
     """Return the arrays that belong to an `index.json`, which may be damaged, which `load_index` reports."""
     try:
-        has_text = TEXT in read_json(index, MAX_INDEX_BYTES)["index_sha256"]
+        sums = read_json(index, MAX_INDEX_BYTES)["index_sha256"]
+        return [SAMPLES, KEYS, *(name for name in (TEXT, FEATURES) if name in sums)]
     except (OSError, ValueError, LookupError, TypeError):
-        has_text = False
-    return [SAMPLES, KEYS, *([TEXT] if has_text else [])]
+        return [SAMPLES, KEYS]
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -227,8 +242,8 @@ def _class_names(names: Any) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def _fits_text(text: np.ndarray, samples: int) -> bool:
-    return text.shape == (samples, len(TextEntry._fields)) and text.dtype == np.int64
+def _fits(table: np.ndarray, samples: int, columns: int) -> bool:
+    return table.shape == (samples, columns) and table.dtype == np.int64
 
 
 def _map(path: Path) -> np.ndarray:

@@ -24,6 +24,7 @@ class RawImages:
     """
 
     latents = None
+    features = None
 
     def __init__(self, source: Source, size: int, channels: int = 3) -> None:
         """Choose how images are converted.
@@ -75,6 +76,10 @@ class RawImages:
     def read_moments(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
         """Not supported: raw images have no stored latents."""
         raise AssertionError("raw images have no stored latents")
+
+    def read_features(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """Not supported: raw images have no stored features."""
+        raise AssertionError("raw images have no stored features")
 
     @property
     def text(self) -> TextFormat | None:

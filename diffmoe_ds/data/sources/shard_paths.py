@@ -40,6 +40,8 @@ MAX_BRACES = 16
 RANGE = re.compile(r"\{(-?[0-9]+)\.\.(-?[0-9]+)")
 """Start of a range of numbers in braces."""
 GZIP_MAGIC = b"\x1f\x8b"
+KEEP_INDEX_FROM_BYTES = 1 << 30
+"""Bytes of shards without an index from which the scanned one is cached next to them."""
 
 
 def expand(path: str | Path) -> list[str]:
@@ -89,6 +91,35 @@ def _braces(pattern: str) -> list[str]:
     if not 0 < len(names) <= MAX_SHARDS:
         raise DataError(f"pattern {pattern} names more than {MAX_SHARDS:,} shards or has more than {MAX_BRACES} braces")
     return names
+
+
+def open_index(shards: Sequence[str], cache: ShardCache, scan: Callable[[], Index]) -> Index:
+    """Return the index next to shards, or else the one that `scan` returns, which is kept if scanning takes long.
+
+    Raises:
+        DataError: the index is damaged, or a shard has another size than the index says.
+    """
+    found = prepared_index(shards, cache)
+    if found is not None:
+        _check_sizes(shards, found)
+        return found
+    local = [shard for shard in shards if not is_url(shard)]
+    if local != list(shards):
+        folder: Path | None = cache.folder
+    else:
+        folder = Path(local[0]).parent if sum(map(shard_size, local)) >= KEEP_INDEX_FROM_BYTES else None
+    if any(map(is_gzip, local)):
+        folder = None  # they are decompressed at every start anyway
+    return kept_index(folder, shards, scan)
+
+
+def _check_sizes(shards: Sequence[str], index: Index) -> None:
+    for shard, info in zip(shards, index.shards, strict=True):
+        if not is_url(shard) and (size := shard_size(shard)) != info.bytes:
+            raise DataError(
+                f"shard {shard} has {size} bytes, but its index says {info.bytes}: it has changed; "
+                "run diffmoe prepare check to verify the dataset"
+            )
 
 
 def prepared_index(shards: Sequence[str], cache: ShardCache) -> Index | None:

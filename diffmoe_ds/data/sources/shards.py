@@ -20,10 +20,11 @@ from diffmoe_ds.config.schema import DataConfig
 from diffmoe_ds.control_files import open_descriptor, open_regular
 from diffmoe_ds.data.sources.cache import ShardCache, shard_cache
 from diffmoe_ds.data.sources.compressed import StoredBytes, unpack
+from diffmoe_ds.data.sources.image_features import FEATURES_SUFFIX, FeatureFormat
 from diffmoe_ds.data.sources.images import decode_pixels
 from diffmoe_ds.data.sources.latents import LatentFormat, decode_array
 from diffmoe_ds.data.sources.remote import is_url
-from diffmoe_ds.data.sources.shard_paths import is_gzip, kept_index, prepared_index, shard_size
+from diffmoe_ds.data.sources.shard_paths import open_index
 from diffmoe_ds.data.sources.tar_index import (
     IMAGE_SUFFIXES,
     NO_LABEL,
@@ -47,7 +48,6 @@ EMBEDDED_CLASSES = (
 
 MAX_OPEN_FILES = 512  # per dataset and process; the usual limit is 1,024 per process
 SCANNING_THREADS = 8  # scanning waits for the file system most of the time
-KEEP_INDEX_FROM_BYTES = 1 << 30  # of shards without an index; the scanned one is cached next to them
 
 
 class Sample(NamedTuple):
@@ -92,7 +92,7 @@ class ShardDataset:
         self._cache = cache or shard_cache(DataConfig())
         self._unpacked: dict[int, StoredBytes] = {}
         self._files: dict[int, tuple[io.FileIO, int]] = {}  # with the time of change; the least recently read first
-        self.index = self._open_index() if use_index else self._scan_all()
+        self.index = open_index(self._shards, self._cache, self._scan_all) if use_index else self._scan_all()
         if unlabelled:
             self.index = without_labels(self.index)
         if not len(self):
@@ -128,6 +128,11 @@ class ShardDataset:
     def text(self) -> TextFormat | None:
         """How text features are stored, if the shards hold any, which `text_rows` reads."""
         return self.index.text_format
+
+    @property
+    def features(self) -> FeatureFormat | None:
+        """How image features are stored, if the shards hold any, which `read_features` reads."""
+        return self.index.feature_format
 
     @property
     def labels(self) -> np.ndarray:
@@ -182,6 +187,30 @@ class ShardDataset:
             if found != header:
                 raise DataError(f"{self.describe(index)} has a .npy that is not a latent of {latents}")
         return rows
+
+    def features_bytes(self, index: int) -> bytes:
+        """Return the stored bytes of the image features of a sample and its mirror image."""
+        assert self.index.features is not None
+        return self._bytes(self._entry(index).shard, *self.index.features[index].tolist())
+
+    def read_features(self, indices: Sequence[int], mirrored: Sequence[bool]) -> np.ndarray:
+        """Read the image features of samples or their mirror images: fp16 [B, T, F], see `FeatureFormat`.
+
+        Raises:
+            DataError: they cannot be read, or contain NaN or Inf.
+        """
+        assert self.features is not None and self.index.features is not None
+        half = self.features.half_bytes
+        rows = np.empty((len(indices), half), np.uint8)
+        for row, index, mirror in zip(rows, indices, mirrored, strict=True):
+            offset = int(self.index.features[index, 0])
+            self._read(self._entry(index).shard, offset + half * mirror, [row], half)
+        features = self.features.decode(rows)
+        finite = np.isfinite(features).all(axis=(1, 2))
+        if not finite.all():
+            where = self.describe(indices[int(np.argmin(finite))])
+            raise DataError(f"{where} has a .{FEATURES_SUFFIX} that contains NaN or Inf")
+        return features
 
     def captions(self, index: int) -> list[str]:
         """Return the captions of a sample, from its `.txt` or `.json` or else its text features; none if it has none.
@@ -261,31 +290,6 @@ class ShardDataset:
 
     def _entry(self, index: int) -> Entry:
         return Entry(*self.index.samples[index].tolist())
-
-    def _open_index(self) -> Index:
-        """Return the index next to the shards, or read their headers."""
-        found = prepared_index(self._shards, self._cache)
-        if found is not None:
-            self._check_sizes(found)
-            return found
-        local = [shard for shard in self._shards if not is_url(shard)]
-        if local != self._shards:
-            folder = self._cache.folder
-        else:
-            folder = Path(local[0]).parent
-            if sum(map(shard_size, local)) < KEEP_INDEX_FROM_BYTES:
-                folder = None
-        if any(map(is_gzip, local)):
-            folder = None  # they are decompressed at every start anyway
-        return kept_index(folder, self._shards, self._scan_all)
-
-    def _check_sizes(self, index: Index) -> None:
-        for shard, info in zip(self._shards, index.shards, strict=True):
-            if not is_url(shard) and (size := shard_size(shard)) != info.bytes:
-                raise DataError(
-                    f"shard {shard} has {size} bytes, but its index says {info.bytes}: it has changed; "
-                    "run diffmoe prepare check to verify the dataset"
-                )
 
     def _scan_all(self) -> Index:
         with ThreadPoolExecutor(SCANNING_THREADS) as pool:

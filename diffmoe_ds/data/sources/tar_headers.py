@@ -7,6 +7,12 @@ import tarfile
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from diffmoe_ds.data.sources.image_features import (
+    FEATURES_MEMBER,
+    MAX_FEATURES_FORMAT_BYTES,
+    FeatureFormat,
+    parse_feature_format,
+)
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
 from diffmoe_ds.data.sources.text_index import MAX_TEXT_FORMAT_BYTES, TEXT_FORMAT_MEMBER, parse_text_format
 from diffmoe_ds.errors import DataError
@@ -14,8 +20,17 @@ from diffmoe_ds.text_features import TextFormat
 
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of all headers of one member: extended ones hold long names, attributes and maps of sparse files."""
+MAX_MEMBER_BYTES = 64 << 20
+"""Most bytes of a member that is read."""
+MAX_LABEL_BYTES = 64
 MAX_DIGITS = 64
 """Longest number in an extended header; the standard library's search for one takes quadratic time."""
+LIMITS = {
+    FORMAT_MEMBER: MAX_FORMAT_BYTES,
+    TEXT_FORMAT_MEMBER: MAX_TEXT_FORMAT_BYTES,
+    FEATURES_MEMBER: MAX_FEATURES_FORMAT_BYTES,
+}
+"""Most bytes of each member that describes a format."""
 
 
 class Headers:
@@ -72,6 +87,7 @@ class Formats:
 
     latents: LatentFormat | None = None
     text: TextFormat | None = None
+    features: FeatureFormat | None = None
 
     def read(self, shard: str, file: BinaryIO, member: tarfile.TarInfo) -> bool:
         """Read a member if it describes a format, and return whether it does.
@@ -79,16 +95,18 @@ class Formats:
         Raises:
             DataError: it is invalid.
         """
-        if not member.isreg() or member.name not in (FORMAT_MEMBER, TEXT_FORMAT_MEMBER):
+        limit, where = LIMITS.get(member.name), f"shard {shard}"
+        if not member.isreg() or limit is None:
             return False
-        is_text, where = member.name == TEXT_FORMAT_MEMBER, f"shard {shard}"
-        if not 0 <= member.size <= (MAX_TEXT_FORMAT_BYTES if is_text else MAX_FORMAT_BYTES):
-            if is_text:
-                raise DataError(f"{where} has a {TEXT_FORMAT_MEMBER} of {member.size:,} bytes, which is out of range")
+        if not 0 <= member.size <= limit:
+            if member.name != FORMAT_MEMBER:
+                raise DataError(f"{where} has a {member.name} of {member.size:,} bytes, which is out of range")
             return False
         data = read_at(file, member.offset_data, member.size)
-        if is_text:
+        if member.name == TEXT_FORMAT_MEMBER:
             self.text = self.text or parse_text_format(data, where)
+        elif member.name == FEATURES_MEMBER:
+            self.features = self.features or parse_feature_format(data, where)
         else:
             self.latents = self.latents or parse_format(data, where)
         return True
@@ -103,3 +121,39 @@ def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     if len(data) != size:
         raise EOFError(f"the file ends before byte {offset + size}")
     return data
+
+
+def check_member(shard: str, member: tarfile.TarInfo) -> None:
+    """Check size and name of a member that is read.
+
+    Raises:
+        DataError: it is too large, or has a name that leads out of the archive.
+    """
+    if not 0 <= member.size <= MAX_MEMBER_BYTES:
+        raise DataError(
+            f"member {member.name!r} of shard {shard} has {member.size} bytes; "
+            f"the limit is {MAX_MEMBER_BYTES >> 20} MiB"
+        )
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise DataError(
+            f"member {member.name!r} of shard {shard} has a name that leads out of the archive; "
+            "expected a relative name without '..'"
+        )
+
+
+def read_label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
+    """Return the label in a `.cls`.
+
+    Args:
+        where: the sample, for messages.
+        file: its shard.
+        place: offset and size of the member.
+
+    Raises:
+        DataError: it is not a number.
+    """
+    offset, size = place
+    text = read_at(file, offset, min(size, MAX_LABEL_BYTES))
+    if size > MAX_LABEL_BYTES or not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
+        raise DataError(f"{where} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
+    return int(text)

@@ -6,7 +6,6 @@ sample.  Nothing is extracted or unpickled, and only images, labels, captions an
 
 from __future__ import annotations
 
-import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,15 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from diffmoe_ds.data.sources.image_features import (
+    FEATURES_COLUMNS,
+    FEATURES_MEMBER,
+    FEATURES_SUFFIX,
+    FeatureFormat,
+    feature_entry,
+)
 from diffmoe_ds.data.sources.latents import LatentFormat
-from diffmoe_ds.data.sources.tar_headers import Formats, Headers, read_at
+from diffmoe_ds.data.sources.tar_headers import Formats, Headers, check_member, read_label
 from diffmoe_ds.data.sources.text_index import (
     CAPTION_SUFFIXES,
     CAPTIONS,
@@ -32,8 +38,6 @@ from diffmoe_ds.errors import DataError
 from diffmoe_ds.text import reason
 from diffmoe_ds.text_features import TextFormat
 
-MAX_MEMBER_BYTES = 64 << 20
-MAX_LABEL_BYTES = 64
 MAX_LABEL = 999_999_999
 MAX_NAME = 4096
 """Most characters of a member's name, as of a path on Linux."""
@@ -78,6 +82,8 @@ class Index:
     classes: tuple[str, ...] | None = None  # name of each label, if labels have names
     text: np.ndarray | None = None  # int64 [n, len(TextEntry._fields)], if samples have captions or text features
     text_format: TextFormat | None = None  # of text features, if samples have any
+    features: np.ndarray | None = None  # int64 [n, 2], offset and size of image features, if samples have any
+    feature_format: FeatureFormat | None = None  # of image features, if samples have any
 
     def key(self, index: int) -> str:
         """Return the key of a sample."""
@@ -90,16 +96,16 @@ def join(parts: Sequence[Index]) -> Index:
     """Concatenate indices.
 
     Raises:
-        DataError: the shards hold latents or text features of different formats.
+        DataError: the shards hold latents, text features or image features of different formats.
     """
-    latents = parts[0].latents
+    latents, features = parts[0].latents, parts[0].feature_format
     first_shard, first_key, blocks = 0, 0, []
     for part in parts:
+        shards = f"shards {parts[0].shards[0].name} and {part.shards[0].name}"
         if part.latents != latents:
-            raise DataError(
-                f"shards {parts[0].shards[0].name} and {part.shards[0].name} hold latents of different formats: "
-                f"{latents} and {part.latents}"
-            )
+            raise DataError(f"{shards} hold latents of different formats: {latents} and {part.latents}")
+        if part.feature_format != features:
+            raise DataError(f"{shards} hold different image features: {features} and {part.feature_format}")
         shift = Entry(first_shard, 0, 0, 0, 0, first_key, 0)
         blocks.append(part.samples + np.array(shift, np.int64))
         first_shard += len(part.shards)
@@ -112,6 +118,8 @@ def join(parts: Sequence[Index]) -> Index:
         latents,
         text=text,
         text_format=text_format,
+        features=None if features is None else np.concatenate([p.features for p in parts if p.features is not None]),
+        feature_format=features,
     )
 
 
@@ -145,18 +153,19 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
 
     Raises:
         DataError: the file is not a complete tar, a sample has no image or several, a label is not a number, only some
-            samples have text features, or a member is too large or has a name that leads out of the archive.
+            samples have text or image features, or a member is too large or has a name that leads out of the archive.
     """
-    rows, texts, keys = array("q"), array("q"), bytearray()
+    rows, texts, features, keys = array("q"), array("q"), array("q"), bytearray()
     formats = Formats()
     try:
         for key, members in _samples(shard, file, formats):
             where = f"sample {key!r} of shard {shard}"
             suffix, (offset, length) = _image(where, members)
-            label = _label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
+            label = read_label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
             rows.extend(Entry(0, IMAGE_SUFFIXES.index(suffix), offset, length, label, len(keys), len(name)))
             texts.extend(text_entry(members))
+            features.extend(feature_entry(members))
             keys += name
     except RecursionError:
         raise DataError(f"shard {shard} has a member with hundreds of headers") from None
@@ -170,14 +179,17 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
         formats.latents,
         text=text_table(np.array(texts, np.int64).reshape(-1, len(TextEntry._fields)), formats.text),
         text_format=formats.text,
+        features=None if formats.features is None else np.array(features, np.int64).reshape(-1, FEATURES_COLUMNS),
+        feature_format=formats.features,
     )
     check_latents(index)
     check_text(index)
+    check_features(index)
     return index
 
 
 def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
-    """Return the images and the text of a tar file in one block, and their index.
+    """Return images, text and image features of a tar file in one block, and their index.
 
     Small images take a fraction of the tar file.
 
@@ -186,9 +198,12 @@ def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
         tar: its contents.
     """
     samples, text = np.array(index.samples), None if index.text is None else np.array(index.text)
+    features = None if index.features is None else np.array(index.features)
     places = [(samples, Entry._fields.index("offset"))]
     if text is not None:
         places += [(text, CAPTIONS), (text, FEATURES)]
+    if features is not None:
+        places.append((features, 0))
     view, parts = memoryview(tar), [memoryview(bytes(1))]
     end = 1  # after a byte, because no member is at NOT_STORED
     for table, column in places:
@@ -197,7 +212,7 @@ def only_images(index: Index, tar: bytes) -> tuple[Index, bytes]:
         starts = end + np.cumsum(sizes) - sizes
         end += int(sizes.sum())
         offsets[:] = np.where(offsets == NOT_STORED, NOT_STORED, starts)
-    return replace(index, samples=samples, text=text), b"".join(parts)
+    return replace(index, samples=samples, text=text, features=features), b"".join(parts)
 
 
 def without_labels(index: Index) -> Index:
@@ -244,6 +259,27 @@ def check_text(index: Index) -> None:
         )
 
 
+def check_features(index: Index) -> None:
+    """Check that all samples have image features of the size that their shards describe, or none has any.
+
+    Raises:
+        DataError: some lack them, or have others.
+    """
+    if index.feature_format is None or index.features is None:
+        assert index.feature_format is None, "a format comes with a table"
+        return
+    size = 2 * index.feature_format.half_bytes
+    wrong = index.features[:, 1] != size
+    if wrong.any():
+        number = int(np.argmax(wrong))
+        found = int(index.features[number, 1])
+        raise DataError(
+            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has "
+            f"{f'a .{FEATURES_SUFFIX} of {found:,} bytes' if found else f'no .{FEATURES_SUFFIX}'}, but its shard has a "
+            f"{FEATURES_MEMBER}; expected image features of {size:,} bytes next to every image"
+        )
+
+
 Members = dict[str, tuple[int, int]]
 
 
@@ -277,8 +313,8 @@ def _samples(shard: str, file: BinaryIO, formats: Formats) -> Iterator[tuple[str
                 current, members = key, {}
             if suffix in members:
                 raise DataError(f"sample {key!r} of shard {shard} has two .{suffix} members; expected one")
-            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX, TEXT_SUFFIX):
-                _check_member(shard, member)
+            if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX, TEXT_SUFFIX, FEATURES_SUFFIX):
+                check_member(shard, member)
             elif suffix in CAPTION_SUFFIXES and member.size < 0:
                 raise tarfile.ReadError(f"member {member.name!r} has a negative size")
             members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
@@ -288,19 +324,6 @@ def _samples(shard: str, file: BinaryIO, formats: Formats) -> Iterator[tuple[str
             raise tarfile.ReadError(f"no valid header or end mark at byte {tar.offset}")
     if members:
         yield current, members
-
-
-def _check_member(shard: str, member: tarfile.TarInfo) -> None:
-    if not 0 <= member.size <= MAX_MEMBER_BYTES:
-        raise DataError(
-            f"member {member.name!r} of shard {shard} has {member.size} bytes; "
-            f"the limit is {MAX_MEMBER_BYTES >> 20} MiB"
-        )
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise DataError(
-            f"member {member.name!r} of shard {shard} has a name that leads out of the archive; "
-            "expected a relative name without '..'"
-        )
 
 
 def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
@@ -314,11 +337,3 @@ def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[
             f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
         )
     return images[0], members[images[0]]
-
-
-def _label(where: str, file: BinaryIO, place: tuple[int, int]) -> int:
-    offset, size = place
-    text = read_at(file, offset, min(size, MAX_LABEL_BYTES))
-    if size > MAX_LABEL_BYTES or not re.fullmatch(rb"\s*[0-9]{1,9}\s*", text):
-        raise DataError(f"{where} has the label {text[:40]!r}; expected an integer from 0 in ASCII")
-    return int(text)

@@ -14,6 +14,7 @@ from diffmoe_ds.evaluation.report.style import (
     GREEN,
     INK,
     ORANGE,
+    PURPLE,
     Drawing,
     depth_colors,
     images_axis,
@@ -29,6 +30,7 @@ LOSSES = {
     "diffusion_loss": ("diffusion", BLUE),
     "capacity_loss": ("capacity predictor", ORANGE),
     "balance_loss": ("load balance", GREEN),
+    "repa_loss": ("alignment (REPA)", PURPLE),
 }
 """Label and color of each loss."""
 METRIC_STARTS = {"frechet": 0.0, "kid": 0.0, "inception_score": 1.0, "precision": 0.0, "recall": 0.0}

@@ -24,7 +24,7 @@ from diffmoe_ds.control_files import open_regular, parse_json, read_lines
 
 Numbers = npt.NDArray[np.float64]
 
-CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "grad_norm", "lr", "images_per_s")
+CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "repa_loss", "grad_norm", "lr", "images_per_s")
 """Keys of ``metrics.jsonl`` to draw as curves."""
 MAX_POINTS = 600
 """Maximum number of points per curve; longer curves are averaged over equal numbers of rows."""

@@ -74,19 +74,6 @@ class TimestepEmbedder(nn.Module):
         return embedding
 
 
-class ClassEmbedder(nn.Module):
-    """An embedding table of class labels; the row after the last class is "no label"."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, label_B: Tensor) -> Tensor:
-        """Map [B] to [B, D]."""
-        embedding: Tensor = self.embedding_table(label_B)
-        return embedding
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over the tokens of an image."""
 
@@ -101,6 +88,26 @@ class Attention(nn.Module):
         qkv = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out: Tensor = self.proj(F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2))
         return out
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the tokens of an image to those of its prompt, with RMSNorm of queries and keys."""
+
+    def __init__(self, width: int, num_heads: int, context_width: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(context_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        head = width // num_heads
+        self.q_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor, tokens_BLW: Tensor, valid_BL: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        q = self.q_norm(self.q(x_BSD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
+        k, v = self.kv(tokens_BLW).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, self.k_norm(k), v, attn_mask=valid_BL[:, None, None, :])
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -223,19 +230,23 @@ def best_tokens(scores_TE: Tensor, taken_GE: Tensor) -> Tensor:
 
 
 class DiTBlock(nn.Module):
-    """Attention, then an FFN or experts, both modulated by adaLN-zero."""
+    """Attention, cross-attention if the model reads prompts, then an FFN or experts."""
 
-    def __init__(self, width: int, num_heads: int, mlp: nn.Module) -> None:
+    def __init__(self, size: dict[str, Any], mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(width), layer_norm(width)
+        width, num_heads, cross = size["hidden_size"], size["num_heads"], size["cross_attention"]
+        self.norm1, self.norm_cross, self.norm2 = (layer_norm(width) for _ in range(3))
         self.attn = Attention(width, num_heads)
+        self.cross_attn = None if cross is None else CrossAttention(width, num_heads, **cross)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
-        """Transform the tokens of a batch, given the conditioning of each image."""
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, *context: Any) -> Tensor:
+        """Transform the tokens of a batch, given the conditioning of each image and the tokens of its prompt."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
+        if self.cross_attn is not None:
+            x_BSD = x_BSD + self.cross_attn(self.norm_cross(x_BSD), *context)
         out_BSD: Tensor = x_BSD + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
         return out_BSD
 
@@ -279,12 +290,13 @@ class DiffMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc] 
         self.out_channels = in_channels * (1 if objective["kind"] == "flow" else 2)  # DDPM also predicts the variance
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = ClassEmbedder(num_classes + has_null_class, width)
+        if size["cross_attention"] is None:
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + has_null_class, width)})
         self.blocks = nn.ModuleList()
         for index in range(size["depth"]):
             is_moe = routing["num_experts"] > 1 and (index % 2 == 1 or not routing["interleave"])
             mlp = MoELayer(size, routing) if is_moe else make_ffn(size["ffn"], width, hidden)
-            self.blocks.append(DiTBlock(width, size["num_heads"], mlp))
+            self.blocks.append(DiTBlock(size, mlp))
         self.final_layer = FinalLayer(width, patch_size * patch_size * self.out_channels)
 
     def set_routing(self, rule: str) -> None:
@@ -305,14 +317,19 @@ class DiffMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc] 
                 module.rule = rule
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None, return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:  # fmt: skip
         """Predict the velocity (flow), or noise and variance (DDPM), of noisy images.
 
         Args:
             hidden_states: noisy images or latents [B, C, sample_size, sample_size].
             timestep: [B]. Flow: from 0 (noise) to 1 (data); DDPM: the step, from 0 (data) to 999 (noise).
-            class_labels: int64 [B]; ``num_classes`` is "no label".
+            class_labels: int64 [B]; ``num_classes`` is "no label". Omit it if the model reads prompts.
+            encoder_hidden_states: tokens of the prompts [B, L, W], of `DiffMoETextConditioner`.
+            encoder_attention_mask: bool [B, L], False for padding.
+            pooled_projections: the prompts' part of the conditioning, [B, D].
             return_dict: return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
@@ -322,9 +339,11 @@ class DiffMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc] 
         x_BSD = self.x_embedder(hidden_states.to(weight.dtype))
         side = math.isqrt(x_BSD.shape[1])
         x_BSD = x_BSD + sincos_positions(x_BSD.shape[2], side).to(weight)
-        c_BD = self.t_embedder(timestep * self.time_scale) + self.y_embedder(class_labels)
+        if pooled_projections is None:
+            pooled_projections = self.y_embedder["embedding_table"](class_labels)
+        c_BD = self.t_embedder(timestep * self.time_scale) + pooled_projections
         for block in self.blocks:
-            x_BSD = block(x_BSD, c_BD)
+            x_BSD = block(x_BSD, c_BD, encoder_hidden_states, encoder_attention_mask)
         patches = self.final_layer(x_BSD, c_BD).unflatten(1, (side, side))
         patches = patches.unflatten(-1, (self.patch_size, self.patch_size, self.out_channels))
         sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()

@@ -3,7 +3,7 @@
 This file needs torch, numpy, Pillow and diffusers only. It was exported by diffmoe-ds together with the weights.
 
     pipe = DiffusionPipeline.from_pretrained("DIR", trust_remote_code=True)
-    images = pipe(class_labels=[1, 2], seeds=[0, 1]).images
+    images = pipe(class_labels=[1, 2], seeds=[0, 1]).images  # or prompt=["red apple", "blue car"], with a text encoder
 
 Legend: B images, C channels, H, W height and width.
 """
@@ -40,14 +40,15 @@ Noise = Callable[[], Tensor]
 
 
 class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Generates class-conditional images."""
+    """Generates images of classes or prompts."""
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae", "scheduler"]  # noqa: RUF012 - as in diffusers
+    model_cpu_offload_seq = "conditioner->transformer->vae"
+    _optional_components = ["vae", "scheduler", "conditioner"]  # noqa: RUF012 - as in diffusers
 
     def __init__(
-        self, transformer: Any, vae: Any = None, scheduler: Any = None, id2label: dict[str, str] | None = None
-    ) -> None:
+        self, transformer: Any, vae: Any = None, scheduler: Any = None, id2label: dict[str, str] | None = None,
+        conditioner: Any = None,
+    ) -> None:  # fmt: skip
         """Combine the parts.
 
         Args:
@@ -55,9 +56,10 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             vae: the `AutoencoderKL` that decodes latents; None if the model generates pixels.
             scheduler: not used here, but by `DiTPipeline`; see the argument ``sampler`` of the call.
             id2label: name of each class.
+            conditioner: the `DiffMoETextConditioner` of a text-to-image model.
         """
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, conditioner=conditioner)
         self.register_to_config(id2label=id2label)
         self.labels = {name: int(label) for label, name in (id2label or {}).items()}
         for block in getattr(transformer, "transformer_blocks", ()):  # of DiTTransformer2DModel
@@ -73,8 +75,9 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
         # diffusers names the modules under which it has imported the files
-        for key, part, folder in (("_class_name", self, ""), ("transformer", self.transformer, "transformer")):
-            if not type(part).__module__.startswith("diffusers."):
+        parts = {"transformer": self.transformer, "conditioner": self.conditioner}
+        for key, part, folder in (("_class_name", self, ""), *((name, part, name) for name, part in parts.items())):
+            if part is not None and not type(part).__module__.startswith("diffusers."):
                 source = inspect.getfile(type(part))
                 name = os.path.basename(source)
                 shutil.copyfile(source, os.path.join(save_directory, folder, name))
@@ -97,6 +100,8 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
     def __call__(
         self,
         class_labels: Sequence[int | str] | int | str | None = None,
+        prompt: Sequence[str] | str | None = None,
+        negative_prompt: str = "",
         seeds: Sequence[int] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
@@ -109,7 +114,9 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
 
         Args:
             class_labels: labels or names, which repeat over the seeds; all classes if None.
-            seeds: one per image, from 0 to 2^64 - 1; None draws one for each label.
+            prompt: of a text-to-image model, in place of labels.
+            negative_prompt: what guidance moves away from.
+            seeds: one per image, from 0 to 2^64 - 1; None draws one for each label or prompt.
             num_inference_steps: sampler steps.
             guidance_scale: scale of classifier-free guidance; 1 disables guidance.
             sampler: flow: ``euler`` (default), ``heun``; ddpm: ``ddpm`` (default), ``ddim``.
@@ -121,22 +128,30 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
         Raises:
             ValueError: an argument does not fit the model.
         """
-        labels = self._labels(class_labels)
+        if (prompt or negative_prompt) if self.conditioner is None else class_labels is not None:
+            raise ValueError(f"the model generates images of {'classes' if self.conditioner is None else 'prompts'}.")
+        conditions = self._labels(class_labels) if self.conditioner is None else _prompts(prompt)
         if seeds is None:
-            seeds = torch.randint(2**63 - 1, (len(labels),), generator=generator).tolist()
+            seeds = torch.randint(2**63 - 1, (len(conditions),), generator=generator).tolist()
         _check_seeds(seeds)
-        label_B = torch.tensor([labels[i % len(labels)] for i in range(len(seeds))], device=self._execution_device)
+        repeated = [conditions[i % len(conditions)] for i in range(len(seeds))]
         sampler = SAMPLERS[self.objective][0] if sampler is None else sampler
         self._check(num_inference_steps, guidance_scale, sampler, output_type)
+        self._set_routing(routing)
+        sample = {"euler": self._euler, "heun": self._heun, "ddpm": self._ancestral, "ddim": self._ddim}[sampler]
+        images_BCHW = sample(
+            self._guided(repeated, negative_prompt, guidance_scale), self._noise(seeds), num_inference_steps
+        )
+        images = self._finish(images_BCHW, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images)
+
+    def _set_routing(self, routing: str | None) -> None:
+        """Choose which tokens experts take; None is the model's default."""
         if hasattr(self.transformer, "set_routing"):
             self.transformer.set_routing(routing or self.transformer.config.routing["rules"][0])
         elif routing not in (None, "static"):
             raise ValueError(f"routing must be static for this model, got {routing!r}.")
-        sample = {"euler": self._euler, "heun": self._heun, "ddpm": self._ancestral, "ddim": self._ddim}[sampler]
-        images_BCHW = sample(self._guided(label_B, guidance_scale), self._noise(seeds), num_inference_steps)
-        images = self._finish(images_BCHW, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images)
 
     def _labels(self, class_labels: Sequence[int | str] | int | str | None) -> list[int]:
         """Return the labels that were asked for, as numbers."""
@@ -184,23 +199,32 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
 
         return noise
 
-    def _guided(self, label_B: Tensor, scale: float) -> Model:
-        """Return the prediction with classifier-free guidance."""
-        null_B, C = torch.full_like(label_B, self.num_classes), self.transformer.config.in_channels
-        dtype = next(self.transformer.parameters()).dtype
+    def _condition(self, conditions: list[Any]) -> dict[str, Tensor]:
+        """Return the transformer's arguments for labels or prompts."""
+        if self.conditioner is None:
+            return {"class_labels": torch.tensor(conditions, device=self._execution_device)}
+        found: dict[str, Tensor] = self.conditioner(self.conditioner.encode(conditions))
+        return found
 
-        def forward(x: Tensor, time: Any, y_B: Tensor) -> Tensor:
+    def _guided(self, conditions: list[Any], negative_prompt: str, scale: float) -> Model:
+        """Return the prediction with classifier-free guidance."""
+        null = self.num_classes if self.conditioner is None else negative_prompt
+        wanted, unwanted = self._condition(conditions), self._condition([null] * len(conditions))
+        dtype, C = next(self.transformer.parameters()).dtype, self.transformer.config.in_channels
+
+        def forward(x: Tensor, time: Any, condition: dict[str, Tensor]) -> Tensor:
             t_B = torch.as_tensor(time, device=x.device).expand(len(x))
-            predicted: Tensor = self.transformer(x.to(dtype), timestep=t_B, class_labels=y_B).sample.float()
+            predicted: Tensor = self.transformer(x.to(dtype), timestep=t_B, **condition).sample.float()
             return predicted
 
         def model(x: Tensor, time: Any) -> Tensor:
             if scale == 1:
-                return forward(x, time, label_B)
+                return forward(x, time, wanted)
             if self.objective == "flow":  # two passes: images compete for experts only among themselves
-                toward, away = forward(x, time, label_B), forward(x, time, null_B)
+                toward, away = forward(x, time, wanted), forward(x, time, unwanted)
                 return away + scale * (toward - away)
-            toward, away = forward(torch.cat([x, x]), time, torch.cat([label_B, null_B])).chunk(2)
+            both = {name: torch.cat([value, unwanted[name]]) for name, value in wanted.items()}
+            toward, away = forward(torch.cat([x, x]), time, both).chunk(2)
             G = min(DDPM_GUIDED, C)
             return torch.cat([away[:, :G] + scale * (toward[:, :G] - away[:, :G]), toward[:, G:]], dim=1)
 
@@ -273,6 +297,14 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             return pixels_BHWC.numpy() / 2
         arrays = (pixels_BHWC * 127.5).round().to(torch.uint8).numpy()
         return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def _prompts(prompt: Sequence[str] | str | None) -> list[str]:
+    """Return the prompts that were asked for."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise ValueError(f"prompt must be one or more texts, got {prompt!r}.")
+    return prompts
 
 
 def _check_seeds(seeds: Any) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 INPUT_SIZE = 224
+CPU_BATCH = 5
+"""Images that it takes at once on CPUs; activations of 50 fall out of the caches, and take twice as long."""
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
 # Output channels, repeats, stride of the first repeat, kernel, expansion.
@@ -95,11 +97,15 @@ class EfficientNetLite0(nn.Module):
         Args:
             images_BCHW: RGB [B, 3, 224, 224] with values in [0, 255].
         """
-        x_BCHW = (images_BCHW - 127) / 128
-        x_BCHW = functional.relu6(self._bn0(self._conv_stem(x_BCHW)), inplace=True)
-        x_BCHW = functional.relu6(self._bn1(self._conv_head(self._blocks(x_BCHW))), inplace=True)
+        x_BCHW = functional.relu6(self._bn1(self._conv_head(self.maps(images_BCHW))), inplace=True)
         pooled_BF = x_BCHW.mean((2, 3))
         return pooled_BF, self._fc(pooled_BF)
+
+    def maps(self, images_BCHW: Tensor) -> Tensor:
+        """Return the feature maps of the last block, [B, 320, 7, 7], for the images that `forward` takes."""
+        x_BCHW = (images_BCHW - 127) / 128
+        maps_BCHW: Tensor = self._blocks(functional.relu6(self._bn0(self._conv_stem(x_BCHW)), inplace=True))
+        return maps_BCHW
 
 
 CONV_OF_NORM = {
