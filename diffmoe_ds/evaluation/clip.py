@@ -1,7 +1,8 @@
 """CLIP score (Hessel et al., arXiv 2104.08718) by torchmetrics, with a model of transformers.
 
-torchmetrics 1.9 calls the model as transformers 4 returned features, loads the image processor that needs torchvision,
-and cuts long prompts before the token from which CLIP pools. It therefore gets adapters of the model and the processor.
+By itself, torchmetrics 1.9 fails with transformers 5, whose models return embeddings in an object; it accepts only
+names of a few publishers, may read pickled weights, and cuts long prompts before the token from which CLIP pools. It
+therefore gets a model and a processor through adapters.
 Legend: B images, C channels, H, W height and width, E width of the embeddings, L tokens.
 """
 

@@ -99,7 +99,7 @@ def test_clip_score_is_the_mean_cosine(evaluate, clip, tmp_path):
     assert found["clip_score"] == pytest.approx(expected, abs=1e-4)
     assert set(found) == {"n", "clip_model", "clip_score"} and found["n"] == 12
     assert found["clip_model"].startswith("tiny-clip:")
-    assert evaluate(samples, "--clip", clip, "--batch-size", 5)["clip_score"] == pytest.approx(
+    assert evaluate(samples, "--clip", clip, "--batch-size", 7)["clip_score"] == pytest.approx(
         found["clip_score"], 1e-5
     )
     text = evaluate(samples, "--clip", clip, json_output=False)
@@ -255,6 +255,25 @@ def test_models_that_are_not_clip_are_refused(evaluate, clip, tmp_path):
     (other / "model.safetensors").unlink()
     torch.save({}, other / "pytorch_model.bin")
     assert "cannot be loaded" in evaluate(samples, "--clip", other, code=4), "nothing is unpickled"
+
+
+def test_nan_and_the_hub(evaluate, clip, tmp_path, monkeypatch):
+    samples = write_samples(tmp_path / "samples", pictures(4), [0, 1, 2, 3])
+    asked = {}
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(clip)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert evaluate(samples, "--clip", "someone/tiny")["clip_model"].startswith("tiny:")
+    assert {"model.safetensors", "tokenizer.json", "preprocessor_config.json"} < set(asked["someone/tiny"])
+    assert not any("bin" in pattern or pattern == "*" for pattern in asked["someone/tiny"])
+    model = transformers.CLIPModel.from_pretrained(clip)
+    model.visual_projection.weight.data[0, 0] = float("nan")
+    broken = shutil.copytree(clip, tmp_path / "broken")
+    model.save_pretrained(broken)
+    assert "the embedding of an image or a prompt contains NaN or Inf" in evaluate(samples, "--clip", broken, code=3)
 
 
 def test_a_metric_is_required(evaluate, tmp_path):
