@@ -146,9 +146,17 @@ def documented_names() -> list[str]:
 def test_the_documented_names_are_those_of_models():
     names = documented_names()
     patterns = [
-        re.compile(re.escape(name).replace("blocks\\.b", r"blocks\.\d+").replace(r"\*", ".*")) for name in names
+        re.compile(
+            re.escape(name)
+            .replace("blocks\\.b", r"blocks\.\d+")
+            .replace("projs\\.e", r"projs\.\d+")
+            .replace(r"\*", ".*")
+        )
+        for name in names
     ]
-    overrides = (["routing.shared_experts=1"], ["model.mlp=swiglu"])
+    text = ["model.conditioning=text", "model.text_encoders=[[4, 3, 2], [4, 5, 6]]"]
+    repa = ["loss.repa_weight=0.5", "loss.repa_features=[2, 3]"]
+    overrides = (["routing.shared_experts=1"], ["model.mlp=swiglu"], text, repa)
     found = {name for given in overrides for name in empty_model(load_config("fashion", given)).state_dict()}
     assert not [name for name in found if not any(pattern.fullmatch(name) for pattern in patterns)]
     assert not [pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, found))]
