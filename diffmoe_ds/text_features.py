@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH, EncoderShape, TextLayout
 
 MAX_CAPTIONS = 64
@@ -131,22 +130,6 @@ def difference(found: TextFormat, expected: TextFormat) -> str | None:
                 f"{other.sha256[:12]} ({other.name})"
             )
     return None
-
-
-def check_same_encoder(found: TextFormat, expected: TextFormat, what: str) -> None:
-    """Check that features of one format can be used where those of another are expected.
-
-    Args:
-        found: the format.
-        expected: that of the model or dataset.
-        what: subject of the message, such as ``the text encoder of --encoder``.
-
-    Raises:
-        ConfigError: the encoders differ.
-    """
-    different = difference(found, expected)
-    if different is not None:
-        raise ConfigError(f"{what} does not match: {different}.")
 
 
 def encode_record(caption: Caption) -> bytes:

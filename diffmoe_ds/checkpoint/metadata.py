@@ -169,10 +169,11 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
             f"{source}: has format {shortened(repr(found))}, but this version reads {FORMAT}{advice}."
         )
     top = _Object(tree, source)
+    files = top.count("files")
     top.value("config", dict)
     config, class_names, text = read_description(tree, source)
     return CheckpointMetadata(
-        files=top.count("files"),
+        files=files,
         images=top.count("images"),
         step=top.count("step", top.count("images")),
         adam_step=top.count("adam_step", top.count("images")),

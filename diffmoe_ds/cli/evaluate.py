@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   diffmoe evaluate --samples samples/samples.npz --reference 'data/test/*.tar'
   diffmoe evaluate --samples samples/samples.npz --reference photos --save-reference photos.npz
   diffmoe evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception:weights.pth
+  diffmoe evaluate --samples samples --clip openai/clip-vit-large-patch14 --retrieval training
   diffmoe evaluate --checkpoint runs/fashion --num-images 10000 --labels random --reference 'data/test/*.tar'
   diffmoe evaluate --checkpoint runs/emoji --prompts captions.txt --reference 'data/test/*.tar'
   diffmoe evaluate --checkpoint runs/emoji --validation 'data/test/*.tar'
@@ -31,7 +32,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``diffmoe evaluate``."""
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
-    text = "images of the same size: .npz (arr_0: uint8 NHWC), folder or shards"
+    text = "images of the same size: .npz (arr_0: uint8 NHWC), folder, shards, or what diffmoe sample wrote to --out"
     which.add_argument("--samples", type=nonempty, metavar="NPZ|DIR|SHARDS", help=text)
     text = (
         "instead of --samples: generate the images from a run directory, checkpoint or exported model, without writing "
@@ -41,7 +42,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     text = (
         "images (.npz, folder or shards) or statistics (.npz with mu and sigma, as published by ADM). Images in "
         "a folder are resized and cropped to the size of the samples; those in shards are padded if they are smaller, "
-        "otherwise resized and cropped. Without it, only the loss of --validation is computed"
+        "otherwise resized and cropped. Optional with --clip, --retrieval or --validation"
     )
     add("--reference", type=nonempty, metavar="NPZ|DIR|SHARDS", help=text)
     text = (
@@ -51,6 +52,16 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extractor", default="efficientnet-lite0", metavar="NAME", help=text)
     text = "save the statistics of the reference, and the features of up to 50,000 images, for use as --reference"
     add("--save-reference", type=nonempty_path, metavar="FILE.npz", help=text)
+    text = (
+        "CLIP score of images and their prompts: a folder with a CLIPModel of transformers, or its name on the hub, "
+        "such as openai/clip-vit-large-patch14"
+    )
+    add("--clip", type=nonempty, metavar="PATH|HUB_ID", help=text)
+    text = (
+        "retrieval precision: how often the nearest image of this dataset with captions has the prompt of the "
+        "generated one as its caption; images are compared by the features of --extractor"
+    )
+    add("--retrieval", type=nonempty, metavar="DIR|SHARDS", help=text)
     text = (
         "with --checkpoint: also compute the training loss on these held-out images or prepared latents, with fixed "
         "noise and times"
@@ -72,21 +83,24 @@ def evaluate_command(args: argparse.Namespace) -> None:
         raise ConfigError(f"--save-reference must end in .npz, got {args.save_reference}.")
     if args.checkpoint is None and args.validation is not None:
         raise ConfigError("--validation needs --checkpoint: computing the loss needs the model.")
-    if args.reference is None and args.validation is None:
-        raise ConfigError("--reference is missing; only --checkpoint with --validation needs none.")
+    has_images = any(value is not None for value in (args.reference, args.clip, args.retrieval))
+    if not has_images and args.validation is None:
+        raise ConfigError("--reference is missing; it is optional with --clip, --retrieval or --validation.")
+    if args.save_reference is not None and args.reference is None:
+        raise ConfigError(f"--save-reference {args.save_reference} needs --reference.")
     if args.checkpoint is None:
         _refuse_options(args, "needs --checkpoint; --samples are already generated.", allowed=("batch_size",))
-    elif args.reference is None:
-        if args.save_reference is not None:
-            raise ConfigError(f"--save-reference {args.save_reference} needs --reference.")
-        _refuse_options(args, "needs --reference; without it, no images are generated.", allowed=OF_LOSS)
+    elif not has_images:
+        _refuse_options(
+            args, "needs --reference, --clip or --retrieval; without it, no images are generated.", allowed=OF_LOSS
+        )
     else:
         check_sampling_numbers(args)
         if all(getattr(args, name) is None for name in ("num_images", "per_class", "prompt", "prompts")):
             args.num_images = NUM_IMAGES
         # Options that only `diffmoe sample` has: experts are not sharded, and nothing is written.
         args.experts, args.out, args.format, args.geneval = "gathered", Path(), None, None
-    if args.reference is None:
+    if not has_images:
         from diffmoe_ds.cli.evaluate_loss import run_loss  # imports torch
 
         run_loss(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffmoe_ds.distributed.launch import Launch, local_device, resolve_launch
 from diffmoe_ds.distributed.lost_ranks import naming_lost_ranks
 from diffmoe_ds.distributed.rendezvous import Rendezvous, join_ranks
 from diffmoe_ds.errors import CheckpointError, ConfigError
+from diffmoe_ds.evaluation.clip import ClipScore, ScoredImages
 from diffmoe_ds.evaluation.evaluate import (
     FeatureSet,
     ReferenceSet,
@@ -31,8 +33,10 @@ from diffmoe_ds.evaluation.evaluate import (
 )
 from diffmoe_ds.evaluation.extractors import Extractor, load_extractor
 from diffmoe_ds.evaluation.held_out import HeldOut
-from diffmoe_ds.evaluation.images import Images, open_images
+from diffmoe_ds.evaluation.images import Images, generated_images, open_images
+from diffmoe_ds.evaluation.prompted import prompts_of
 from diffmoe_ds.evaluation.reference import SAVED_FEATURES, Reference, open_reference, save_reference
+from diffmoe_ds.evaluation.retrieval import CaptionedImages, nearest_images, open_captioned, retrieval_metrics
 from diffmoe_ds.evaluation.sharded import ShardedRows
 from diffmoe_ds.evaluation.table import finite_or_none, metric_lines
 from diffmoe_ds.files import expand_user
@@ -53,37 +57,96 @@ def run_evaluation(args: argparse.Namespace) -> None:
         _evaluate(args, rendezvous)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the options name."""
+
+    samples: Images
+    """The images to evaluate."""
+    extractor: Extractor | None
+    """The network of ``--reference`` and ``--retrieval``; None without both."""
+    reference: Reference | None
+    held_out: HeldOut | None
+    prompts: list[str]
+    """The prompt of each image, for ``--clip`` and ``--retrieval``."""
+    clip: ClipScore | None
+    retrieval: CaptionedImages | None
+
+
 def _evaluate(args: argparse.Namespace, rendezvous: Rendezvous) -> None:
     launch = rendezvous.launch
     device = local_device(launch)
     set_tf32(False)
-    samples = rendezvous.raise_on_all_ranks("samples", lambda: open_samples(args, launch))
-    extractor = rendezvous.raise_on_all_ranks("extractor", lambda: load_extractor(args.extractor, device))
-    reference = rendezvous.raise_on_all_ranks(
-        "reference", lambda: open_reference(args.reference, extractor, samples.size)
-    )
-    held_out = rendezvous.raise_on_all_ranks("validation", lambda: open_validation(args, samples))
-    rendezvous.raise_on_all_ranks("save", lambda: _check_saving(args, reference))
-    rendezvous.check_same("extractor name", extractor.name, "loads a different --extractor than rank 0.")
+    inputs = open_inputs(args, rendezvous, device)
+    samples, extractor = inputs.samples, inputs.extractor
     team = Team(launch.rank, launch.world)
     if team.world > 1:
         init_process_group("gloo", rendezvous.init_method())
-    check_features(extractor, samples.size, team)
+    if extractor is not None:
+        check_features(extractor, samples.size, team)
     if isinstance(samples, GeneratedImages):
         samples.load(device, rendezvous)
-    sample_set = features_of_images(samples, extractor, team, args.batch_size, "samples")
-    reference_set = features_of_reference(args, reference, extractor, team, samples.size)
-    with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
-        result = compute_metrics(sample_set, reference_set, extractor, bar.update)
+    result = measure(args, inputs, team)
     if isinstance(samples, GeneratedImages):
-        result |= metrics_of_model(samples, held_out, team)
+        result |= metrics_of_model(samples, inputs.held_out, team)
     if team.rank == 0:
         text = (
             [json.dumps(finite_or_none(result), allow_nan=False)]
             if args.json
-            else metric_lines(result, extractor.is_inception)
+            else metric_lines(result, extractor is not None and extractor.is_inception)
         )
         print("\n".join(text))
+
+
+def open_inputs(args: argparse.Namespace, rendezvous: Rendezvous, device: torch.device) -> Inputs:
+    """Open what the options name. Every rank must call this, before `init_process_group`.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank cannot.
+    """
+    agree = rendezvous.raise_on_all_ranks
+    samples = agree("samples", lambda: open_samples(args, rendezvous.launch))
+    extractor = reference = clip = retrieval = None
+    if args.reference is not None or args.retrieval is not None:
+        extractor = network = agree("extractor", lambda: load_extractor(args.extractor, device))
+        rendezvous.check_same("extractor name", network.name, "loads a different --extractor than rank 0.")
+        if args.reference is not None:
+            reference = agree("reference", lambda: open_reference(args.reference, network, samples.size))
+    held_out = agree("validation", lambda: open_validation(args, samples))
+    agree("save", lambda: None if reference is None else _check_saving(args, reference))
+    prompts = agree("prompts", lambda: open_prompts(args, samples))
+    if args.retrieval is not None:
+        retrieval = agree("retrieval", lambda: open_captioned(args.retrieval, prompts, samples.size))
+    if args.clip is not None:
+        clip = agree("clip", lambda: ClipScore(args.clip, device))
+        rendezvous.check_same("CLIP name", clip.name, "loads a different --clip than rank 0.")
+    return Inputs(samples, extractor, reference, held_out, prompts, clip, retrieval)
+
+
+def measure(args: argparse.Namespace, inputs: Inputs, team: Team) -> dict[str, Any]:
+    """Return every metric of the images, except those of the model. Every rank must call this.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank cannot read an image, or features contain NaN or Inf.
+    """
+    samples, extractor, clip = inputs.samples, inputs.extractor, inputs.clip
+    passed = samples if clip is None else ScoredImages(samples, inputs.prompts, clip)
+    result: dict[str, Any] = {"n": len(samples)}
+    if extractor is None:
+        pass_over(passed, team, args.batch_size)
+    else:
+        sample_set = features_of_images(passed, extractor, team, args.batch_size, "samples")
+        result = {"extractor": extractor.name, "n": len(samples)}
+        if inputs.reference is not None:
+            reference_set = features_of_reference(args, inputs.reference, extractor, team, samples.size)
+            with _bar(team, steps_of(sample_set, reference_set), "metrics", "step") as bar:
+                result |= compute_metrics(sample_set, reference_set, extractor, bar.update)
+        if inputs.retrieval is not None:
+            dataset = features_of_images(inputs.retrieval.images, extractor, team, args.batch_size, "retrieval")
+            result |= retrieval_metrics(nearest_images(sample_set.pooled, dataset.pooled), inputs.retrieval)
+    if clip is not None:
+        result |= {"clip_model": clip.name, "clip_score": clip.compute(team.world)}
+    return result
 
 
 def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
@@ -93,8 +156,25 @@ def open_samples(args: argparse.Namespace, launch: Launch) -> Images:
         DiffMoEError: they cannot be read, or the options do not fit the checkpoint.
     """
     if args.checkpoint is None:
-        return open_images(args.samples)
+        return open_images(generated_images(args.samples))
     return GeneratedImages(plan_sampling(args, launch))
+
+
+def open_prompts(args: argparse.Namespace, samples: Images) -> list[str]:
+    """Return the prompt of each image, if a metric needs it.
+
+    Raises:
+        DiffMoEError: an image has none, or they cannot be read.
+    """
+    if args.clip is None and args.retrieval is None:
+        return []
+    if not isinstance(samples, GeneratedImages):
+        return prompts_of(samples)
+    prompts = samples.prompts()
+    if prompts is None:
+        option = "--clip" if args.clip is not None else "--retrieval"
+        raise ConfigError(f"{option} needs prompts; {args.checkpoint} generates images of classes.")
+    return prompts
 
 
 def open_validation(args: argparse.Namespace, samples: Images) -> HeldOut | None:
@@ -133,10 +213,28 @@ def features_of_images(images: Images, extractor: Extractor, team: Team, batch_s
         batch_size: images per batch.
         what: label of the bar.
     """
-    share = team.share(len(images), images.together if isinstance(images, GeneratedImages) else 1)
+    share = team.share(len(images), images.together)
     batches = images.batches(share.start, share.stop, batch_size)
     with _bar(team, len(share), what, "image") as bar:
         return extract_features(extractor, batches, team, bar.update, classify=what == "samples")
+
+
+def pass_over(images: Images, team: Team, batch_size: int) -> None:
+    """Read a set of images once, with a progress bar over the share of rank 0. Every rank must call this.
+
+    Raises:
+        DiffMoEError: on all ranks, if any rank cannot read or score an image.
+    """
+    share = team.share(len(images), images.together)
+    batches = images.batches(share.start, share.stop, batch_size)
+    with _bar(team, len(share), "samples", "image") as bar:
+
+        def step() -> bool:
+            batch_BCHW = next(batches, None)
+            bar.update(0 if batch_BCHW is None else len(batch_BCHW))
+            return batch_BCHW is not None
+
+        team.repeat(step)
 
 
 def features_of_reference(

@@ -65,6 +65,13 @@ class GeneratedImages:
         """Number of images that must share a batch because they compete; ranks share whole batches of this size."""
         return self._plan.batch_size if self._plan.images_compete else 1
 
+    def prompts(self) -> list[str] | None:
+        """Return the prompt of each image; None for a model of classes."""
+        images = self._plan.images
+        if images.prompts is None:
+            return None
+        return [images.prompts.texts[label] for label in images.labels_of(range(len(self))).tolist()]
+
     def load(self, device: torch.device, rendezvous: Rendezvous) -> None:
         """Load the model. Every rank must call this.
 

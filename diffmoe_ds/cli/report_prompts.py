@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from diffmoe_ds.checkpoint.load import WeightsReader
-from diffmoe_ds.cli.sample_prompts import ChosenPrompts, choose_prompts, open_prompts
+from diffmoe_ds.cli.sample_prompts import ChosenPrompts, choose_prompts, open_encoders, prompt_set
 from diffmoe_ds.cli.sampling_options import REPORT_CLASSES
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.data.captions import open_captions
@@ -45,7 +45,8 @@ class ReportPrompts:
         assert reader.text is not None, "a text model"
         prompts: Prompts | None = self.stored
         if prompts is None:
-            prompts, warning = open_prompts(self.chosen, reader.text, device)
+            encoders = open_encoders(self.chosen.encoders, reader.text, device)
+            prompts, warning = prompt_set(self.chosen, reader.text, encoders)
             if warning is not None:
                 print(f"{'warning':>11}  {warning}", flush=True)
         for model in models:

@@ -9,7 +9,7 @@ import torch
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.checkpoint.restore import restore_weights
 from diffmoe_ds.cli.capacity import Dial, set_capacity
-from diffmoe_ds.cli.sample_prompts import open_encoders, prompt_set
+from diffmoe_ds.cli.sample_prompts import open_prompts
 from diffmoe_ds.cli.sample_set import Generate
 from diffmoe_ds.cli.sampling_plan import SamplingPlan, dtype_of, model_settings
 from diffmoe_ds.distributed.rendezvous import Rendezvous
@@ -91,7 +91,7 @@ def load_prompts(plan: SamplingPlan, device: torch.device) -> PromptSet | None:
     chosen, text = plan.images.prompts, plan.reader.text
     if chosen is None or text is None:
         return None
-    prompts, warning = prompt_set(chosen, text, open_encoders(chosen.encoders, text, device))
+    prompts, warning = open_prompts(chosen, text, device)
     if warning is not None and plan.topology.rank == 0:
         print(f"{'warning':>11}  {warning}", flush=True)
     return prompts

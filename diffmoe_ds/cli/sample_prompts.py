@@ -14,11 +14,12 @@ import torch
 
 from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.control_files import parse_json, read_text
+from diffmoe_ds.data.matching_encoders import matching_encoders
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling.prompts import PromptSet
 from diffmoe_ds.text import counted, reason, shortened
-from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat, difference
+from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat
 
 PROMPT_OPTIONS = ("prompt", "prompts", "geneval", "negative_prompt", "text_encoder")
 
@@ -176,16 +177,11 @@ def open_encoders(paths: Sequence[str], text: TextFormat, device: torch.device) 
             f"--text-encoder must be given {counted(len(names), 'time')}, for {' and '.join(names)}, got {len(paths)}."
         )
     try:
-        # the longest of several, because each reads no more than its own limit
-        found = TextEncoders(paths or names, device, max(encoder.tokens for encoder in text.encoders))
+        return matching_encoders(text, device, paths, "--text-encoder")
     except ConfigError as error:
         if paths:
             raise
         raise ConfigError(f"{str(error).rstrip('.')}; pass its folder with --text-encoder.") from None
-    different = difference(found.format, text)
-    if different is not None:
-        raise ConfigError(f"--text-encoder must be that of the training: {different}.")
-    return found
 
 
 def prompt_set(chosen: ChosenPrompts, text: TextFormat, encoders: TextEncoders) -> tuple[PromptSet, str | None]:
@@ -204,3 +200,8 @@ def prompt_set(chosen: ChosenPrompts, text: TextFormat, encoders: TextEncoders) 
     more = f" (and {counted(len(warnings) - 1, 'other prompt')})" if len(warnings) > 1 else ""
     prompts = PromptSet(chosen.texts, text, encoders.encode, chosen.negative)
     return prompts, f"{warnings[0]}{more}" if warnings else None
+
+
+def open_prompts(chosen: ChosenPrompts, text: TextFormat, device: torch.device) -> tuple[PromptSet, str | None]:
+    """Load the text encoders of a model for some prompts; see `open_encoders` and `prompt_set`."""
+    return prompt_set(chosen, text, open_encoders(chosen.encoders, text, device))

@@ -1,4 +1,5 @@
-"""Pretrained networks: how images are converted to their input, and checks of a folder in Hugging Face format.
+"""Pretrained networks: folders in Hugging Face format, which are checked and read without running their code or
+unpickling anything, and how images are converted to a network's input.
 
 Legend: B images, C channels, H, W height and width.
 """
@@ -6,7 +7,8 @@ Legend: B images, C channels, H, W height and width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_json
 from diffmoe_ds.errors import ConfigError
+from diffmoe_ds.files import expand_user
 from diffmoe_ds.text import reason
 
 MAX_LABELS = 100_000
@@ -25,8 +28,57 @@ MAX_LAYERS = 512
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of ``from_pretrained``; without the second, transformers asks whether to run the code of a folder."""
 
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ("config.json", *TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors")
+"""What is downloaded of a model."""
 
-def download(name: str, patterns: list[str], what: str) -> Path:
+
+def load_transformers(what: str) -> Any:
+    """Import transformers, which is an extra and slow to import.
+
+    Args:
+        what: what needs it, for messages.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            f"{what} needs transformers, which is not installed: pip install 'diffmoe_ds[text]'."
+        ) from None
+    return transformers
+
+
+def model_folder(path: str, what: str, files: Sequence[str], others: str = "") -> Path:
+    """Return the folder of a model; one on the hub is downloaded.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub.
+        what: the model or option, for messages.
+        files: patterns of the files to download.
+        others: what else the user could pass, for messages.
+
+    Raises:
+        ConfigError: there is neither, or it cannot be downloaded.
+    """
+    folder = expand_user(path)
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(
+            f"{what} {path} is neither a folder with a model of transformers, nor a name on the Hugging Face "
+            f"hub{f', {others}' if others else ''}."
+        )
+    return download(path, files, what)
+
+
+def download(name: str, patterns: Sequence[str], what: str) -> Path:
     """Return the folder of a network on the Hugging Face hub, which is downloaded unless it is in the cache.
 
     Args:
@@ -40,10 +92,53 @@ def download(name: str, patterns: list[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises many types
         why = " ".join(reason(error).split())[:300]
         raise ConfigError(f"{what} {name} cannot be downloaded from the Hugging Face hub: {why}.") from None
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hide the warning that weights are not used, such as those of T5's decoder, and the bar of a load of seconds."""
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path, model: Any) -> Any:
+    """Return the tokenizer of a model.
+
+    Args:
+        folder: in Hugging Face format.
+        model: of transformers, with embeddings of tokens.
+
+    Raises:
+        ValueError: it lacks the fast implementation, or has more tokens than the model.
+    """
+    import transformers
+
+    # AutoTokenizer may rebuild parts of a tokenizer instead of taking them from its file.
+    has_file = (folder / "tokenizer.json").is_file()
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
+    with quiet_loading():
+        tokenizer = tokenizer_class.from_pretrained(folder, **LOCAL)
+    if not tokenizer.is_fast:
+        raise ValueError("its tokenizer has no fast implementation; expected a tokenizer.json")
+    tokenizer.truncation_side = "right"
+    known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, but the model has embeddings of {known:,}")
+    return tokenizer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -67,15 +162,17 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
 
     Args:
         build: returns the network for a configuration.
-        config: the configuration of transformers.
+        config: the configuration of transformers; that of CLIP has one for each half.
         stored: bytes of the files of weights.
 
     Raises:
         ValueError: it is.
     """
-    layers = config.num_hidden_layers
-    if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
+    halves = [getattr(config, name) for name in ("text_config", "vision_config") if hasattr(config, name)]
+    for part in halves or [config]:
+        layers = part.num_hidden_layers
+        if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers in config.json must be from 1 to {MAX_LAYERS}, got {layers}")
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build(config).parameters())
     if count > stored:

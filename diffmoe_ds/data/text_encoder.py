@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,19 @@ from torch import Tensor
 
 from diffmoe_ds.control_files import MAX_BYTES, read_json
 from diffmoe_ds.data.minilm import MINILM, minilm_folder
-from diffmoe_ds.data.pretrained import LOCAL, check_size, download, read_config
+from diffmoe_ds.data.pretrained import (
+    HUB_FILES,
+    LOCAL,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    check_size,
+    load_tokenizer,
+    load_transformers,
+    model_folder,
+    quiet_loading,
+    read_config,
+)
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import expand_user, sha256_of
 from diffmoe_ds.text import reason, shortened
@@ -36,7 +47,7 @@ from diffmoe_ds.text_features import (
 )
 from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS
 
-INSTALL = "pip install 'diffmoe_ds[text]'"
+NEED = "a text encoder"
 T5_MODELS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 CLIP_MODELS = ("clip", "clip_text_model")
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -45,12 +56,6 @@ OFFSET_POSITIONS = ("mpnet", "roberta", "xlm-roberta")
 """Models that number positions from the padding token's ID + 1."""
 CLIP_TOKENS, DEFAULT_TOKENS = 77, 128
 MAX_FP16 = float(np.finfo(np.float16).max)
-TOKENIZER_FILES = (
-    "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ["config.json", *TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors"]
 
 
 class TextEncoders:
@@ -61,7 +66,9 @@ class TextEncoders:
         device: where they run.
     """
 
-    def __init__(self, paths: Sequence[str], device: torch.device, tokens: int | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str], device: torch.device, tokens: int | None = None, each: Sequence[int] = ()
+    ) -> None:
         """Load the encoders.
 
         Args:
@@ -69,6 +76,7 @@ class TextEncoders:
             device: where to run them.
             tokens: most tokens L of a prompt; an encoder that reads fewer truncates to its own limit. By default 77
                 for CLIP and 128 for others, or the encoder's limit if it is lower.
+            each: the same for each encoder, in place of ``tokens``.
 
         Raises:
             ConfigError: one cannot be loaded, or none reads as many tokens.
@@ -76,7 +84,8 @@ class TextEncoders:
         if not 1 <= len(paths) <= MAX_ENCODERS:
             raise ConfigError(f"expected 1 to {MAX_ENCODERS} text encoders, got {len(paths)}.")
         self.device = device
-        self._encoders = [_Encoder(path, device, tokens) for path in paths]
+        counts: Sequence[int | None] = each or [tokens] * len(paths)
+        self._encoders = [_Encoder(path, device, count) for path, count in zip(paths, counts, strict=True)]
         limit = max(encoder.limit for encoder in self._encoders)
         if tokens is not None and not 0 < tokens <= limit:
             raise ConfigError(f"tokens of a prompt must be from 1 to {limit}, which {paths[0]} can read, got {tokens}.")
@@ -125,7 +134,7 @@ class _Encoder:
         try:
             weights = _weights(folder)
             self._kind, self._model = _load(folder, sum(file.stat().st_size for file in weights))
-            self._tokenizer = _tokenizer(folder, self._model)
+            self._tokenizer = load_tokenizer(folder, self._model)
             self._model.to(device)
             usual = CLIP_TOKENS if self._kind in CLIP_MODELS else DEFAULT_TOKENS
             self.limit = _limit(self._kind, self._model.config, self._tokenizer)
@@ -196,28 +205,12 @@ def _check_prompt(prompt: str) -> None:
         )
 
 
-def _transformers() -> Any:
-    try:
-        import transformers  # an extra, and slow to import
-    except ImportError:
-        raise ConfigError(f"a text encoder needs transformers, which is not installed: {INSTALL}.") from None
-    return transformers
-
-
 def _folder(path: str) -> Path:
     """Return the folder of an encoder; one on the hub is downloaded."""
-    _transformers()
+    load_transformers(NEED)
     if path == MINILM:
         return minilm_folder()
-    folder = expand_user(path)
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ConfigError(
-            f"the text encoder {path} is neither a folder with a model of transformers, nor a name on the Hugging Face "
-            f"hub, nor {MINILM}."
-        )
-    return download(path, HUB_FILES, "the text encoder")
+    return model_folder(path, "the text encoder", HUB_FILES, f"nor {MINILM}")
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -241,7 +234,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _load(folder: Path, stored: int) -> tuple[str, Any]:
     """Return the type of a model, and the model."""
-    transformers = _transformers()
+    transformers = load_transformers(NEED)
     tree = read_config(folder)
     kind = tree.get("model_type")
     if kind in CLIP_MODELS:
@@ -260,48 +253,12 @@ def _load(folder: Path, stored: int) -> tuple[str, Any]:
     config.return_dict = True  # otherwise the network returns tuples
     check_size(model_class.from_config if is_auto else model_class, config, stored)
     how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    with _quiet():
+    with quiet_loading():
         model, info = model_class.from_pretrained(folder, config=config, **how, **LOCAL)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's, which is not used
     if missing:  # transformers would initialize them at random
         raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
     return kind, model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the warning that weights are not used, such as those of T5's decoder, and the bar of a load of seconds."""
-    logging = _transformers().utils.logging
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()
-
-
-def _tokenizer(folder: Path, model: Any) -> Any:
-    """Return the tokenizer of a model.
-
-    Raises:
-        ValueError: it lacks the fast implementation, or has more tokens than the model.
-    """
-    transformers = _transformers()
-    # AutoTokenizer may rebuild parts of a tokenizer instead of taking them from its file.
-    has_file = (folder / "tokenizer.json").is_file()
-    tokenizer_class = transformers.PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer
-    with _quiet():
-        tokenizer = tokenizer_class.from_pretrained(folder, **LOCAL)
-    if not tokenizer.is_fast:
-        raise ValueError("its tokenizer has no fast implementation; expected a tokenizer.json")
-    tokenizer.truncation_side = "right"
-    known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > known:
-        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, but the model has embeddings of {known:,}")
-    return tokenizer
 
 
 def _limit(kind: str, config: Any, tokenizer: Any) -> int:

@@ -21,6 +21,7 @@ from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import DataError
 from diffmoe_ds.evaluation.npz import NpzReader
 from diffmoe_ds.files import expand_user
+from diffmoe_ds.sampling.output import LABELS, PNG, SAMPLES
 from diffmoe_ds.text import counted, reason
 
 MAX_SIDE = 4096
@@ -34,13 +35,24 @@ class Images(Protocol):
     size: tuple[int, int]
     """Height and width."""
 
+    @property
+    def together(self) -> int:
+        """Number of consecutive images that must not be split over ranks."""
+
     def __len__(self) -> int: ...
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
         """Yield images `start` to `stop` - 1 as uint8 [B, C, H, W], at most `batch_size` at a time."""
 
 
 class NpzImages:
-    """The array ``arr_0`` of an .npz file: uint8 [N, H, W, C], C 1 or 3."""
+    """The array ``arr_0`` of an .npz file: uint8 [N, H, W, C], C 1 or 3.
+
+    Attributes:
+        reader: the file.
+        size: height and width.
+    """
+
+    together = 1
 
     def __init__(self, reader: NpzReader) -> None:
         """Check the array.
@@ -59,10 +71,10 @@ class NpzImages:
                 f"{reader.path}: images of {shape[1]}x{shape[2]} pixels; height and width must be from 1 to {MAX_SIDE}."
             )
         check_count(shape[0], str(reader.path))
-        self._reader = reader
+        self.reader = reader
         self._count = shape[0]
         self.size = shape[1], shape[2]
-        self._together = max(1, MAX_BATCH_BYTES // (shape[1] * shape[2] * shape[3]))
+        self._at_once = max(1, MAX_BATCH_BYTES // (shape[1] * shape[2] * shape[3]))
 
     def __len__(self) -> int:
         return self._count
@@ -73,12 +85,19 @@ class NpzImages:
         Raises:
             DataError: the file is damaged.
         """
-        for part in self._reader.rows("arr_0", start, stop, min(batch_size, self._together)):
+        for part in self.reader.rows("arr_0", start, stop, min(batch_size, self._at_once)):
             yield torch.from_numpy(part.transpose(0, 3, 1, 2).copy())
 
 
 class FileImages:
-    """The images of a folder or of shards, without their labels."""
+    """The images of a folder or of shards, without their labels.
+
+    Attributes:
+        source: the folder or shards.
+        size: height and width.
+    """
+
+    together = 1
 
     def __init__(self, path: str, size: tuple[int, int] | None = None) -> None:
         """List the images.
@@ -92,11 +111,11 @@ class FileImages:
         Raises:
             DataError: there are fewer than 2 images, they are latents, or the first cannot be decoded.
         """
-        self._source: Source | ShardDataset = open_source(path, unlabelled=True)
-        self._pads = isinstance(self._source, ShardDataset)
-        if isinstance(self._source, ShardDataset) and self._source.latents is not None:
+        self.source: Source | ShardDataset = open_source(path, unlabelled=True)
+        self._pads = isinstance(self.source, ShardDataset)
+        if isinstance(self.source, ShardDataset) and self.source.latents is not None:
             raise DataError(f"{path}: the shards hold latents; expected images.")
-        check_count(len(self._source), path)
+        check_count(len(self.source), path)
         self._asked = size
         self.size = size or tuple(self._decode(0).shape[1:])
         if size is not None and size[0] != size[1] and tuple(self._decode(0).shape[1:]) != size:
@@ -105,7 +124,7 @@ class FileImages:
             )
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[Tensor]:
         """Yield uint8 [B, 3, H, W], decoding the next batch in the background.
@@ -127,13 +146,13 @@ class FileImages:
         image = self._decode(index)
         if image.shape[1:] != self.size:
             raise DataError(
-                f"{self._source.describe(index)} has {image.shape[1]}x{image.shape[2]} pixels, but the first image "
+                f"{self.source.describe(index)} has {image.shape[1]}x{image.shape[2]} pixels, but the first image "
                 f"has {self.size[0]}x{self.size[1]}; the evaluated images must all have the same size."
             )
         return image
 
     def _decode(self, index: int) -> np.ndarray:
-        data = self._source.image_bytes(index)
+        data = self.source.image_bytes(index)
         try:
             picture = open_rgb(data)
             size = self._asked
@@ -143,7 +162,7 @@ class FileImages:
                 return image if size is None or found == size else _padded(image, size)
             return centre_crop(picture, size[0])
         except Exception as error:  # decoders raise many types on damaged bytes
-            raise DataError(f"{self._source.describe(index)} cannot be decoded: {reason(error)}") from error
+            raise DataError(f"{self.source.describe(index)} cannot be decoded: {reason(error)}") from error
 
 
 def open_images(path: str, size: tuple[int, int] | None = None, option: str = "--samples") -> Images:
@@ -167,6 +186,14 @@ def open_images(path: str, size: tuple[int, int] | None = None, option: str = "-
     images = NpzImages(NpzReader(expand_user(path)))
     check_size(path, images.size, size)
     return images
+
+
+def generated_images(path: str) -> str:
+    """Return the images in a directory that ``diffmoe sample`` has written; any other path is returned unchanged."""
+    folder = expand_user(path)
+    if (folder / SAMPLES).is_file():
+        return str(folder / SAMPLES)
+    return str(folder / PNG) if (folder / PNG / LABELS).is_file() else path
 
 
 def check_size(path: str, found: tuple[int, int], expected: tuple[int, int] | None) -> None:

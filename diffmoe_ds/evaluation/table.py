@@ -24,9 +24,25 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
     """Yield the lines that ``diffmoe evaluate`` prints.
 
     Args:
-        result: of `evaluate.compute_metrics`.
+        result: as printed by ``--json``.
         is_inception: whether the features are those of FID.
     """
+    if "n_reference" in result:
+        yield from _reference_lines(result, is_inception)
+    if "retrieval_precision" in result:
+        spread = f"top 5 {result['retrieval_top5']:.4g}"
+        if result["retrieval_control"] is not None:
+            spread = f"control {result['retrieval_control']:.4g}, {spread}"
+        of = f"{result['retrieval_n']:,} of {result['n']:,} images against {result['retrieval_n_reference']:,} images"
+        yield f"{'retrieval':<17} {result['retrieval_precision']:<9.5g}  {spread:<38}  {result['extractor']}, {of}"
+    if "clip_score" in result:
+        of = f"{result['clip_model']}, {result['n']:,} images"
+        yield f"{'CLIP score':<17} {result['clip_score']:<9.5g}  {'':<38}  {of}"
+    yield from model_lines(result)
+
+
+def _reference_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
+    """Yield the lines of the metrics that compare images with a reference."""
     reference = "statistics" if result["n_reference"] is None else f"{result['n_reference']:,} images"
     space = f"{result['extractor']}, {result['n']:,} images against {reference}"
     for name, label in (INCEPTION_LABELS if is_inception else LABELS).items():
@@ -39,7 +55,6 @@ def metric_lines(result: dict[str, Any], is_inception: bool) -> Iterator[str]:
         else:
             spread = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}"
         yield f"{label:<17} {value:<9.5g}  {spread:<38}  {space}"
-    yield from model_lines(result)
 
 
 def model_lines(result: dict[str, Any]) -> Iterator[str]:

@@ -89,7 +89,7 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None = None) -> tuple[Tensor, Routing | None]:
         """Transform the tokens of a batch.
 
         Args:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.data.matching_encoders import matching_encoders
 from diffmoe_ds.data.reader import Dataset
-from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.distributed.collectives import broadcast, get_rank
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.evaluation.stored_prompts import RowPrompts, evenly_spaced
-from diffmoe_ds.text_features import TextFormat, difference, padded_row
+from diffmoe_ds.text_features import TextFormat, padded_row
 
 SHOWN_CAPTIONS = 8
 """Most captions of training images in a grid; `sample.prompts` may be more."""
@@ -69,17 +69,12 @@ def grid_prompts(config: Config, dataset: Dataset, device: torch.device) -> Grid
 
 def _encoded(prompts: tuple[str, ...], text: TextFormat) -> np.ndarray:
     """Return the features of prompts, fp16 [P, N], by the encoders of a dataset."""
-    names = [encoder.name for encoder in text.encoders]
     try:
-        # the longest of several, because each reads no more than its own limit
-        encoders = TextEncoders(names, torch.device("cpu"), max(encoder.tokens for encoder in text.encoders))
+        encoders = matching_encoders(text, torch.device("cpu"))
     except ConfigError as error:
         raise ConfigError(
             f"sample.prompts needs the text encoders of the training set: {str(error).rstrip('.')}; remove it to show "
             "captions instead."
         ) from None
-    differs = difference(encoders.format, text)
-    if differs is not None:
-        raise ConfigError(f"sample.prompts needs the text encoders of the training set, but now there is {differs}.")
     captions = (encoders.encode([prompt])[0] for prompt in prompts)  # each alone: its features depend on no other
     return np.stack([padded_row(text.layout, caption.features) for caption in captions])

@@ -13,6 +13,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.data.sources.images import png
 from diffmoe_ds.files import write_tar
 from tests.helpers import processes, sampling
+from tests.helpers.clip import save_clip
 from tests.helpers.data import numbered_shard
 from tests.helpers.features import assert_same
 from tests.helpers.processes import run_ranks
@@ -76,6 +77,25 @@ def test_two_ranks_generate_the_images_of_one(tmp_path, capsys):
         for file in tmp_path.rglob("capacity-*.json"):
             file.unlink()
         assert_same(result_in(on_two_ranks(*arguments, *chosen, "--batch-size", "3")), alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_score_prompts_as_one(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), np.uint8)
+    prompts = [f"red {number % 7}" for number in range(25)]
+    np.savez(tmp_path / "samples.npz", arr_0=pixels, arr_1=np.arange(25) % 9)
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts[:9]))
+    files = []
+    for number, image in enumerate(pixels):
+        files += [(f"{number:03}.png", png(image.transpose(2, 0, 1))), (f"{number:03}.txt", prompts[number].encode())]
+    write_tar(tmp_path / "dataset.tar", files)
+    arguments = ["evaluate", "--samples", str(tmp_path / "samples.npz"), "--clip", str(save_clip(tmp_path / "clip"))]
+    options = ["--extractor", "tests.helpers.features:Averages", "--batch-size", "6", "--json"]
+    for more in ([], ["--retrieval", str(tmp_path / "dataset.tar")]):
+        assert main([*arguments, *more, *options]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert_same(result_in(on_two_ranks(*arguments, *more, *options)), alone, rel=1e-6)
+    assert 0 < alone["retrieval_precision"] < 1 and alone["clip_score"] > 0
 
 
 def on_two_ranks(*arguments: str, code: int = 0) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from diffmoe_ds.data.text_encoder import TextEncoders
 from tests.helpers import processes, sampling
+from tests.helpers.encoders import tiny_encoder
 from tests.helpers.processes import WORKERS, Finished, run_ranks
 
 TIMEOUT = 120
@@ -46,6 +50,25 @@ def test_errors_are_reported_once(tmp_path):
         output = sample(2, model, out, *options, code=code)
         assert output.count(message) == 1 and "Traceback" not in output, output
     assert not list(out.glob("*"))
+
+
+@pytest.mark.slow
+def test_images_of_prompts_do_not_depend_on_the_ranks(tmp_path):
+    """Prompts are encoded on every rank; the warning about a long one is printed once."""
+    encoder = str(tiny_encoder("bert"))
+    model = sampling.write_random_model(tmp_path / "model", text=TextEncoders([encoder], torch.device("cpu"), 6).format)
+    lines = [json.dumps({"prompt": prompt}) for prompt in ("a red apple", "the car " * 5, "")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    options = ("--geneval", str(tmp_path / "metadata.jsonl"), "--batch-size", "5", "--cfg-scale", "2")
+    found = []
+    for world in (1, 2):
+        arguments = ["sample", "--checkpoint", str(model), "--steps", "2", "--out", str(tmp_path / f"{world}")]
+        command = ["-m", "diffmoe_ds.cli", *arguments, *options, "--negative-prompt", "house"]
+        finished = run_ranks(world, command, timeout=TIMEOUT)
+        assert finished.code == 0 and finished.output.count("has 11 tokens") == 1, finished.output
+        files = sorted(path for path in (tmp_path / f"{world}").rglob("*") if path.is_file())
+        found.append({str(path.relative_to(tmp_path / f"{world}")): path.read_bytes() for path in files})
+    assert found[0] == found[1] and len(found[0]) == 3 * 5 + 2
 
 
 @pytest.mark.slow

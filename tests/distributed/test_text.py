@@ -58,8 +58,9 @@ def expected(shard: Path, positions: range) -> dict[int, tuple[bool, str]]:
     return found
 
 
-def test_two_ranks_train_a_text_model_like_one(tmp_path):
-    """The fast one, with a validation loss, metrics of generated images, and a grid with captions."""
+@pytest.mark.slow
+def test_two_ranks_evaluate_a_text_model_like_one(tmp_path):
+    """Validation loss, metrics of generated images, grids with captions, and the loss of ``diffmoe evaluate``."""
     shard, held_out = captioned_shard(tmp_path / "a.tar", IMAGES), captioned_shard(tmp_path / "held_out.tar", 7)
     evaluated = (f"data.validation_path={held_out}", "eval.every_images=32", "sample.steps=2", "sample.num_images=4")
     more = ("run.sample_every_images=32", "eval.metrics=[frechet]", "eval.metric_images=5", "sample.cfg_scale=2")
@@ -72,6 +73,11 @@ def test_two_ranks_train_a_text_model_like_one(tmp_path):
     assert ours["validation_images"] == 7 and ours["metrics"]["n"] == 5
     assert theirs["validation_loss"] == pytest.approx(ours["validation_loss"], rel=TOLERANCE)
     assert theirs["metrics"]["frechet"] == pytest.approx(ours["metrics"]["frechet"], rel=1e-3)
+    command = ["-m", "diffmoe_ds.cli", "evaluate", "--checkpoint", str(one.directory), "--validation", str(held_out)]
+    loss = run_ranks(2, [*command, "--json"])
+    (found,) = [json.loads(line) for line in loss.output.splitlines() if line.startswith("{")]
+    assert loss.code == 0 and found["validation_images"] == 7
+    assert found["validation_loss"] == pytest.approx(ours["validation_loss"], rel=TOLERANCE)
     grids = [np.asarray(Image.open(run.directory / "samples" / "images_000000000032.png")) for run in (one, two)]
     assert grids[0].shape == grids[1].shape and np.abs(grids[0].astype(int) - grids[1]).max() <= 1
     reader = CheckpointReader(newest_valid(one.directory, full=True))

@@ -207,6 +207,7 @@ def test_nothing_of_a_preview_stays_alive(monkeypatch):
     run = SimpleNamespace(
         config=config,
         class_names=None,
+        prompts=None,
         topology=SimpleNamespace(rank=0, world=1),
         device=torch.device("cpu"),
         objective=make_objective("flow"),

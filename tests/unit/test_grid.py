@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import ImageFont
 
-from diffmoe_ds.sampling.grid import MAX_HEAD, class_grid, grid_columns
+from diffmoe_ds.sampling.grid import (
+    MAX_HEAD,
+    MIN_PROMPT_WIDTH,
+    PROMPT_LINE,
+    PROMPT_LINES,
+    class_grid,
+    grid_columns,
+    prompt_grid,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +62,33 @@ def test_other_grids_have_no_heads(count, classes):
     picture = class_grid(black(count), classes, ["name"] * 17)
     columns = grid_columns(count, len(classes))
     assert picture.shape[0] == picture.shape[1] * (-(-count // columns) * 34 + 2) // (columns * 34 + 2)
+
+
+def bands(picture_HWC: np.ndarray) -> list[str]:
+    """Return what is in a grid of black images from top to bottom: rows of images, and lines of text."""
+    dark = (picture_HWC[..., 0] < 128).mean(1)
+    kinds = ["images" if share > 0.45 else "text" if share else "" for share in dark]
+    return [kind for kind, _ in itertools.groupby(kinds) if kind]
+
+
+def test_prompts_are_beneath_their_images():
+    """Each image has its own, unless prompts repeat in a cycle: then they stand beneath their columns."""
+    each = prompt_grid(black(3), ["cat", "a long prompt of a red apple on the table of the house", ""])
+    assert bands(each)[:2] == ["images", "text"] and bands(each)[-1] == "images", "the third prompt is empty"
+    assert bands(each).count("text") > 1, "the second is wrapped"
+    assert bands(prompt_grid(black(6), ["cat", "cow", "sea"] * 2)) == ["images", "images", "text"]
+    assert bands(prompt_grid(black(3), ["cat"] * 3)) == ["images", "images", "text"]
+    assert bands(prompt_grid(black(1), ["cat"])) == ["images", "text"]
+    assert prompt_grid(black(40), [f"{n}" for n in range(40)]).shape[1] >= 7 * MIN_PROMPT_WIDTH
+
+
+@pytest.mark.parametrize("prompt", ("word " * 500, "x" * 5000))
+def test_long_prompts_are_cut_inside_their_column(prompt):
+    picture = prompt_grid(black(2), [prompt, f"{prompt}!"])
+    text_HW = picture[-PROMPT_LINE * PROMPT_LINES :, :, 0] < 128
+    middle = picture.shape[1] // 2
+    assert text_HW.any() and not text_HW[:, middle - 4 : middle + 4].any() and not text_HW[:, :4].any()
+    assert len(picture) == len(prompt_grid(black(2), ["a", "b"])) + (PROMPT_LINES - 1) * PROMPT_LINE
 
 
 def test_fewer_images_than_classes():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffmoe_ds.cli import main, sample_prompts
+from diffmoe_ds.cli import main
+from diffmoe_ds.data import matching_encoders
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.evaluation.report import style
 from diffmoe_ds.evaluation.report.probe import Images, probe
@@ -28,8 +29,8 @@ class TinyEncoders:
 
     format = text_features()
 
-    def __init__(self, paths, device, tokens):
-        assert tokens == 4
+    def __init__(self, paths, device, each):
+        assert each == [4]
 
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]
@@ -41,7 +42,7 @@ class TinyEncoders:
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch):
     monkeypatch.setattr(style, "DPI", 80)
-    monkeypatch.setattr(sample_prompts, "TextEncoders", TinyEncoders)
+    monkeypatch.setattr(matching_encoders, "TextEncoders", TinyEncoders)
 
 
 def report(run: Path, out: Path, *options: str) -> ReadPage:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import diffmoe_ds
 from diffmoe_ds.cli import main, sample_set
+from diffmoe_ds.cli.sample_prompts import read_prompts
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.sampling import output
@@ -124,16 +128,27 @@ def test_a_killed_run_continues(capsys, monkeypatch, model, tmp_path):
     assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
 
 
-def test_capacity_guides_and_warnings(capsys, model, tmp_path):
-    guided = ("--cfg-scale", "2", "--autoguidance", str(model), "--capacity", "2")
-    assert run(model, tmp_path / "out", "--prompt", LONG, "--prompt", LONG + " the", *guided) == 0
+def test_capacity_and_warnings(capsys, model, tmp_path):
+    """Thresholds are calibrated on the prompts, and saved for these alone."""
+    options = ("--prompt", LONG, "--prompt", LONG + " the", "--capacity", "2", "--steps", "1")
+    assert run(model, tmp_path / "out", *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    (warning,) = (line for line in lines if "warning" in line)
+    (warning,) = (line for line in lines if line.strip().startswith("warning"))
     assert "has 9 tokens" in warning and "reads 6" in warning and warning.endswith("(and 1 other prompt)")
-    assert any("thresholds saved" in line for line in lines) and not any("hardly changes" in line for line in lines)
-    for prompt, is_known in ((LONG, False), (LONG, True), ("car", False)):
-        assert run(model, tmp_path / "out", "--prompt", prompt, *guided) == 0
+    assert any("thresholds saved" in line for line in lines)
+    for more, is_known in (((), True), (("--prompt", "car"), False)):
+        assert run(model, tmp_path / "out", *options, *more) == 0
         assert ("thresholds for 2 from" in capsys.readouterr().out) == is_known
+
+
+def test_guides_need_the_same_encoders(capsys, model, tmp_path):
+    text = TextEncoders([ENCODER], torch.device("cpu"), 6).format
+    assert run(model, tmp_path / "out", *APPLE, "--cfg-scale", "2", "--autoguidance", str(model)) == 0
+    assert "hardly changes" not in capsys.readouterr().out
+    other = replace(text, encoders=(replace(text.encoders[0], sha256="0" * 64),))
+    guide = write_random_model(tmp_path / "guide", text=other)
+    assert run(model, tmp_path / "out", *APPLE, "--cfg-scale", "2", "--autoguidance", str(guide)) == 2
+    assert "was trained with other text encoders than" in capsys.readouterr().err
 
 
 def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
@@ -170,6 +185,28 @@ def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
         *bars, error = capsys.readouterr().err.splitlines()
         assert message in error and all("Loading weights" in bar or not bar for bar in bars), (message, bars, error)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@given(data=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode(errors="surrogatepass")))
+def test_any_file_of_prompts_is_read_or_refused_in_one_sentence(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name in ("prompts.txt", "prompts.jsonl"):
+        path = folder / name
+        path.write_bytes(data)
+        try:
+            prompts = read_prompts(path)
+        except ConfigError as error:
+            assert str(error).startswith(f"--prompts {path}: ") and "\n" not in str(error)
+        else:
+            lines = [line.strip() for line in data.decode("utf-8-sig").split("\n")]
+            assert name.endswith(".jsonl") or prompts == [line for line in lines if line]
+
+
+@given(prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), min_size=1, max_size=4))
+def test_jsonl_files_hold_any_prompt(tmp_path_factory, prompts):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) + "\n", encoding="utf-8")
+    assert read_prompts(path) == prompts
 
 
 def test_encoders_move_with_their_folder(capsys, tmp_path):
@@ -227,8 +264,7 @@ def test_mistakes_in_the_python_interface(model, class_model):
         with pytest.raises(ConfigError) as caught:
             diffmoe_ds.load(path, **arguments)
         assert str(caught.value) == message
-    message = r"^text_encoder must be that of the training: text encoder 1 .* has pooled width 12"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"^text_encoder must be that of the training: .* has pooled width 12"):
         diffmoe_ds.load(model, text_encoder=tiny_encoder("clip")).sample(prompts=["cat"])
 
 

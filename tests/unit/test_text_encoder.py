@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from diffmoe_ds.data import minilm
+from diffmoe_ds.data.matching_encoders import matching_encoders
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError, DataError
-from diffmoe_ds.text_features import check_same_encoder, decode_record, padded_row
+from diffmoe_ds.text_features import decode_record, difference, padded_row
 from tests.helpers.encoders import KINDS, WIDTH, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -254,16 +255,16 @@ def test_minilm_is_unpacked_once_and_repaired(monkeypatch, tmp_path):
 
 
 def test_another_encoder_is_refused():
-    t5, clip = load("t5"), load("clip")
-    check_same_encoder(load("t5").format, t5.format, "--encoder")
+    t5, clip = tiny_encoder("t5"), tiny_encoder("clip")
+    assert matching_encoders(load("t5").format, CPU).format == load("t5").format
     cases = (
-        (clip, r"--encoder does not match: text encoder 1 \(.*clip\) has pooled width 12 instead of 16 \(.*t5\)\."),
-        (load("t5", "clip"), "--encoder does not match: 2 text encoders instead of 1"),
-        (load("t5", tokens=9), "has most tokens 9 instead of 128"),
+        ([clip], r"text encoder 1 \(.*clip\) has pooled width 12 instead of 16 \(.*t5\)\."),
+        ([t5, clip], "2 text encoders instead of 1"),
     )
-    for other, message in cases:
-        with pytest.raises(ConfigError, match=message):
-            check_same_encoder(other.format, t5.format, "--encoder")
+    for paths, message in cases:
+        with pytest.raises(ConfigError, match=f"--encoder must be that of the training: {message}"):
+            matching_encoders(load("t5").format, CPU, list(map(str, paths)), "--encoder")
+    assert difference(load("t5", tokens=9).format, load("t5").format).endswith(f"most tokens 9 instead of 128 ({t5})")
 
 
 def test_loading_prints_nothing(capfd):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from diffmoe_ds.cli import main, sample_prompts
+from diffmoe_ds.cli import main
+from diffmoe_ds.data import matching_encoders
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.training import preview, prompts
+from diffmoe_ds.training import preview
 from tests.helpers.data import caption, captioned_shard, numbered_shard, text_features
 from tests.helpers.training import SMALLEST_MODEL, training_arguments
 
@@ -27,8 +28,8 @@ class TinyEncoders:
 
     format = text_features()
 
-    def __init__(self, paths, device, tokens):
-        assert (list(paths), tokens) == (["tiny"], 4)
+    def __init__(self, paths, device, each):
+        assert (list(paths), each) == (["tiny"], [4])
 
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]
@@ -56,8 +57,7 @@ def grids(monkeypatch) -> list[list[str]]:
         return pixels[0].repeat(3, axis=2)
 
     monkeypatch.setattr(preview, "prompt_grid", prompt_grid)
-    monkeypatch.setattr(prompts, "TextEncoders", TinyEncoders)
-    monkeypatch.setattr(sample_prompts, "TextEncoders", TinyEncoders)
+    monkeypatch.setattr(matching_encoders, "TextEncoders", TinyEncoders)
     return drawn
 
 
@@ -79,12 +79,13 @@ def test_prompts_need_the_encoders_of_the_captions(trained, tmp_path, grids, cap
     monkeypatch.setattr(TinyEncoders, "format", text_features(sha256="cd" * 32))
     assert train(tmp_path, "run", *arguments, dry=False) == 2
     error = capsys.readouterr().err
-    assert f"sample.prompts needs the text encoders of the training set, but now there is {ENCODERS}." in error
+    assert "sample.prompts needs the text encoders of the training set: the text encoder must be that of the" in error
+    assert f"training: {ENCODERS}; remove it to show captions instead." in error
 
-    def missing(*arguments):
+    def missing(*arguments, **options):
         raise ConfigError("the text encoder tiny cannot be loaded: gone.")
 
-    monkeypatch.setattr(prompts, "TextEncoders", missing)
+    monkeypatch.setattr(matching_encoders, "TextEncoders", missing)
     assert train(tmp_path, "run", *arguments, dry=False) == 2
     assert "tiny cannot be loaded: gone; remove it to show captions instead." in capsys.readouterr().err
 
@@ -157,7 +158,7 @@ def test_the_validation_loss_needs_neither_prompts_nor_a_reference(trained, tmp_
     assert evaluate(trained, "--validation", str(held_out)) == 0
     assert capsys.readouterr().out == f"validation loss   {found['validation_loss']:<9.5g}  7 held-out images\n"
     for options, message in (
-        (("--validation", str(held_out), "--prompt", "a"), "--prompt needs --reference; without it, no images are"),
+        (("--validation", str(held_out), "--prompt", "a"), "--prompt needs --reference, --clip or --retrieval"),
         (("--validation", str(held_out), "--steps", "7"), "--steps needs --reference"),
         ((), "--reference is missing"),
     ):
