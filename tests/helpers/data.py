@@ -106,6 +106,20 @@ def tiny_vae(folder: Path, scaling_factor: float = 0.5) -> Path:
     return folder
 
 
+def tiny_dinov2(folder: Path, registers: bool = False, **sizes: int) -> Path:
+    """A DINOv2 with random weights and 4x4 patches, saved as transformers saves a real one."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 56}
+    if registers:
+        config = transformers.Dinov2WithRegistersConfig(**{**small, **sizes}, num_register_tokens=3)
+        transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
+    else:
+        transformers.Dinov2Model(transformers.Dinov2Config(**{**small, **sizes})).save_pretrained(folder)
+    return folder
+
+
 def photographs(folder: Path, count: int, size: int = 40, classes: int = 3) -> Path:
     """JPEG crops of the photographs that scikit-image ships, in class folders; deterministic."""
     from skimage import data

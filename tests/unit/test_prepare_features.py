@@ -17,22 +17,10 @@ from diffmoe_ds.data.pretrained import resize
 from diffmoe_ds.data.sources.shard_paths import expand
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.errors import ConfigError
-from tests.helpers.data import photographs, tiny_vae, tree
+from tests.helpers.data import photographs, tiny_dinov2, tiny_vae, tree
 from tests.helpers.encoders import tiny_encoder
 
 COUNT, CPU = 7, torch.device("cpu")
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56, "patch_size": 56}
-
-
-def tiny_dinov2(folder: Path, registers: bool = False, **sizes: int) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    if registers:
-        config = transformers.Dinov2WithRegistersConfig(**{**SIZES, **sizes}, num_register_tokens=3)
-        transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
-    else:
-        transformers.Dinov2Model(transformers.Dinov2Config(**{**SIZES, **sizes})).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

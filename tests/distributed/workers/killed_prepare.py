@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.helpers.data import photographs, tiny_vae, tree
+from tests.helpers.data import photographs, tiny_dinov2, tiny_vae, tree
 from tests.helpers.encoders import tiny_encoder
 from tests.helpers.processes import REPOSITORY, clean_environment
 
@@ -99,7 +99,7 @@ def main() -> None:
                 path.with_suffix(".txt").write_text(f"a red car {number}\nthe house" if number % 2 else "blue")
             encoder = ["--encoder", str(tiny_encoder("bert"))]
         else:
-            encoder = ["--vae", str(tiny_vae(folder / "vae"))]
+            encoder = ["--vae", str(tiny_vae(folder / "vae")), "--features", str(tiny_dinov2(folder / "dinov2"))]
         common = [options.kind, "--images", str(images), *encoder, "--size", str(options.size)]
         common += ["--shard-images", str(options.shard_images), "--out"]
         log = folder / "log"
