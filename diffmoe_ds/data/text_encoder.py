@@ -3,8 +3,8 @@
 They are read from a folder or the Hugging Face hub, from safetensors only, and compute in fp32. Prompts of a batch are
 padded on the right and masked, so the features of a prompt depend on its batch by rounding at most.
 
-Legend: B prompts, L maximum tokens, l tokens of the longest prompt of a batch, F width of a token, P width of the pooled
-vector.
+Legend: B prompts, L maximum tokens, l tokens of the longest prompt of a batch, F width of a token, P width of the
+pooled vector.
 """
 
 from __future__ import annotations
