@@ -126,7 +126,7 @@ def difference(found: TextFormat, expected: TextFormat) -> str | None:
                 )
         if one.sha256 != other.sha256:
             return (
-                f"text encoder {number} ({one.name}) has SHA-256 {one.sha256[:12]} instead of "
+                f"text encoder {number} ({one.name}) has the sha256 {one.sha256[:12]} instead of "
                 f"{other.sha256[:12]} ({other.name})"
             )
     return None
