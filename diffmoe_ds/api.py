@@ -135,7 +135,7 @@ class Model:
             steps: sampler steps.
             cfg_scale: guidance scale; 1 disables guidance.
             prompts: prompts of a text model, which repeat over the images.
-            negative_prompt: what guidance of a text model leads away from.
+            negative_prompt: what guidance of a text model steers away from.
             options: ``sampler``, ``routing``, ``capacity`` and ``batch_size``; see `SamplingOptions`.
 
         Raises:
@@ -187,7 +187,7 @@ class Model:
         if self._text is None:
             for name, value in (("prompts", prompts), ("negative_prompt", negative_prompt)):
                 if value is not None and (name == "prompts" or value != ""):
-                    raise ConfigError(f"{name}: the model generates images of classes, not of prompts; use classes.")
+                    raise ConfigError(f"{name}: the model generates images from classes, not prompts; use classes.")
             return None
         chosen = checked_prompts(classes, prompts, negative_prompt, cfg_scale)
         found, warning = prompt_set(chosen, self._text, self._encoders)
@@ -257,8 +257,8 @@ def load(
         device: where the model runs; None is a GPU if there is one.
         dtype: ``fp32`` or ``bf16``; None is bf16 on GPUs that support it, otherwise fp32.
         vae: directory or hub ID of the `AutoencoderKL` of a latent model.
-        text_encoder: folder or hub ID of the text encoder of a text model, or a list if it has several; None is where
-            it was in training. It is loaded by the first `Model.sample`.
+        text_encoder: folder or hub ID of the text encoder of a text model, or a list if it has several; None is that of
+            the training run. The first `Model.sample` loads it.
 
     Raises:
         CheckpointError: there is no model, or it is damaged.

@@ -110,9 +110,9 @@ def checked_prompts(classes: Any, prompts: Any, negative: Any, cfg_scale: float)
         ConfigError: an argument is invalid or does not fit the model.
     """
     if classes is not None:
-        raise ConfigError(f"classes {short_repr(classes)}: the model generates images of prompts; use prompts.")
+        raise ConfigError(f"classes {short_repr(classes)}: the model generates images from prompts; use prompts.")
     if prompts is None:
-        raise ConfigError('the model generates images of prompts; pass prompts, such as ["a red apple"].')
+        raise ConfigError('the model generates images from prompts; pass prompts, such as ["a red apple"].')
     is_list = isinstance(prompts, (list, tuple, np.ndarray)) and 0 < len(prompts) <= MAX_NUMBER
     if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"prompts must be a list of one or more texts, got {short_repr(prompts)}.")
@@ -139,7 +139,7 @@ def checked_encoders(text_encoder: Any, config: Config) -> tuple[str, ...]:
     if not paths or not all(_is_path(path) for path in paths):
         raise ConfigError(f"text_encoder must be a path or a list of paths, got {short_repr(text_encoder)}.")
     if not config.is_text:
-        raise ConfigError(f"text_encoder {short_repr(text_encoder)}: the model generates images of classes; omit it.")
+        raise ConfigError(f"text_encoder {short_repr(text_encoder)}: the model generates images from classes; omit it.")
     return tuple(str(path) for path in paths)
 
 

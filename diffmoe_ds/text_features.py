@@ -8,7 +8,7 @@ A record stores one caption with its features, at their true length:
 All numbers are little-endian. The member of an image holds one or more records: int32 count, int32 bytes of each
 record, then the records.
 
-Legend: L most tokens, l tokens of a prompt, F width of the tokens, P width of the pooled vector, N values of a row.
+Legend: L maximum tokens, l tokens of a prompt, F width of the tokens, P width of the pooled vector, N values of a row.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EncoderInfo(EncoderShape):
     """An encoder and the shape of its features."""
 
     name: str
-    """Directory or hub ID; a prompt can be encoded where it is found."""
+    """Directory or hub ID from which it was loaded."""
     sha256: str
     """SHA-256 of everything that its features depend on: weights, tokenizer and settings."""
 
@@ -118,7 +118,7 @@ def difference(found: TextFormat, expected: TextFormat) -> str | None:
     if len(found.encoders) != len(expected.encoders):
         return f"{len(found.encoders)} text encoders instead of {len(expected.encoders)}"
     for number, (one, other) in enumerate(zip(found.encoders, expected.encoders, strict=True), 1):
-        for name, label in (("width", "width"), ("pooled", "pooled width"), ("tokens", "most tokens")):
+        for name, label in (("width", "width"), ("pooled", "pooled width"), ("tokens", "token limit")):
             if getattr(one, name) != getattr(other, name):
                 return (
                     f"text encoder {number} ({one.name}) has {label} {getattr(one, name)} instead of "
@@ -222,7 +222,7 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Bytes that were not read yet."""
+        """Number of unread bytes."""
         return len(self._data) - self._start
 
     def take(self, size: int) -> bytes:

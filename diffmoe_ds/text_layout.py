@@ -1,6 +1,6 @@
 """How a batch of text features is laid out: a row of fixed length for each prompt, so that a batch is one tensor.
 
-Legend: B images, L most tokens, F width of the tokens, P width of the pooled vector, N values of a row.
+Legend: B images, L maximum tokens, F width of the tokens, P width of the pooled vector, N values of a row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MAX_ENCODERS = 4
 MAX_TOKENS = 1024
-"""Most tokens of a prompt; fp16, in which a row holds the length, is exact up to 2048."""
+"""Maximum tokens of a prompt; fp16, in which a row holds the length, is exact up to 2048."""
 MAX_WIDTH = 1 << 15
 
 
@@ -32,7 +32,7 @@ class EncoderShape:
     """Shape of an encoder's features."""
 
     tokens: int
-    """Most tokens L of a prompt; longer ones are truncated."""
+    """Maximum tokens L of a prompt; longer ones are truncated."""
     width: int
     """Width F of a token."""
     pooled: int

@@ -38,8 +38,7 @@ FIXED = {
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
 PROJECTOR = "repa_projector."
 """Prefix of the parameters that only a run with REPA has."""
-PROJECTOR_KEYS = ("repa_hidden", "repa_features")
-"""Keys of ``loss`` that decide their shapes."""
+PROJECTOR_KEYS = ("repa_hidden", "repa_features")  # of the section loss: they decide their shapes
 CLASS_EMBEDDING = "y_embedder.embedding_table.weight"
 """The one parameter whose shape depends on the classes."""
 LIMIT_PER_OPEN_FILE = 4

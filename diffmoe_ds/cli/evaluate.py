@@ -58,8 +58,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--clip", type=nonempty, metavar="PATH|HUB_ID", help=text)
     text = (
-        "retrieval precision: how often the nearest image of this dataset with captions has the prompt of the "
-        "generated one as its caption; images are compared by the features of --extractor"
+        "retrieval precision: how often the nearest image in this captioned dataset has the prompt of the "
+        "generated one as a caption; images are compared by the features of --extractor"
     )
     add("--retrieval", type=nonempty, metavar="DIR|SHARDS", help=text)
     text = (

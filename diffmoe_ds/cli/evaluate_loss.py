@@ -80,7 +80,7 @@ def loss_of(model: DiT, held_out: HeldOut, batch_size: int, team: Team) -> dict[
     Args:
         model: in eval mode, with all experts.
         held_out: the images.
-        batch_size: images per batch; images that compete must share a batch, so ranks share whole ones.
+        batch_size: images per batch; images that compete must share a batch, so each rank gets whole batches.
         team: the ranks.
 
     Raises:

@@ -173,7 +173,7 @@ def open_prompts(args: argparse.Namespace, samples: Images) -> list[str]:
     prompts = samples.prompts()
     if prompts is None:
         option = "--clip" if args.clip is not None else "--retrieval"
-        raise ConfigError(f"{option} needs prompts; {args.checkpoint} generates images of classes.")
+        raise ConfigError(f"{option} needs prompts; {args.checkpoint} generates images from classes.")
     return prompts
 
 

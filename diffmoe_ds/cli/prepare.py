@@ -158,7 +158,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="PATH|HUB_ID|minilm",
-        help="directory or hub ID of a text encoder, or minilm, the one of the extra `text`; repeat the option to "
+        help="directory or hub ID of a text encoder, or minilm, which the extra `text` installs; repeat the option to "
         "combine several",
     )
     add(
@@ -172,8 +172,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="L",
-        help="most tokens of a caption; longer ones are truncated (default: 77 for CLIP, 128 for others, or what the "
-        "encoder reads)",
+        help="maximum tokens per caption; longer ones are truncated (default: 77 for CLIP and 128 for others, or the "
+        "encoder's limit if it is lower)",
     )
     add("--size", type=int, help="crop images to this height and width (default: store them as they are)")
     add("--batch-size", type=int, default=32, metavar="B", help="captions per batch (default: %(default)s)")

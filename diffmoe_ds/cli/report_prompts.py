@@ -76,7 +76,7 @@ def choose_report_prompts(args: argparse.Namespace, reader: WeightsReader, train
         return _captions(args, reader, trained, count)
     except DiffMoEError as error:
         raise DataError(
-            f"captions of the run's dataset cannot be used: {str(error).rstrip('.')}; pass --prompt for images"
+            f"captions of the run's dataset cannot be used: {str(error).rstrip('.')}; pass --prompt to generate images"
         ) from None
 
 
@@ -84,7 +84,7 @@ def _captions(args: argparse.Namespace, reader: WeightsReader, trained: Config, 
     """Return captions of evenly spaced images of the run's dataset.
 
     Raises:
-        DiffMoEError: they cannot be read, or their features are of other encoders.
+        DiffMoEError: they cannot be read, or were encoded with other encoders.
     """
     check_exists(trained)
     data, paths = trained.data, tuple(args.text_encoder or ())
@@ -98,6 +98,6 @@ def _captions(args: argparse.Namespace, reader: WeightsReader, trained: Config, 
         raise DataError(f"{data.path or 'the embedded set'} has no text features")
     differs = difference(dataset.text, reader.text)
     if differs is not None:
-        raise DataError(f"the model was trained with other text encoders than those of {data.path}: there is {differs}")
+        raise DataError(f"the model was trained with text encoders other than those of {data.path}: {differs}")
     stored = evenly_spaced(dataset, count)
     return ReportPrompts(ChosenPrompts(tuple(stored.captions())), stored)

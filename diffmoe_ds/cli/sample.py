@@ -78,11 +78,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt", action="append", metavar="TEXT", help=text)
     text = 'prompts, one per line; in a .jsonl file, one object {"prompt": TEXT} per line'
     add("--prompts", type=nonempty_path, metavar="FILE", help=text)
-    text = "what guidance leads away from (default: the empty prompt)"
+    text = "what guidance steers away from (default: the empty prompt)"
     add("--negative-prompt", metavar="TEXT", help=text)
     text = (
-        "folder or hub ID of the text encoder, once per encoder; it must be the one that the model was trained with "
-        "(default: where it was in training)"
+        "folder or hub ID of the text encoder, once per encoder; it must be the one the model was trained with "
+        "(default: the folder or hub ID used in training)"
     )
     add("--text-encoder", type=nonempty, action="append", metavar="PATH|HUB_ID", help=text)
 

@@ -68,13 +68,13 @@ def choose_prompts(args: argparse.Namespace, reader: WeightsReader) -> ChosenPro
     given = [f"--{name.replace('_', '-')}" for name in PROMPT_OPTIONS if getattr(args, name) is not None]
     if not reader.config.is_text:
         if given:
-            raise ConfigError(f"{given[0]}: {reader.path} generates images of classes, not of prompts; use --classes.")
+            raise ConfigError(f"{given[0]}: {reader.path} generates images from classes, not prompts; use --classes.")
         return None
     if args.classes is not None:
-        raise ConfigError(f"--classes {args.classes}: {reader.path} generates images of prompts; use --prompt.")
+        raise ConfigError(f"--classes {args.classes}: {reader.path} generates images from prompts; use --prompt.")
     sources = [option for option in given if option in ("--prompt", "--prompts", "--geneval")]
     if not sources:
-        raise ConfigError(f"{reader.path} generates images of prompts; pass --prompt TEXT or --prompts FILE.")
+        raise ConfigError(f"{reader.path} generates images from prompts; pass --prompt TEXT or --prompts FILE.")
     if len(sources) > 1:
         raise ConfigError(f"{sources[0]} and {sources[1]} contradict each other; omit one.")
     _check_negative(args)

@@ -113,12 +113,14 @@ def plan_guide(plan: SamplingPlan, reader: WeightsReader, experts: str, launch: 
         launch: the ranks.
 
     Raises:
-        ConfigError: its text encoders are others than those of the guided model.
+        ConfigError: its text encoders are not those of the guided model.
         TopologyError: the guiding model's experts cannot be sharded over the ranks.
     """
     config = reader.config
     if _encoders(reader) != _encoders(plan.reader):
-        raise ConfigError(f"--autoguidance {reader.path} was trained with other text encoders than {plan.reader.path}.")
+        raise ConfigError(
+            f"--autoguidance {reader.path} was trained with text encoders other than those of {plan.reader.path}."
+        )
     topology = place_experts(experts, launch, config.num_experts)
     routing = config.inference_choices[0]
     return replace(

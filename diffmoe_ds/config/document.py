@@ -29,9 +29,11 @@ A run is configured in three places:
 
 A recipe is a YAML file with the sections below; omitted keys take their defaults. With `base: NAME_OR_FILE` at the top,
 they take the values of that recipe instead. A file is relative to the recipe that names it. Packaged recipes:
-RECIPES. Every run writes its complete configuration to `resolved.yaml` in the run directory, and
-`--config` accepts that file. Unknown keys, wrong types and values out of range are rejected before training starts; the
-message names the nearest valid key or the valid values.
+RECIPES.
+
+Every run writes its complete configuration to `resolved.yaml` in the run directory, and `--config` accepts that file.
+Unknown keys, wrong types and values out of range are rejected before training starts; the message names the nearest
+valid key or the valid values.
 
 The DeepSpeed JSON is DeepSpeed's own format. Without `--deepspeed_config`, the `deepspeed` section of the recipe is
 used; otherwise, that section is ignored. `"auto"` resolves to the recipe's value, to a value derived from the number of

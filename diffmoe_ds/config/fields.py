@@ -45,7 +45,7 @@ AUTO_TEXT: tuple[tuple[int, int, int], ...] = ()
 AUTO_FEATURES: tuple[int, ...] = ()
 """Shape of image features before the training set is known."""
 MAX_GRID = 256
-"""Largest height of a grid of image features."""
+"""Largest side of a grid of image features."""
 WRONG_TYPE = "wrong_type"
 """Error type of the validators below; the context's ``expected`` completes "must be ..."."""
 

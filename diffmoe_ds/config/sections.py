@@ -170,7 +170,7 @@ class LossConfig(Section):
     repa_hidden: Dimension = 2048
     """Hidden width of the projector, which has three layers and is not used in sampling."""
     repa_features: FeatureShape = Field(default="auto", validate_default=True)
-    """Shape of the image features as `[height, width of a feature]`: a grid of height x height; `auto` is that of the
+    """Shape of the image features as `[side, width]`: a grid of side x side tokens of that width; `auto` is that of the
     training set."""
 
 

@@ -40,7 +40,7 @@ class Captions(Protocol):
     """The captions of a source's images."""
 
     def captions(self, index: int) -> list[str]:
-        """Return the captions of an image, at least one, each in one line.
+        """Return the captions of an image, at least one, each on one line.
 
         Raises:
             DataError: it has none, or they cannot be read.
@@ -116,18 +116,18 @@ class _Table:
                 continue
             if name not in exact and self._base_names[name] > 1:
                 raise DataError(
-                    f"{self._source.describe(index)} and others are called {name!r}, as a row of {self._path} is; "
-                    f"expected rows with paths, such as {exact[0]!r}"
+                    f"{self._source.describe(index)} and other images match {name!r}, a row of {self._path}; name "
+                    f"images by path, such as {exact[0]!r}"
                 )
             return list(self._rows[name])
         rows = counted(len(self._rows), "image")
         first = next(iter(self._rows), None)
         hint = "" if first is None else f", such as {first!r}"
-        where = f"a row of {self._path} for {exact[0]!r}; the file has captions of {rows}{hint}"
+        where = f"a row of {self._path} for {exact[0]!r}; the file has captions for {rows}{hint}"
         return _required([], self._source.describe(index), where)
 
     def _names(self, index: int) -> tuple[list[str], list[str]]:
-        """Return the names by which a row may call an image, best first: those with a path, then base names."""
+        """Return the names by which a row may refer to an image, most specific first: with a path, then base names."""
         key = self._source.key(index)
         if isinstance(self._source, ImageFolder):
             path, folder = self._source.path(index), self._source.folder
@@ -220,7 +220,7 @@ def _lines(file: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _one_line(value: Any) -> list[str]:
-    """Return captions with a space for every run of white space, without duplicates."""
+    """Return captions without duplicates, each run of whitespace replaced by a space."""
     return list(dict.fromkeys(" ".join(caption.split()) for caption in clean_captions(value)))
 
 

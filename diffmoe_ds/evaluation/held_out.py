@@ -168,7 +168,7 @@ def read_held_out(config: Config, path: str, name: str, text: TextFormat | None 
         with_text(of_path, dataset)  # only checks the shapes
         differs = None if text is None or dataset.text is None else difference(dataset.text, text)
         if differs is not None:
-            raise DataError(f"the captions were encoded with other text encoders than the model's: there is {differs}")
+            raise DataError(f"the captions were encoded with text encoders other than the model's: {differs}")
         held_out = HeldOut(dataset, config, num_images)
         if not (isinstance(dataset, ShardDataset) and dataset.remote_bytes()):
             next(held_out.batches(1))

@@ -44,7 +44,7 @@ def open_captioned(path: str, prompts: Sequence[str], size: tuple[int, int]) -> 
 
     Args:
         path: shards or a folder, with captions.
-        prompts: of the generated images. They are compared with captions regardless of case and white space.
+        prompts: of the generated images. They are compared with captions ignoring case and whitespace.
         size: height and width of the generated images.
 
     Raises:
@@ -64,7 +64,7 @@ def open_captioned(path: str, prompts: Sequence[str], size: tuple[int, int]) -> 
     if not any(captions):
         raise DataError(
             f"--retrieval {path}: its captions include none of the {counted(len(numbers), 'prompt')}, such as "
-            f"{shortened(prompts[0])!r}; generate images of its captions."
+            f"{shortened(prompts[0])!r}; generate images from its captions."
         )
     return CaptionedImages(images, captions, labels)
 
@@ -77,7 +77,7 @@ def nearest_images(samples: ShardedRows, reference: ShardedRows) -> Tensor:
         reference: features of the dataset, [R, F].
 
     Returns:
-        Their indices, int64 [N, K] with K at most R. Of equally near images, the first ones count.
+        Their indices, int64 [N, K] with K at most R. Ties go to the first images.
     """
     count = min(NEAREST, len(reference))
     samples_nF = _unit(samples.local)
@@ -98,7 +98,7 @@ def nearest_images(samples: ShardedRows, reference: ShardedRows) -> Tensor:
 def retrieval_metrics(nearest_NK: Tensor, dataset: CaptionedImages) -> dict[str, Any]:
     """Return the metrics under the names of ``diffmoe evaluate --json``.
 
-    The control is the mean precision after prompts have been exchanged: each becomes another one for all its images.
+    The control is the mean precision after shuffling the prompts: each is replaced by another one for all its images.
     It is None if all images have the same prompt.
 
     Args:

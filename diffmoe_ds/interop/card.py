@@ -152,7 +152,7 @@ def _usage(export: FolderExport) -> str:
     if export.config.is_text:
         lines += [
             "The first prompt loads the text encoder, which the folder does not contain, with transformers: by its",
-            "`name` in `conditioner/config.json`, which you can change. Guidance moves away from `negative_prompt`.",
+            "`name` in `conditioner/config.json`, which you can change. Guidance steers away from `negative_prompt`.",
         ]
     if not export.obstacles:
         lines += [

@@ -50,7 +50,7 @@ def _model(plan: dict[str, Any]) -> list[str]:
     return [
         _line("model", f"{plan['model']}, {plan['routing']}, pool {plan['pool']}"),
         *([_line("text", "; ".join(text))] if text else []),
-        *([_line("assumed", f"{', '.join(assumed)}; in a run, the training set decides")] if assumed else []),
+        *([_line("assumed", f"{', '.join(assumed)}; a run takes these from the training set")] if assumed else []),
         _line(
             "layout",
             f"{plan['world']:,} GPUs, {plan['gpus_per_node']} per node; ep {plan['ep_size']}, "

@@ -112,7 +112,7 @@ def _heads(heads: Sequence[str], width: int) -> Pixels:
 def prompt_grid(images_NHWC: Pixels, prompts_N: Sequence[str]) -> Pixels:
     """Draw a grid of enlarged images with their prompts beneath them.
 
-    Prompts that repeat in a cycle have one column each, and stand beneath it; a single prompt stands beneath the grid.
+    Prompts that repeat in a cycle have one column each and are written beneath it; a single one, beneath the grid.
 
     Args:
         images_NHWC: uint8, one or three channels.

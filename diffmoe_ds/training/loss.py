@@ -97,7 +97,7 @@ def alignment_loss(projected_BSF: Tensor, features_BTF: Tensor) -> Tensor:
 
     Args:
         projected_BSF: of the tokens of an image, which form a square grid.
-        features_BTF: of the image, a square grid as well; resized to that of the tokens if it differs.
+        features_BTF: of the image, also a square grid; resized to that of the tokens if they differ.
     """
     features_BTF = features_BTF.float()
     tokens, grid = projected_BSF.shape[1], math.isqrt(features_BTF.shape[1])

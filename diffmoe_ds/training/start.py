@@ -88,7 +88,7 @@ def check_same_encoders(reader: WeightsReader, text: TextFormat | None, name: st
     differs = difference(text, reader.text)
     if differs is not None:
         raise CheckpointError(
-            f"{name}: was trained on captions of other text encoders than those of data.path: there is {differs}; "
+            f"{name}: was trained with text encoders other than those of data.path: {differs}; "
             "encode the captions with the same encoders."
         )
 

@@ -16,11 +16,11 @@ import numpy as np
 SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 MAIN_SHARE = 0.5
-"""Fraction of a picture's opaque pixels that its main colour covers at least."""
+"""Smallest fraction of a picture's opaque pixels that a main colour covers."""
 COLOURED = ("Food & Drink", "Animals & Nature", "Travel & Places", "Objects", "Activities")
-"""Categories whose pictures have a main colour; flags, symbols and people are named otherwise."""
+"""Categories whose pictures have a main colour; the names of flags, symbols and people suffice."""
 HUES = ((18, "red"), (40, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (295, "purple"), (338, "pink"))
-"""Upper bound of each hue, in degrees; above the last one is red again."""
+"""Upper bound of each hue, in degrees; hues above the last one are red."""
 SAME_PICTURE = 1.0
 """Largest root mean square difference, of 255, between two pictures of the same drawing."""
 

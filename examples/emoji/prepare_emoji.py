@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare 64x64 colour images with 9 classes and captions.")
     parser.add_argument("path", type=Path, metavar="PATH", help="emoji-datasource-google, unpacked or as .tgz")
     parser.add_argument("--skin-tones", action="store_true", help="include skin tone variants")
-    text = "write several captions per picture, and each drawing only once: for `diffmoe prepare text`"
+    text = "write several captions per picture, and identical drawings only once, for `diffmoe prepare text`"
     parser.add_argument("--text", action="store_true", help=text)
     text = "categories to include, separated by commas, such as 'Food & Drink,Objects' (default: all)"
     parser.add_argument("--categories", default="", metavar="A,B", help=text)

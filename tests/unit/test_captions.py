@@ -118,10 +118,10 @@ def test_several_rows_and_lists_are_several_captions(folder):
     ("name", "text", "message"),
     [
         ("c.csv", "file_name,caption\nb.png,x\n", r"cats/one.png has no caption; expected a row of .*c.csv for "
-         r"'cats/one.png'; the file has captions of 1 image, such as 'b.png'"),
-        ("c.csv", "file_name,caption\ncats/one.png,\n", "has no caption; .* the file has captions of 0 images$"),
-        ("c.csv", "file_name,caption\none.png,x\n", "cats/one.png and others are called 'one.png', as a row of .*c.csv"
-         " is; expected rows with paths, such as 'cats/one.png'"),
+         r"'cats/one.png'; the file has captions for 1 image, such as 'b.png'"),
+        ("c.csv", "file_name,caption\ncats/one.png,\n", "has no caption; .* the file has captions for 0 images$"),
+        ("c.csv", "file_name,caption\none.png,x\n", "cats/one.png and other images match 'one.png', a row of .*c.csv"
+         "; name images by path, such as 'cats/one.png'"),
         ("c.csv", "", r"after 0 rows: expected one of file_name, file, .* among its columns, got \[\]"),
         ("c.csv", "file_name,title\n", r"expected one of caption, .* its columns, got \[\"file_name\", \"title\"\]"),
         ("c.csv", "file_name,caption\na,b\na,b,c\n", "after 1 row: line 3 has 3 columns, but the header has 2"),

@@ -131,7 +131,7 @@ def test_sets_without_text_have_no_table(tmp_path):
     [
         ({"form": text_features(width=5)}, r"text encoder 1 \(tiny\) has width 5 instead of 3 \(tiny\)"),
         ({"form": text_features(sha256="cd" * 32)}, r"encoder 1 \(tiny\) has the sha256 cdcdcdcdcdcd instead of abab"),
-        ({"form": text_features(tokens=5)}, r"has most tokens 5 instead of 4"),
+        ({"form": text_features(tokens=5)}, r"has token limit 5 instead of 4"),
         (None, "only one of them holds any"),
     ],
 )

@@ -223,7 +223,7 @@ def test_captions_of_small_sets_are_encoded_at_startup(tmp_path, small, encoders
     assert with_text(config, dataset).model.text_encoders == ((4, 3, 2),)
     assert_same(by_position(read(dataset, num_workers=1)), by_position(read(small)))
     stored = config.model_copy(update={"data": config.data.model_copy(update={"path": str(shard(tmp_path / "b.tar"))})})
-    with pytest.raises(ConfigError, match=r"data.text_encoder is tiny, but .*b.tar holds text features already"):
+    with pytest.raises(ConfigError, match=r"data.text_encoder is tiny, but .*b.tar already holds text features"):
         open_dataset(stored)
 
 

@@ -136,7 +136,7 @@ def test_mistakes_in_a_call_are_named(tmp_path):
         ({}, "prompt must be one or more texts, got None"),
         ({"prompt": []}, "prompt must be one or more texts"),
         ({"prompt": ["a", 5]}, "prompt must be one or more texts"),
-        ({"class_labels": 1, "prompt": "a"}, "the model generates images of prompts"),
+        ({"class_labels": 1, "prompt": "a"}, "the model generates images from prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             load(folder)(**call, num_inference_steps=1)
@@ -156,7 +156,7 @@ def test_a_class_model_refuses_prompts(tmp_path):
     assert not (folder / "conditioner").exists()
     pipe = DiffMoEPipeline(DiffMoETransformer2DModel.from_pretrained(folder / "transformer"))
     for call in ({"prompt": "red apple"}, {"negative_prompt": "red"}):
-        with pytest.raises(ValueError, match="the model generates images of classes"):
+        with pytest.raises(ValueError, match="the model generates images from classes"):
             pipe(**call)
 
 

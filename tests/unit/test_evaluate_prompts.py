@@ -187,7 +187,7 @@ def test_generated_images_are_scored_as_written_ones(evaluate, clip, tmp_path, c
     classes = write_random_model(tmp_path / "classes", ["cat", "dog"])
     for option in ("--clip", "--retrieval"):
         assert main(["evaluate", "--checkpoint", str(classes), option, str(dataset), "--num-images", "4"]) == 2
-        message = f"{option} needs prompts; {classes} generates images of classes"
+        message = f"{option} needs prompts; {classes} generates images from classes"
         assert message in capsys.readouterr().err
 
 

@@ -185,7 +185,7 @@ def test_a_dinov2_without_its_weights_or_larger_than_them_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
-        ({"hidden_size": 1 << 20}, "parameters, but the files of weights have"),
+        ({"hidden_size": 1 << 20}, "parameters, but the weight files have"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers in config.json must be from 1 to 512, got 1000000"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))

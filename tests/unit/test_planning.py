@@ -232,7 +232,7 @@ def test_what_a_training_set_would_decide_is_assumed_and_said(capsys):
     assert plan["assumed"] == {"model.text_encoders": [[77, 768, 768]]} and plan["text_encoders"] == [[77, 768, 768]]
     assert main([*command, *text]) == 0
     page = capsys.readouterr().out
-    assert "assumed       model.text_encoders=[[77, 768, 768]]; in a run, the training set decides\n" in page
+    assert "assumed       model.text_encoders=[[77, 768, 768]]; a run takes these from the training" in page
     assert "text          77 tokens of width 768, pooled 768\n" in page
     assert main([*command, *text, "model.text_encoders=[[8,12,8]]", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

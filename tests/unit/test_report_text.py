@@ -73,7 +73,7 @@ def test_without_prompts_and_dataset_there_are_no_images(tmp_path):
     page = report(run, tmp_path / "out")
     assert "samples_by_prompt" not in page.figures() and "loss" in page.figures()
     assert "The report has no images: captions of the run's dataset cannot be used: data.path" in page.text
-    assert "gone.tar does not exist" in page.text and "pass --prompt for images." in page.text
+    assert "gone.tar does not exist" in page.text and "pass --prompt to generate images." in page.text
     captioned_shard(tmp_path / "gone.tar", 4, sha256="cd" * 32)
     page = report(run, tmp_path / "other")
     assert "has the sha256 cdcdcdcdcdcd instead of abababababab" in page.text
@@ -82,7 +82,7 @@ def test_without_prompts_and_dataset_there_are_no_images(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--classes", "1"), "generates images of prompts; use --prompt"),
+        (("--classes", "1"), "generates images from prompts; use --prompt"),
         (("--negative-prompt", "blur"), "--negative-prompt needs --prompt or --prompts"),
         (("--prompt", "a", "--prompt", "b", "--images", "1"), "at least the number of prompts, 2, got 1"),
     ],
@@ -96,7 +96,7 @@ def test_options_that_do_not_fit(tmp_path, capsys, options, message):
 def test_prompts_are_refused_for_class_models(tmp_path, capsys):
     run = write_run(tmp_path / "run", report_config("batch_pool"))
     assert main(["report", str(run), "--out", str(tmp_path / "out"), "--prompt", "a"]) == 2
-    assert "generates images of classes, not of prompts" in capsys.readouterr().err
+    assert "generates images from classes, not prompts" in capsys.readouterr().err
 
 
 def test_only_conditional_passes_count(tmp_path):

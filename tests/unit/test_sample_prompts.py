@@ -148,7 +148,7 @@ def test_guides_need_the_same_encoders(capsys, model, tmp_path):
     other = replace(text, encoders=(replace(text.encoders[0], sha256="0" * 64),))
     guide = write_random_model(tmp_path / "guide", text=other)
     assert run(model, tmp_path / "out", *APPLE, "--cfg-scale", "2", "--autoguidance", str(guide)) == 2
-    assert "was trained with other text encoders than" in capsys.readouterr().err
+    assert "was trained with text encoders other than those of" in capsys.readouterr().err
 
 
 def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
@@ -159,10 +159,10 @@ def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
     both, clip, t5 = str(geneval_file(tmp_path)), str(tiny_encoder("clip")), str(tiny_encoder("t5"))
     capsys.readouterr()  # progress bars of transformers
     for checkpoint, options, message in (
-        (model, [], "generates images of prompts; pass --prompt TEXT or --prompts FILE."),
+        (model, [], "generates images from prompts; pass --prompt TEXT or --prompts FILE."),
         (model, ["--classes", "1"], "--classes 1: "),
         (class_model, APPLE, "--prompt: "),
-        (class_model, ["--geneval", both], "generates images of classes, not of prompts; use --classes."),
+        (class_model, ["--geneval", both], "generates images from classes, not prompts; use --classes."),
         (model, [*APPLE, "--prompts", "p.txt"], "--prompt and --prompts contradict each other; omit one."),
         (model, ["--prompts", str(tmp_path / "none.txt")], "none.txt: cannot be read: No such file"),
         (model, ["--prompts", str(tmp_path / "empty.txt")], "empty.txt: has no prompts; expected one on each line."),
@@ -241,16 +241,16 @@ def test_the_python_interface_generates_the_same_images(capsys, model, class_mod
 def test_mistakes_in_the_python_interface(model, class_model):
     loaded, other = diffmoe_ds.load(model), diffmoe_ds.load(class_model)
     for source, arguments, message in (
-        (loaded, {}, "the model generates images of prompts; pass prompts, such as"),
-        (loaded, {"classes": [1]}, "classes [1]: the model generates images of prompts; use prompts."),
+        (loaded, {}, "the model generates images from prompts; pass prompts, such as"),
+        (loaded, {"classes": [1]}, "classes [1]: the model generates images from prompts; use prompts."),
         (loaded, {"prompts": "cat"}, "prompts must be a list of one or more texts, got 'cat'."),
         (loaded, {"prompts": []}, "prompts must be a list"),
         (loaded, {"prompts": [1]}, "prompts must be a list"),
         (loaded, {"prompts": ["\ud800"]}, "prompts: '\\ud800' is not valid Unicode."),
         (loaded, {"prompts": ["cat"], "negative_prompt": "dog"}, "negative_prompt needs guidance; set cfg_scale"),
         (loaded, {"prompts": ["cat"], "negative_prompt": 1}, "negative_prompt must be a text, got 1."),
-        (other, {"prompts": ["cat"]}, "prompts: the model generates images of classes, not of prompts; use classes."),
-        (other, {"negative_prompt": "cat"}, "negative_prompt: the model generates images of classes"),
+        (other, {"prompts": ["cat"]}, "prompts: the model generates images from classes, not prompts; use classes."),
+        (other, {"negative_prompt": "cat"}, "negative_prompt: the model generates images from classes"),
     ):
         with pytest.raises(ConfigError) as caught:
             source.sample(**arguments)
@@ -258,13 +258,13 @@ def test_mistakes_in_the_python_interface(model, class_model):
     with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
         loaded.sample(prompts=["cat"], step=1)
     for path, arguments, message in (
-        (class_model, {"text_encoder": "x"}, "text_encoder 'x': the model generates images of classes; omit it."),
+        (class_model, {"text_encoder": "x"}, "text_encoder 'x': the model generates images from classes; omit it."),
         (model, {"text_encoder": []}, "text_encoder must be a path or a list of paths, got []."),
     ):
         with pytest.raises(ConfigError) as caught:
             diffmoe_ds.load(path, **arguments)
         assert str(caught.value) == message
-    with pytest.raises(ConfigError, match=r"^text_encoder must be that of the training: .* has pooled width 12"):
+    with pytest.raises(ConfigError, match=r"^text_encoder must be the one used in training: .* has pooled width 12"):
         diffmoe_ds.load(model, text_encoder=tiny_encoder("clip")).sample(prompts=["cat"])
 
 

@@ -262,9 +262,9 @@ def test_another_encoder_is_refused():
         ([t5, clip], "2 text encoders instead of 1"),
     )
     for paths, message in cases:
-        with pytest.raises(ConfigError, match=f"--encoder must be that of the training: {message}"):
+        with pytest.raises(ConfigError, match=f"--encoder must be the one used in training: {message}"):
             matching_encoders(load("t5").format, CPU, list(map(str, paths)), "--encoder")
-    assert difference(load("t5", tokens=9).format, load("t5").format).endswith(f"most tokens 9 instead of 128 ({t5})")
+    assert difference(load("t5", tokens=9).format, load("t5").format).endswith(f"token limit 9 instead of 128 ({t5})")
 
 
 def test_loading_prints_nothing(capfd):

@@ -79,7 +79,7 @@ def test_prompts_need_the_encoders_of_the_captions(trained, tmp_path, grids, cap
     monkeypatch.setattr(TinyEncoders, "format", text_features(sha256="cd" * 32))
     assert train(tmp_path, "run", *arguments, dry=False) == 2
     error = capsys.readouterr().err
-    assert "sample.prompts needs the text encoders of the training set: the text encoder must be that of the" in error
+    assert "sample.prompts needs the text encoders of the training set: the text encoder must be the one used" in error
     assert f"training: {ENCODERS}; remove it to show captions instead." in error
 
     def missing(*arguments, **options):
@@ -115,7 +115,7 @@ def test_fine_tuning_takes_new_captions_of_the_same_encoders(trained, tmp_path, 
     for shard, message in ((other, ENCODERS), (wider, WIDER)):
         assert train(tmp_path, "other", f"data.path={shard}", *start, base=()) == 5
         error = capsys.readouterr().err
-        assert f"model.init_from {trained / 'run'}: was trained on captions of other text encoders" in error
+        assert f"model.init_from {trained / 'run'}: was trained with text encoders other than those" in error
         assert message in error
 
 
@@ -135,7 +135,10 @@ def test_held_out_captions_have_the_same_encoders(trained, tmp_path, capsys):
     held_out = captioned_shard(tmp_path / "held_out.tar", 7, sha256="cd" * 32)
     evaluated = (f"data.path={trained / 'a.tar'}", f"data.validation_path={held_out}", "eval.every_images=16")
     assert train(tmp_path, "run", *evaluated) == 4
-    assert f"data.validation_path {held_out}: the captions were encoded with other" in capsys.readouterr().err
+    assert (
+        f"data.validation_path {held_out}: the captions were encoded with text encoders other"
+        in capsys.readouterr().err
+    )
 
 
 def test_inspect_names_the_encoders(trained, capsys):

@@ -215,7 +215,7 @@ def sampling_table(sampled: Sampled, names: Mapping[int, str]) -> dict[str, str]
 
 
 def prompt_table(sampled: Sampled) -> dict[str, str]:
-    """Describe the compute of each prompt, the hardest first; without experts, only number the prompts."""
+    """Describe the compute of each prompt, the hardest first; without experts, its number of images."""
     names = {label: f"{label + 1}. {shown_prompt(sampled.prompts[label])}" for label in sampled.classes}
     capacity_NKL, label_N = sampled.probe.capacity_NKL, sampled.probe.label_N
     if capacity_NKL is None:

@@ -1,10 +1,10 @@
-"""Text encoders and conditioner of a DiffMoE text-to-image model for diffusers, in inference.
+"""Inference with the text encoders and the conditioner of a DiffMoE text-to-image model in diffusers.
 
 This file needs torch, diffusers and transformers only. It was exported by diffmoe-ds together with the weights next to
 it. The text encoders are not in the folder: ``config.json`` names their folders or hub IDs, and they are loaded for the
 first prompt. To load one from elsewhere, change its ``name`` there.
 
-Legend: B prompts, L most tokens, l tokens of the longest prompt, F width of a token, P width of the pooled vector,
+Legend: B prompts, L maximum tokens, l tokens of the longest prompt, F width of a token, P width of the pooled vector,
 D width, W width of a context, N values of a row of features.
 """
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 T5_MODELS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 CLIP_MODELS = ("clip", "clip_text_model")
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Models whose last token is the pooled vector; of others it is the mean of the tokens."""
+"""Models whose last token is the pooled vector; except for CLIP, that of others is the mean of the tokens."""
 MAX_FP16 = 65504.0
 NULL_TOLERANCE = 0.05
-"""Largest difference of features of the empty prompt, relative to their largest value, on different machines."""
+"""Largest accepted error of the features of the empty prompt, relative to their largest value; machines differ."""
 
 
 class TextEncoder:
@@ -33,7 +33,7 @@ class TextEncoder:
 
         Args:
             name: folder or hub ID.
-            tokens: most tokens L of a prompt; the rest is ignored.
+            tokens: maximum tokens L of a prompt; the rest is ignored.
         """
         import transformers
 
@@ -109,7 +109,7 @@ class DiffMoETextConditioner(ModelMixin, ConfigMixin):  # type: ignore[misc]  # 
         return F.pad(row_N, (0, len(self.null_row) - len(row_N)))
 
     def _check(self, encoders: list[TextEncoder]) -> None:
-        """Check that the features of the empty prompt are those of the training."""
+        """Check that the features of the empty prompt are those from training."""
         difference = (self._row(encoders, "").float() - self.null_row.float()).abs().max()
         if difference > NULL_TOLERANCE * self.null_row.abs().max():
             names = ", ".join(encoder["name"] for encoder in self.config.encoders)

@@ -40,7 +40,7 @@ Noise = Callable[[], Tensor]
 
 
 class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Generates images of classes or prompts."""
+    """Generates images from classes or prompts."""
 
     model_cpu_offload_seq = "conditioner->transformer->vae"
     _optional_components = ["vae", "scheduler", "conditioner"]  # noqa: RUF012 - as in diffusers
@@ -115,7 +115,7 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
         Args:
             class_labels: labels or names, which repeat over the seeds; all classes if None.
             prompt: of a text-to-image model, in place of labels.
-            negative_prompt: what guidance moves away from.
+            negative_prompt: what guidance steers away from.
             seeds: one per image, from 0 to 2^64 - 1; None draws one for each label or prompt.
             num_inference_steps: sampler steps.
             guidance_scale: scale of classifier-free guidance; 1 disables guidance.
@@ -129,7 +129,7 @@ class DiffMoEPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is 
             ValueError: an argument does not fit the model.
         """
         if (prompt or negative_prompt) if self.conditioner is None else class_labels is not None:
-            raise ValueError(f"the model generates images of {'classes' if self.conditioner is None else 'prompts'}.")
+            raise ValueError(f"the model generates images from {'classes' if self.conditioner is None else 'prompts'}.")
         conditions = self._labels(class_labels) if self.conditioner is None else _prompts(prompt)
         if seeds is None:
             seeds = torch.randint(2**63 - 1, (len(conditions),), generator=generator).tolist()
