@@ -24,6 +24,7 @@ from diffmoe_ds.rng import training_draws
 PREPARED_BY = {
     "emoji": "in a checkout, `npm pack emoji-datasource-google@16.0.0` and `python -m examples.emoji.prepare_emoji "
     "emoji-datasource-google-16.0.0.tgz` make the set of this recipe",
+    "emoji-text": "docs/text.md has the three commands that make the set of this recipe",
 }
 """How to make the data of packaged recipes that `diffmoe prepare` alone does not, by ``data.path``."""
 
