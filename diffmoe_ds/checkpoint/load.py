@@ -300,9 +300,8 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         if key not in size and key not in except_for
     ]
     if saved.aligned_block is not None and wanted.aligned_block is not None:
-        pairs += [
-            (f"loss.{key}", was["loss"][key], now["loss"][key]) for key in PROJECTOR_KEYS if key not in except_for
-        ]
+        own = (key for key in PROJECTOR_KEYS if key not in except_for)
+        pairs += [(f"loss.{key}", was["loss"][key], now["loss"][key]) for key in own]
     elif "repa_weight" not in except_for:
         pairs.append(("loss.repa_weight (zero or positive)", saved.loss.repa_weight, wanted.loss.repa_weight))
     if "label_dropout" not in except_for and has_null(saved) != has_null(wanted):

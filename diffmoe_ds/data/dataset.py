@@ -124,7 +124,7 @@ def with_text(config: Config, dataset: Dataset) -> Config:
             f"{config.data.path or 'IMAGES'} --encoder ENCODER --out DIR`, or set data.text_encoder to encode the "
             "captions of a small set at startup"
         )
-    shapes = tuple((encoder.tokens, encoder.width, encoder.pooled) for encoder in dataset.text.encoders)
+    shapes = dataset.text.shapes
     if model.text_encoders not in (AUTO_TEXT, shapes):
         raise ConfigError(
             f"model.text_encoders is {[*map(list, model.text_encoders)]}, but the text features of {path} are "
