@@ -69,8 +69,12 @@ class TextFormat:
     @property
     def layout(self) -> TextLayout:
         """Return the layout of rows."""
-        shapes = (EncoderShape(info.tokens, info.width, info.pooled) for info in self.encoders)
-        return TextLayout(tuple(shapes))
+        return TextLayout(tuple(EncoderShape(*shape) for shape in self.shapes))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Return (tokens, width, pooled width) of each encoder, as in `model.text_encoders`."""
+        return tuple((encoder.tokens, encoder.width, encoder.pooled) for encoder in self.encoders)
 
     @property
     def null_row(self) -> np.ndarray:

@@ -73,10 +73,9 @@ def _text(tree: Any, config: Config, source: str) -> TextFormat:
         found = text_format(tree)
     except ValueError as error:
         raise CheckpointError(f"{source}: text must describe the encoders of a text model: {reason(error)}.") from None
-    shapes = tuple((encoder.tokens, encoder.width, encoder.pooled) for encoder in found.encoders)
-    if shapes != config.model.text_encoders:
+    if found.shapes != config.model.text_encoders:
         raise CheckpointError(
-            f"{source}: text describes encoders of shapes {shapes}, but model.text_encoders is "
+            f"{source}: text describes encoders of shapes {found.shapes}, but model.text_encoders is "
             f"{config.model.text_encoders}."
         )
     return found

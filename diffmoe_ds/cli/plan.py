@@ -30,7 +30,6 @@ CLASSES = 1000
 """Assumed number of classes where the training set decides."""
 TEXT_ENCODERS = ((77, 768, 768),)
 """Assumed shape of the text features where the training set decides: that of the text encoder of CLIP ViT-L/14."""
-
 IMAGE_FEATURES = (16, 768)
 """Assumed shape of the image features of REPA where the training set decides: that of DINOv2 ViT-B/14 at 224 pixels."""
 

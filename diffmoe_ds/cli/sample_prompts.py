@@ -22,6 +22,7 @@ from diffmoe_ds.text import counted, reason, shortened
 from diffmoe_ds.text_features import MAX_CAPTION_BYTES, TextFormat
 
 PROMPT_OPTIONS = ("prompt", "prompts", "geneval", "negative_prompt", "text_encoder")
+"""Options of text models."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def choose_prompts(args: argparse.Namespace, reader: WeightsReader) -> ChosenPro
         texts = _prompts_of_json(metadata, f"--geneval {args.geneval}")
     else:
         texts = read_prompts(args.prompts)
-    for option, text in ((sources[0], text) for text in texts):
-        check_prompt(text, option)
+    for text in texts:
+        check_prompt(text, sources[0])
     check_prompt(args.negative_prompt or "", "--negative-prompt")
     return ChosenPrompts(
         tuple(texts), args.negative_prompt or "", tuple(map(str, args.text_encoder or ())), tuple(metadata)

@@ -117,3 +117,13 @@ def check_no_text(model: ModelConfig, data: DataConfig, sample: SampleConfig) ->
     ):
         if value != default:
             raise ConfigError(f"{key} needs a text model; set model.conditioning=text.")
+
+
+def check_captions(data: DataConfig) -> None:
+    """Check that a table of captions has an effect.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if data.captions is not None and not data.text_encoder:
+        raise ConfigError(f"data.captions {data.captions} needs data.text_encoder, which encodes the captions.")

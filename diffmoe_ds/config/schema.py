@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_aligned_block, check_experts, check_no_text, check_shapes
+from diffmoe_ds.config.checks import check_aligned_block, check_captions, check_experts, check_no_text, check_shapes
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
 from diffmoe_ds.config.sections import (
@@ -95,6 +95,7 @@ class Config(Section):
         check_aligned_block(self.loss, self.size.depth)
         if not self.is_text:
             check_no_text(self.model, self.data, self.sample)
+        check_captions(self.data)
         return self
 
     @property

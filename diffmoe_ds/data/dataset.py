@@ -29,8 +29,12 @@ PREPARED_BY = {
 """How to make the data of packaged recipes that `diffmoe prepare` alone does not, by ``data.path``."""
 
 
-def open_dataset(config: Config) -> Dataset:
+def open_dataset(config: Config, *, keeps_text: bool = False) -> Dataset:
     """Open the images that `data.path` names.
+
+    Args:
+        config: the run's configuration.
+        keeps_text: use text features that the images have already in spite of `data.text_encoder`.
 
     Raises:
         DataError: the images cannot be read.
@@ -41,7 +45,7 @@ def open_dataset(config: Config) -> Dataset:
     if isinstance(source, ShardDataset):
         _check_cache(config, source)
     images = _images(config, source)
-    if not data.text_encoder:
+    if not data.text_encoder or (keeps_text and images.text is not None):
         return images
     if images.text is not None:
         raise ConfigError(
@@ -125,7 +129,7 @@ def with_text(config: Config, dataset: Dataset) -> Config:
             f"{config.data.path or 'IMAGES'} --encoder ENCODER --out DIR`, or set data.text_encoder to encode the "
             "captions of a small set at startup"
         )
-    shapes = tuple((encoder.tokens, encoder.width, encoder.pooled) for encoder in dataset.text.encoders)
+    shapes = dataset.text.shapes
     if model.text_encoders not in (AUTO_TEXT, shapes):
         raise ConfigError(
             f"model.text_encoders is {[*map(list, model.text_encoders)]}, but the text features of {path} are "

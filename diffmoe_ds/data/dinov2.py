@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_ds.data.pretrained import LOCAL, check_size, read_config, resize, to_rgb
+from diffmoe_ds.data.pretrained import LOCAL, check_all_loaded, check_size, read_config, resize, to_rgb
 
 INPUT_SIZE = 224
 MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
@@ -47,9 +47,7 @@ class DINOv2:
         network, info = model_class.from_pretrained(
             folder, config=config, use_safetensors=True, output_loading_info=True, **LOCAL
         )
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers would initialize them at random
-            raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
+        check_all_loaded(info["missing_keys"])
         self.network = network.to(device, torch.float32).eval().requires_grad_(False)
         self.prefix: int = 1 + getattr(config, "num_register_tokens", 0)
         self._device = device

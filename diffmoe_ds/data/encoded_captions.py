@@ -31,6 +31,11 @@ def load_encoders(paths: tuple[str, ...]) -> TextEncoders:
     return TextEncoders(paths, torch.device("cpu"))
 
 
+def release_encoders() -> None:
+    """Free the memory of loaded encoders, which are not needed once all captions are encoded."""
+    load_encoders.cache_clear()
+
+
 class EncodedCaptions:
     """The images of a dataset, with text features of their captions; implements `reader.Dataset`."""
 

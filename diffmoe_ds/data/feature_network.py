@@ -17,7 +17,7 @@ from torch import Tensor
 from diffmoe_ds.control_files import MAX_TEXT_BYTES, read_bytes
 from diffmoe_ds.data.dinov2 import DINOv2
 from diffmoe_ds.data.efficientnet import CPU_BATCH, INPUT_SIZE, load_efficientnet
-from diffmoe_ds.data.pretrained import download, resize, state_digest, to_rgb
+from diffmoe_ds.data.pretrained import model_folder, resize, state_digest, to_rgb
 from diffmoe_ds.data.sources.image_features import FeatureFormat, feature_format
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.files import expand_user
@@ -50,7 +50,7 @@ class FeatureNetwork:
             if name == EFFICIENTNET:
                 self._tokens, digest = _efficientnet(device)
             else:
-                folder = _folder(name)
+                folder = model_folder(name, "--features", HUB_FILES, f"nor {EFFICIENTNET}")
                 self._tokens, digest = _dinov2(folder, device)
                 name = str(folder) if expand_user(name).is_dir() else name
             _, count, width = self._tokens(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape
@@ -103,19 +103,6 @@ def _dinov2(folder: Path, device: torch.device) -> tuple[Tokens, str]:
         ) from None
     digest = _sha256(state_digest(found.network).encode(), read_bytes(folder / "config.json", MAX_TEXT_BYTES))
     return lambda images_BCHW: found.tokens(images_BCHW)[:, found.prefix :], digest
-
-
-def _folder(name: str) -> Path:
-    """Return the folder of a network; one on the hub is downloaded."""
-    folder = expand_user(name)
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(
-            f"--features {name} is neither {EFFICIENTNET}, nor a folder with a DINOv2 in Hugging Face format, nor a "
-            "name on the Hugging Face hub."
-        )
-    return download(name, HUB_FILES, "--features")
 
 
 def _sha256(*parts: bytes) -> str:

@@ -7,7 +7,7 @@ Legend: B images, C channels, H, W height and width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,20 @@ def check_size(build: Callable[[Any], nn.Module], config: Any, stored: int) -> N
         count = sum(parameter.numel() for parameter in build(config).parameters())
     if count > stored:
         raise ValueError(f"config.json describes {count:,} parameters, but the weight files have {stored:,} bytes")
+
+
+def check_all_loaded(missing: Iterable[str]) -> None:
+    """Check that the files of a network hold all its weights; transformers would initialize the others at random.
+
+    Args:
+        missing: the weights that they lack.
+
+    Raises:
+        ValueError: they lack some.
+    """
+    names = sorted(missing)
+    if names:
+        raise ValueError(f"its files lack {len(names)} of the weights, such as {names[0]}")
 
 
 def to_rgb(images_BCHW: Tensor) -> Tensor:

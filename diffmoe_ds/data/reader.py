@@ -29,7 +29,7 @@ HALF = ("features", "text")
 
 
 class Dataset(Protocol):
-    """What the loader needs of a dataset; `ShardDataset` and `RawImages` implement it."""
+    """What the loader needs of a dataset; `ShardDataset`, `RawImages` and `EncodedCaptions` implement it."""
 
     @property
     def labels(self) -> np.ndarray:

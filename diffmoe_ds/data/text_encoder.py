@@ -27,6 +27,7 @@ from diffmoe_ds.data.pretrained import (
     TOKENIZER_FILES,
     WEIGHTS,
     WEIGHTS_INDEX,
+    check_all_loaded,
     check_size,
     load_tokenizer,
     load_transformers,
@@ -256,9 +257,7 @@ def _load(folder: Path, stored: int) -> tuple[str, Any]:
     how = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
     with quiet_loading():
         model, info = model_class.from_pretrained(folder, config=config, **how, **LOCAL)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's, which is not used
-    if missing:  # transformers would initialize them at random
-        raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
+    check_all_loaded(key for key in info["missing_keys"] if not key.startswith("pooler."))  # BERT's, which is not used
     return kind, model.eval().requires_grad_(False)
 
 

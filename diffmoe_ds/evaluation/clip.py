@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from diffmoe_ds.data.pretrained import (
     HUB_FILES,
     LOCAL,
+    check_all_loaded,
     check_size,
     load_tokenizer,
     load_transformers,
@@ -146,9 +147,7 @@ def _load(folder: Path, transformers: Any) -> Any:
         model, info = transformers.CLIPModel.from_pretrained(
             folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **LOCAL
         )
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would initialize them at random
-        raise ValueError(f"its files lack {len(missing)} of the weights, such as {missing[0]}")
+    check_all_loaded(info["missing_keys"])
     return model
 
 

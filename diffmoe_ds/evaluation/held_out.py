@@ -162,7 +162,7 @@ def read_held_out(config: Config, path: str, name: str, text: TextFormat | None 
         raise DataError(f"{name} {path}: {problem}; expected a folder of images or shards (*.tar or *.tar.gz)")
     try:
         of_path = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
-        dataset = open_dataset(of_path)
+        dataset = open_dataset(of_path, keeps_text=True)
         if len(dataset) < MIN_IMAGES:
             raise DataError(f"evaluation needs at least {MIN_IMAGES} images, got {len(dataset)}")
         with_text(of_path, dataset)  # only checks the shapes

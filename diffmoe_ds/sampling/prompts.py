@@ -46,13 +46,6 @@ class PromptSet:
         self._cache: dict[str, tuple[EncoderFeatures, ...]] = {}
         self._cached_bytes = 0
 
-    @classmethod
-    def of_captions(cls, captions: Sequence[Caption], text: TextFormat) -> PromptSet:
-        """Return the prompts of captions whose features are known; the negative prompt is the empty one."""
-        known = {caption.text: caption for caption in captions}
-        prompts = [caption.text for caption in captions]
-        return cls(prompts, text, lambda wanted: [known[prompt] for prompt in wanted])
-
     def __len__(self) -> int:
         return len(self.prompts)
 

@@ -187,6 +187,10 @@ def resolve_plan(request: TrainRequest, launch: Launch) -> TrainPlan:
     if plan.reader is None:  # a run that began with more classes may continue
         check_classes(config, dataset)
     check_first_image(config, dataset)
+    if config.data.text_encoder:
+        from diffmoe_ds.data.encoded_captions import release_encoders
+
+        release_encoders()
     return plan
 
 

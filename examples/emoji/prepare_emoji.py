@@ -77,12 +77,12 @@ class Emoji:
                     rows.append(Picture(picture["image"], entry, tones))
         if not rows:
             raise DataError(f"{package}/emoji.json lists no images; expected entries with image, name and category")
-        self._rows = sorted(rows, key=lambda row: row.file)
+        self._keep(sorted(rows, key=lambda row: row.file))
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Category of each picture."""
-        return np.array([self.classes.index(row.entry["category"]) for row in self._rows], np.int64)
+    def _keep(self, rows: list[Picture]) -> None:
+        """Set the pictures, and the category of each."""
+        self._rows = rows
+        self.labels = np.array([self.classes.index(row.entry["category"]) for row in rows], np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -123,7 +123,7 @@ class Emoji:
         for index, row in enumerate(self._rows):
             key = self.key(index)
             found.setdefault(firsts[key], []).extend(captions(row.entry, row.tones, pixels[key]))
-        self._rows = [row for row in self._rows if row.file.removesuffix(".png") in found]
+        self._keep([row for row in self._rows if row.file.removesuffix(".png") in found])
         return {key: list(dict.fromkeys(each)) for key, each in found.items()}
 
     def _pixels(self, index: int) -> np.ndarray:

@@ -160,8 +160,8 @@ def test_efficientnet_gives_its_last_maps():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet", "neither efficientnet-lite0, nor a folder with a DINOv2 in Hugging Face format, nor a name"),
-        ("./nowhere", "neither efficientnet-lite0, nor a folder"),
+        ("resnet", "is neither a folder with a model of transformers, nor a name on .*, nor efficientnet-lite0"),
+        ("./nowhere", "is neither a folder with a model of transformers"),
         (".", "cannot be loaded: .*config.json"),
     ],
 )

@@ -74,13 +74,6 @@ def test_rows_of_labels():
     assert torch.equal(PromptSet(["x"], TEXT, encode, "cat").rows([1])[0], rows[0])
 
 
-def test_captions_with_features_are_prompts():
-    captions = [features_of(text) for text in ("cat", "dog", "cat")]
-    stored = PromptSet.of_captions(captions, TEXT)
-    assert stored.prompts == ("cat", "dog", "cat")
-    assert torch.equal(stored.rows([0, 1, 2, 3]), PromptSet(["cat", "dog", "cat"], TEXT, encode).rows([0, 1, 2, 3]))
-
-
 def test_features_are_kept_up_to_a_limit(monkeypatch):
     asked: list[str] = []
 

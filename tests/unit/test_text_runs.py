@@ -196,3 +196,8 @@ def test_a_text_model_needs_captions(tmp_path, capsys):
     shard = numbered_shard(tmp_path / "plain.tar", 3)
     assert train(tmp_path, "run", f"data.path={shard}") == 4
     assert "diffmoe prepare text" in capsys.readouterr().err
+
+
+def test_a_table_of_captions_needs_encoders(trained, tmp_path, capsys):
+    assert train(tmp_path, "run", f"data.path={trained / 'a.tar'}", "data.captions=a.csv") == 2
+    assert "data.captions a.csv needs data.text_encoder" in capsys.readouterr().err

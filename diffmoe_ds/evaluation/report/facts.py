@@ -228,10 +228,8 @@ def prompt_table(sampled: Sampled) -> dict[str, str]:
 
 def shown_prompt(prompt: str) -> str:
     """Return a prompt in one line that can be drawn."""
-    line = " ".join(prompt.split())
-    return shortened(
-        "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line), 300
-    ) or ("(empty prompt)")
+    letters = (letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(prompt.split()))
+    return shortened("".join(letters), 300) or "(empty prompt)"
 
 
 def software_table() -> dict[str, str]:
