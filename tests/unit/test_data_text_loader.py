@@ -159,6 +159,16 @@ def test_held_out_images_use_their_first_caption(tmp_path):
     assert next(HeldOut(held_out.dataset, plain).batches(2)).text is None
 
 
+def test_held_out_images_keep_their_text_features(tmp_path):
+    """`data.text_encoder` is for the training images."""
+    config = config_of(shard(tmp_path / "a.tar"))
+    config = with_text(config, open_dataset(config))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"text_encoder": ("missing",)})})
+    with pytest.raises(ConfigError, match="already holds text features; remove data.text_encoder"):
+        open_dataset(config)
+    assert read_held_out(config, config.data.path, "data.validation_path").dataset.text == FORM
+
+
 def test_the_configuration_takes_the_shapes_of_the_set(tmp_path):
     config = config_of(shard(tmp_path / "a.tar"))
     dataset = open_dataset(config)
