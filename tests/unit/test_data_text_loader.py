@@ -164,7 +164,7 @@ def test_held_out_images_keep_their_text_features(tmp_path):
     config = config_of(shard(tmp_path / "a.tar"))
     config = with_text(config, open_dataset(config))
     config = config.model_copy(update={"data": config.data.model_copy(update={"text_encoder": ("missing",)})})
-    with pytest.raises(ConfigError, match="already holds text features; remove data.text_encoder"):
+    with pytest.raises(ConfigError, match=r"already holds text features; remove data\.text_encoder"):
         open_dataset(config)
     assert read_held_out(config, config.data.path, "data.validation_path").dataset.text == FORM
 
