@@ -107,9 +107,10 @@ def estimate_passes(layout: Layout) -> Passes:
     shallow = 2 + depth % 2
     depths = (shallow, shallow + 2) if depth > shallow + 2 else (depth,)
     saved, peak, operators = [], [], []
-    loss = config.loss.model_copy(update={"repa_block": 1})  # one that both models have
     for blocks in depths:
         model = config.model.model_copy(update={"depth": blocks})
+        # where the projector's temporary tensors meet the most saved activations
+        loss = config.loss.model_copy(update={"repa_block": blocks})
         shorter = config.model_copy(update={"model": model, "loss": loss})
         found = simulate(shorter, layout.topology, layout.settings.micro_batch, layout.dtype)
         saved.append(found.saved)

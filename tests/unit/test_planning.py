@@ -127,7 +127,7 @@ def test_planned_messages_of_the_passes_equal_simulated_ones(overrides, world, e
 
 
 def test_activations_of_a_deep_model_follow_from_two_shallow_ones():
-    repa = ("loss.repa_weight=0.5", "loss.repa_features=[4,10]", "loss.repa_block=6")
+    repa = ("loss.repa_weight=0.5", "loss.repa_features=[4,10]", "loss.repa_block=7")
     for depth, overrides in ((6, ()), (7, repa)):
         deep = layout("model.name=tiny-E8", f"model.depth={depth}", *overrides)
         counted = simulate(deep.config, deep.topology, 2, deep.dtype)
@@ -238,7 +238,7 @@ def test_what_a_training_set_would_decide_is_assumed_and_said(capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["assumed"] == {} and plan["text_encoders"] == [[8, 12, 8]]
     assert main([*command, "--set", "model.num_classes=auto"]) == 0
-    assert "model.num_classes=1000; in a run" in capsys.readouterr().out
+    assert "model.num_classes=1000; a run takes these from the training set" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
