@@ -80,7 +80,7 @@ class TrainPlan:
         return self.launch.rank == 0
 
     @property
-    def _text(self) -> TextFormat | None:
+    def text(self) -> TextFormat | None:
         """The encoders of a text model's captions."""
         return self.dataset.text if self.config.is_text else None
 
@@ -118,14 +118,14 @@ class TrainPlan:
         choices = resume_choices(self.resume, self.directory, self.launch)
         reader = first_complete(choices, self.launch, self.reader)
         if reader is not None:
-            check_resumable(reader, self.config, self.settings, self._text)
+            check_resumable(reader, self.config, self.settings, self.text)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
 
             initial = require_weights(Path(name), "model.init_from")
         if initial is not None:
-            check_same_encoders(initial, self._text, f"model.init_from {name}")
+            check_same_encoders(initial, self.text, f"model.init_from {name}")
         return replace(self, choices=tuple(choices), reader=reader, initial=initial)
 
     def with_checkpoint(self, path: Path | None) -> TrainPlan:
@@ -140,7 +140,7 @@ class TrainPlan:
         from diffmoe_ds.training.start import check_resumable
 
         reader = CheckpointReader(path)
-        check_resumable(reader, self.config, self.settings, self._text)
+        check_resumable(reader, self.config, self.settings, self.text)
         return replace(self, reader=reader, initial=None)
 
 

@@ -134,7 +134,7 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         held_out=plan.held_out,
         began_from=plan.began_from,
-        text=plan.dataset.text if config.is_text else None,
+        text=plan.text,
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:
@@ -152,9 +152,9 @@ def _fill(model: DiT, plan: TrainPlan, topology: Topology) -> None:
         restore_model(model, plan.reader, topology, "fp32", device)
         return
     init_weights(model, plan.config.run.seed, topology.first_expert)
-    text = plan.dataset.text
-    if isinstance(model.y_embedder, TextConditioner) and text is not None:
-        model.y_embedder.null_row.copy_(torch.from_numpy(text.null_row))
+    if isinstance(model.y_embedder, TextConditioner):
+        assert plan.text is not None, "checked by `with_text`"
+        model.y_embedder.null_row.copy_(torch.from_numpy(plan.text.null_row))
     if plan.initial is not None:
         share_index(plan.initial, device)
         restore_model(model, plan.initial, topology, best_kind(plan.initial), device)
