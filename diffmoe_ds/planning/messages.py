@@ -18,8 +18,8 @@ from diffmoe_ds.moe.padding import slots_of_expert
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
-AGREED_VALUES = 10
-"""Numbers of a rank in the loop's agreement: an error, four flags, four losses, the verdict on the last search. Padded
+AGREED_VALUES = 11
+"""Numbers of a rank in the loop's agreement: an error, four flags, five losses, the verdict on the last search. Padded
 dispatch adds one."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
