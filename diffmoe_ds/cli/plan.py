@@ -111,7 +111,7 @@ def plan_command(args: argparse.Namespace) -> None:
 
 
 def _assumed(config: Config) -> dict[str, Any]:
-    """Return values for the keys that depend on the training set, which planning does not read."""
+    """Return assumed values for the keys that a run takes from its training set."""
     found: dict[str, Any] = {}
     if config.is_text and config.model.text_encoders == AUTO_TEXT:
         found["model.text_encoders"] = TEXT_ENCODERS

@@ -63,7 +63,7 @@ def choose_report_prompts(args: argparse.Namespace, reader: WeightsReader, train
 
     Raises:
         ConfigError: an option does not fit the model.
-        DataError: there is no prompt, and captions of the run's dataset cannot be used.
+        DataError: no prompt was given, and the captions of the run's dataset cannot be used.
     """
     is_given = args.prompt is not None or args.prompts is not None
     if not reader.config.is_text or is_given or args.classes is not None:

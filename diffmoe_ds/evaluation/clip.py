@@ -53,7 +53,7 @@ class ClipScore:
             device: where to run it.
 
         Raises:
-            ConfigError: there is no such model, or a library cannot be used.
+            ConfigError: the model does not exist, or a library is missing.
             DataError: it cannot be loaded.
         """
         transformers = load_transformers("--clip")

@@ -79,18 +79,16 @@ def check_guide(guide: Config, config: Config, where: str) -> None:
     Raises:
         ConfigError: a key differs; the message names the first one and both values.
     """
-    for section, key in (
-        ("objective", "kind"),
-        ("model", "in_channels"),
-        ("model", "input_size"),
-        ("size", "conditioning"),
-        ("model", "num_classes"),
-        ("model", "text_encoders"),
+    for key, theirs, ours in (
+        ("objective.kind", guide.objective.kind, config.objective.kind),
+        ("model.in_channels", guide.model.in_channels, config.model.in_channels),
+        ("model.input_size", guide.model.input_size, config.model.input_size),
+        ("model.conditioning", guide.size.conditioning, config.size.conditioning),
+        ("model.num_classes", guide.model.num_classes, config.model.num_classes),
+        ("model.text_encoders", guide.model.text_encoders, config.model.text_encoders),
     ):
-        theirs, ours = (getattr(getattr(c, section), key) for c in (guide, config))
-        section = "model" if section == "size" else section
         if theirs != ours:
-            raise ConfigError(f"{where}: {section}.{key} must be {ours!r} as in the guided model, got {theirs!r}.")
+            raise ConfigError(f"{where}: {key} must be {ours!r} as in the guided model, got {theirs!r}.")
 
 
 def guided_channels(kind: str, guide_channels: GuideChannels | None, channels: int) -> int:

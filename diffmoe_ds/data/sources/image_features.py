@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.config.fields import MAX_GRID
-from diffmoe_ds.control_files import parse_json
-from diffmoe_ds.errors import DataError
-from diffmoe_ds.text import reason
+from diffmoe_ds.data.sources.format_members import parse_member
 from diffmoe_ds.text_layout import MAX_WIDTH
 
 FEATURES_MEMBER = "__features__"
@@ -98,13 +96,8 @@ def parse_feature_format(data: bytes, where: str) -> FeatureFormat:
     Raises:
         DataError: it is invalid.
     """
-    try:
-        return feature_format(parse_json(data.decode()))
-    except ValueError as error:
-        raise DataError(
-            f"{where} has an invalid {FEATURES_MEMBER}, which describes image features: {reason(error)[:200]}; "
-            "regenerate the shards with diffmoe prepare"
-        ) from None
+    problem = f"{where} has an invalid {FEATURES_MEMBER}, which describes image features"
+    return parse_member(data, feature_format, problem, "diffmoe prepare")
 
 
 def feature_entry(members: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffmoe_ds.control_files import parse_json
-from diffmoe_ds.errors import DataError
-from diffmoe_ds.text import reason
+from diffmoe_ds.data.sources.format_members import parse_member
 from diffmoe_ds.text_features import (
     MAX_CAPTION_BYTES,
     MAX_CAPTIONS,
@@ -68,13 +67,8 @@ def parse_text_format(data: bytes, where: str) -> TextFormat:
     Raises:
         DataError: it is invalid.
     """
-    try:
-        return text_format(parse_json(data.decode()))
-    except ValueError as error:
-        raise DataError(
-            f"{where} has an invalid {TEXT_FORMAT_MEMBER}, which describes text features: {reason(error)[:200]}; "
-            "regenerate the shards with diffmoe prepare text"
-        ) from None
+    problem = f"{where} has an invalid {TEXT_FORMAT_MEMBER}, which describes text features"
+    return parse_member(data, text_format, problem, "diffmoe prepare text")
 
 
 def text_entry(members: Mapping[str, tuple[int, int]]) -> TextEntry:
