@@ -197,7 +197,7 @@ def train(args: argparse.Namespace, model: str, seed: int) -> None:
     command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
     with log.open("a", encoding="utf-8") as file:
         try:
-            _diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
+            run_diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
         except DiffMoEError as error:
             raise DiffMoEError(f"{error}; see {log}") from None
 
@@ -209,7 +209,7 @@ def save_reference(args: argparse.Namespace, model: str, seed: int) -> None:
         "evaluate", "--checkpoint", str(args.runs / model / f"seed{seed}"), "--num-images", "2", "--steps", "1",
         "--reference", str(args.data / "test.tar"), "--save-reference", str(_reference(args)), "--json",
     ]  # fmt: skip
-    _diffmoe(command, 1, stdout=subprocess.PIPE)
+    run_diffmoe(command, 1, stdout=subprocess.PIPE)
 
 
 def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
@@ -222,7 +222,7 @@ def evaluate(args: argparse.Namespace, name: str, seed: int) -> None:
         "--steps", str(args.steps), "--batch-size", str(BATCH), "--routing", strategy.routing, *strategy.options,
         "--json",
     ]  # fmt: skip
-    printed = _diffmoe(command, args.jobs, stdout=subprocess.PIPE)
+    printed = run_diffmoe(command, args.jobs, stdout=subprocess.PIPE)
     metrics: Mapping[str, Any] = json.loads(printed.splitlines()[-1])
     config = _recipe(args, strategy.model, seed)
     counts = count_parameters(config)
@@ -249,7 +249,7 @@ def _result(args: argparse.Namespace, name: str, seed: int) -> Path:
     return path
 
 
-def _diffmoe(command: Sequence[str], jobs: int, **streams: Any) -> str:
+def run_diffmoe(command: Sequence[str], jobs: int, **streams: Any) -> str:
     """Run ``diffmoe`` with its share of the cores, and return its captured output, if any.
 
     Raises:

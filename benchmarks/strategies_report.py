@@ -218,7 +218,7 @@ def noise_table(results: Results) -> list[str]:
 
 def draw_pools(results: Results) -> Figure:
     """Draw both metrics against the number of images per training pool."""
-    figure, panels = _panels("images per pool in training")
+    figure, panels = two_panels("images per pool in training")
     for axes, metric in zip(panels, METRICS, strict=True):
         _curve(axes, results, POOLS, metric)
     return figure
@@ -226,7 +226,7 @@ def draw_pools(results: Results) -> Figure:
 
 def draw_rules(results: Results) -> Figure:
     """Draw both metrics of `dynamic` against the batch size, with `per_token`, which does not depend on it."""
-    figure, panels = _panels("images per batch")
+    figure, panels = two_panels("images per batch")
     for axes, metric in zip(panels, METRICS, strict=True):
         _curve(axes, results, DYNAMIC, metric, label="dynamic")
         rows = results.get("DiffMoE-per_token", [])
@@ -240,15 +240,15 @@ def draw_rules(results: Results) -> Figure:
 
 def draw_capacities(results: Results) -> Figure:
     """Draw both metrics against the measured number of experts per token."""
-    figure, panels = _panels("experts per token at inference (measured)")
+    figure, panels = two_panels("experts per token at inference (measured)")
     for axes, metric in zip(panels, METRICS, strict=True):
         measured = {_capacity(results[name]): name for name in CAPACITIES if name in results}
         _curve(axes, results, dict(sorted(measured.items())), metric)
     return figure
 
 
-def _panels(label: str) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure with one panel for each metric."""
+def two_panels(label: str) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure with one panel for each of `METRICS`."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(METRICS), figsize=(9, 3.4), layout="constrained")

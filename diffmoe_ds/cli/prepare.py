@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,6 +217,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, out: Path | None = Non
 
 def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     # Imported lazily so that typos fail fast: diffusers takes seconds to import.
+    from diffmoe_ds.data.captions import captions_beside
     from diffmoe_ds.data.dataset import open_source
     from diffmoe_ds.data.sources.cache import shard_cache
     from diffmoe_ds.data.sources.shards import ShardDataset
@@ -232,8 +234,9 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
             f"--cache-gb is {args.cache_gb:g}, but preparation mixes the images of all shards, {remote / 1e9:.3g} GB "
             "of downloads; increase it."
         )
+    texts = None if args.kind == "text" else partial(captions_beside, source)
     encoder = _caption_encoder(args, launch, source) if args.kind == "text" else _image_encoder(args, launch)
-    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable)
+    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, texts)
 
 
 def _image_encoder(args: argparse.Namespace, launch: Launch) -> Encoder:

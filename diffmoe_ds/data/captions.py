@@ -1,7 +1,8 @@
 """Captions of a dataset: next to its images, in its shards, or in a table (CSV or JSONL).
 
 A row of a table names its image in one of `IMAGE_KEYS`, by path relative to the folder, by key, or by base name, each
-with or without suffix, and has one or more captions in one of `CAPTION_KEYS`. Several rows may name the same image.
+with or without suffix; for shards, also by the file that preparation made the image from. It has one or more captions
+in one of `CAPTION_KEYS`. Several rows may name the same image.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffmoe_ds.control_files import MAX_LINE_BYTES, open_regular, parse_json, read_bytes
-from diffmoe_ds.data.sources.folder import ImageFolder, Source
+from diffmoe_ds.data.sources.folder import ImageFolder, Source, file_key, is_image
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.text_index import (
     CAPTION_KEYS,
@@ -59,45 +60,45 @@ def open_captions(source: Source, path: str | None = None) -> Captions:
         ConfigError: the table is neither CSV nor JSONL.
         DataError: the table cannot be read.
     """
-    if path is not None:
-        return _Table(source, expand_user(path))
+    return _Beside(source) if path is None else _Table(source, expand_user(path))
+
+
+def captions_beside(source: Source, index: int) -> list[str]:
+    """Return the captions in a `.txt` or `.json` next to an image, in its folder or shard; none if it has none.
+
+    Raises:
+        DataError: they cannot be read.
+    """
     if isinstance(source, ShardDataset):
-        return _Members(source)
+        return _one_line(source.captions(index))
     assert isinstance(source, ImageFolder), type(source)
-    return _Sidecars(source)
+    for suffix in CAPTION_SUFFIXES:
+        path = source.path(index).with_suffix(f".{suffix}")
+        try:
+            return _one_line(parse_captions(suffix, read_bytes(path, MAX_CAPTIONS_BYTES)))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise DataError(f"the captions {path} cannot be read: {reason(error)}") from None
+    return []
 
 
-class _Members:
-    """Captions in shards."""
+class _Beside:
+    """Captions next to the images."""
 
-    def __init__(self, source: ShardDataset) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
 
     def captions(self, index: int) -> list[str]:
         """See `Captions`."""
-        where = self._source.describe(index)
-        return _required(self._source.captions(index), where, "a .txt or .json member next to the image")
+        return _required(captions_beside(self._source, index), self._source.describe(index), self._expected(index))
 
-
-class _Sidecars:
-    """Captions in files next to the images."""
-
-    def __init__(self, source: ImageFolder) -> None:
-        self._source = source
-
-    def captions(self, index: int) -> list[str]:
-        """See `Captions`."""
-        image = self._source.path(index)
-        for suffix in CAPTION_SUFFIXES:
-            path = image.with_suffix(f".{suffix}")
-            try:
-                found = parse_captions(suffix, read_bytes(path, MAX_CAPTIONS_BYTES))
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError) as error:
-                raise DataError(f"the captions {path} cannot be read: {reason(error)}") from None
-            return _required(found, self._source.describe(index), f"one in {path}")
-        return _required([], self._source.describe(index), f"{image.with_suffix('.txt')} or .json")
+    def _expected(self, index: int) -> str:
+        """Return where the captions of an image were expected."""
+        if not isinstance(self._source, ImageFolder):
+            return "a .txt or .json member next to the image"
+        files = [self._source.path(index).with_suffix(f".{suffix}") for suffix in CAPTION_SUFFIXES]
+        return next((f"one in {file}" for file in files if file.exists()), f"{files[0]} or .json")
 
 
 class _Table:
@@ -107,19 +108,22 @@ class _Table:
         self._source = source
         self._path = path
         self._rows = read_table(path)
+        # A table usually names files, but images in shards have keys.
+        self._by_key = _by_key(self._rows) if isinstance(source, ShardDataset) else {}
 
     def captions(self, index: int) -> list[str]:
         """See `Captions`."""
         exact, bases = self._names(index)
         for name in (*exact, *bases):
-            if name not in self._rows:
+            found = self._rows.get(name) or self._by_key.get(name)
+            if not found:
                 continue
             if name not in exact and self._base_names[name] > 1:
                 raise DataError(
                     f"{self._source.describe(index)} and other images match {name!r}, a row of {self._path}; name "
                     f"images by path, such as {exact[0]!r}"
                 )
-            return list(self._rows[name])
+            return list(found)
         rows = counted(len(self._rows), "image")
         first = next(iter(self._rows), None)
         hint = "" if first is None else f", such as {first!r}"
@@ -142,6 +146,13 @@ class _Table:
     def _base_names(self) -> Counter[str]:
         """How many images have each base name."""
         return Counter(name for index in range(len(self._source)) for name in self._names(index)[1])
+
+
+def _by_key(rows: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Return the captions of the rows that name image files, by the keys that preparation gives such files."""
+    files = [name for name in rows if is_image(os.path.basename(name))]
+    count = Counter(map(file_key, files))
+    return {file_key(name, with_suffix=count[file_key(name)] > 1): rows[name] for name in files}
 
 
 def read_table(path: Path) -> dict[str, list[str]]:

@@ -214,10 +214,10 @@ def _preparation(args: argparse.Namespace, launch: Launch) -> Preparation:
     encoder = PixelEncoder(SIZE, args.threads)
     every = source.captions() if args.text else None
 
-    def caption(index: int) -> str:
-        return source.name(index) if every is None else "\n".join(every[source.key(index)])
+    def found(index: int) -> list[str]:
+        return [source.name(index)] if every is None else every[source.key(index)]
 
-    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, caption)
+    return Preparation(source, encoder, args.out, args.shard_images, args.max_unreadable, found)
 
 
 if __name__ == "__main__":

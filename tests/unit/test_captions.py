@@ -31,8 +31,8 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def shard(path: Path, *members: tuple[str, bytes]) -> ShardDataset:
-    return ShardDataset([write_tar(path / "a.tar", [("x/a.png", PNG), *members])])
+def shard(path: Path, *members: tuple[str, bytes], image: str = "x/a.png") -> ShardDataset:
+    return ShardDataset([write_tar(path / "a.tar", [(image, PNG), *members])])
 
 
 def from_table(folder: Path, text: str, name: str = "captions.csv") -> list[list[str]]:
@@ -99,9 +99,20 @@ def test_names_of_samples_in_tables(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"key": "x/a", "text": "by key"}\n')
     source = shard(tmp_path)
     assert open_captions(source, str(tmp_path / "t.jsonl")).captions(0) == ["by key"]
-    for name in ("a.png", "x/a.png", "a"):
+    for name in ("a.png", "x/a.png", "a", "a.jpg", "x/a.JPEG"):
         (tmp_path / "t.jsonl").write_text(json.dumps({"image": name, "prompt": "by file"}))
         assert open_captions(source, str(tmp_path / "t.jsonl")).captions(0) == ["by file"]
+
+
+def test_files_in_tables_have_the_keys_that_preparation_gives_them(tmp_path):
+    """Dots become underscores, and the suffix is part of the key if another file has the same name without it."""
+    rows = [{"image": name, "text": name} for name in ("x/b.c.jpg", "x/a.png", "x/a.webp", "notes.txt")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for key, found in (("x/b_c", "x/b.c.jpg"), ("x/a_webp", "x/a.webp")):
+        source = shard(tmp_path, image=f"{key}.png")
+        assert open_captions(source, str(tmp_path / "t.jsonl")).captions(0) == [found]
+    with pytest.raises(DataError, match=r"'x/notes' of shard .* has no caption; .* the file has captions for 4 images"):
+        open_captions(shard(tmp_path, image="x/notes.png"), str(tmp_path / "t.jsonl")).captions(0)
 
 
 def test_several_rows_and_lists_are_several_captions(folder):

@@ -109,8 +109,12 @@ def test_prepared_latents_stay_byte_for_byte(made, tmp_path):
     common = ["--size", "16", "--shard-images", "5"]
     assert main(["prepare", "latents", "--images", images, "--vae", str(vae), *common, "--out", str(latents)]) == 0
     source = opened(latents)
-    rows = "".join(f"{source.key(index)},a red car\n" for index in range(COUNT))
-    table.write_text(f"key,caption\n{rows}")
+    prepare(tmp_path / "own", made, "--images", str(latents))
+    own, direct = opened(tmp_path / "own"), opened(made / "one")
+    captions = {direct.key(index): direct.captions(index) for index in range(COUNT)}
+    assert {own.key(index): own.captions(index) for index in range(COUNT)} == captions, "latents keep their captions"
+    rows = "".join(f"{source.key(index)}.jpg,a red car\n" for index in range(COUNT))  # the files that were encoded
+    table.write_text(f"file_name,caption\n{rows}")
     prepare(tmp_path / "out", made, "--images", str(latents), "--captions", str(table))
     dataset = opened(tmp_path / "out")
     assert dataset.latents == source.latents and dataset.text is not None

@@ -118,7 +118,7 @@ def test_a_file_that_is_no_result_is_refused_by_both_scripts(tmp_path, capsys, c
 
 
 def test_a_run_with_another_recipe_or_data_is_not_evaluated_in_its_place(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(strategies, "_diffmoe", lambda *arguments, **streams: "{}")
+    monkeypatch.setattr(strategies, "run_diffmoe", lambda *arguments, **streams: "{}")
     run, results = tmp_path / "runs" / "dense" / "seed0", tmp_path / "results"
     for name in ("data", "other"):
         (tmp_path / name).mkdir()
@@ -167,7 +167,7 @@ def test_finished_results_are_skipped_and_mistakes_are_named(tmp_path, capsys, m
         measured = dict.fromkeys(strategies.REQUIRED - {"strategy", "seed", "params_activated", "params_total"}, 1.5)
         return f"a line\n{json.dumps({**measured, 'n': 2000})}\n"
 
-    monkeypatch.setattr(strategies, "_diffmoe", run)
+    monkeypatch.setattr(strategies, "run_diffmoe", run)
     results = tmp_path / "results"
     arguments = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--results", str(results), "--seeds", "0", "7"]
     chosen = [*arguments, "--strategies", "EC-static", "EC-dynamic"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_ds.control_files import MAX_INDEX_BYTES, read_json
-from diffmoe_ds.data.prepare.encoders import Encoder
+from diffmoe_ds.data.prepare.encoders import Encoded, Encoder
 from diffmoe_ds.data.prepare.records import Totals, read_record, record_index, shard_record
 from diffmoe_ds.data.shuffle import epoch_shuffle
 from diffmoe_ds.data.sources.folder import Source
@@ -63,8 +63,11 @@ class Preparation:
     """Images per shard, including unreadable ones, which are skipped."""
     max_unreadable: float
     """Fraction of all images that may be unreadable."""
-    captions: Callable[[int], str] | None = None
-    """Returns the caption of an image, stored as `.txt`; None stores none."""
+    captions: Callable[[int], list[str]] | None = None
+    """Returns the captions of an image, which its `.txt` holds; one without captions has none. None stores none.
+
+    Raises `DataError` if they cannot be read; the image then counts as unreadable.
+    """
 
     @property
     def shards(self) -> int:
@@ -268,17 +271,28 @@ def _members(
     for encoded in encoder.encode(source, indices):
         progress(1)
         key = source.key(encoded.index)
-        if encoded.unreadable:
-            totals.skipped.append({"key": key, "reason": encoded.unreadable})
+        captions, unreadable = _captions(preparation, encoded)
+        if unreadable:
+            totals.skipped.append({"key": key, "reason": unreadable})
             continue
         totals.add(encoded)
         yield f"{key}.{encoded.suffix}", encoded.data
         if source.labels[encoded.index] != NO_LABEL:
             yield f"{key}.{LABEL_SUFFIX}", b"%d" % source.labels[encoded.index]
-        if preparation.captions is not None:
-            yield f"{key}.txt", preparation.captions(encoded.index).encode()
+        if captions:
+            yield f"{key}.txt", "\n".join(captions).encode()
         for suffix, data in encoded.more:
             yield f"{key}.{suffix}", data
+
+
+def _captions(preparation: Preparation, encoded: Encoded) -> tuple[list[str], str]:
+    """Return the captions to store with an image, and why it is unreadable, if it is."""
+    if encoded.unreadable or preparation.captions is None:
+        return [], encoded.unreadable
+    try:
+        return preparation.captions(encoded.index), ""
+    except DataError as error:
+        return [], str(error)
 
 
 def _settings(preparation: Preparation) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class ImageFolder:
 
     def key(self, index: int) -> str:
         """Return the path below the folder, without its suffix and without dots in the last part."""
-        key = _key(self._files[index])
-        return _key(self._files[index], with_suffix=True) if key in self._ambiguous else key
+        key = file_key(self._files[index])
+        return file_key(self._files[index], with_suffix=True) if key in self._ambiguous else key
 
     def describe(self, index: int) -> str:
         """Return the file of a sample, for messages."""
@@ -190,7 +190,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(RAW_SUFFIXES) and not name.startswith(".")
 
 
-def _key(file: str, *, with_suffix: bool = False) -> str:
+def file_key(file: str, *, with_suffix: bool = False) -> str:
     """Return the key of a file; in WebDataset a key ends at the first dot of the base name."""
     folder, slash, base = file.rpartition("/")
     return folder + slash + (base if with_suffix else base.rpartition(".")[0]).replace(".", "_")
@@ -202,9 +202,9 @@ def _ambiguous_keys(files: list[str]) -> frozenset[str]:
     Raises:
         DataError: two files would have the same key nevertheless.
     """
-    ambiguous = frozenset(key for key, count in Counter(map(_key, files)).items() if count > 1)
+    ambiguous = frozenset(key for key, count in Counter(map(file_key, files)).items() if count > 1)
     if ambiguous:
-        keys = (_key(file, with_suffix=_key(file) in ambiguous) for file in files)
+        keys = (file_key(file, with_suffix=file_key(file) in ambiguous) for file in files)
         twice = next((key for key, count in Counter(keys).items() if count > 1), None)
         if twice is not None:
             raise DataError(f"two images would both have the key {twice!r}; rename one of them")
