@@ -6,6 +6,8 @@ the newer one was used, and torch's own compiler reads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,16 +56,23 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return out if bias is None else out + bias
 
 
-@torch.library.custom_op("diffmoe::product_fp32", mutates_args=())
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of two fp32 matrices in full precision."""
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Within the context, compute fp32 products on GPUs in full precision."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"
     try:
-        return a @ b
+        yield
     finally:
         matmul.fp32_precision = before
+
+
+@torch.library.custom_op("diffmoe::product_fp32", mutates_args=())
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two fp32 matrices in full precision."""
+    with full_fp32():
+        return a @ b
 
 
 @_product.register_fake

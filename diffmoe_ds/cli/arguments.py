@@ -25,6 +25,10 @@ def nonempty_path(text: str) -> Path:
     return Path(nonempty(text))
 
 
+OPTIONS = {"per_class": "--per-class or --per-prompt"}
+"""Attribute -> its options, if there are several."""
+
+
 def require_positive(args: argparse.Namespace, *names: str) -> None:
     """Check numeric options, skipping those that a subcommand does not have or that are not set.
 
@@ -36,7 +40,7 @@ def require_positive(args: argparse.Namespace, *names: str) -> None:
         ConfigError: an option is less than 1, or so large that the command could never finish.
     """
     for name in names:
-        value, option = getattr(args, name, 1), f"--{name.replace('_', '-')}"
+        value, option = getattr(args, name, 1), OPTIONS.get(name, f"--{name.replace('_', '-')}")
         if value is not None and not value >= 1:
             raise ConfigError(f"{option} must be positive, got {value}.")
         most = LARGEST.get(name, MAX_NUMBER)

@@ -112,7 +112,7 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: the file cannot be read, or has no prompts.
     """
     lines = _lines(path, "--prompts")
-    return _prompts_of_json(lines, f"--prompts {path}") if path.suffix == ".jsonl" else lines
+    return _prompts_of_json(lines, f"--prompts {path}") if path.suffix.lower() == ".jsonl" else lines
 
 
 def _lines(path: Path, option: str) -> list[str]:

@@ -180,15 +180,18 @@ class ShardedSet:
             raise write_error(folder, error) from None
 
     def _publish(self, outputs: Sequence[str]) -> None:
-        out = self.images.out
+        out, earlier = self.images.out, {SAMPLES, PNG, GENEVAL}
         check_targets(out, outputs)  # again: hours may have passed
+        if any(is_result(out / name) for name in earlier):
+            earlier.add(PROMPTS)
+        kept = (*outputs, *([PROMPTS] if self.images.prompts else []))
         try:
             self._write_results(outputs)
-            for name in (*outputs, GRID, *([PROMPTS] if self.images.prompts else [])):
+            for name in (*kept, GRID):
                 if name in (PNG, GENEVAL):
                     self.files.discard(out / name)
                 (self.files.own / name).replace(out / name)
-            for name in {SAMPLES, PNG, GENEVAL}.difference(outputs):
+            for name in earlier.difference(kept):
                 if is_result(out / name):  # of an earlier run, which would not match these images
                     self.files.discard(out / name)
             sync_directory(out)

@@ -75,11 +75,13 @@ def captions_beside(source: Source, index: int) -> list[str]:
     for suffix in CAPTION_SUFFIXES:
         path = source.path(index).with_suffix(f".{suffix}")
         try:
-            return _one_line(parse_captions(suffix, read_bytes(path, MAX_CAPTIONS_BYTES)))
+            found = parse_captions(suffix, read_bytes(path, MAX_CAPTIONS_BYTES))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise DataError(f"the captions {path} cannot be read: {reason(error)}") from None
+        if found:
+            return _one_line(found)
     return []
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +20,17 @@ from diffmoe_ds.text_features import EncoderFeatures, TextFormat, padded_row
 
 MAX_BYTES = 4 << 30
 """Most bytes of the features of all captions, in each process."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the context, compute in one thread: launchers set their number differently, and it changes rounding."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache
@@ -62,7 +74,8 @@ class EncodedCaptions:
             for text in texts:
                 if text not in numbers:
                     numbers[text] = len(numbers)
-                    features = encoders.encode([text])[0].features
+                    with one_thread():
+                        features = encoders.encode([text])[0].features
                     self._features.append(features)
                     size += sum(array.nbytes for each in features for array in each)
                 chosen.append(numbers[text])

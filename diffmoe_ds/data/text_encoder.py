@@ -37,6 +37,7 @@ from diffmoe_ds.data.pretrained import (
 )
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import expand_user, sha256_of
+from diffmoe_ds.precision import full_fp32
 from diffmoe_ds.text import reason, shortened
 from diffmoe_ds.text_features import (
     MAX_CAPTION_BYTES,
@@ -80,17 +81,19 @@ class TextEncoders:
             each: the same for each encoder, in place of ``tokens``.
 
         Raises:
-            ConfigError: one cannot be loaded, or ``tokens`` exceeds the limit of all of them.
+            ConfigError: one cannot be loaded, or ``tokens`` exceeds the limit of all of them, or leaves no token of a
+                prompt beside an encoder's special tokens.
         """
         if not 1 <= len(paths) <= MAX_ENCODERS:
             raise ConfigError(f"expected 1 to {MAX_ENCODERS} text encoders, got {len(paths)}.")
         self.device = device
         counts: Sequence[int | None] = each or [tokens] * len(paths)
         self._encoders = [_Encoder(path, device, count) for path, count in zip(paths, counts, strict=True)]
+        least = max(encoder.special_tokens for encoder in self._encoders) + 1
         limit = max(encoder.limit for encoder in self._encoders)
-        if tokens is not None and not 0 < tokens <= limit:
+        if tokens is not None and not least <= tokens <= limit:
             names = " and ".join(paths)
-            raise ConfigError(f"tokens must be from 1 to {limit}, the limit of {names}, got {tokens}.")
+            raise ConfigError(f"tokens must be from {least} to {limit}, the limits of {names}, got {tokens}.")
         self._null = tuple(encoder.encode([""])[0] for encoder in self._encoders)
         pairs = zip(self._encoders, self._null, strict=True)
         infos = [
@@ -132,7 +135,7 @@ class _Encoder:
 
     def __init__(self, path: str, device: torch.device, tokens: int | None) -> None:
         folder = _folder(path)
-        self.name = str(folder) if expand_user(path).is_dir() else path
+        self.name = str(folder) if path != MINILM and expand_user(path).is_dir() else path
         try:
             weights = _weights(folder)
             self._kind, self._model = _load(folder, sum(file.stat().st_size for file in weights))
@@ -151,6 +154,11 @@ class _Encoder:
         """Return the number of tokens of a prompt before truncation."""
         return len(self._tokenizer(prompt, verbose=False)["input_ids"])
 
+    @property
+    def special_tokens(self) -> int:
+        """Return the number of tokens that are added to every prompt."""
+        return int(self._tokenizer.num_special_tokens_to_add())
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[EncoderFeatures]:
         """Return the features of one or more prompts."""
@@ -160,7 +168,8 @@ class _Encoder:
         lengths = [len(row) for row in rows]
         ids_Bl = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._padding)
         mask_Bl = torch.arange(ids_Bl.shape[1]) < torch.tensor(lengths)[:, None]
-        tokens_BlF, pooled_BP = self._features(ids_Bl.to(self._device), mask_Bl.to(self._device))
+        with full_fp32():
+            tokens_BlF, pooled_BP = self._features(ids_Bl.to(self._device), mask_Bl.to(self._device))
         tokens, pooled = tokens_BlF.float().cpu().numpy(), pooled_BP.float().cpu().numpy()
         rows_of = zip(prompts, pooled, tokens, lengths, strict=True)
         return [

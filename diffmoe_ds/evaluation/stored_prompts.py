@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.data.reader import Dataset
+from diffmoe_ds.errors import DataError
 
 
 class DatasetPrompts:
@@ -38,7 +39,13 @@ class DatasetPrompts:
         Raises:
             DataError: one cannot be read.
         """
-        return [self._dataset.captions(index)[0] for index in self._indices]
+        return [self._first(index) for index in self._indices]
+
+    def _first(self, index: int) -> str:
+        captions = self._dataset.captions(index)
+        if not captions:
+            raise DataError(f"{self._dataset.describe(index)} has text features, but no caption")
+        return captions[0]
 
     def rows(self, labels: list[int]) -> Tensor:
         """Return the text features of some prompts; the negative one is empty; see `Prompts`.

@@ -14,6 +14,7 @@ import io
 import json
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from examples.emoji.captions import captions, distinct
 SIZE = 64
 NO_CLASS = "Component"
 """Isolated skin tones; the other nine Unicode categories are the classes."""
+LEVELS = ("category", "subcategory")
 PICTURES = f"img/google/{SIZE}"
 MAX_JSON_BYTES = 64 << 20
 
@@ -56,7 +58,7 @@ class Emoji:
         Args:
             package: the unpacked package, a folder whose `node_modules` contains it, or the `.tgz`.
             skin_tones: add the skin tone variants, which double the number of images.
-            categories: the categories to include; all of them if empty.
+            categories: the categories and subcategories to include; everything if empty.
 
         Raises:
             DataError: the package is missing or has an unexpected layout.
@@ -64,16 +66,18 @@ class Emoji:
         """
         self._read = _reader(package)
         entries = self._entries(package)
-        known = sorted({entry["category"] for entry in entries} - {NO_CLASS})
+        entries = [entry for entry in entries if entry["category"] != NO_CLASS]
+        known = sorted({entry[level] for level in LEVELS for entry in entries})
         for name in categories:
             if name not in known:
                 raise ConfigError(unknown("--categories", name, known))
-        self.classes = [name for name in known if name in categories or not categories]
+        entries = [row for row in entries if not categories or {row[level] for level in LEVELS} & {*categories}]
+        self.classes = sorted({entry["category"] for entry in entries})
         rows: list[Picture] = []
         for entry in entries:
             pictures = {"": entry, **(entry.get("skin_variations", {}) if skin_tones else {})}
             for tones, picture in pictures.items():
-                if entry["category"] in self.classes and picture.get("has_img_google"):
+                if picture.get("has_img_google"):
                     rows.append(Picture(picture["image"], entry, tones))
         if not rows:
             raise DataError(f"{package}/emoji.json lists no images; expected entries with image, name and category")
@@ -141,8 +145,8 @@ class Emoji:
                     name = picture["image"]
                     if not name.endswith(".png") or not name.removesuffix(".png").replace("-", "").isalnum():
                         raise ValueError(f"invalid file name {name!r}")
-                if not (isinstance(entry["category"], str) and isinstance(entry["name"], str)):
-                    raise ValueError("category and name must be text")
+                if not all(isinstance(entry[key], str) for key in ("name", *LEVELS)):
+                    raise ValueError("name, category and subcategory must be text")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{package}/emoji.json is not from emoji-datasource-google: {error!r}") from None
         return entries
@@ -185,7 +189,7 @@ class _Archive:
                         stream = tar.extractfile(member)
                         assert isinstance(stream, io.BufferedIOBase)
                         self._files[name] = stream.read()
-        except (OSError, EOFError, tarfile.TarError) as error:
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise DataError(f"{path} is not a complete .tgz of emoji-datasource-google: {error}") from None
 
     def __call__(self, name: str) -> bytes:
@@ -201,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skin-tones", action="store_true", help="include skin tone variants")
     text = "write several captions per picture, and identical drawings only once, for `diffmoe prepare text`"
     parser.add_argument("--text", action="store_true", help=text)
-    text = "categories to include, separated by commas, such as 'Food & Drink,Objects' (default: all)"
+    text = "categories and subcategories, separated by commas, such as 'Activities,food-fruit' (default: all)"
     parser.add_argument("--categories", default="", metavar="A,B", help=text)
     add_output_arguments(parser, Path("emoji"))
     parser.set_defaults(run=lambda args: prepare(args, _preparation))

@@ -31,7 +31,7 @@ def package(folder: Path, change=lambda entries: entries) -> Path:
             (pictures / name).write_bytes(image_file(pixels))
         entry = {
             "name": f"FACE {number}", "image": names[0], "category": CATEGORIES[number % 4],
-            "has_img_google": number != 4,
+            "subcategory": f"part-{number}", "has_img_google": number != 4,
         }  # fmt: skip
         if number == 1:
             entry["skin_variations"] = {"1F3FB": {"image": names[1], "has_img_google": True}}
@@ -90,6 +90,10 @@ def test_captions_for_text_models(tmp_path):
 
 def test_an_unknown_category(tmp_path, capsys):
     made = package(tmp_path / "package")
+    parts = ["--categories", "part-2,part-5,Symbols", "--out", str(tmp_path / "parts")]
+    assert main([str(made), *parts]) == 0
+    dataset = ShardDataset(expand(tmp_path / "parts"))
+    assert {dataset.key(i) for i in range(len(dataset))} == {"1f600", "1f602", "1f605"}
     assert main([str(made), "--categories", "Flag", "--out", str(tmp_path / "out")]) == 2
     assert "--categories: 'Flag' is not known; did you mean 'Flags'?" in capsys.readouterr().err
 

@@ -145,6 +145,13 @@ def test_images_without_captions_are_listed_and_too_many_are_an_error(made, tmp_
     key = missing.relative_to(images).with_suffix("").as_posix()
     assert "1 of 11 images could not be read, more than --max-unreadable 0.01 allows" in error
     assert f"the first is '{key}': image {missing.with_suffix('.jpg')} has no caption; expected {missing}" in error
+    named = json.loads((tmp_path / "out" / "report.json").read_text())["skipped"]
+    assert [entry["key"] for entry in named] == [key] and "report.json names those found; repair them" in error
+    shutil.copytree(tmp_path / "out", tmp_path / "repaired")
+    missing.write_text("a car")
+    prepare(tmp_path / "repaired", tmp_path)
+    assert len(opened(tmp_path / "repaired")) == COUNT, "after a repair, the same command succeeds"
+    missing.unlink()
     prepare(tmp_path / "out", tmp_path, "--max-unreadable", "0.1")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stored"] == COUNT - 1 and [entry["key"] for entry in report["skipped"]] == [key]

@@ -87,6 +87,17 @@ def test_the_results_of_prompts(model, tmp_path):
     assert not (out / "png").exists()
 
 
+def test_a_class_model_removes_the_prompts_of_earlier_images_but_no_other_file(model, class_model, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert run(model, out, *APPLE) == 0
+    other.mkdir()
+    (other / "prompts.txt").write_text("my own")
+    for folder in (out, other):
+        assert run(class_model, folder, "--num-images", "2") == 0
+    assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png"}
+    assert (other / "prompts.txt").read_text() == "my own"
+
+
 def test_geneval_reads_the_folder(model, tmp_path):
     """As its evaluator does: digits as folders, an object in metadata.jsonl, and samples with digits as names."""
     out, metadata = tmp_path / "out", geneval_file(tmp_path)

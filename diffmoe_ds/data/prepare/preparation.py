@@ -181,7 +181,7 @@ def write_shard(preparation: Preparation, shard: int, progress: Callable[[int], 
 
 
 def check_unreadable(preparation: Preparation, skipped: list[dict[str, str]]) -> None:
-    """Check the number of unreadable images.
+    """Check the number of unreadable images; if there are too many, forget their shards, so that they are tried again.
 
     Args:
         preparation: the dataset.
@@ -189,13 +189,19 @@ def check_unreadable(preparation: Preparation, skipped: list[dict[str, str]]) ->
 
     Raises:
         DataError: there are more than `max_unreadable` allows.
+        CheckpointError: the report cannot be written.
     """
     allowed = preparation.max_unreadable * len(preparation.source)
     if len(skipped) > allowed:
+        write_json(preparation.out / REPORT, {"images": len(preparation.source), "skipped": skipped})
+        keys = {entry["key"] for entry in skipped}
+        for part in sorted((preparation.out / PARTS).glob("*.json")):
+            if keys & {entry["key"] for entry in read_record(part)["skipped"]}:
+                part.unlink(missing_ok=True)
         raise DataError(
             f"{len(skipped):,} of {len(preparation.source):,} images could not be read, more than --max-unreadable "
             f"{preparation.max_unreadable:g} allows; the first is {skipped[0]['key']!r}: {skipped[0]['reason']}; "
-            f"{preparation.out / REPORT} or {preparation.out / PARTS} names all"
+            f"{preparation.out / REPORT} names those found; repair them and run the same command again"
         )
 
 
@@ -317,8 +323,11 @@ def _settings(preparation: Preparation) -> dict[str, Any]:
 
 def _check_same(found: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
     for key in (*settings, *found):
+        before, now = str(found.get(key)), str(settings.get(key))
         if found.get(key) != settings.get(key):
+            same = next((place for place, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
+            start = 0 if same < 60 else same - 20  # show where long values differ
             raise ConfigError(
-                f"--out {out} was started with {key} {str(found.get(key))[:80]}, got "
-                f"{str(settings.get(key))[:80]}; use the same setting, or a new directory."
+                f"--out {out} was started with {key} {before[start:][:80]}, got {now[start:][:80]}; use the same "
+                "setting, or a new directory."
             )
