@@ -17,8 +17,8 @@ EXAMPLES = """examples:
   diffmoe evaluate --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception:weights.pth
   diffmoe evaluate --samples samples --clip openai/clip-vit-large-patch14 --retrieval training
   diffmoe evaluate --checkpoint runs/fashion --num-images 10000 --labels random --reference 'data/test/*.tar'
-  diffmoe evaluate --checkpoint runs/emoji --prompts captions.txt --reference 'data/test/*.tar'
-  diffmoe evaluate --checkpoint runs/emoji --validation 'data/test/*.tar'
+  diffmoe evaluate --checkpoint runs/emoji-text --prompts prompts.txt --reference 'data/test/*.tar'
+  diffmoe evaluate --checkpoint runs/emoji-text --validation 'data/test/*.tar'
   torchrun --nproc_per_node 2 -m diffmoe_ds.cli evaluate --samples samples.npz --reference photos.npz --json
 """
 

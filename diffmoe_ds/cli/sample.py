@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   diffmoe sample --checkpoint runs/fashion --num-images 40 --steps 50 --sampler heun --cfg-scale 2 --out samples
   diffmoe sample --checkpoint runs/fashion --classes sneaker,bag --per-class 8 --format both --out samples
   diffmoe sample --checkpoint runs/fashion --capacity 0.5 --out samples
-  diffmoe sample --checkpoint runs/emoji --prompt "red apple" --prompt "blue car" --cfg-scale 3 --out samples
+  diffmoe sample --checkpoint runs/emoji-text --prompt "red apple" --prompt "blue car" --cfg-scale 3 --out samples
   diffmoe sample --checkpoint runs/T2I --geneval evaluation_metadata.jsonl --cfg-scale 3 --out samples
   torchrun --nproc_per_node 2 -m diffmoe_ds.cli sample --checkpoint runs/fashion --out samples
   torchrun --nproc_per_node 8 -m diffmoe_ds.cli sample --checkpoint runs/L-E16 --experts sharded --out samples

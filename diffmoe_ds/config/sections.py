@@ -51,7 +51,7 @@ class ModelConfig(Section):
 
     name: ModelName = "tiny-E8"
     """Model size and number of experts as `SIZE-E<experts>`, such as `S-E16` or `L-E8`; `Dense-L`, the same as `L-E1`,
-    has no experts. Sizes: `nano`, `tiny`, `mini`, `S`, `B`, `L`, `XL`; numbers of experts: 1, 2, 4, 8, 16."""
+    has no experts. Sizes: `nano`, `tiny`, `mini`, `S`, `B`, `L`, `XL`, `T2I`; numbers of experts: 1, 2, 4, 8, 16."""
     init_from: Text | None = None
     """Exported model, checkpoint or run directory from which a new run takes its initial weights (fine-tuning), and its
     architecture, except for keys that your own recipe or `--set` sets."""
@@ -162,9 +162,9 @@ class LossConfig(Section):
     """Losses in addition to that of the objective."""
 
     repa_weight: NonNegativeNumber = 0.0
-    """Weight of representation alignment (REPA, arXiv 2410.06940): the tokens of one block, through a small projector,
-    are trained to point in the direction of image features that the training set holds (`diffmoe prepare latents
-    --features`). 0 disables it; the paper uses 0.5."""
+    """Weight of the REPA loss (arXiv 2410.06940), which aligns the tokens of one block, through a small projector, with
+    image features stored in the training set (`diffmoe prepare latents` or `images` with `--features`). 0 disables it;
+    the paper uses 0.5."""
     repa_block: Count | None = None
     """Block whose output is aligned, from 1; defaults to a third of the depth."""
     repa_hidden: Dimension = 2048
@@ -202,14 +202,13 @@ class DataConfig(Section):
     count starts again when a run resumes, because images may have been repaired. Prepared latents must all be
     readable."""
     vae: Text | None = None
-    """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for datasets too small to be
-    worth preparing."""
+    """Directory or hub ID of an `AutoencoderKL` that encodes raw images during training; for small datasets."""
     text_encoder: Texts = ()
-    """Directories or hub IDs of the text encoders that encode the captions of the training images at startup; for
-    datasets too small to be worth preparing with `diffmoe prepare text`."""
+    """Text encoders that encode the captions of the training images at startup, for small datasets (prepare larger ones
+    with `diffmoe prepare text`): directories, hub IDs or `minilm`."""
     captions: Text | None = None
-    """CSV or JSONL file with the captions for `text_encoder`; by default they are read from `.txt` or `.json` files or
-    shard members next to the images."""
+    """CSV or JSONL file with the captions for `text_encoder`, also those of `validation_path`; by default they are read
+    from `.txt` or `.json` files or shard members next to the images."""
     cache_dir: Text | None = None
     """Directory for shards downloaded from URLs, shared by the ranks of a host; defaults to `~/.cache/diffmoe-ds`."""
     cache_gb: Gigabytes = 100.0
