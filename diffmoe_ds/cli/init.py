@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   diffmoe init photographs --size 64
   diffmoe init photographs --size 256 --vae sd-vae-ft-ema --out photographs-256.yaml
+  diffmoe init photographs --size 64 --text-encoder minilm --out captioned.yaml
   diffmoe init 'shards-{000..127}.tar'
   diffmoe init photographs --init-from runs/pets --out tuned.yaml
 """
@@ -42,6 +43,8 @@ def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", type=nonempty, metavar="PATH|HUB_ID", help=text)
     text = "model to fine-tune: an exported model, a checkpoint or a run directory; sets the size and the channels"
     add("--init-from", type=nonempty, metavar="PATH", help=text)
+    text = "train on captions next to the images, encoded by this text encoder, instead of classes"
+    add("--text-encoder", type=nonempty, metavar="PATH|HUB_ID|minilm", help=text)
     add("--out", type=nonempty_path, metavar="FILE.yaml", help="the recipe (default: the name of IMAGES)")
 
 
@@ -59,6 +62,8 @@ def init_command(args: argparse.Namespace) -> None:
     if args.size is not None and (args.size < MULTIPLE or args.size % MULTIPLE):
         raise ConfigError(f"--size must be a positive multiple of {MULTIPLE}, got {args.size}.")
     require_positive(args, "size")
+    if args.text_encoder is not None and args.init_from is not None:
+        raise ConfigError("--text-encoder and --init-from cannot be combined: a fine-tuned model keeps its conditions.")
 
     from diffmoe_ds.cli.init_recipe import draft
     from diffmoe_ds.data.survey import survey
@@ -122,11 +127,17 @@ def _facts(args: argparse.Namespace, out: Path, found: Survey) -> Facts:
         class_names=found.class_names or (),
         channels=channels,
         size=size,
-        vae=args.vae if args.vae is None or not os.path.isdir(args.vae) else os.path.abspath(args.vae),
+        vae=None if args.vae is None else _place(args.vae),
         gpu_gb=gpu,
         file=str(out),
         initial=None if initial is None else _initial(args.init_from, initial.config),
+        text_encoder=None if args.text_encoder is None else _place(args.text_encoder),
     )
+
+
+def _place(model: str) -> str:
+    """Return a folder as an absolute path, and a hub ID as it is."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def _initial(path: str, config: Config) -> Initial:

@@ -47,6 +47,8 @@ class Facts:
     """The recipe's own name, for the commands in its comments."""
     initial: Initial | None = None
     """The model to fine-tune."""
+    text_encoder: str | None = None
+    """The encoder of the captions; None for a class model."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,20 @@ def draft(facts: Facts) -> str:
     scale = CPU if facts.gpu_gb is None else (SMALL_GPU if facts.gpu_gb < LARGE_GB else LARGE_GPU)
     total = min(scale.total, max(MAX_PASSES * facts.num_images, MIN_IMAGES))
     steps = math.ceil(total / scale.batch)
-    columns = min(facts.num_classes, 8)
-    grid = 4 * columns if facts.num_classes > 1 else 16
+    columns = 8 if facts.text_encoder else min(facts.num_classes, 8)
+    grid = 4 * columns if columns > 1 else 16
     vae = f"  vae: {_text(facts.vae)}  # encodes the images during training\n" if facts.vae else ""
+    encoder = f"  text_encoder: {_text(facts.text_encoder)}  # encodes the captions\n" if facts.text_encoder else ""
+    prompt = ' --prompt "..."' if facts.text_encoder else ""
     sampler = "  sampler: ddim\n" if facts.initial and facts.initial.objective == "ddpm" else ""
     return f"""\
 # {facts.title}
 #   diffmoe train --config {facts.file}
-#   diffmoe sample --checkpoint runs/{Path(facts.file).stem} --cfg-scale {_guidance(facts)} --out samples
+#   diffmoe sample --checkpoint runs/{Path(facts.file).stem}{prompt} --cfg-scale {_guidance(facts)} --out samples
 # `diffmoe config SECTION.KEY` explains a key.
 {_model(facts, scale)}data:
   path: {_text(facts.path)}
-{vae}  horizontal_flip: true  # false if mirrored images would be wrong, such as letters
+{vae}{encoder}  horizontal_flip: true  # false if mirrored images would be wrong, such as letters
   num_workers: {scale.workers}
 optimizer:
   lr: {scale.lr * (FINE_TUNING if facts.initial else 1):.1e}
@@ -143,6 +147,7 @@ sample:
 def _model(facts: Facts, scale: Scale) -> str:
     """Return the sections that describe the model."""
     classes = f"  # {_names(facts.class_names)}" if facts.class_names else ""
+    condition = "conditioning: text" if facts.text_encoder else f"num_classes: {facts.num_classes}{classes}"
     kind = {1: "grayscale", 3: "color"}.get(facts.channels, "latents")
     if facts.initial is not None:
         what = f"{facts.initial.name}, {facts.size}x{facts.size}, {kind}"
@@ -161,7 +166,7 @@ model:
 {width}  input_size: {facts.size}  # height and width
   in_channels: {facts.channels}  # {kind}
   patch_size: {patch}  # {tokens} tokens per image{slow}
-  num_classes: {facts.num_classes}{classes}
+  {condition}
   mlp_ratio: 2.0
 objective:
   flow_time_scale: 1000
@@ -184,7 +189,9 @@ def _passes(total: int, images: int) -> str:
 
 
 def _guidance(facts: Facts) -> float:
-    """Return the guidance scale of samples; without classes, there is nothing to guide to."""
+    """Return the guidance scale of samples; without classes or captions, there is nothing to guide to."""
+    if facts.text_encoder:
+        return 3.0
     has_guidance = facts.initial is None or facts.initial.has_guidance
     return 2.0 if facts.num_classes > 1 and has_guidance else 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from diffmoe_ds.cli import main
 from diffmoe_ds.cli.init_recipe import Facts, Initial, draft
 from diffmoe_ds.config.load import load_config
 from tests.helpers.data import npy, numbered_shard, tiny_vae, write_tar
+from tests.helpers.encoders import tiny_encoder
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +46,23 @@ def test_a_folder_of_classes(capsys):
     length = ["run.total_images=64", "deepspeed.train_batch_size=16", "sample.steps=1", "model.name=nano-E4"]
     assert main(["train", "--config", "pets.yaml", "--set", *length]) == 0
     assert Path("runs/pets/checkpoints/images_000000000064").is_dir()
+
+
+def test_a_folder_with_captions(capsys):
+    pictures("photos")
+    for number in range(5):
+        Path("photos", f"{number}.txt").write_text(f"a {'red' if number % 2 else 'blue'} car\n")
+    encoder = str(tiny_encoder("bert"))
+    init("photos", "--text-encoder", encoder)
+    config = load_config("photos.yaml")
+    assert config.model.conditioning == "text" and config.data.text_encoder == (encoder,)
+    assert (config.sample.num_images, config.sample.cfg_scale) == (32, 3)
+    assert '--prompt "..." --cfg-scale 3.0' in Path("photos.yaml").read_text()
+    length = ["run.total_images=16", "deepspeed.train_batch_size=16", "sample.steps=1", "model.name=nano-E4"]
+    assert main(["train", "--config", "photos.yaml", "--set", *length]) == 0
+    assert Path("runs/photos/checkpoints/images_000000000016").is_dir()
+    init("photos", "--text-encoder", encoder, "--init-from", "runs/photos", "--out", "no.yaml", code=2)
+    assert "--text-encoder and --init-from cannot be combined" in capsys.readouterr().err
 
 
 def test_formats_that_are_not_read_are_counted(capsys):
@@ -157,6 +176,9 @@ def test_the_command_in_a_recipe_names_the_run_of_train():
 def test_every_draft_is_a_valid_recipe(gpu_gb, channels, size, images, classes):
     names = [f"class: {number} #'\"" for number in range(classes)]
     facts = Facts("da ta/{0..3}.tar", "title", images, classes, names, channels, size, None, gpu_gb, "r.yaml")
+    Path("r.yaml").write_text(draft(replace(facts, text_encoder="google/flan-t5-base")))
+    config = load_config("r.yaml")
+    assert config.model.conditioning == "text" and config.data.text_encoder == ("google/flan-t5-base",)
     Path("r.yaml").write_text(draft(facts))
     config = load_config("r.yaml")
     assert config.data.path == "da ta/{0..3}.tar" and config.model.num_classes == classes
