@@ -93,7 +93,7 @@ def test_a_lock_follows_no_link_and_waits_for_no_pipe(tmp_path):
         ("sample --checkpoint x --out y --num-images 1000000000000000000", "--num-images must be at most 10,000,000"),
         ("sample --checkpoint x --out y --steps 1000000000000", "--steps must be at most 100,000"),
         ("sample --checkpoint x --out y --batch-size 1000000000000", "--batch-size must be at most 65,536"),
-        ("sample --checkpoint x --out y --per-class 1000000000000", "--per-class must be at most 10,000,000"),
+        ("sample --checkpoint x --out y --per-class 1000000000000", "--per-prompt must be at most 10,000,000"),
         ("plan --world 99999999999", "--world must be at most 1,048,576"),
         ("prepare images --images x --out y --threads 100000", "--threads must be at most 1,024"),
         ("prepare images --images x --out y --size 1000000000", "--size must be at most 16,384"),

@@ -81,7 +81,7 @@ def test_checkpoints_and_exported_models_record_the_names_of_classes(run_directo
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     (
-        (["--per-class", "0"], 2, "--per-class must be positive, got 0"),
+        (["--per-class", "0"], 2, "--per-class or --per-prompt must be positive, got 0"),
         (["--out", "FILE"], 2, "--out FILE is a file; pass a directory."),
         (["--out", "FILE/out"], 5, "FILE/out: cannot create the directory: Not a directory"),
         (["--out", ".", "--format", "png"], 2, "png exists but was not written by diffmoe"),
