@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import machine_facts, progress
-from benchmarks.strategies import RECIPE, run_diffmoe
+from benchmarks.strategies import add_study_options, check_seeds, train_logged
 from benchmarks.strategies_report import COLOUR, GREY, METRICS, two_panels
 from diffmoe_ds.cli import run_command
 from diffmoe_ds.cli.arguments import require_positive
-from diffmoe_ds.errors import ConfigError, DataError, DiffMoEError
+from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import replacing, write_json
 
 RESULTS = Path(__file__).parent / "results" / "repa"
@@ -46,14 +45,8 @@ Curves = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="directory with the prepared train and test")
-    add("--runs", type=Path, required=True, metavar="DIR", help="parent directory of the runs, about 60 MB each")
-    add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory for the results (default: %(default)s)")
-    add("--figure", type=Path, metavar="FILE", help="PNG file for the curves (default: none)")
-    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="S", help="seeds of training (default: 0 1)")
-    add("--jobs", type=int, default=2, metavar="J", help="number of parallel processes (default: %(default)s)")
-    add("--set", nargs="+", default=[], metavar="a.b=c", help="further overrides of the recipe, such as a shorter run")
+    add_study_options(parser, "directory with the prepared train and test", RESULTS, [0, 1])
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="PNG file for the curves (default: none)")
     parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
     return run_command(parser.parse_args(argv))
 
@@ -67,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
         DiffMoEError: a training failed; its log says why.
     """
     require_positive(args, "jobs")
-    if min(args.seeds) < 0:
-        raise ConfigError(f"--seeds must not be negative, got {min(args.seeds)}.")
+    check_seeds(args.seeds)
     for name in ("train", "test"):
         if not (args.data / name).is_dir():
             raise DataError(f"--data {args.data}: has no directory {name}; see benchmarks/README.md")
@@ -87,18 +79,8 @@ def train(args: argparse.Namespace, name: str, seed: int) -> None:
     """Train a model, or finish its training, and write its evaluations."""
     progress(f"train {name} alignment, seed {seed}")
     directory = args.runs / name / f"seed{seed}"
-    log = directory.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
     data = [f"data.path={args.data / 'train'}", f"data.validation_path={args.data / 'test'}", f"run.seed={seed}"]
-    command = ["train", "--config", str(RECIPE), "--run-dir", str(directory), "--set"]
-    with log.open("a", encoding="utf-8") as file:
-        try:
-            run_diffmoe(
-                [*command, *data, *SETTINGS, *VARIANTS[name], *args.set], args.jobs, stdout=file,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        except DiffMoEError as error:
-            raise DiffMoEError(f"{error}; see {log}") from None
+    train_logged(directory, [*data, *SETTINGS, *VARIANTS[name], *args.set], args.jobs)
     rows = [json.loads(line) for line in (directory / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
     points = [
         {"images": row["images"], "validation_loss": row["validation_loss"], "frechet": row["metrics"]["frechet"]}

@@ -88,17 +88,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="directory with train.tar and test.tar")
-    add("--runs", type=Path, required=True, metavar="DIR", help="parent directory of the runs, about 60 MB each")
-    add("--results", type=Path, default=RESULTS, metavar="DIR", help="directory for the results (default: %(default)s)")
+    add_study_options(parser, "directory with train.tar and test.tar", RESULTS, [0, 1, 2])
     add("--strategies", nargs="+", default=list(STRATEGIES), metavar="NAME", help="default: all")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help="seeds of training (default: 0 1 2)")
     add("--num-images", type=int, default=2000, metavar="N", help="images to generate (default: %(default)s)")
     add("--steps", type=int, default=25, metavar="K", help="Euler steps (default: %(default)s)")
-    add("--jobs", type=int, default=2, metavar="J", help="number of parallel processes (default: %(default)s)")
-    add("--set", nargs="+", default=[], metavar="a.b=c", help="further overrides of the recipe, such as a shorter run")
     parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
     return run_command(parser.parse_args(argv))
+
+
+def add_study_options(parser: argparse.ArgumentParser, data: str, results: Path, seeds: Sequence[int]) -> None:
+    """Add the options of every comparison of trainings.
+
+    Args:
+        parser: the benchmark's parser.
+        data: what ``--data`` must hold, for the help.
+        results: the default directory for the results.
+        seeds: the default seeds of training.
+    """
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help=data)
+    add("--runs", type=Path, required=True, metavar="DIR", help="parent directory of the runs, about 60 MB each")
+    add("--results", type=Path, default=results, metavar="DIR", help="directory for the results (default: %(default)s)")
+    shown = " ".join(map(str, seeds))
+    add("--seeds", type=int, nargs="+", default=seeds, metavar="S", help=f"seeds of training (default: {shown})")
+    add("--jobs", type=int, default=2, metavar="J", help="number of parallel processes (default: %(default)s)")
+    add("--set", nargs="+", default=[], metavar="a.b=c", help="further overrides of the recipe, such as a shorter run")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check the seeds of training.
+
+    Raises:
+        ConfigError: one is negative.
+    """
+    for seed in seeds:
+        if seed < 0:
+            raise ConfigError(f"--seeds must not be negative, got {seed}.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,9 +135,7 @@ def run(args: argparse.Namespace) -> None:
         DiffMoEError: a command failed; its output says why.
     """
     require_positive(args, "num_images", "steps", "jobs")
-    for seed in args.seeds:
-        if seed < 0:
-            raise ConfigError(f"--seeds must not be negative, got {seed}.")
+    check_seeds(args.seeds)
     for name in args.strategies:
         if name not in STRATEGIES:
             raise ConfigError(unknown("--strategies", name, STRATEGIES))
@@ -191,13 +214,21 @@ def _recipe(args: argparse.Namespace, model: str, seed: int) -> Config:
 def train(args: argparse.Namespace, model: str, seed: int) -> None:
     """Train a model, or finish its training."""
     progress(f"train {model}, seed {seed}")
-    log = args.runs / model / f"seed{seed}.log"
+    train_logged(args.runs / model / f"seed{seed}", _chosen(args, model, seed), args.jobs)
+
+
+def train_logged(directory: Path, overrides: Sequence[str], jobs: int) -> None:
+    """Train with the recipe in a run directory, with the output in a file next to it.
+
+    Raises:
+        DiffMoEError: training failed; the message names the log.
+    """
+    log = directory.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    chosen = _chosen(args, model, seed)
-    command = ["train", "--config", str(RECIPE), "--run-dir", str(log.with_suffix("")), "--set", *chosen]
+    command = ["train", "--config", str(RECIPE), "--run-dir", str(directory), "--set", *overrides]
     with log.open("a", encoding="utf-8") as file:
         try:
-            run_diffmoe(command, args.jobs, stdout=file, stderr=subprocess.STDOUT)
+            run_diffmoe(command, jobs, stdout=file, stderr=subprocess.STDOUT)
         except DiffMoEError as error:
             raise DiffMoEError(f"{error}; see {log}") from None
 

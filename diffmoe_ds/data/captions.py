@@ -240,4 +240,4 @@ def _one_line(value: Any) -> list[str]:
 def _required(captions: list[str], image: str, expected: str) -> list[str]:
     if not captions:
         raise DataError(f"{image} has no caption; expected {expected}")
-    return _one_line(captions)
+    return captions

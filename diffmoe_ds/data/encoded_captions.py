@@ -51,6 +51,7 @@ def release_encoders() -> None:
 class EncodedCaptions:
     """The images of a dataset, with text features of their captions; implements `reader.Dataset`."""
 
+    @one_thread()
     def __init__(self, images: Dataset, captions: Captions, encoders: TextEncoders) -> None:
         """Encode all captions; each distinct one alone, so that its features depend on nothing else.
 
@@ -74,8 +75,7 @@ class EncodedCaptions:
             for text in texts:
                 if text not in numbers:
                     numbers[text] = len(numbers)
-                    with one_thread():
-                        features = encoders.encode([text])[0].features
+                    features = encoders.encode([text])[0].features
                     self._features.append(features)
                     size += sum(array.nbytes for each in features for array in each)
                 chosen.append(numbers[text])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import repa
+from benchmarks import repa, strategies
 from diffmoe_ds import cli
 from diffmoe_ds.config.load import load_config
 
@@ -32,7 +32,7 @@ def started(tmp_path, monkeypatch):
 
     for name in ("train", "test"):
         (tmp_path / "data" / name).mkdir(parents=True)
-    monkeypatch.setattr(repa, "run_diffmoe", run_diffmoe)
+    monkeypatch.setattr(strategies, "run_diffmoe", run_diffmoe)
     places = [
         "--data",
         str(tmp_path / "data"),

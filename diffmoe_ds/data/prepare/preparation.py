@@ -226,8 +226,8 @@ def finish(preparation: Preparation) -> dict[str, Any]:
     report = {"images": images, "stored": images - len(skipped), "skipped": skipped}
     if encoder.text is not None:
         report |= {"captions": totals.captions, "truncated_captions": totals.truncated}
-    write_json(preparation.out / REPORT, report)
     check_unreadable(preparation, skipped)
+    write_json(preparation.out / REPORT, report)
     extra: dict[str, Any] = {"classes": preparation.source.classes, "sha256": hashes}
     if encoder.latents is not None and totals.statistics[0] > 0:
         extra["latent_mean"], extra["latent_std"] = scaled_statistics(preparation, totals.statistics)
