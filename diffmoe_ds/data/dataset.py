@@ -20,6 +20,7 @@ from diffmoe_ds.data.sources.shards import EMBEDDED, ShardDataset
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import expand_user
 from diffmoe_ds.rng import training_draws
+from diffmoe_ds.text import counted
 
 PREPARED_BY = {
     "emoji": "in a checkout, `npm pack emoji-datasource-google@16.0.0` and `python -m examples.emoji.prepare_emoji "
@@ -189,6 +190,19 @@ def missing_classes(config: Config, dataset: Dataset) -> str | None:
         f"model.num_classes is {count}, but the labels of {config.data.path or 'the embedded set'} end at {found - 1}; "
         "the other classes remain untrained, unless model.num_classes is auto"
     )
+
+
+def truncated_captions(config: Config, dataset: Dataset) -> str | None:
+    """Return a sentence if captions that were encoded at startup are longer than an encoder reads."""
+    if not config.data.text_encoder:
+        return None
+    from diffmoe_ds.data.encoded_captions import EncodedCaptions
+
+    assert isinstance(dataset, EncodedCaptions), type(dataset)
+    if not dataset.truncated:
+        return None
+    found = counted(dataset.truncated, "caption")
+    return f"data.text_encoder truncates {found} of the training set to its maximum number of tokens"
 
 
 def _classes(dataset: Dataset) -> int:

@@ -88,6 +88,8 @@ class EncodedCaptions:
         self._counts = np.array(counts, np.int64)
         self._starts = np.cumsum(self._counts) - self._counts
         self._texts = list(numbers)
+        self.truncated = sum(encoders.too_long(text) is not None for text in self._texts)
+        """Number of distinct captions that have more tokens than an encoder reads."""
 
     def __len__(self) -> int:
         return len(self._images)

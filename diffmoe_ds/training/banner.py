@@ -11,7 +11,7 @@ from typing import Any
 from diffmoe_ds.checkpoint.export import LARGE_SHARE
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata
 from diffmoe_ds.config.load import config_to_dict, differences
-from diffmoe_ds.data.dataset import missing_classes
+from diffmoe_ds.data.dataset import missing_classes, truncated_captions
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
 from diffmoe_ds.planning.traffic import crossing_warning
@@ -201,7 +201,8 @@ def _objective(plan: TrainPlan) -> str:
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
     crossing = crossing_warning(plan.config, plan.settings, hosts)
-    found = crossing, _average_warning(plan), _warmup_warning(plan), missing_classes(plan.config, plan.dataset)
+    data = (check(plan.config, plan.dataset) for check in (missing_classes, truncated_captions))
+    found = crossing, _average_warning(plan), _warmup_warning(plan), *data
     return [warning for warning in found if warning]
 
 

@@ -12,7 +12,14 @@ import torch
 from diffmoe_ds.cli import main
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.data import encoded_captions
-from diffmoe_ds.data.dataset import check_classes, check_first_image, missing_classes, open_dataset, with_text
+from diffmoe_ds.data.dataset import (
+    check_classes,
+    check_first_image,
+    missing_classes,
+    open_dataset,
+    truncated_captions,
+    with_text,
+)
 from diffmoe_ds.data.encoded_captions import EncodedCaptions
 from diffmoe_ds.data.shuffle import sample_index
 from diffmoe_ds.data.sources.index_files import save_index
@@ -202,10 +209,14 @@ class Encoders:
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
+        self.long: set[str] = set()
 
     def encode(self, prompts):
         self.encoded += prompts
         return [caption(text) for text in prompts]
+
+    def too_long(self, prompt):
+        return "too long" if prompt in self.long else None
 
 
 @pytest.fixture
@@ -232,6 +243,10 @@ def test_captions_of_small_sets_are_encoded_at_startup(tmp_path, small, encoders
     assert [dataset.captions(number) for number in range(IMAGES)] == TEXTS
     assert with_text(config, dataset).model.text_encoders == ((4, 3, 2),)
     assert_same(by_position(read(dataset, num_workers=1)), by_position(read(small)))
+    assert truncated_captions(config, dataset) is None and truncated_captions(config_of(tmp_path), small) is None
+    encoders.long = {TEXTS[0][0], TEXTS[1][0]}
+    long = "data.text_encoder truncates 2 captions of the training set to its maximum number of tokens"
+    assert truncated_captions(config, open_dataset(config)) == long
     stored = config.model_copy(update={"data": config.data.model_copy(update={"path": str(shard(tmp_path / "b.tar"))})})
     with pytest.raises(ConfigError, match=r"data.text_encoder is tiny, but .*b.tar already holds text features"):
         open_dataset(stored)
