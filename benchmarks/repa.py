@@ -45,7 +45,7 @@ Curves = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_study_options(parser, "directory with the prepared train and test", RESULTS, [0, 1])
+    add_study_options(parser, "directory with the prepared train and test", RESULTS, [0, 1, 2])
     parser.add_argument("--figure", type=Path, metavar="FILE", help="PNG file for the curves (default: none)")
     parser.set_defaults(run=run, argv=list(sys.argv[1:] if argv is None else argv))
     return run_command(parser.parse_args(argv))
@@ -144,6 +144,7 @@ def draw(curves: Curves, path: Path) -> None:
                 label = f"{name} alignment" if number == 0 else None
                 images, values = [row["images"] for row in rows], [row[metric] for row in rows]
                 axes.plot(images, values, "o-", color=COLOURS[name], markersize=4, linewidth=1.5, label=label)
+        axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     with replacing(path) as tmp:
