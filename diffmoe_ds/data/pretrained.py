@@ -32,6 +32,11 @@ TOKENIZER_FILES = (
     "added_tokens.json", "merges.txt", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
+VOCABULARIES = (
+    ("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"), ("spiece.model",),
+    ("sentencepiece.bpe.model",), ("tokenizer.model",),
+)  # fmt: skip
+"""The files that hold the vocabulary of a tokenizer; one of these sets is needed."""
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("config.json", *TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors")
 """What is downloaded of a model."""
@@ -123,10 +128,14 @@ def load_tokenizer(folder: Path, model: Any) -> Any:
         model: of transformers, with embeddings of tokens.
 
     Raises:
-        ValueError: it has no fast implementation, or more tokens than the model.
+        ValueError: it has no vocabulary, no fast implementation, or more tokens than the model.
     """
     import transformers
 
+    # Without a vocabulary, transformers makes a tokenizer for which all words are unknown.
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        expected = ", ".join(" and ".join(names) for names in VOCABULARIES)
+        raise ValueError(f"{folder} has no vocabulary of a tokenizer; expected one of {expected}")
     # AutoTokenizer may rebuild parts of a tokenizer instead of taking them from its file.
     has_file = (folder / "tokenizer.json").is_file()
     tokenizer_class: Any = transformers.PreTrainedTokenizerFast if has_file else transformers.AutoTokenizer

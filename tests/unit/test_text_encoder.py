@@ -158,6 +158,7 @@ def changed(**values: object):
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded: "),
         (lambda folder: (folder / "config.json").unlink(), "No such file or directory"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded: "),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no vocabulary of a tokenizer; expected one of tok"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "cannot be loaded: "),
     ],
 )
