@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 from diffmoe_ds.checkpoint.description import Description, read_description
 from diffmoe_ds.checkpoint.layout import FORMAT, MANIFEST, META
@@ -73,6 +73,15 @@ class ScheduledValues:
     """The optimizer's two decay rates."""
 
 
+class FeatureNetwork(NamedTuple):
+    """The network of the image features that REPA aligns with."""
+
+    name: str
+    """As `diffmoe prepare --features` got it."""
+    sha256: str
+    """SHA-256 of its weights and configuration."""
+
+
 @dataclass(frozen=True)
 class CheckpointMetadata:
     """Everything in a checkpoint that is not a tensor (``meta.json``)."""
@@ -103,6 +112,8 @@ class CheckpointMetadata:
     """Name of each label; None if labels have no names."""
     text: TextFormat | None = None
     """The encoders of a text model; None for a class model."""
+    repa_network: FeatureNetwork | None = None
+    """None without REPA, and in checkpoints of versions that did not save it."""
 
     @property
     def optimizer(self) -> str:
@@ -132,6 +143,8 @@ class CheckpointMetadata:
         }
         if self.deepspeed is not None:
             tree["deepspeed"] = self.deepspeed
+        if self.repa_network is not None:
+            tree["repa_network"] = self.repa_network._asdict()
         return {**tree, **Description(self.config, self.class_names, self.text).to_json()}
 
 
@@ -186,6 +199,7 @@ def parse_metadata(tree: Any, source: str) -> CheckpointMetadata:
         deepspeed=top.value("deepspeed", dict) if "deepspeed" in tree else None,
         class_names=class_names,
         text=text,
+        repa_network=_network(top.object("repa_network")) if "repa_network" in tree else None,
     )
 
 
@@ -286,6 +300,10 @@ def _scheduler(top: _Object) -> dict[str, Any] | None:
 
 def _layout(layout: _Object) -> SavedLayout:
     return SavedLayout(**{f.name: layout.count(f.name) for f in fields(SavedLayout) if f.name in layout.tree})
+
+
+def _network(network: _Object) -> FeatureNetwork:
+    return FeatureNetwork(*(network.value(name, str) for name in FeatureNetwork._fields))
 
 
 def _shapes(shapes: _Object) -> dict[str, tuple[int, ...]]:

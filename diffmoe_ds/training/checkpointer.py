@@ -162,4 +162,5 @@ def _metadata(run: Run) -> CheckpointMetadata:
         deepspeed=settings.beside_layout(),
         class_names=run.class_names,
         text=run.text,
+        repa_network=run.repa_network,
     )

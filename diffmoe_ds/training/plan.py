@@ -26,6 +26,7 @@ from diffmoe_ds.training.weights_and_biases import check_wandb_login
 
 if TYPE_CHECKING:
     from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader
+    from diffmoe_ds.checkpoint.metadata import FeatureNetwork
     from diffmoe_ds.data.reader import Dataset
     from diffmoe_ds.evaluation.held_out import HeldOut
     from diffmoe_ds.text_features import TextFormat
@@ -85,6 +86,16 @@ class TrainPlan:
         return self.dataset.text if self.config.is_text else None
 
     @property
+    def repa_network(self) -> FeatureNetwork | None:
+        """The network of the image features, with REPA."""
+        from diffmoe_ds.checkpoint.metadata import FeatureNetwork
+
+        if self.config.aligned_block is None:
+            return None
+        assert self.dataset.features is not None, "checked by `with_features`"
+        return FeatureNetwork(self.dataset.features.name, self.dataset.features.sha256)
+
+    @property
     def images(self) -> int:
         """Images that the checkpoint has been trained on; 0 for a new run."""
         return 0 if self.reader is None else self.reader.metadata.images
@@ -118,7 +129,7 @@ class TrainPlan:
         choices = resume_choices(self.resume, self.directory, self.launch)
         reader = first_complete(choices, self.launch, self.reader)
         if reader is not None:
-            check_resumable(reader, self.config, self.settings, self.text)
+            check_resumable(reader, self.config, self.settings, self.text, self.repa_network)
         initial, name = self.initial if reader is None else None, self.config.model.init_from
         if reader is None and initial is None and name is not None:  # the checkpoint is gone
             from diffmoe_ds.checkpoint.export import require_weights
@@ -140,7 +151,7 @@ class TrainPlan:
         from diffmoe_ds.training.start import check_resumable
 
         reader = CheckpointReader(path)
-        check_resumable(reader, self.config, self.settings, self.text)
+        check_resumable(reader, self.config, self.settings, self.text, self.repa_network)
         return replace(self, reader=reader, initial=None)
 
 

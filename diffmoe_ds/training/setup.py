@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from diffmoe_ds.checkpoint.load import best_kind
+from diffmoe_ds.checkpoint.metadata import FeatureNetwork
 from diffmoe_ds.checkpoint.restore import restore_engine, restore_model, share_index
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
@@ -70,6 +71,8 @@ class Run:
     """Name of each label, if labels have names."""
     text: TextFormat | None = None
     """The encoders of a text model."""
+    repa_network: FeatureNetwork | None = None
+    """The network of the image features, with REPA."""
     prompts: GridPrompts | None = None
     """The prompts of the sample grids of a text model."""
     again: str = "the same command"
@@ -135,6 +138,7 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         held_out=plan.held_out,
         began_from=plan.began_from,
         text=plan.text,
+        repa_network=plan.repa_network,
         again="the same command" + (" with --resume auto" if plan.resume == "none" else ""),
     )
     if reader is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffmoe_ds.checkpoint.layout import RESOLVED_RECIPE, checkpoint_root
 from diffmoe_ds.checkpoint.load import CheckpointReader, WeightsReader, check_same_model, check_same_moments
+from diffmoe_ds.checkpoint.metadata import FeatureNetwork
 from diffmoe_ds.checkpoint.verify import candidates, check_sizes, no_valid_one
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
@@ -52,7 +53,11 @@ def resume_choices(resume: str, directory: Path, launch: Launch) -> list[Path]:
 
 
 def check_resumable(
-    reader: CheckpointReader, config: Config, settings: DeepSpeedSettings, text: TextFormat | None
+    reader: CheckpointReader,
+    config: Config,
+    settings: DeepSpeedSettings,
+    text: TextFormat | None,
+    network: FeatureNetwork | None,
 ) -> None:
     """Check that this run can resume from a checkpoint.
 
@@ -61,15 +66,27 @@ def check_resumable(
         config: the run's configuration.
         settings: its DeepSpeed settings.
         text: the encoders of its captions, for a text model.
+        network: the network of its image features, with REPA.
 
     Raises:
-        CheckpointError: the checkpoint does not match the model, the optimizer or the text encoders.
+        CheckpointError: the checkpoint does not match the model, the optimizer, the text encoders or the network.
     """
     own_recipe = reader.path.parent.parent / RESOLVED_RECIPE
     hint = f"; to continue that run, pass --config {own_recipe}" if os.path.isfile(own_recipe) else ""
     check_same_model(reader, config, hint)
     check_same_moments(reader, settings.json["optimizer"]["type"])
     check_same_encoders(reader, text, str(reader.path))
+    _check_same_network(reader, network)
+
+
+def _check_same_network(reader: CheckpointReader, network: FeatureNetwork | None) -> None:
+    before = reader.metadata.repa_network
+    if before is None or network is None or before.sha256 == network.sha256:
+        return
+    raise CheckpointError(
+        f"{reader.path}: was trained with image features of {before.name} (SHA-256 {before.sha256[:12]}), but those of "
+        f"data.path are of {network.name} (SHA-256 {network.sha256[:12]}); prepare the images with the same --features."
+    )
 
 
 def check_same_encoders(reader: WeightsReader, text: TextFormat | None, name: str) -> None:

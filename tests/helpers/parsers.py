@@ -47,6 +47,7 @@ from diffmoe_ds.sampling.turns import Shard
 from diffmoe_ds.sampling.unfinished import UnfinishedSet
 from tests.helpers.data import PNG, npy, write_tar
 
+NETWORK = {"name": "tiny", "sha256": "cd" * 32}
 NANO = load_config("fashion", ["model.name=nano-E2", "model.depth=1", "model.num_classes=2"])
 
 LATENT = load_config("fashion", ["model.in_channels=4"])
@@ -91,7 +92,7 @@ def _checkpoint(directory: Path) -> Path:
         lr_now=ScheduledValues(1e-3, (0.9, 0.99)), lr_scheduler={"last_batch_iteration": 1},
         deepspeed={"optimizer": {"type": "AdamW"}}, class_names=("cat", "dog"),
     )  # fmt: skip
-    digests["meta.json"] = write_json(root / "meta.json", metadata.to_json())
+    digests["meta.json"] = write_json(root / "meta.json", {**metadata.to_json(), "repa_network": NETWORK})
     write_manifest(root, digests)
     return root
 

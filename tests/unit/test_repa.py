@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,25 @@ def test_a_run_does_not_switch(runs, tmp_path, capsys):
     run = shutil.copytree(runs / "on", tmp_path / "weight")
     changed = (f"data.path={runs / 'a.tar'}", *REPA, "loss.repa_weight=0.1", "run.total_images=48")
     assert train(run, *changed, dry=True) == 0
+
+
+def test_a_run_resumes_with_its_network_only(runs, tmp_path, capsys):
+    """Also if another network has features of the same shape; not if the same one has moved."""
+    run = shutil.copytree(runs / "on", tmp_path / "run")
+    longer = (*REPA, "run.total_images=48")
+    moved = captioned_shard(tmp_path / "moved.tar", 24, features=replace(FEATURES, name="elsewhere/tiny"))
+    assert train(run, f"data.path={moved}", *longer, dry=True) == 0
+    other = captioned_shard(tmp_path / "other.tar", 24, features=replace(FEATURES, name="large", sha256="ef" * 32))
+    capsys.readouterr()
+    assert train(run, f"data.path={other}", *longer, dry=True) == 5
+    message = (
+        "was trained with image features of tiny (SHA-256 cdcdcdcdcdcd), but those of data.path are of large (SHA-256 "
+        "efefefefefef); prepare the images with the same --features."
+    )
+    assert message in capsys.readouterr().err
+    assert [reader(runs / name).metadata.repa_network for name in ("on", "off")] == [("tiny", "cd" * 32), None]
+    start = (f"model.init_from={run}", f"data.path={other}", "run.total_images=16")
+    assert train(tmp_path / "tuned", *start, *REPA, dry=True) == 0, "a new run may"
 
 
 @pytest.mark.parametrize(("source", "overrides"), [("off", REPA), ("on", ())])
