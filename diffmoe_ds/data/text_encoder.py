@@ -38,7 +38,7 @@ from diffmoe_ds.data.pretrained import (
 from diffmoe_ds.errors import ConfigError, DataError
 from diffmoe_ds.files import expand_user, sha256_of
 from diffmoe_ds.precision import full_fp32
-from diffmoe_ds.text import reason, shortened
+from diffmoe_ds.text import counted, reason, shortened
 from diffmoe_ds.text_features import (
     MAX_CAPTION_BYTES,
     Caption,
@@ -93,7 +93,9 @@ class TextEncoders:
         limit = max(encoder.limit for encoder in self._encoders)
         if tokens is not None and not least <= tokens <= limit:
             names = " and ".join(paths)
-            raise ConfigError(f"tokens must be from {least} to {limit}, the limits of {names}, got {tokens}.")
+            raise ConfigError(
+                f"the number of tokens must be from {least} to {limit}, the limits of {names}, got {tokens}."
+            )
         self._null = tuple(encoder.encode([""])[0] for encoder in self._encoders)
         pairs = zip(self._encoders, self._null, strict=True)
         infos = [
@@ -128,6 +130,12 @@ class TextEncoders:
                     f"{encoder.tokens} and ignores the rest"
                 )
         return None
+
+    def truncation(self, prompts: Sequence[str]) -> str | None:
+        """Return a sentence about the prompts that are `too_long`; None if there are none."""
+        found = [warning for warning in map(self.too_long, prompts) if warning is not None]
+        more = f" (and {counted(len(found) - 1, 'other prompt')})" if len(found) > 1 else ""
+        return f"{found[0]}{more}" if found else None
 
 
 class _Encoder:

@@ -5,6 +5,7 @@ Legend: P prompts, N values of a row of text features.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ def grid_prompts(config: Config, dataset: Dataset, device: torch.device) -> Grid
 
 
 def _encoded(prompts: tuple[str, ...], text: TextFormat) -> np.ndarray:
-    """Return the features of prompts, fp16 [P, N], by the encoders of a dataset."""
+    """Return the features of prompts, fp16 [P, N], by the encoders of a dataset, and warn about those too long."""
     try:
         encoders = matching_encoders(text, torch.device("cpu"))
     except ConfigError as error:
@@ -76,5 +77,7 @@ def _encoded(prompts: tuple[str, ...], text: TextFormat) -> np.ndarray:
             f"sample.prompts needs the text encoders of the training set: {str(error).rstrip('.')}; remove it to show "
             "captions instead."
         ) from None
+    if warning := encoders.truncation(prompts):
+        print(f"*** WARNING: sample.prompts: {warning} ***", file=sys.stderr, flush=True)
     captions = (encoders.encode([prompt])[0] for prompt in prompts)  # each alone: its features depend on no other
     return np.stack([padded_row(text.layout, caption.features) for caption in captions])

@@ -35,7 +35,7 @@ class TinyEncoders:
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]
 
-    def too_long(self, prompt):
+    def truncation(self, prompts):
         return None
 
 

@@ -34,8 +34,8 @@ class TinyEncoders:
     def encode(self, prompts):
         return [caption(prompt) for prompt in prompts]
 
-    def too_long(self, prompt):
-        return None
+    def truncation(self, prompts):
+        return "too long" if "red apple" in prompts else None
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +66,13 @@ def train(folder: Path, run: str, *overrides: str, dry: bool = True, base: tuple
     return main(["train", *training_arguments(None, folder / run, *overrides, base=base, options=options)])
 
 
-def test_grids_show_captions_or_prompts(trained, tmp_path, grids):
+def test_grids_show_captions_or_prompts(trained, tmp_path, grids, capsys):
     data, short = f"data.path={trained / 'a.tar'}", "run.total_images=16"
     assert train(tmp_path, "captions", data, short, dry=False) == 0
     assert grids.pop() == [f"image number {number}" for number in (0, 6, 12, 18)]
     assert train(tmp_path, "prompts", data, short, "sample.prompts=[red apple,'']", dry=False) == 0
     assert grids.pop() == ["red apple", "", "red apple", ""]
+    assert capsys.readouterr().err.count("*** WARNING: sample.prompts: too long ***") == 1
 
 
 def test_prompts_need_the_encoders_of_the_captions(trained, tmp_path, grids, capsys, monkeypatch):
