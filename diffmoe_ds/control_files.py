@@ -141,6 +141,18 @@ def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
     return tree
 
 
+def parse_json_line(line: str) -> Any:
+    """Parse a line of a JSON Lines file.
+
+    Raises:
+        ValueError: see `parse_json`; the message gives the column, but not the line, which the caller knows.
+    """
+    try:
+        return parse_json(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.colno}") from None
+
+
 def read_lines(path: str | os.PathLike[str], limit: int = MAX_LINE_BYTES) -> Iterator[str]:
     """Yield the lines of a UTF-8 log file of any size, without their line breaks; invalid bytes are replaced.
 

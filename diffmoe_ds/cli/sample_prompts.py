@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffmoe_ds.checkpoint.load import WeightsReader
-from diffmoe_ds.control_files import parse_json, read_text
+from diffmoe_ds.control_files import parse_json_line, read_text
 from diffmoe_ds.data.matching_encoders import matching_encoders
 from diffmoe_ds.data.text_encoder import TextEncoders
 from diffmoe_ds.errors import ConfigError
@@ -83,8 +83,8 @@ def choose_prompts(args: argparse.Namespace, reader: WeightsReader) -> ChosenPro
     if args.prompt is not None:
         texts = list(args.prompt)
     elif args.geneval is not None:
-        metadata = _lines(args.geneval, "--geneval")
-        texts = _prompts_of_json(metadata, f"--geneval {args.geneval}")
+        lines = _lines(args.geneval, "--geneval")
+        texts, metadata = _prompts_of_json(lines, f"--geneval {args.geneval}"), list(lines.values())
     else:
         texts = read_prompts(args.prompts)
     for text in texts:
@@ -112,13 +112,15 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: the file cannot be read, or has no prompts.
     """
     lines = _lines(path, "--prompts")
-    return _prompts_of_json(lines, f"--prompts {path}") if path.suffix.lower() == ".jsonl" else lines
+    is_json = path.suffix.lower() == ".jsonl"
+    return _prompts_of_json(lines, f"--prompts {path}") if is_json else list(lines.values())
 
 
-def _lines(path: Path, option: str) -> list[str]:
-    """Return the lines of a UTF-8 file that are not blank."""
+def _lines(path: Path, option: str) -> dict[int, str]:
+    """Return the lines of a UTF-8 file that are not blank, by their number."""
     try:
-        lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").split("\n") if line.strip()]
+        every = enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1)
+        lines = {number: line.strip() for number, line in every if line.strip()}
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be read: {error.strerror}.") from None
     except ValueError:
@@ -128,17 +130,17 @@ def _lines(path: Path, option: str) -> list[str]:
     return lines
 
 
-def _prompts_of_json(lines: Sequence[str], where: str) -> list[str]:
+def _prompts_of_json(lines: Mapping[int, str], where: str) -> list[str]:
     """Return the prompt of each line, a JSON object."""
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines.items():
         try:
-            tree = parse_json(line)
+            tree = parse_json_line(line)
         except ValueError as error:
-            raise ConfigError(f"{where}: object {number} is not valid JSON: {reason(error)}.") from None
+            raise ConfigError(f"{where}: line {number} is not valid JSON: {reason(error)}.") from None
         prompt = tree.get("prompt") if isinstance(tree, dict) else None
         if not isinstance(prompt, str):
-            raise ConfigError(f'{where}: object {number} must be like {{"prompt": "a red apple"}}, got {line[:80]!r}.')
+            raise ConfigError(f'{where}: line {number} must be like {{"prompt": "a red apple"}}, got {line[:80]!r}.')
         found.append(prompt)
     return found
 
@@ -196,11 +198,8 @@ def prompt_set(chosen: ChosenPrompts, text: TextFormat, encoders: TextEncoders) 
     Returns:
         The prompts, and a warning about those with more tokens than the encoders read.
     """
-    found = (encoders.too_long(prompt) for prompt in (*chosen.texts, chosen.negative))
-    warnings = [warning for warning in found if warning is not None]
-    more = f" (and {counted(len(warnings) - 1, 'other prompt')})" if len(warnings) > 1 else ""
     prompts = PromptSet(chosen.texts, text, encoders.encode, chosen.negative)
-    return prompts, f"{warnings[0]}{more}" if warnings else None
+    return prompts, encoders.truncation([*chosen.texts, chosen.negative])
 
 
 def open_prompts(chosen: ChosenPrompts, text: TextFormat, device: torch.device) -> tuple[PromptSet, str | None]:

@@ -13,11 +13,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffmoe_ds.control_files import MAX_LINE_BYTES, open_regular, parse_json, read_bytes
+from diffmoe_ds.control_files import MAX_LINE_BYTES, open_regular, parse_json_line, read_bytes
 from diffmoe_ds.data.sources.folder import ImageFolder, Source, file_key, is_image
 from diffmoe_ds.data.sources.shards import ShardDataset
 from diffmoe_ds.data.sources.text_index import (
@@ -177,17 +178,29 @@ def read_table(path: Path) -> dict[str, list[str]]:
             if os.fstat(raw.fileno()).st_size > MAX_TABLE_BYTES:
                 raise ValueError(f"larger than the limit of {MAX_TABLE_BYTES:,} bytes")
             lines = _lines(io.TextIOWrapper(raw, "utf-8-sig", newline=""))
-            for name, value in _csv_rows(lines) if suffix == ".csv" else _jsonl_rows(lines):
-                known = table.setdefault(name, [])
-                table[name] = clean_captions([*known, *(one for one in _one_line(value) if one not in known)])
+            for number, name, value in _csv_rows(lines) if suffix == ".csv" else _jsonl_rows(lines):
+                with _naming_line(number):
+                    key = _image(name)
+                    known = table.get(key, [])
+                    table[key] = clean_captions([*known, *(one for one in _one_line(value) if one not in known)])
                 rows += 1
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"the captions {path} cannot be read after {counted(rows, 'row')}: {reason(error)}") from None
+        after = f" after {counted(rows, 'row')}" if rows else ""
+        raise DataError(f"the captions {path} cannot be read{after}: {reason(error)}") from None
     return {name: captions for name, captions in table.items() if captions}
 
 
-def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Yield name of the image and caption of each row."""
+@contextmanager
+def _naming_line(number: int) -> Iterator[None]:
+    """Within the context, the message of a `ValueError` gets the number of the line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"line {number}: {reason(error)}") from None
+
+
+def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    """Yield number of the line, name of the image and caption of each row."""
     reader = csv.reader(lines, strict=True)
     header = [name.strip().lower() for name in next(reader, [])]
     image, caption = (_column(header, keys) for keys in (IMAGE_KEYS, CAPTION_KEYS))
@@ -195,19 +208,23 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if not row:
             continue
         if len(row) != len(header):
-            raise ValueError(f"line {reader.line_num} has {len(row)} columns, but the header has {len(header)}")
-        yield _image(row[header.index(image)]), row[header.index(caption)]
+            raise ValueError(
+                f"line {reader.line_num} has {counted(len(row), 'column')}, but the header has {len(header)}"
+            )
+        yield reader.line_num, row[header.index(image)], row[header.index(caption)]
 
 
-def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def _jsonl_rows(lines: Iterable[str]) -> Iterator[tuple[int, Any, Any]]:
+    """Yield number of the line, name of the image and caption of each object."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        tree = parse_json(line)
-        if not isinstance(tree, dict):
-            raise ValueError(f"line {number} is not an object")
-        image, caption = (_column(tree, keys) for keys in (IMAGE_KEYS, CAPTION_KEYS))
-        yield _image(tree[image]), tree[caption]
+        with _naming_line(number):
+            tree = parse_json_line(line)
+            if not isinstance(tree, dict):
+                raise ValueError(f"must be an object, got {line.strip()[:80]!r}")
+            image, caption = (_column(tree, keys) for keys in (IMAGE_KEYS, CAPTION_KEYS))
+        yield number, tree[image], tree[caption]
 
 
 def _column(columns: Iterable[str], keys: Sequence[str]) -> str:

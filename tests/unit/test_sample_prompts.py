@@ -165,7 +165,7 @@ def test_guides_need_the_same_encoders(capsys, model, tmp_path):
 def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "cat"}\n{"text": "dog"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "cat"}\n\n{"text": "dog"}\n')
     (tmp_path / "worse.jsonl").write_text("{cat}\n")
     both, clip, t5 = str(geneval_file(tmp_path)), str(tiny_encoder("clip")), str(tiny_encoder("t5"))
     capsys.readouterr()  # progress bars of transformers
@@ -178,8 +178,8 @@ def test_mistakes_with_prompts(capsys, model, class_model, tmp_path):
         (model, ["--prompts", str(tmp_path / "none.txt")], "none.txt: cannot be read: No such file"),
         (model, ["--prompts", str(tmp_path / "empty.txt")], "empty.txt: has no prompts; expected one on each line."),
         (model, ["--prompts", str(tmp_path / "latin.txt")], "latin.txt: must be UTF-8."),
-        (model, ["--prompts", str(tmp_path / "bad.jsonl")], 'object 2 must be like {"prompt": "a red apple"}, got'),
-        (model, ["--geneval", str(tmp_path / "worse.jsonl")], "worse.jsonl: object 1 is not valid JSON: "),
+        (model, ["--prompts", str(tmp_path / "bad.jsonl")], 'line 3 must be like {"prompt": "a red apple"}, got'),
+        (model, ["--geneval", str(tmp_path / "worse.jsonl")], "worse.jsonl: line 1 is not valid JSON: "),
         (model, ["--geneval", both, "--format", "png"], "--geneval and --format png contradict each other"),
         (model, ["--geneval", both, "--num-images", "2"], "--geneval and --num-images 2 contradict each other"),
         (model, ["--geneval", both, "--labels", "random"], "--geneval and --labels random contradict each other"),
