@@ -123,7 +123,7 @@ def test_other_settings_need_another_directory(made, tmp_path, capsys):
     prepare(tmp_path / "out", made, "--batch-size", "3", code=2)
     assert "was started with features_batch_size 2, got 3" in capsys.readouterr().err
     prepare(tmp_path / "out", made, "--features", str(tiny_dinov2(tmp_path / "other", hidden_size=8)), code=2)
-    assert "was started with features {'side': 4, 'width': 16" in capsys.readouterr().err
+    assert "was started with features.width 16, got 8; use the same setting" in capsys.readouterr().err
     assert main(["prepare", "images", "--images", str(made / "photographs"), "--out", str(tmp_path / "out")]) == 2
 
 

@@ -181,7 +181,7 @@ def test_long_captions_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "7"], "was started with text_encoders "),
+        (["--tokens", "7"], "was started with text_encoders.1.tokens 8, got 7"),
         (["--batch-size", "4"], "was started with batch_size 3, got 4"),
         (["--encoder", "/nowhere"], "the text encoder /nowhere is neither a folder"),
         (["--tokens", "0"], "--tokens must be positive, got 0"),

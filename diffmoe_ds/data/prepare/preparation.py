@@ -323,11 +323,22 @@ def _settings(preparation: Preparation) -> dict[str, Any]:
 
 def _check_same(found: dict[str, Any], settings: dict[str, Any], out: Path) -> None:
     for key in (*settings, *found):
-        before, now = str(found.get(key)), str(settings.get(key))
         if found.get(key) != settings.get(key):
-            same = next((place for place, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
-            start = 0 if same < 60 else same - 20  # show where long values differ
+            name, before, now = _difference(key, found.get(key), settings.get(key))
             raise ConfigError(
-                f"--out {out} was started with {key} {before[start:][:80]}, got {now[start:][:80]}; use the same "
-                "setting, or a new directory."
+                f"--out {out} was started with {name} {str(before)[:80]}, got {str(now)[:80]}; use the same setting, "
+                "or a new directory."
             )
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the dotted name of the first part of a setting that differs, and its two values."""
+    pairs: list[tuple[Any, Any, Any]] = []
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        pairs = [(key, before[key], now[key]) for key in before]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(number, *pair) for number, pair in enumerate(zip(before, now, strict=True), 1)]
+    for key, one, other in pairs:
+        if one != other:
+            return _difference(f"{name}.{key}", one, other)
+    return name, before, now

@@ -12,6 +12,7 @@ from diffmoe_ds.data.prepare.progress import Progress
 from diffmoe_ds.data.sources.index_files import PARTS
 from diffmoe_ds.errors import CheckpointError, DiffMoEError
 from diffmoe_ds.files import write_text
+from diffmoe_ds.text import counted
 
 
 def run(preparation: Preparation, rank: int, world: int, timeout: float) -> None:
@@ -42,14 +43,14 @@ def run(preparation: Preparation, rank: int, world: int, timeout: float) -> None
         how = f"again, {len(lost)} shard(s) regenerated" if lost else "already"
         print(f"{preparation.out} is complete {how}")
         return
-    print(f"{preparation.out}: {report['stored']:,} samples in {preparation.shards} shards")
+    print(f"{preparation.out}: {counted(report['stored'], 'sample')} in {counted(preparation.shards, 'shard')}")
     if report.get("truncated_captions"):
         print(
             f"{report['truncated_captions']:,} of {report['captions']:,} captions have more tokens than an encoder "
             "reads; the rest of each is ignored"
         )
     if report["skipped"]:
-        print(f"{len(report['skipped']):,} images could not be read, see {preparation.out / 'report.json'}")
+        print(f"{counted(len(report['skipped']), 'unreadable image')}, see {preparation.out / 'report.json'}")
 
 
 def _write(preparation: Preparation, rank: int, world: int, timeout: float) -> dict[str, Any] | None:
