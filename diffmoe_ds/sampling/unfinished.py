@@ -195,7 +195,7 @@ class UnfinishedSet:
             )
 
     def discard_if_empty(self, others: bool = False) -> None:
-        """Remove the set if no shard is finished, ignoring errors.
+        """Remove the set if no shard is finished, and the output directory if it is then empty, ignoring errors.
 
         Args:
             others: whether other ranks may still be writing shards, in the same directory of their own, which then
@@ -207,6 +207,8 @@ class UnfinishedSet:
                 self.discard(self.folder)
         if is_empty or not others:
             remove_tree(self.own, ignore_errors=True)
+        with suppress(OSError):  # it may hold other files
+            self.out.rmdir()
 
     def discard(self, path: Path) -> None:
         """Remove something from the output directory, if it exists; if this process is killed, it is there or not.
