@@ -77,7 +77,7 @@ class UnfinishedSet:
         except OSError as error:
             raise CheckpointError(f"--out {self.out}: cannot create the directory: {error.strerror}.") from None
         try:
-            self.own.mkdir()
+            self.own.mkdir(parents=True)  # a process that fails just now may remove the empty output directory
         except OSError as error:
             raise write_error(self.folder, error) from None
         try:
