@@ -64,8 +64,8 @@ class Job:
     """All of its output, once it has ended."""
 
     def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
+        with open(f"/proc/self/fd/{self.output.fileno()}") as copy:  # a position of its own: the job shares the file's
+            return copy.read()
 
     def wait(self, *, until_stopped: bool = False) -> int | None:
         """Return the exit code; None once the job is stopped, if that is awaited."""
