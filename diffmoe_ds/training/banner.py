@@ -200,9 +200,13 @@ def _objective(plan: TrainPlan) -> str:
 
 
 def _warnings(plan: TrainPlan, hosts: tuple[str, ...]) -> list[str]:
-    crossing = crossing_warning(plan.config, plan.settings, hosts)
-    data = (check(plan.config, plan.dataset) for check in (missing_classes, truncated_captions))
-    found = crossing, _average_warning(plan), _warmup_warning(plan), *data
+    found = (
+        crossing_warning(plan.config, plan.settings, hosts),
+        _average_warning(plan),
+        _warmup_warning(plan),
+        missing_classes(plan.config, plan.dataset),
+        truncated_captions(plan.config, plan.dataset),
+    )
     return [warning for warning in found if warning]
 
 
