@@ -22,6 +22,11 @@ def shortened(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def quoted(name: str) -> str:
+    """Return the ``repr`` of a name that a file holds, of which a long one is shortened."""
+    return repr(shortened(name, 100))
+
+
 def reason(error: Exception) -> str:
     """Return the message of a library's or system's error without full stop and number, to continue a sentence."""
     text = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -25,6 +25,7 @@ from diffmoe_ds.checkpoint.export import WEIGHTS
 from diffmoe_ds.checkpoint.layout import BUFFER
 from diffmoe_ds.checkpoint.load import PROJECTOR, WeightsReader, has_null
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
+from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.control_files import read_json
 from diffmoe_ds.errors import CheckpointError, ConfigError
@@ -133,7 +134,8 @@ def read_vae(path: Path, config: Config, name: str = "--vae") -> Vae:
         )
     if channels != config.model.in_channels:
         raise ConfigError(
-            f"{name} {path} decodes latents of {channels} channels, but the model generates {config.model.in_channels}."
+            f"{name} {path} decodes latents of {short_repr(channels)} channels, but the model generates "
+            f"{config.model.in_channels}."
         )
     return Vae(folder, settings)
 

@@ -38,7 +38,7 @@ from diffmoe_ds.data.sources.tar_index import (
 )
 from diffmoe_ds.data.sources.text_index import CAPTION_SUFFIXES, TEXT_SUFFIX, TextEntry, read_plain, read_records
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.text import reason
+from diffmoe_ds.text import quoted, reason
 from diffmoe_ds.text_features import Caption, TextFormat, padded_row
 
 EMBEDDED = Path(__file__).parent.parent / "embedded" / "fashion-mnist-00000.tar.gz"
@@ -157,7 +157,7 @@ class ShardDataset:
 
     def describe(self, index: int) -> str:
         """Return key and shard of a sample, for messages."""
-        return f"sample {self.key(index)!r} of shard {self._shards[self._entry(index).shard]}"
+        return f"sample {quoted(self.key(index))} of shard {self._shards[self._entry(index).shard]}"
 
     def suffix(self, index: int) -> str:
         """Return the format of a sample's image, the suffix of its member."""

@@ -16,6 +16,7 @@ from diffmoe_ds.data.sources.image_features import (
 from diffmoe_ds.data.sources.latents import FORMAT_MEMBER, MAX_FORMAT_BYTES, LatentFormat, parse_format
 from diffmoe_ds.data.sources.text_index import MAX_TEXT_FORMAT_BYTES, TEXT_FORMAT_MEMBER, parse_text_format
 from diffmoe_ds.errors import DataError
+from diffmoe_ds.text import quoted
 from diffmoe_ds.text_features import TextFormat
 
 MAX_HEADER_BYTES = 1 << 20
@@ -131,12 +132,12 @@ def check_member(shard: str, member: tarfile.TarInfo) -> None:
     """
     if not 0 <= member.size <= MAX_MEMBER_BYTES:
         raise DataError(
-            f"member {member.name!r} of shard {shard} has {member.size} bytes; "
+            f"member {quoted(member.name)} of shard {shard} has {member.size} bytes; "
             f"the limit is {MAX_MEMBER_BYTES >> 20} MiB"
         )
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise DataError(
-            f"member {member.name!r} of shard {shard} has a name that leads out of the archive; "
+            f"member {quoted(member.name)} of shard {shard} has a name that leads out of the archive; "
             "expected a relative name without '..'"
         )
 

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from diffmoe_ds.config.fields import printable
 from diffmoe_ds.data.sources.image_features import (
     FEATURES_COLUMNS,
     FEATURES_MEMBER,
@@ -35,7 +36,7 @@ from diffmoe_ds.data.sources.text_index import (
     text_table,
 )
 from diffmoe_ds.errors import DataError
-from diffmoe_ds.text import reason
+from diffmoe_ds.text import quoted, reason
 from diffmoe_ds.text_features import TextFormat
 
 MAX_LABEL = 999_999_999
@@ -159,7 +160,7 @@ def scan(shard: str, file: BinaryIO, size: int) -> Index:
     formats = Formats()
     try:
         for key, members in _samples(shard, file, formats):
-            where = f"sample {key!r} of shard {shard}"
+            where = f"sample {quoted(key)} of shard {shard}"
             suffix, (offset, length) = _image(where, members)
             label = read_label(where, file, members[LABEL_SUFFIX]) if LABEL_SUFFIX in members else NO_LABEL
             name = key.encode("utf-8", "surrogateescape")
@@ -236,7 +237,7 @@ def check_latents(index: Index) -> None:
         number = int(np.argmax(wrong))
         entry = Entry(*index.samples[number].tolist())
         raise DataError(
-            f"sample {index.key(number)!r} of shard {index.shards[entry.shard].name} has a "
+            f"sample {quoted(index.key(number))} of shard {index.shards[entry.shard].name} has a "
             f".{IMAGE_SUFFIXES[entry.suffix]} of {entry.size} bytes; expected a .npy latent of {size} bytes"
         )
 
@@ -254,8 +255,9 @@ def check_text(index: Index) -> None:
     if lacks.any():
         number = int(np.argmax(lacks))
         raise DataError(
-            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has no .{TEXT_SUFFIX}"
-            f", but its shard has a {TEXT_FORMAT_MEMBER}; expected text features next to every image, or to none"
+            f"sample {quoted(index.key(number))} of shard {index.shards[index.samples[number, 0]].name} has no "
+            f".{TEXT_SUFFIX}, but its shard has a {TEXT_FORMAT_MEMBER}; expected text features next to every image, or "
+            "to none"
         )
 
 
@@ -274,7 +276,7 @@ def check_features(index: Index) -> None:
         number = int(np.argmax(wrong))
         found = int(index.features[number, 1])
         raise DataError(
-            f"sample {index.key(number)!r} of shard {index.shards[index.samples[number, 0]].name} has "
+            f"sample {quoted(index.key(number))} of shard {index.shards[index.samples[number, 0]].name} has "
             f"{f'a .{FEATURES_SUFFIX} of {found:,} bytes' if found else f'no .{FEATURES_SUFFIX}'}, but its shard has a "
             f"{FEATURES_MEMBER}; expected image features of {size:,} bytes next to every image"
         )
@@ -312,11 +314,13 @@ def _samples(shard: str, file: BinaryIO, formats: Formats) -> Iterator[tuple[str
                     yield current, members
                 current, members = key, {}
             if suffix in members:
-                raise DataError(f"sample {key!r} of shard {shard} has two .{suffix} members; expected one")
+                raise DataError(
+                    f"sample {quoted(key)} of shard {shard} has two {printable(f'.{suffix}')} members; expected one"
+                )
             if suffix in (*IMAGE_SUFFIXES, LABEL_SUFFIX, TEXT_SUFFIX, FEATURES_SUFFIX):
                 check_member(shard, member)
             elif suffix in CAPTION_SUFFIXES and member.size < 0:
-                raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                raise tarfile.ReadError(f"member {quoted(member.name)} has a negative size")
             members[suffix] = (member.offset_data, member.size) if stored else (NOT_STORED, 0)
         # tarfile treats a damaged or truncated header as the end of the archive; the real end is a block of zeros.
         file.seek(tar.offset)
@@ -331,7 +335,7 @@ def _image(where: str, members: dict[str, tuple[int, int]]) -> tuple[str, tuple[
     found = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
     images = [suffix for suffix in found if suffix not in RARE_SUFFIXES] or found
     if len(images) != 1:
-        names = ", ".join(f".{suffix}" for suffix in list(members)[:8])
+        names = ", ".join(printable(f".{suffix}") for suffix in list(members)[:8])
         raise DataError(
             f"{where} has {len(images) or 'no'} image{'s' * (len(images) > 1)} among its members {names}; "
             f"expected one of .{', .'.join(IMAGE_SUFFIXES)}, stored next to the other members of its key"
