@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.checkpoint.reference_config import HEAD, reference_config
+from diffmoe_ds.checkpoint.reference_routers import is_dsmoe, is_promoe, router_views
 from diffmoe_ds.checkpoint.reference_weights import check_plain
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import CheckpointError
@@ -33,8 +34,9 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
     torch.Size([4, 4, 8, 8])
 
     Args:
-        config: ``kind`` (dense, tc, ec or diffmoe), the arguments of its class under ``model`` and ``moe``, and
-            optionally ``rf``, whether it is a flow model; otherwise, one without a learned variance is.
+        config: ``kind`` (dense, tc, ec or diffmoe; promoe, promoe_ec or dsmoe for the models of these papers), the
+            arguments of its class under ``model`` and ``moe``, and optionally ``rf``, whether it is a flow model;
+            otherwise, one without a learned variance is, and those of the other papers are.
         state: its ``state_dict``. A flow model may predict a variance, which the reference ignores.
 
     Returns:
@@ -81,6 +83,8 @@ def reference_views(config: Config, name: str, tensor: Tensor) -> dict[str, Tens
         name: our parameter's name.
         tensor: the parameter, its gradient, or another tensor of its shape.
     """
+    if is_promoe(config) or is_dsmoe(config):
+        return router_views(config, name, tensor)
     layer, _, leaf = name.partition(".mlp.")
     if leaf == "gate_weight" and config.routing.kind == "token_choice":
         return {f"{layer}.mlp.gate.weight": tensor}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.reference_routers import ROUTER_KINDS, router_sections
 from diffmoe_ds.checkpoint.reference_weights import shape_of
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_from_dict
@@ -24,12 +25,17 @@ EVIDENCE = {
     "tc": "linear gates (mlp.gate)",
     "ec": "experts without capacity predictors",
     "diffmoe": "capacity predictors",
+    "promoe": "prototypes (mlp.cluster_centers)",
+    "promoe_ec": "prototypes (mlp.cluster_centers)",
+    "dsmoe": "correction biases (mlp.gate.e_score_correction_bias)",
 }
 """What tells the weights of a model class from those of the others."""
 SHAPE_KEYS = ("hidden_size", "depth", "num_heads", "input_size", "patch_size", "num_classes")
 """Arguments that every model class of the reference needs, positive integers."""
 CAPACITY_WEIGHT = 0.01
 """Default weight of the capacity loss in the reference's class; its published configuration sets 1."""
+MLP_RATIO = 4
+"""Default of ``mlp_ratio`` in the reference's class."""
 LABEL_DROPOUT = 0.1
 """Default of ``class_dropout_prob`` in the reference's class."""
 BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.(mlp\.experts\.)?")
@@ -50,40 +56,53 @@ def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config
     """
     _check_form(config)
     model, moe = dict(config["model"]), dict(config.get("moe") or {})
-    if config.get("kind") not in KINDS:
-        raise CheckpointError(f"kind: unknown {config.get('kind')!r}; valid: {', '.join(KINDS)}.")
+    if config.get("kind") not in EVIDENCE:
+        raise CheckpointError(f"kind: unknown {short_repr(config.get('kind'))}; valid: {', '.join(EVIDENCE)}.")
     if model.get("head_dim") not in (None, model["hidden_size"] / model["num_heads"]):
         raise CheckpointError("head_dim: a head width other than hidden_size / num_heads is not supported.")
     _check_kind(config["kind"], state)
-    kind = KINDS[config["kind"]]
-    ratio = model.get("mlp_ratio", 4)
     tree = {
-        "model": {
-            "name": "nano-E1",
-            "hidden_size": model["hidden_size"],
-            "depth": model["depth"],
-            "num_heads": model["num_heads"],
-            "input_size": model["input_size"],
-            "in_channels": model.get("in_channels", shape_of(state, PATCHES, 4)[1]),
-            "patch_size": model["patch_size"],
-            "num_classes": model["num_classes"],
-            "label_dropout": model.get("class_dropout_prob", LABEL_DROPOUT),
-            "mlp_ratio": ratio,
-            "mlp": "swiglu" if model.get("use_swiglu") else "gelu",
-        },
-        "routing": {
-            "kind": kind,
-            "pool": "rank",
-            "num_experts": moe.get("num_experts"),
-            "capacity": moe.get("capacity", 1),
-            "interleave": moe.get("interleave", True),
-            "shared_experts": _shared_experts(state, int(model["hidden_size"] * ratio), moe.get("n_shared_experts")),
-            "capacity_predictor": any(".capacity_predictor." in name for name in state),
-            "capacity_weight": model.get("CapacityPred_loss_weight", CAPACITY_WEIGHT),
-        },
+        "model": _model_section(model, state),
+        "routing": {"pool": "rank", "interleave": moe.get("interleave", True)},
         "objective": {"kind": _objective(config, state)},
     }
+    if config["kind"] in ROUTER_KINDS:
+        changed = router_sections(config["kind"], model, moe)
+        changed["routing"] |= {"capacity_predictor": False, "balance_weight": 0}
+    else:
+        changed = {
+            "model": {"mlp": "swiglu" if model.get("use_swiglu") else "gelu"},
+            "routing": _routing_section(KINDS[config["kind"]], model, moe, state),
+        }
+    tree = {name: {**section, **changed.get(name, {})} for name, section in tree.items()}
     return config_from_dict(tree, "the reference's configuration")
+
+
+def _model_section(model: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "name": "nano-E1",
+        "hidden_size": model["hidden_size"],
+        "depth": model["depth"],
+        "num_heads": model["num_heads"],
+        "input_size": model["input_size"],
+        "in_channels": model.get("in_channels", shape_of(state, PATCHES, 4)[1]),
+        "patch_size": model["patch_size"],
+        "num_classes": model["num_classes"],
+        "label_dropout": model.get("class_dropout_prob", LABEL_DROPOUT),
+        "mlp_ratio": model.get("mlp_ratio", MLP_RATIO),
+    }
+
+
+def _routing_section(kind: str, model: dict[str, Any], moe: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    hidden = int(model["hidden_size"] * model.get("mlp_ratio", MLP_RATIO))
+    return {
+        "kind": kind,
+        "num_experts": moe.get("num_experts"),
+        "capacity": moe.get("capacity", 1),
+        "shared_experts": _shared_experts(state, hidden, moe.get("n_shared_experts")),
+        "capacity_predictor": any(".capacity_predictor." in name for name in state),
+        "capacity_weight": model.get("CapacityPred_loss_weight", CAPACITY_WEIGHT),
+    }
 
 
 def _check_form(config: Any) -> None:
@@ -177,7 +196,7 @@ def _objective(config: dict[str, Any], state: dict[str, Tensor]) -> str:
     learned = config["model"].get("learn_sigma")
     if learned is None:
         learned = has_variance
-    is_flow = config.get("rf", not learned)
+    is_flow = config.get("rf", config["kind"] in ROUTER_KINDS or not learned)
     if not is_flow and not learned:
         raise ConfigError("learn_sigma: DDPM models without learned variance are not supported.")
     if bool(learned) != has_variance:
@@ -198,6 +217,10 @@ def _kind(state: dict[str, Tensor], has_experts: bool) -> str:
     """Infer the model class from the weights."""
     if not has_experts:
         return "dense"
+    if any(name.endswith(".mlp.cluster_centers") for name in state):
+        return "promoe"
+    if any(name.endswith(".mlp.gate.e_score_correction_bias") for name in state):
+        return "dsmoe"
     if any(name.endswith(".mlp.gate.weight") for name in state):
         return "tc"
     predicts = any(name.endswith(".expert_threshold") or ".capacity_predictor." in name for name in state)
@@ -211,7 +234,7 @@ def _check_kind(kind: str, state: dict[str, Tensor]) -> None:
         CheckpointError: they are of another one.
     """
     found = _kind(state, any(".mlp.experts." in name for name in state))
-    if found != kind:
+    if EVIDENCE[found] != EVIDENCE[kind]:
         raise CheckpointError(
             f"the weights are those of the model class {found!r} ({EVIDENCE[found]}), but {kind!r} was requested."
         )

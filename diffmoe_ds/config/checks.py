@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from diffmoe_ds.config.fields import AUTO_TEXT
 from diffmoe_ds.config.presets import Size
-from diffmoe_ds.config.sections import DataConfig, LossConfig, ModelConfig, RoutingConfig, SampleConfig
+from diffmoe_ds.config.routing import RoutingConfig
+from diffmoe_ds.config.sections import DataConfig, LossConfig, ModelConfig, SampleConfig
 from diffmoe_ds.errors import ConfigError
 
 MAX_TOKENS = 2**20
@@ -16,12 +17,15 @@ MAX_PARAMETERS = 1e12
 """Maximum number of parameters."""
 
 
-def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int, num_experts: int) -> None:
+def check_shapes(
+    model: ModelConfig, routing: RoutingConfig, size: Size, tokens_per_image: int, num_experts: int
+) -> None:
     """Check that the transformer can be built.
 
     Args:
         model: the section.
-        size: the size that it resolves to.
+        routing: the section.
+        size: the size that the model resolves to.
         tokens_per_image: tokens S.
         num_experts: experts E per MoE layer.
 
@@ -35,7 +39,9 @@ def check_shapes(model: ModelConfig, size: Size, tokens_per_image: int, num_expe
             f"model.mlp_ratio must give an FFN a hidden width from 1 to 2^63, got {model.mlp_ratio}, which gives "
             f"{hidden:g} at a token width of {width}."
         )
-    parameters = size.depth * width * (10 * width + 2 * hidden * max(1, num_experts))
+    expert = routing.expert_width or hidden
+    experts = num_experts * expert + routing.shared_experts * (routing.shared_width or expert)
+    parameters = size.depth * width * (10 * width + 2 * (experts if num_experts > 1 else hidden))
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
             f"model: depth {size.depth}, width {width}, mlp_ratio {model.mlp_ratio:g} and {num_experts} expert(s) give "
@@ -85,6 +91,67 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
             f"routing.capacity must be at least {num_experts / tokens_per_image:g} for expert_choice, else an expert "
             f"takes none of the {tokens_per_image} tokens of an image, got {capacity}; a smaller model.patch_size also "
             "helps."
+        )
+
+
+def check_router(routing: RoutingConfig, num_experts: int, has_capacity_predictor: bool) -> None:
+    """Check that keys which only some routers have fit the router.
+
+    Args:
+        routing: the section.
+        num_experts: experts E per MoE layer.
+        has_capacity_predictor: whether the layers have a capacity predictor.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if num_experts == 1:
+        return
+    kept = routing.groups if routing.groups_kept is None else routing.groups_kept
+    if routing.kind != "token_choice" and (routing.groups > 1 or routing.bias_rate is not None):
+        key, value = ("groups", routing.groups) if routing.groups > 1 else ("bias_rate", routing.bias_rate)
+        raise ConfigError(
+            f"routing.{key} must be unset for the router {routing.kind}, got {value:g}; only token_choice has it."
+        )
+    if num_experts % routing.groups or (kept < routing.groups and num_experts < 2 * routing.groups):
+        raise ConfigError(
+            f"routing.groups must divide the {num_experts} experts into groups of two or more, got {routing.groups}."
+        )
+    if not kept <= routing.groups or kept * (num_experts // routing.groups) < routing.capacity:
+        raise ConfigError(
+            f"routing.groups_kept must be at most routing.groups ({routing.groups}) and leave at least "
+            f"{routing.capacity:g} experts, got {kept}."
+        )
+    if routing.unconditional_expert and (routing.kind == "batch_pool" or has_capacity_predictor):
+        raise ConfigError(
+            "routing.unconditional_expert needs routing.kind token_choice, or expert_choice with "
+            f"routing.capacity_predictor false; got {routing.kind}."
+        )
+
+
+def check_blocks(model: ModelConfig, routing: RoutingConfig, size: Size, num_experts: int) -> None:
+    """Check that the layers of a block fit each other.
+
+    Args:
+        model: the section.
+        routing: the section.
+        size: the size that the model resolves to.
+        num_experts: experts E per MoE layer.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if model.positions == "rope" and size.hidden_size // size.num_heads % 4:
+        raise ConfigError(
+            f"model.positions rope needs a head width divisible by 4, got {size.hidden_size // size.num_heads}; change "
+            "model.num_heads."
+        )
+    if num_experts > 1 and model.mlp == "silu" and routing.expert_mlp is None:
+        raise ConfigError("routing.expert_mlp must be gelu or swiglu if model.mlp is silu, which experts cannot be.")
+    if routing.unconditional_expert and model.label_dropout == 0:
+        raise ConfigError(
+            "model.label_dropout must be positive for routing.unconditional_expert, which takes the images whose label "
+            "is dropped, got 0."
         )
 
 

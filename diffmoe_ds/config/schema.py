@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from diffmoe_ds.config.checks import check_aligned_block, check_captions, check_experts, check_no_text, check_shapes
+from diffmoe_ds.config.checks import (
+    check_aligned_block,
+    check_blocks,
+    check_captions,
+    check_experts,
+    check_no_text,
+    check_router,
+    check_shapes,
+)
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
+from diffmoe_ds.config.routing import AUXILIARY, PoolScope, RoutingConfig, RoutingKind
 from diffmoe_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -21,9 +30,6 @@ from diffmoe_ds.config.sections import (
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    PoolScope,
-    RoutingConfig,
-    RoutingKind,
     RunConfig,
     SampleConfig,
 )
@@ -90,8 +96,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_fields(self) -> Config:
         """Run the checks that involve several fields."""
-        check_shapes(self.model, self.size, self.tokens_per_image, self.num_experts)
+        check_shapes(self.model, self.routing, self.size, self.tokens_per_image, self.num_experts)
         check_experts(self.routing, self.num_experts, self.tokens_per_image)
+        check_router(self.routing, self.num_experts, self.has_capacity_predictor)
+        check_blocks(self.model, self.routing, self.size, self.num_experts)
         check_aligned_block(self.loss, self.size.depth)
         if not self.is_text:
             check_no_text(self.model, self.data, self.sample)
@@ -138,6 +146,34 @@ class Config(Section):
         return parse_name(self.model.name)[1] if self.routing.num_experts is None else self.routing.num_experts
 
     @property
+    def moe_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with experts."""
+        if self.num_experts == 1:
+            return ()
+        blocks = range(self.size.depth)[1::2] if self.routing.interleave else range(self.size.depth)
+        return tuple(block for block in blocks if block >= self.routing.dense_blocks)
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of the FFN of a block without experts."""
+        return int(self.size.hidden_size * self.model.mlp_ratio)
+
+    @property
+    def expert_mlp(self) -> str:
+        """Type of the experts, ``gelu`` or ``swiglu``."""
+        return self.routing.expert_mlp or self.model.mlp
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden width H of an expert."""
+        return self.routing.expert_width or self.ffn_hidden
+
+    @property
+    def shared_hidden(self) -> int:
+        """Hidden width of all shared experts of a layer together; 0 without."""
+        return self.routing.shared_experts * (self.routing.shared_width or self.expert_hidden)
+
+    @property
     def inference_choices(self) -> tuple[str, ...]:
         """Routing choices at inference, the default first."""
         kind = self.routing.kind
@@ -147,6 +183,19 @@ class Config(Section):
     def has_capacity_predictor(self) -> bool:
         """Whether the MoE layers have a capacity predictor."""
         return self.routing.kind in ("expert_choice", "batch_pool") and self.routing.capacity_predictor
+
+    @property
+    def null_fraction(self) -> float:
+        """Fraction of the training images whose tokens an expert of their own takes."""
+        return self.model.label_dropout if self.routing.unconditional_expert else 0.0
+
+    @property
+    def auxiliary_losses(self) -> tuple[str, ...]:
+        """Names, in `AUXILIARY`, of the losses that the MoE layers add."""
+        if self.num_experts == 1:
+            return ()
+        names = AUXILIARY if self.routing.kind == "token_choice" else AUXILIARY[1:]  # only it has a balance loss
+        return tuple(name for name in names if getattr(self.routing, f"{name}_weight"))
 
     @property
     def aligned_block(self) -> int | None:

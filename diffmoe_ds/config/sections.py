@@ -1,4 +1,4 @@
-"""The sections of a recipe, one class each, in the order of `diffmoe_ds.config.schema.Config`.
+"""The sections of a recipe but `routing`, one class each, in the order of `diffmoe_ds.config.schema.Config`.
 
 The string below a field documents it: `diffmoe config`, the JSON schema and ``docs/configuration.md`` print it.
 """
@@ -6,9 +6,9 @@ The string below a field documents it: `diffmoe config`, the JSON schema and ``d
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from diffmoe_ds.config.fields import (
     Betas,
@@ -33,17 +33,12 @@ from diffmoe_ds.config.fields import (
     Seconds,
     Section,
     Seed,
-    Slack,
     SmallInteger,
     Steps,
     Text,
     TextEncoders,
     Texts,
-    router,
 )
-
-RoutingKind = Annotated[Literal["dense", "token_choice", "expert_choice", "batch_pool"], BeforeValidator(router)]
-PoolScope = Literal["rank", "ep", "world"]
 
 
 class ModelConfig(Section):
@@ -83,49 +78,22 @@ class ModelConfig(Section):
     classifier-free guidance requires; 0 disables both."""
     mlp_ratio: PositiveNumber = 4.0
     """Hidden width of an FFN or expert, as a multiple of `hidden_size`."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """FFN and expert type: `gelu` has two layers with biases and tanh-GELU; `swiglu` has three without biases."""
+    mlp: Literal["gelu", "silu", "swiglu"] = "gelu"
+    """FFN and expert type: `gelu` has two layers with biases and tanh-GELU; `silu`, for FFNs only, has SiLU instead;
+    `swiglu` has three without biases."""
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    """Normalize the queries and keys of each head in self-attention, which keeps the training of large models stable
+    (arXiv 2302.05442): with LayerNorm (`layer`, as in ProMoE) or with RMSNorm (`rms`, as in SD3, arXiv 2403.03206)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Norms before attention and FFN: LayerNorm without weights, as in DiT, or RMSNorm (arXiv 1910.07467) with weights,
+    as in DSMoE."""
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Positions of tokens: `sincos` adds fixed embeddings to them, as DiT does; `rope` rotates queries and keys by row
+    and column instead (2-D RoPE, arXiv 2403.13298), as in DSMoE. Needs a head width divisible by 4."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, slower steps."""
     compile: Flag = False
     """Compile each block with `torch.compile` for training: a slow start, then faster steps on GPUs."""
-
-
-class RoutingConfig(Section):
-    """How tokens are routed to experts."""
-
-    kind: RoutingKind = "batch_pool"
-    """Router: `batch_pool` is DiffMoE, `expert_choice` is EC-DiT, `token_choice` is TC-DiT; `dense` has no experts. The
-    short names `diffmoe`, `ec` and `tc` are also valid."""
-    pool: PoolScope = "world"
-    """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
-    expert-parallel group (`ep`) or on all ranks (`world`)."""
-    pool_images: PositiveInteger | None = None
-    """Split the `batch_pool` pool into pools of this many consecutive images in training; by default it is not split.
-    With 1, experts choose tokens within each image, as in `expert_choice`. Must divide the micro-batch size, or be a
-    multiple of it that divides the number of images in the pool. Thresholds still track the whole pool."""
-    num_experts: Count | None = None
-    """Number of experts E per MoE layer; defaults to that of the named model."""
-    capacity: PositiveNumber = 1.0
-    """Capacity C, the average number of experts per token; at most E, and an integer for `token_choice`."""
-    interleave: Flag = True
-    """Use experts in every second block only (1, 3, ...); `false` uses them in every block."""
-    shared_experts: SmallInteger = 0
-    """Number of shared experts, applied to every token in addition to the routed ones; implemented as one wider FFN."""
-    capacity_predictor: Flag = True
-    """Train the capacity predictor, which sampling with `dynamic` or `per_token` routing needs. Only `expert_choice`
-    and `batch_pool` have one."""
-    capacity_weight: NonNegativeNumber = 1.0
-    """Weight of the capacity predictor's loss. Its input is detached, so this scales only its own gradient."""
-    balance_weight: NonNegativeNumber = 0.01
-    """Weight of the load-balance loss of `token_choice`."""
-    threshold_decay: Fraction = 0.95
-    """Decay per optimizer step of the moving average that sets the thresholds of `dynamic` and `per_token` routing."""
-    padded_dispatch: Slack | None = None
-    """Slots that every rank sends to each expert in training, as a multiple of the expected number of tokens; unused
-    ones are padding. It avoids waiting for the GPU in every layer to learn the exact number; 1.25 is a good start. It
-    affects `token_choice` and pools that span several ranks, and pays on GPUs. If a rank has more tokens for an expert,
-    all ranks repeat the forward pass with exact numbers; see `redone` in the metrics."""
 
 
 class ObjectiveConfig(Section):
@@ -137,6 +105,9 @@ class ObjectiveConfig(Section):
     flow_time_scale: PositiveNumber = 1.0
     """Factor applied to the flow time, in [0, 1], before it is embedded. The reference implementation uses 1; 1000
     matches the range of DDPM time steps, for which the embedding was designed, and trains faster."""
+    flow_direction: Literal["noise_to_data", "data_to_noise"] = "noise_to_data"
+    """Direction of time in the network of `flow`: `data_to_noise` shows it the noise level and lets it predict noise -
+    data, as in ProMoE and SD3. All that a run reads and writes, such as training times, is the same for both."""
     time_distribution: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the training times of `flow`; `logit_normal` trains more at medium noise levels (arXiv
     2403.03206)."""
@@ -153,7 +124,7 @@ class ObjectiveConfig(Section):
         """Keys of the recipe that have no effect with its other keys, such as those of `flow` under `ddpm`."""
         keys: tuple[str, ...] = ("time_mean", "time_std") if self.time_distribution == "uniform" else ()
         if self.kind != "flow":
-            keys = ("flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift")
+            keys = ("flow_time_scale", "flow_direction", "time_distribution", "time_mean", "time_std", "time_shift")
         default = ObjectiveConfig()
         return tuple(key for key in keys if getattr(self, key) != getattr(default, key))
 

@@ -6,7 +6,6 @@ Source: DiT (arXiv 2212.09748) with the MoE blocks of DiffMoE (arXiv 2503.14487)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
@@ -20,7 +19,7 @@ from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.model.conditioning import context_width, make_conditioner
+from diffmoe_ds.model.conditioning import Condition, context_width, make_conditioner
 from diffmoe_ds.model.layers import (
     FFN,
     Attention,
@@ -29,13 +28,16 @@ from diffmoe_ds.model.layers import (
     FinalLayer,
     PatchEmbed,
     TimestepEmbedder,
+    block_norm,
     layer_norm,
     modulate,
+    rotations,
     sincos_positions,
     unpatchify,
 )
 from diffmoe_ds.moe.first_pass import both_passes
 from diffmoe_ds.moe.layer import MoELayer, Routing, bounded_dispatch
+from diffmoe_ds.moe.null_images import NullImages, find_null_images
 
 
 class DiTOutput(NamedTuple):
@@ -68,45 +70,66 @@ class Observer(Protocol):
         """End a batch, keeping the observations since `start`."""
 
 
+class BlockInputs(NamedTuple):
+    """What every block reads besides its tokens."""
+
+    vector_BD: Tensor
+    """The conditioning of each image: the embeddings of its time and condition, added."""
+    time_BD: Tensor
+    """The embedding of the time alone."""
+    context: Context | None = None
+    """What the cross-attention reads, if there is one."""
+    null: NullImages | None = None
+    """The null images, with `routing.unconditional_expert`."""
+    rotation: Tensor | None = None
+    """By which attention rotates queries and keys, with rotary positions."""
+
+
 class DiTBlock(nn.Module):
     """Attention, then an FFN or experts, both modulated by adaLN-zero; in text models, cross-attention between them."""
 
-    def __init__(self, width: int, num_heads: int, mlp: nn.Module, cross_attn: CrossAttention | None = None) -> None:
+    def __init__(self, config: Config, mlp: nn.Module) -> None:
         """Allocate the weights.
 
         Args:
-            width: D.
-            num_heads: attention heads.
+            config: the run's configuration.
             mlp: the FFN or the MoE layer.
-            cross_attn: the cross-attention; None for conditions without context.
         """
         super().__init__()
-        self.norm1 = layer_norm(width)
-        self.attn = Attention(width, num_heads)
+        model, width = config.model, config.size.hidden_size
+        self.norm1 = block_norm(model.norm, width)
+        self.attn = Attention(width, config.size.num_heads, model.qk_norm)
         self.norm_cross = layer_norm(width)
-        self.cross_attn = cross_attn
-        self.norm2 = layer_norm(width)
+        self.cross_attn = _cross_attention(config)
+        self.norm2 = block_norm(model.norm, width)
         self.mlp = mlp
+        self.reads_time = config.routing.router_input == "time"
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, context: Context | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, inputs: BlockInputs) -> tuple[Tensor, Routing | None]:
         """Transform the tokens of a batch.
 
         Args:
             x_BSD: tokens.
-            c_BD: the conditioning of each image.
-            context: what the cross-attention reads, if there is one.
+            inputs: what all blocks read.
 
         Returns:
             [B, S, D], and the routing of a MoE block (None for an FFN).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
-        if self.cross_attn is not None and context is not None:
-            x_BSD = x_BSD + self.cross_attn(self.norm_cross(x_BSD), context)
-        out = self.mlp(modulate(self.norm2(x_BSD), shift2, scale2))
-        out, routing = out if isinstance(out, tuple) else (out, None)
-        return x_BSD + gate2.unsqueeze(1) * out, routing
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(inputs.vector_BD).chunk(6, dim=1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), inputs.rotation)
+        if self.cross_attn is not None and inputs.context is not None:
+            x_BSD = x_BSD + self.cross_attn(self.norm_cross(x_BSD), inputs.context)
+        normed_BSD = self.norm2(x_BSD)
+        tokens_BSD = modulate(normed_BSD, shift2, scale2)
+        if not isinstance(self.mlp, MoELayer):
+            return x_BSD + gate2.unsqueeze(1) * self.mlp(tokens_BSD), None
+        read_BSR = None
+        if self.reads_time:
+            time_BSD = inputs.time_BD.unsqueeze(1).expand_as(normed_BSD)
+            read_BSR = torch.cat([normed_BSD, time_BSD], dim=-1)
+        out_BSD, routing = self.mlp(tokens_BSD, read_BSR, inputs.null)
+        return x_BSD + gate2.unsqueeze(1) * out_BSD, routing
 
 
 class DiT(nn.Module):
@@ -128,22 +151,24 @@ class DiT(nn.Module):
         size, width = config.size, config.size.hidden_size
         self.config = config
         self.patch_size = model.patch_size
-        self.time_scale = config.objective.flow_time_scale if config.objective.kind == "flow" else 1.0
+        is_flow = config.objective.kind == "flow"
+        self.time_scale = config.objective.flow_time_scale if is_flow else 1.0
+        self.is_reversed = is_flow and config.objective.flow_direction == "data_to_noise"
         self.out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = make_conditioner(config)
-        side = model.input_size // model.patch_size
-        self.register_buffer("pos_embed", torch.empty(1, side * side, width), persistent=False)
+        self.side = model.input_size // model.patch_size
+        self.rotated_head = width // size.num_heads if model.positions == "rope" else None
+        """Width of a head whose queries and keys are rotated; None with added positions."""
+        self.register_buffer("pos_embed", torch.empty(1, self.side**2, width), persistent=False)
         if not self.pos_embed.is_meta:  # arithmetic on the meta device imports torch._dynamo, which takes a second
             self.reset_positions()
-        routed = config.num_experts > 1
-        first, every = (1, 2) if config.routing.interleave else (0, 1)
         self.blocks = nn.ModuleList()
         for index in range(size.depth):
-            is_moe = routed and index % every == first
-            mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, int(width * model.mlp_ratio))
-            self.blocks.append(DiTBlock(width, size.num_heads, mlp, _cross_attention(config)))
+            is_moe = index in config.moe_blocks
+            mlp = make_moe(config, width) if is_moe else FFN[model.mlp](width, config.ffn_hidden)
+            self.blocks.append(DiTBlock(config, mlp))
         self.aligned_block = config.aligned_block
         self.repa_projector = None if self.aligned_block is None else _projector(config)
         self.final_layer = FinalLayer(width, model.patch_size, self.out_channels)
@@ -164,28 +189,34 @@ class DiT(nn.Module):
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        condition = self.y_embedder(y, drop_B)
-        c_BD = self.t_embedder(t_B * self.time_scale) + condition.vector_BD
+        inputs = self._block_inputs(t_B, self.y_embedder(y, drop_B))
         routings, aligned_BSF = [], None
         recompute = self.config.model.activation_checkpointing and self.training
         for index, block in enumerate(self.blocks):
             if recompute:
-                x_BSD, routing = checkpoint(
-                    block, x_BSD, c_BD, condition.context, use_reentrant=False, context_fn=both_passes
-                )
+                x_BSD, routing = checkpoint(block, x_BSD, inputs, use_reentrant=False, context_fn=both_passes)
             else:
-                x_BSD, routing = block(x_BSD, c_BD, condition.context)
+                x_BSD, routing = block(x_BSD, inputs)
             if routing is not None:
                 routings.append(routing)
             if index == self.aligned_block and self.repa_projector is not None and self.training:
                 aligned_BSF = self.repa_projector(x_BSD)
-        out = unpatchify(self.final_layer(x_BSD, c_BD), self.patch_size, self.out_channels)
-        return DiTOutput(out.float(), tuple(routings), aligned_BSF)
+        out = unpatchify(self.final_layer(x_BSD, inputs.vector_BD), self.patch_size, self.out_channels).float()
+        return DiTOutput(-out if self.is_reversed else out, tuple(routings), aligned_BSF)
+
+    def _block_inputs(self, t_B: Tensor, condition: Condition) -> BlockInputs:
+        """Return what all blocks read."""
+        time_BD = self.t_embedder((1 - t_B if self.is_reversed else t_B) * self.time_scale)
+        null = find_null_images(condition.is_null_B) if self.config.routing.unconditional_expert else None
+        rotation = None if self.rotated_head is None else rotations(self.rotated_head, self.side, time_BD.device)
+        return BlockInputs(time_BD + condition.vector_BD, time_BD, condition.context, null, rotation)
 
     def reset_positions(self) -> None:
         """Recompute the position embedding after storage was allocated; checkpoints do not contain it."""
-        _, tokens, width = self.pos_embed.shape
-        self.pos_embed.copy_(sincos_positions(width, math.isqrt(tokens)))
+        if self.rotated_head is not None:
+            self.pos_embed.zero_()
+        else:
+            self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[2], self.side))
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """Return the MoE layers by the index of their block."""

@@ -14,12 +14,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffmoe_ds.config.schema import RoutingConfig
 from diffmoe_ds.model.conditioning import TextConditioner
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.layers import CrossAttention
 
 GATE_STD = 0.006
-"""Standard deviation of router weights, except for ``token_choice``."""
+"""Standard deviation of router weights, except for ``token_choice``, sigmoids and prototypes."""
 EMBEDDING_STD = 0.02
 """Standard deviation of label and time embeddings."""
 
@@ -49,13 +50,16 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
     for module in [*model.blocks, model.final_layer]:  # adaLN-zero: a block starts as the identity
         module.adaLN_modulation[-1].weight.zero_()
         module.adaLN_modulation[-1].bias.zero_()
+    _init_norms(model)
     _init_text(model)
     model.final_layer.linear.weight.zero_()
     model.final_layer.linear.bias.zero_()
     model.reset_positions()
     for index, layer in model.moe_layers().items():
         prefix = f"blocks.{index}.mlp"
-        _init_gate(layer.gate_weight, layer.kind, _stream(seed, f"{prefix}.gate_weight"))
+        _init_gate(layer.gate_weight, layer.routing, _stream(seed, f"{prefix}.gate_weight"))
+        if layer.routing.bias_rate is not None:
+            layer.correction_bias.zero_()
         for weight_name, weight in layer.experts.named_parameters():
             if weight_name == "w3" and layer.experts.kind == "gelu":
                 weight.zero_()  # biases
@@ -67,19 +71,30 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
             layer.expert_threshold.zero_()
 
 
+def _init_norms(model: DiT) -> None:
+    """Let norms with weights start without scaling."""
+    for module in model.modules():
+        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)) and module.weight is not None:
+            module.weight.fill_(1)
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            module.bias.zero_()
+
+
 def _init_text(model: DiT) -> None:
     """Set what only text models have: a block starts without cross-attention, and the null condition is set later."""
     for module in model.modules():
         if isinstance(module, CrossAttention):
             module.proj.weight.zero_()
-        elif isinstance(module, nn.RMSNorm):
-            module.weight.fill_(1)
     if isinstance(model.y_embedder, TextConditioner):
         model.y_embedder.null_row.zero_()
 
 
-def _init_gate(weight_ED: Tensor, kind: str, stream: torch.Generator) -> None:
-    if kind == "token_choice":
+def _init_gate(weight_ED: Tensor, routing: RoutingConfig, stream: torch.Generator) -> None:
+    if routing.affinity == "cosine":
+        nn.init.normal_(weight_ED, std=1 / math.sqrt(weight_ED.shape[1]), generator=stream)  # of length 1
+    elif routing.score == "sigmoid":  # DSMoE
+        nn.init.kaiming_normal_(weight_ED, generator=stream)
+    elif routing.kind == "token_choice":
         bound = 1 / math.sqrt(weight_ED.shape[1])
         nn.init.uniform_(weight_ED, -bound, bound, generator=stream)
     else:

@@ -30,19 +30,48 @@ def layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
+def block_norm(kind: str, width: int) -> nn.Module:
+    """Return the norm before attention or FFN, by ``model.norm``."""
+    return nn.RMSNorm(width, eps=1e-6) if kind == "rms" else layer_norm(width)
+
+
+HEAD_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": lambda head: nn.Identity(),
+    "layer": lambda head: nn.LayerNorm(head),
+    "rms": lambda head: nn.RMSNorm(head, eps=1e-6),
+}
+"""The norm of the queries and keys of a head of each ``model.qk_norm``, built from the head's width."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over the tokens of an image."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: str = "none") -> None:
+        """Allocate the weights.
+
+        Args:
+            width: D.
+            num_heads: attention heads.
+            qk_norm: a key of `HEAD_NORMS`.
+        """
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (HEAD_NORMS[qk_norm](width // num_heads) for _ in range(2))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]."""
-        qkv = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(*qkv.unbind(0))
+    def forward(self, x_BSD: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Map [B, S, D] to [B, S, D].
+
+        Args:
+            x_BSD: tokens.
+            rotation: from `rotations`, by which queries and keys are rotated; None does not rotate.
+        """
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        out = F.scaled_dot_product_attention(q, k, v)
         projected_BSD: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected_BSD
 
@@ -96,8 +125,20 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(self.activate(self.fc1(x)))
         return out
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """Return the hidden values that the second layer reads."""
+        return F.gelu(hidden, approximate="tanh")
+
+
+class SiluMlp(Mlp):
+    """Two linear layers with a SiLU between them."""
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """Return the hidden values that the second layer reads."""
+        return F.silu(hidden)
 
 
 class SwiGLU(nn.Module):
@@ -115,7 +156,7 @@ class SwiGLU(nn.Module):
         return out
 
 
-FFN: dict[str, Callable[[int, int], nn.Module]] = {"gelu": Mlp, "swiglu": SwiGLU}
+FFN: dict[str, Callable[[int, int], nn.Module]] = {"gelu": Mlp, "silu": SiluMlp, "swiglu": SwiGLU}
 """The FFN of each ``model.mlp``, built from width and hidden width."""
 
 
@@ -195,3 +236,34 @@ def sincos_positions(width: int, side: int) -> Tensor:
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=-1).flatten(0, 1).float()[None]
+
+
+@lru_cache(maxsize=8)
+def rotations(head: int, side: int, device: torch.device) -> Tensor:
+    """Return the cosines and sines of 2-D rotary positions, fp32 [2, side * side, head].
+
+    The first half of a head is rotated by the row, the second by the column. Within a half of width H, values j and
+    j + H / 2 form a pair, whose angle is position * 10000^(-j / (H / 2)) (RoPE, arXiv 2104.09864; two axes as in
+    2403.13298).
+
+    Args:
+        head: width of a head, divisible by 4.
+        side: tokens in a row of the image.
+        device: of the result.
+    """
+    quarter = head // 4
+    frequency = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angles, angles], dim=1)  # [side, head / 2]
+    row = axis[:, None, :].expand(side, side, -1)
+    column = axis[None, :, :].expand(side, side, -1)
+    both = torch.cat([row, column], dim=-1).flatten(0, 1)
+    return torch.stack([both.cos(), both.sin()]).float().to(device)
+
+
+def rotated(x_BNSH: Tensor, rotation: Tensor) -> Tensor:
+    """Return queries or keys [B, heads, S, head] rotated by `rotations`, in their own dtype."""
+    cos_SH, sin_SH = rotation.unbind(0)
+    first, second = x_BNSH.float().unflatten(-1, (2, 2, -1)).unbind(-2)
+    turned = torch.stack([-second, first], dim=-2).flatten(-3)
+    return (x_BNSH.float() * cos_SH + turned * sin_SH).to(x_BNSH.dtype)

@@ -58,12 +58,19 @@ def make_pool(scope: str, topology: Topology, ep_group: dist.ProcessGroup) -> Po
         topology: the ranks.
         ep_group: the process group of this rank's EP group.
     """
-    if scope == "world" and topology.world > 1:
-        assert dist.group.WORLD is not None
-        return GroupPool(dist.group.WORLD)
+    if scope == "world":
+        return world_pool(topology)
     if scope == "ep" and topology.ep_size > 1:
         return GroupPool(ep_group)
     return LocalPool()
+
+
+def world_pool(topology: Topology) -> Pool:
+    """Return the pool of all ranks."""
+    if topology.world == 1:
+        return LocalPool()
+    assert dist.group.WORLD is not None
+    return GroupPool(dist.group.WORLD)
 
 
 def make_part_of_pool(

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.layers import FFN
+from diffmoe_ds.moe.auxiliary import auxiliary_losses
 from diffmoe_ds.moe.bounded import BoundedDispatcher
 from diffmoe_ds.moe.capacity import predicted_mask
 from diffmoe_ds.moe.experts import Experts
 from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.logits import fp32_linear
+from diffmoe_ds.moe.null_images import NullImages
 from diffmoe_ds.moe.padding import PaddedDispatcher
 from diffmoe_ds.moe.plan import Counts, Dispatcher, LocalDispatcher
 from diffmoe_ds.moe.routers import (
-    balance_loss,
     batch_pool_dynamic,
     batch_pool_static,
     expert_choice,
@@ -34,6 +35,7 @@ from diffmoe_ds.moe.routers import (
     token_choice,
 )
 from diffmoe_ds.moe.rows import combine_rows, gather_rows
+from diffmoe_ds.moe.scores import output_weights, score_tokens
 from diffmoe_ds.moe.search import Pool, WarmStart
 from diffmoe_ds.moe.top_k import LocalPool, Selection, select_top_k
 
@@ -45,8 +47,10 @@ class Routing(NamedTuple):
     """bool: the tokens that each expert selected."""
     capacity_logits_TE: Tensor | None
     """The capacity predictor's logits, with gradient; None without a predictor, and in inference by ``static``."""
-    balance_loss: Tensor | None
-    """Scalar with gradient; only for ``token_choice`` in training."""
+    weights_TE: Tensor
+    """fp32: by what the output of an expert is multiplied where it takes the token."""
+    auxiliary: dict[str, Tensor]
+    """The losses of `moe.auxiliary` by name, scalars with gradient; only in training."""
     must_redo: Tensor | None
     """bool scalar: the output is invalid, so the pass must be repeated under `exact_dispatch`; None if it is always
     valid."""
@@ -57,6 +61,8 @@ class MoELayer(nn.Module):
 
     expert_threshold: Tensor
     """fp32 [E], the thresholds tau; only with a capacity predictor."""
+    correction_bias: Tensor
+    """fp32 [E], added to scores when experts are chosen; only with ``routing.bias_rate``."""
 
     def __init__(self, config: Config, width: int, num_local_experts: int | None = None) -> None:
         """Allocate the weights; `model/init.py` sets their values.
@@ -67,15 +73,20 @@ class MoELayer(nn.Module):
             num_local_experts: how many of the experts this process holds; all if None.
         """
         nn.Module.__init__(self)  # not super(): the subclass has a second base whose constructor takes other arguments
-        routing, model = config.routing, config.model
+        self.config, self.routing = config, config.routing
+        routing = config.routing
         self.num_experts = config.num_experts
         self.kind = routing.kind
         self.capacity = routing.capacity
         self.tokens_per_image = config.tokens_per_image
-        hidden = int(width * model.mlp_ratio)
-        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, width))
-        self.experts = Experts(model.mlp, num_local_experts or self.num_experts, width, hidden)
-        self.shared_experts = FFN[model.mlp](width, hidden * routing.shared_experts) if routing.shared_experts else None
+        mlp, hidden = config.expert_mlp, config.expert_hidden
+        read = width if routing.router_input == "modulated" else 2 * width
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, read))
+        self.experts = Experts(mlp, num_local_experts or self.num_experts, width, hidden)
+        self.shared_experts = FFN[mlp](width, config.shared_hidden) if config.shared_hidden else None
+        self.unconditional_expert = FFN[mlp](width, hidden) if routing.unconditional_expert else None
+        if routing.bias_rate is not None:
+            self.register_buffer("correction_bias", torch.empty(self.num_experts, dtype=torch.float32))
         self.capacity_predictor = None
         if config.has_capacity_predictor:
             self.capacity_predictor = nn.Sequential(
@@ -101,35 +112,49 @@ class MoELayer(nn.Module):
         self.is_exact = False
         """Whether to use neither the padded dispatcher nor an unverified selection; see `exact_dispatch`."""
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BSD: Tensor, read_BSR: Tensor | None = None, null: NullImages | None = None
+    ) -> tuple[Tensor, Routing]:
         """Route the tokens of a batch through their experts.
 
         Args:
             x_BSD: tokens, in the dtype of the weights.
+            read_BSR: what the router reads; the tokens if None.
+            null: the null images, with ``routing.unconditional_expert``.
 
         Returns:
             [B, S, D], and the routing.
         """
         tokens_TD = x_BSD.flatten(0, 1)
-        scores_TE = fp32_linear(tokens_TD, self.gate_weight).softmax(dim=-1)
+        read_TR = tokens_TD if read_BSR is None else read_BSR.flatten(0, 1)
+        scored = score_tokens(self.routing.affinity, self.routing.score, read_TR, self.gate_weight)
         rule = "static" if self.training else self.inference
         logits_TE = None if rule == "static" else self._predict(tokens_TD)
         with torch.no_grad():
-            selection = remember(lambda: self._select(rule, scores_TE, logits_TE))
+            selection = remember(lambda: self._select(rule, scored.scores_TE, logits_TE, null))
+        mask_TE = selection.mask_TE
         dispatcher, counts = remember(lambda: self._count(selection, tokens_TD))
-        plan = counts.plan(selection.mask_TE, scores_TE)
+        weights_TE = output_weights(scored.scores_TE, mask_TE, self._renormalizes, self.routing.weight_scale)
+        plan = counts.plan(mask_TE, weights_TE)
         finish_dispatch = dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
         # computed while the rows travel
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
+        auxiliary = {}
         if self.training:
             logits_TE = self._predict(tokens_TD)
-        balance = None
-        if self.kind == "token_choice" and self.training:
-            balance = balance_loss(scores_TE, selection.mask_TE, self.pool)
+            auxiliary = auxiliary_losses(self.config, scored, mask_TE, self.pool, null)
         rows_RD = self.experts(finish_dispatch(), counts.of_local_experts)
         out_TD = combine_rows(dispatcher.combine(rows_RD, counts), plan)
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
-        return out_TD.view(x_BSD.shape), Routing(selection.mask_TE, logits_TE, balance, self._must_redo(counts))
+        if null is not None and self.unconditional_expert is not None:
+            out_TD = null.add(out_TD, self.unconditional_expert(null.only(tokens_TD)))
+        routing = Routing(mask_TE, logits_TE, weights_TE.detach(), auxiliary, self._must_redo(counts))
+        return out_TD.view(x_BSD.shape), routing
+
+    @property
+    def _renormalizes(self) -> bool:
+        """Whether weights are divided by their sum, which for a single expert would be the weight itself."""
+        return self.routing.renormalize and not (self.kind == "token_choice" and self.capacity == 1)
 
     @property
     def _is_padded(self) -> bool:
@@ -163,11 +188,14 @@ class MoELayer(nn.Module):
             return logits_TE > self.logit_threshold_E
         return predicted_mask(logits_TE, self.expert_threshold)
 
-    def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None) -> Selection:
+    def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None, null: NullImages | None) -> Selection:
         """Select tokens by the training rule (``static``) or by an inference rule."""
         self._warm_start.verify_later = self._is_padded
         if self.kind == "token_choice":
-            return Selection(token_choice(scores_TE, int(self.capacity)))
+            mask_TE = self._choose_experts(scores_TE)
+            return Selection(mask_TE if null is None else null.exclude(mask_TE))
+        if null is not None:
+            return self._select_of_others(scores_TE, null)
         images = len(scores_TE) // self.tokens_per_image
         if rule == "static":
             images_of_pool = self.pool_images if self.training else None
@@ -185,6 +213,19 @@ class MoELayer(nn.Module):
             return select_top_k(scores_TE, k_E, self.pool, self._warm_start)
         k_BE = expert_choice_dynamic(predicted_TE, images)
         return Selection(expert_choice(scores_TE, k_BE))
+
+    def _choose_experts(self, scores_TE: Tensor) -> Tensor:
+        """Return bool [T, E]: the experts that each token chooses."""
+        groups, kept, k = self.routing.groups, self.routing.groups_kept, int(self.capacity)
+        if self.routing.bias_rate is not None:
+            scores_TE = scores_TE + self.correction_bias
+        return token_choice(scores_TE, k, groups, groups if kept is None else kept)
+
+    def _select_of_others(self, scores_TE: Tensor, null: NullImages) -> Selection:
+        """Apply the training rule of ``expert_choice`` to the images that are not null."""
+        k = expert_choice_static(self.tokens_per_image, self.num_experts, self.capacity)
+        k_B1 = torch.where(null.is_null_B, 0, k)[:, None]
+        return Selection(expert_choice(scores_TE, k_B1), rows_per_expert=k * len(null.others))
 
     def _select_in_parts(self, scores_TE: Tensor, parts: int) -> Selection:
         """Apply the training rule to each of ``parts`` equal parts of this rank's tokens."""

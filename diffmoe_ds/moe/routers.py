@@ -13,44 +13,36 @@ import torch
 from torch import Tensor
 
 from diffmoe_ds.moe.capacity import tokens_per_expert
-from diffmoe_ds.moe.first_pass import remember
 from diffmoe_ds.moe.search import Pool
 
 # ---------------------------------------------------------------------------------------------- token_choice (TC-DiT)
 
 
-def token_choice(scores_TE: Tensor, k: int) -> Tensor:
+def token_choice(scores_TE: Tensor, k: int, groups: int = 1, groups_kept: int = 1) -> Tensor:
     """Select the k best experts of each token; no token is dropped.
 
     Args:
-        scores_TE: router scores.
+        scores_TE: router scores, possibly with biases.
         k: experts per token.
+        groups: groups of consecutive experts, each worth the sum of its two largest scores.
+        groups_kept: the best groups stay; the scores of all other experts count as 0 (DeepSeek-V3, arXiv 2412.19437).
 
     Returns:
-        bool mask_TE; ties go to the lower expert index.
+        bool mask_TE; ties go to the lower index of an expert or group.
     """
-    best_Tk = scores_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, best_Tk, True)
+    scores_TE = scores_TE.detach()
+    if groups_kept < groups:
+        scores_TGE = scores_TE.unflatten(1, (groups, -1))
+        worth_TG = scores_TGE.topk(2, dim=-1).values.sum(dim=-1)
+        is_kept_TG = _best(worth_TG, groups_kept)
+        scores_TE = scores_TGE.masked_fill(~is_kept_TG[:, :, None], 0).flatten(1)
+    return _best(scores_TE, k)
 
 
-def balance_loss(scores_TE: Tensor, mask_TE: Tensor, pool: Pool) -> Tensor:
-    """Return the load-balance loss of the Switch Transformer (arXiv 2101.03961, eq. 4).
-
-    E * sum_e f_e * P_e, where f_e is the fraction of the pool's routed tokens that went to expert e and P_e the mean
-    score of this rank's tokens. f is counted over the whole pool, so the loss averaged over the ranks, and its
-    gradient, equal those of a single rank with all tokens.
-
-    Args:
-        scores_TE: fp32 router scores, with gradient.
-        mask_TE: bool, the tokens that each expert takes.
-        pool: the ranks to count over.
-
-    Returns:
-        Scalar, fp32.
-    """
-    tokens_per_expert_E = remember(lambda: pool.sum(mask_TE.sum(0)))
-    fraction_E = tokens_per_expert_E.float() / tokens_per_expert_E.sum().clamp(min=1)
-    return scores_TE.shape[1] * (fraction_E * scores_TE.mean(0)).sum()
+def _best(values_TN: Tensor, k: int) -> Tensor:
+    """Return bool [T, N]: the k largest values of each row; ties go to the lower index."""
+    best_Tk = values_TN.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values_TN, dtype=torch.bool).scatter_(1, best_Tk, True)
 
 
 # --------------------------------------------------------------------------------------------- expert_choice (EC-DiT)

@@ -39,8 +39,8 @@ class Pool(Protocol):
     rank: int
     """This rank's number in the pool."""
 
-    def sum(self, counts: Tensor) -> Tensor:
-        """Return the element-wise sum over the ranks; the same on every rank."""
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the element-wise sum of int32 or fp32 values over the ranks; the same on every rank."""
         ...
 
     def stack(self, values: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ class LocalPool:
     size = 1
     rank = 0
 
-    def sum(self, counts: Tensor) -> Tensor:
-        """Return ``counts`` itself."""
-        return counts
+    def sum(self, values: Tensor) -> Tensor:
+        """Return ``values`` themselves."""
+        return values
 
     def stack(self, values: Tensor) -> Tensor:
         """Return ``values`` with a first dimension of 1."""

@@ -51,23 +51,24 @@ def flops_per_image(config: Config) -> FlopCounts:
     """
     model, routing, size = config.model, config.routing, config.size
     tokens, width = config.tokens_per_image, size.hidden_size
-    hidden = int(width * model.mlp_ratio)
     patch = model.patch_size**2
-    moe_blocks = count_moe_blocks(config)
-    ffn_row = 2 * width * hidden * (3 if model.mlp == "swiglu" else 2)
+    moe_blocks = len(config.moe_blocks)
     attention = size.depth * (2 * tokens * width * 4 * width + 2 * 2 * tokens**2 * width)
     cross, text, features = _text_flops(config)
     attention += size.depth * cross
-    ffn = ffn_row * ((size.depth - moe_blocks) * tokens + moe_blocks * _rows_per_image(config))
-    ffn += ffn_row * moe_blocks * tokens * routing.shared_experts
+    ffn: float = (size.depth - moe_blocks) * tokens * _ffn_flops(model.mlp, width, config.ffn_hidden)
+    if moe_blocks:
+        ffn += moe_blocks * _rows_per_image(config) * _ffn_flops(config.expert_mlp, width, config.expert_hidden)
+        ffn += moe_blocks * tokens * _ffn_flops(config.expert_mlp, width, config.shared_hidden)
     embed = 2 * tokens * patch * model.in_channels * width + 2 * TIME_FREQUENCIES * width
     out_channels = make_objective(config.objective.kind).out_channels(model.in_channels)
     final = 2 * tokens * width * patch * out_channels + 2 * width * 2 * width
     other = embed + 2 * width * width + size.depth * 2 * width * 6 * width + final + text
-    router = moe_blocks * 2 * tokens * width * config.num_experts
+    predictor = moe_blocks * 2 * tokens * width * config.num_experts
+    router = predictor * (2 if routing.router_input == "time" else 1)
     first = second = 0
     if config.has_capacity_predictor and moe_blocks:
-        first, second = moe_blocks * 2 * tokens * width * width, router
+        first, second = moe_blocks * 2 * tokens * width * width, predictor
     forward = attention + ffn + router + first + second + other
     # the backward pass has two products for each of the forward pass, but images, times, text features and
     # what the capacity predictor reads (detached) need no gradient
@@ -100,16 +101,15 @@ def _text_flops(config: Config) -> tuple[int, int, int]:
     return cross, features + 2 * width**2, features
 
 
-def count_moe_blocks(config: Config) -> int:
-    """Return the number of blocks with experts."""
-    if config.num_experts == 1:
-        return 0
-    return config.size.depth // 2 if config.routing.interleave else config.size.depth
+def _ffn_flops(mlp: str, width: int, hidden: int) -> int:
+    """Return the operations of an FFN for a token."""
+    return 2 * width * hidden * (3 if mlp == "swiglu" else 2)
 
 
 def _rows_per_image(config: Config) -> float:
-    """Return the average number of rows that the experts of a layer compute for an image."""
+    """Return the average number of rows that the experts of a layer compute for an image, in training."""
     routing, tokens = config.routing, config.tokens_per_image
+    rows = tokens * routing.capacity
     if routing.kind == "expert_choice":  # exact: K is rounded down for each image
-        return config.num_experts * tokens_per_expert(routing.capacity, tokens, config.num_experts)
-    return tokens * routing.capacity
+        rows = config.num_experts * tokens_per_expert(routing.capacity, tokens, config.num_experts)
+    return (1 - config.null_fraction) * rows + config.null_fraction * tokens

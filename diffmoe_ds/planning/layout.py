@@ -18,7 +18,6 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
 from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.moe.layer import MoELayer
-from diffmoe_ds.planning.flops import count_moe_blocks
 from diffmoe_ds.planning.pool import pool_ranks, pool_rows, selection_ranks
 from diffmoe_ds.topology import Topology
 
@@ -98,7 +97,7 @@ class Layout:
     @property
     def moe_layers(self) -> int:
         """Layers with experts."""
-        return count_moe_blocks(self.config)
+        return len(self.config.moe_blocks)
 
     @property
     def pool_ranks(self) -> int:

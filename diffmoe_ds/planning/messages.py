@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from diffmoe_ds.config.schema import Config
 from diffmoe_ds.moe.padding import slots_of_expert
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
-AGREED_VALUES = 11
-"""Numbers of a rank in the loop's agreement: an error, four flags, five losses, the verdict on the last search. Padded
+AGREED_VALUES = 15
+"""Numbers of a rank in the loop's agreement: an error, four flags, nine losses, the verdict on the last search. Padded
 dispatch adds one."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
@@ -67,12 +68,12 @@ def messages_of_passes(layout: Layout) -> list[Message]:
     Args:
         layout: the model and its ranks.
     """
-    purposes = ("selection", "rows", "row counts", "balance loss")
+    purposes = ("selection", "rows", "row counts", "router losses")
     return [message for message in step_messages(layout) if message.purpose in purposes]
 
 
 def _selection(layout: Layout) -> list[Message]:
-    """Return the messages by which ranks agree on each expert's tokens, on the thresholds, and on the balance loss."""
+    """Return the messages by which ranks agree on each expert's tokens, on thresholds, and on the router's losses."""
     config, steps = layout.config, layout.settings.accumulation
     layers, experts = layout.moe_layers, config.num_experts
     if not layers or layout.pool_ranks == 1:
@@ -88,10 +89,28 @@ def _selection(layout: Layout) -> list[Message]:
         columns, calls = layers * experts * steps, 1 if _has_attached_table(layout) else 2
         size = _histogram_bytes(columns) + (calls - 1) * _table_bytes(ranks, columns)
         found.append(Message("thresholds", "all_reduce", scope, ranks, calls, size))
-    if config.routing.kind == "token_choice":
+    sizes = _loss_values(config)
+    if sizes:
         calls = layers * steps
-        found.append(Message("balance loss", "all_reduce", scope, ranks, calls, 4 * experts * calls))
+        found.append(Message("router losses", "all_reduce", scope, ranks, len(sizes) * calls, 4 * sum(sizes) * calls))
     return found
+
+
+def _loss_values(config: Config) -> list[int]:
+    """Return the numbers in each message by which a layer's router losses are computed over the pool."""
+    names, experts = config.auxiliary_losses, config.num_experts
+    is_per_image = config.routing.kind == "expert_choice"
+    sizes = []
+    if config.routing.unconditional_expert and ({"balance", "z", "similarity"} & set(names) or is_per_image):
+        sizes.append(1)  # the images whose tokens are routed
+    if "balance" in names:
+        sizes.append(experts)
+    if "contrastive" in names and not is_per_image:
+        width = config.size.hidden_size * (2 if config.routing.router_input == "time" else 1)
+        sizes += [experts * width, experts]
+    if "similarity" in names:
+        sizes.append(experts**2)
+    return sizes
 
 
 # A search for the K-th keys of some experts sends a histogram, then a table with the best keys of every rank. This is
@@ -132,7 +151,7 @@ def routed_rows(layout: Layout) -> int:
     """
     capacity, experts, padding = layout.config.routing.capacity, layout.config.num_experts, _padding(layout)
     if padding is None:
-        return round(capacity * layout.tokens)
+        return round(capacity * layout.tokens * (1 - layout.config.null_fraction))
     return experts * slots_of_expert(layout.tokens, experts, capacity * padding)
 
 
@@ -149,7 +168,11 @@ def _loop(layout: Layout) -> list[Message]:
     size = 4 * (AGREED_VALUES + (_padding(layout) is not None)) * world * steps
     if _has_attached_table(layout):
         size += _table_bytes(layout.pool_ranks, layout.moe_layers * layout.config.num_experts * steps)
-    return [Message("agreement", "all_reduce", "world", world, steps, size)]
+    found = [Message("agreement", "all_reduce", "world", world, steps, size)]
+    if layout.config.routing.bias_rate and layout.moe_layers and world > 1:
+        loads = 4 * layout.moe_layers * layout.config.num_experts
+        found.append(Message("expert loads", "all_reduce", "world", world, 1, loads))
+    return found
 
 
 def _stage_0(layout: Layout) -> list[Message]:

@@ -49,4 +49,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and name.startswith("blocks."))
     projector = sum(p.numel() for p in model.repa_projector.parameters()) if model.repa_projector else 0
     idle = experts * (1 - config.routing.capacity / config.num_experts)
+    idle += sum(
+        p.numel() for layer in layers if layer.unconditional_expert for p in layer.unconditional_expert.parameters()
+    )
     return ParameterCounts(total, round(total - routers - projector - idle), experts, routers, ffn - routers, projector)

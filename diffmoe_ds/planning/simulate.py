@@ -140,8 +140,7 @@ def _loss(output: DiTOutput) -> Tensor:
     for routing in output.routing:
         if routing.capacity_logits_TE is not None:
             loss = loss + capacity_loss(routing.capacity_logits_TE, routing.mask_TE)
-        if routing.balance_loss is not None:
-            loss = loss + routing.balance_loss
+        loss = sum(routing.auxiliary.values(), start=loss)
     if output.aligned_BSF is not None:
         loss = loss + output.aligned_BSF.square().mean()
     return loss
@@ -169,7 +168,8 @@ class EvenRouting(TorchDispatchMode):
             tokens: tokens T of this rank.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rows = round(config.routing.capacity * tokens)
+        self.rows = round(config.routing.capacity * tokens * (1 - config.null_fraction))
+        self.null_images = round(tokens // config.tokens_per_image * config.null_fraction)
         self.used: set[str] = set()
         """The operators that were given a size."""
 
@@ -193,6 +193,9 @@ class EvenRouting(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             self.used.add("bool")  # whether something unusual happened, such as an overflow: no
             return False
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.int64:
+            self.used.add("item")
+            return self.null_images
         return func(*args, **(kwargs or {}))
 
     @contextmanager

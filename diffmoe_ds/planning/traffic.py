@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from diffmoe_ds.config.deepspeed import DeepSpeedSettings
 from diffmoe_ds.config.schema import Config
-from diffmoe_ds.planning.flops import count_moe_blocks
 
 
 def assumed_hosts(world: int, local_world: int) -> tuple[str, ...]:
@@ -48,9 +47,9 @@ def all_to_all_bytes(config: Config, settings: DeepSpeedSettings, world: int) ->
         world: number of ranks W.
     """
     images = settings.micro_batch * settings.accumulation * world
-    rows = round(images * config.tokens_per_image * config.routing.capacity)
+    rows = round(images * config.tokens_per_image * config.routing.capacity * (1 - config.null_fraction))
     exchanges = 4  # dispatch and combine, in the forward and the backward pass
-    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * count_moe_blocks(config)
+    return rows * config.size.hidden_size * (2 if settings.bf16 else 4) * exchanges * len(config.moe_blocks)
 
 
 def crossing_warning(config: Config, settings: DeepSpeedSettings, hosts: Sequence[str]) -> str | None:

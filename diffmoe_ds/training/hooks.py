@@ -89,8 +89,8 @@ class LogStep:
             "grad_norm": step.grad_norm,
             "lr": step.lr,
         }
-        if self._run.config.routing.kind == "token_choice":
-            row["balance_loss"] = losses.balance
+        for name in self._run.config.auxiliary_losses:
+            row[f"{name}_loss"] = getattr(losses, name)
         if self._run.config.loss.repa_weight:
             row["repa_loss"] = losses.alignment
         if self._run.config.routing.padded_dispatch is not None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe_ds.config.routing import AUXILIARY
 from diffmoe_ds.config.schema import Config, ObjectiveConfig
 from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import Objective
@@ -25,15 +26,19 @@ class Losses(NamedTuple):
     """Scalars, fp32; only ``total`` is differentiated."""
 
     total: Tensor
-    """diffusion + capacity_weight * capacity + balance_weight * balance + repa_weight * alignment."""
+    """diffusion, and the others multiplied by their weights, added up."""
     diffusion: Tensor
     """The objective's loss, mean over images."""
     capacity: Tensor
     """The capacity predictors' loss, mean per layer, summed over layers."""
-    balance: Tensor
-    """The load-balance loss of ``token_choice``, summed over layers."""
     alignment: Tensor
     """The alignment loss of REPA."""
+    # those of `moe.auxiliary`, each summed over layers; 0 where its weight is
+    balance: Tensor
+    z: Tensor
+    orthogonality: Tensor
+    contrastive: Tensor
+    similarity: Tensor
 
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -82,14 +87,17 @@ def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: 
         (capacity_loss(r.capacity_logits_TE, r.mask_TE) for r in output.routing if r.capacity_logits_TE is not None),
         start=zero,
     )
-    balance = sum((r.balance_loss for r in output.routing if r.balance_loss is not None), start=zero)
-    routing = config.routing
-    total = diffusion + routing.capacity_weight * capacity + routing.balance_weight * balance
+    total = diffusion + config.routing.capacity_weight * capacity
+    auxiliary = {}
+    for name in AUXILIARY:
+        loss = sum((r.auxiliary[name] for r in output.routing if name in r.auxiliary), start=zero)
+        total = total + getattr(config.routing, f"{name}_weight") * loss
+        auxiliary[name] = loss.detach()
     alignment = zero
     if output.aligned_BSF is not None and batch.features is not None:
         alignment = alignment_loss(output.aligned_BSF, batch.features)
         total = total + config.loss.repa_weight * alignment
-    return Losses(total, diffusion.detach(), capacity.detach(), balance.detach(), alignment.detach())
+    return Losses(total, diffusion.detach(), capacity.detach(), alignment.detach(), **auxiliary)
 
 
 def alignment_loss(projected_BSF: Tensor, features_BTF: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def test_train_step(name):
             loss = loss + routing.capacity_weight * layer_loss
     assert_close(loss, file["train/loss"], "train/loss")
     for record in output.routing:  # the reference adds this one to the gradients only
-        if record.balance_loss is not None:
-            loss = loss + routing.balance_weight * record.balance_loss
+        if "balance" in record.auxiliary:
+            loss = loss + routing.balance_weight * record.auxiliary["balance"]
 
     loss.backward()
     compared = set()

@@ -51,8 +51,8 @@ def test_golden_numbers(name):
             loss = loss + routing.capacity_weight * capacity_loss(record.capacity_logits_TE, record.mask_TE)
     assert_close(loss, file["train/loss"], "train/loss")
     for record in output.routing:
-        if record.balance_loss is not None:
-            loss = loss + routing.balance_weight * record.balance_loss
+        if "balance" in record.auxiliary:
+            loss = loss + routing.balance_weight * record.auxiliary["balance"]
     loss.backward()
     for ours, parameter in model.named_parameters():
         for theirs, gradient in reference_views(model.config, ours, parameter.grad).items():

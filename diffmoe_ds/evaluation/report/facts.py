@@ -18,7 +18,7 @@ from diffmoe_ds.config.schema import Config
 from diffmoe_ds.evaluation.report.history import History
 from diffmoe_ds.evaluation.report.probe import Probe
 from diffmoe_ds.evaluation.report.style import short_number
-from diffmoe_ds.planning.flops import count_moe_blocks, flops_per_image
+from diffmoe_ds.planning.flops import flops_per_image
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.sampling.generate import SamplingSettings
 from diffmoe_ds.sampling.grid import Pixels
@@ -133,7 +133,7 @@ def model_table(config: Config) -> dict[str, str]:
     }
     if config.num_experts > 1:
         rows |= {
-            "experts per MoE layer": f"{config.num_experts} in {count_moe_blocks(config)} layers",
+            "experts per MoE layer": f"{config.num_experts} in {len(config.moe_blocks)} layers",
             "training capacity": f"{routing.capacity:g} expert{'s' * (routing.capacity != 1)} per token",
         }
     if routing.kind == "batch_pool":

@@ -137,7 +137,7 @@ def padded_forward(kind: str, pool: str, ep: int) -> None:
         x = tokens.clone().requires_grad_()
         with context:
             out, routing = layer(x)
-        loss = out.square().sum() + (out.sum() if routing.balance_loss is None else routing.balance_loss)
+        loss = out.square().sum() + (routing.auxiliary.get("balance", out.sum()))
         loss.backward()
         assert routing.must_redo is None or not routing.must_redo
         outputs.append((out.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)))
