@@ -30,10 +30,14 @@ from diffmoe_ds.text_features import TextFormat
 FIXED = {
     "model": (
         "hidden_size", "depth", "num_heads", "input_size", "in_channels", "patch_size", "num_classes", "mlp_ratio",
-        "mlp", "text_encoders", "text_qk_norm",
+        "mlp", "qk_norm", "norm", "positions", "text_encoders", "text_qk_norm",
     ),
-    "routing": ("kind", "interleave", "shared_experts", "capacity_predictor"),
-    "objective": ("kind", "flow_time_scale"),
+    "routing": (
+        "kind", "interleave", "dense_blocks", "expert_mlp", "expert_width", "shared_experts", "shared_width",
+        "unconditional_expert", "affinity", "score", "router_input", "renormalize", "weight_scale",
+        "capacity_predictor",
+    ),
+    "objective": ("kind", "flow_time_scale", "flow_direction"),
 }  # fmt: skip
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
 PROJECTOR = "repa_projector."
@@ -303,6 +307,8 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
         pairs += [(f"loss.{key}", was["loss"][key], now["loss"][key]) for key in keys]
     elif "repa_weight" not in except_for:
         pairs.append(("loss.repa_weight (zero or positive)", saved.loss.repa_weight, wanted.loss.repa_weight))
+    if (saved.routing.bias_rate is None) != (wanted.routing.bias_rate is None):
+        pairs.append(("routing.bias_rate (a number or unset)", saved.routing.bias_rate, wanted.routing.bias_rate))
     if "label_dropout" not in except_for and has_null(saved) != has_null(wanted):
         dropout = saved.model.label_dropout, wanted.model.label_dropout
         pairs.append(("model.label_dropout (zero or positive)", *dropout))

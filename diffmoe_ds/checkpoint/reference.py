@@ -67,6 +67,7 @@ def load_official(config: dict[str, Any], state: dict[str, Tensor]) -> DiT:
         name = min(surplus)
         raise CheckpointError(f"the reference weights hold {name!r}, which a {config['kind']!r} model lacks.")
     model.to_empty(device="cpu")  # allocate only once the shapes have been checked
+    model.reset_positions()
     with torch.no_grad():
         for name, target in _targets(model):
             target.copy_(left[name])

@@ -139,10 +139,11 @@ def _export(args: argparse.Namespace) -> None:
 def _export_diffusers(args: argparse.Namespace, dtype: torch.dtype) -> None:
     from diffmoe_ds.checkpoint.export import require_weights
     from diffmoe_ds.interop.card import model_card, notes
-    from diffmoe_ds.interop.folder import FolderExport, check_new, find_vae, read_vae, write_folder
+    from diffmoe_ds.interop.folder import FolderExport, check_new, check_supported, find_vae, read_vae, write_folder
 
     check_new(args.out)
     reader = require_weights(args.path)
+    check_supported(reader.config)
     vae = find_vae(reader.config) if args.vae is None else read_vae(args.vae, reader.config)
     plan = FolderExport(reader, args.weights, dtype, vae)
     write_folder(plan, args.out, model_card(plan))

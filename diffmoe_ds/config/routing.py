@@ -27,6 +27,11 @@ RoutingKind = Annotated[Literal["dense", "token_choice", "expert_choice", "batch
 PoolScope = Literal["rank", "ep", "world"]
 AUXILIARY = ("balance", "z", "orthogonality", "contrastive", "similarity")
 """Auxiliary losses of the MoE layers; the key of each one's weight is its name with `_weight`."""
+ROUTER_OPTIONS = (
+    "affinity", "score", "router_input", "renormalize", "weight_scale", "groups", "groups_kept", "bias_rate",
+    "unconditional_expert", "shared_experts", "dense_blocks",
+)  # fmt: skip
+"""Keys by which routers of one kind differ."""
 
 
 class RoutingConfig(Section):

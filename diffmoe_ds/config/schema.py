@@ -19,7 +19,7 @@ from diffmoe_ds.config.checks import (
 )
 from diffmoe_ds.config.fields import Mapping, Section
 from diffmoe_ds.config.presets import SIZES, Size, parse_name
-from diffmoe_ds.config.routing import AUXILIARY, PoolScope, RoutingConfig, RoutingKind
+from diffmoe_ds.config.routing import AUXILIARY, ROUTER_OPTIONS, PoolScope, RoutingConfig, RoutingKind
 from diffmoe_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -183,6 +183,13 @@ class Config(Section):
     def has_capacity_predictor(self) -> bool:
         """Whether the MoE layers have a capacity predictor."""
         return self.routing.kind in ("expert_choice", "batch_pool") and self.routing.capacity_predictor
+
+    @property
+    def router_options(self) -> tuple[str, ...]:
+        """Keys of the router that are not at their defaults, with their values, for people."""
+        routing, default = self.routing, RoutingConfig()
+        changed = (key for key in ROUTER_OPTIONS if getattr(routing, key) != getattr(default, key))
+        return tuple(f"{key} {getattr(routing, key)}" for key in changed) if self.num_experts > 1 else ()
 
     @property
     def null_fraction(self) -> float:

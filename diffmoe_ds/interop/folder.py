@@ -52,6 +52,17 @@ OLDEST_DIFFUSERS = "0.35.0"
 """Version named in the files; the ``vae`` extra's minimum."""
 
 
+UNSUPPORTED = {
+    "model": ("qk_norm", "norm", "positions"),
+    "routing": (
+        "expert_mlp", "expert_width", "shared_width", "dense_blocks", "affinity", "score", "router_input",
+        "renormalize", "weight_scale", "groups", "bias_rate", "unconditional_expert",
+    ),
+    "objective": ("flow_direction",),
+}  # fmt: skip
+"""Keys that `DiffMoETransformer2DModel` does not have, by section."""
+
+
 @dataclass(frozen=True)
 class Vae:
     """A VAE's folder that can be copied."""
@@ -191,6 +202,27 @@ def check_new(out: Path) -> None:
     """
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise CheckpointError(f"--out {out}: already exists; pass a new folder.")
+
+
+def check_supported(config: Config) -> None:
+    """Check that our `DiffMoETransformer2DModel` has everything that a model uses.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    defaults = Config()
+    for section, keys in UNSUPPORTED.items():
+        for key in keys:
+            value, default = getattr(getattr(config, section), key), getattr(getattr(defaults, section), key)
+            if value != default and (section != "routing" or config.num_experts > 1):
+                raise ConfigError(
+                    f"--format diffusers: {section}.{key} is {value}, but folders for diffusers support only "
+                    f"{default} so far; omit the option to export the model in our own format."
+                )
+    if config.model.mlp == "silu":
+        raise ConfigError(
+            "--format diffusers: model.mlp is silu, but folders for diffusers support only gelu and swiglu so far."
+        )
 
 
 def _model_index(export: FolderExport) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _rows(layout: Layout) -> list[Message]:
     row_bytes = config.size.hidden_size * layout.weight_bytes
     found.append(Message("rows", "all_to_all", "ep", ranks, 4 * calls, 4 * calls * routed_rows(layout) * row_bytes))
     competing, kind = layout.selection_ranks, config.routing.kind
-    is_unknown = kind == "token_choice" or (kind == "batch_pool" and competing > 1 and competing % ranks > 0)
+    is_unknown = _is_ragged(config) or (kind == "batch_pool" and competing > 1 and competing % ranks > 0)
     if is_unknown and _padding(layout) is None:  # otherwise the counts of the whole EP group follow from the selection
         found.append(Message("row counts", "all_to_all", "ep", ranks, calls, calls * 8 * config.num_experts))
     return found
@@ -155,10 +155,15 @@ def routed_rows(layout: Layout) -> int:
     return experts * slots_of_expert(layout.tokens, experts, capacity * padding)
 
 
+def _is_ragged(config: Config) -> bool:
+    """Return whether the rule leaves open how many rows an expert has, even over all ranks."""
+    return config.routing.kind == "token_choice" or config.routing.unconditional_expert
+
+
 def _padding(layout: Layout) -> float | None:
     """Return `routing.padded_dispatch`; None if the layers have no use for it."""
     routing = layout.config.routing
-    is_fixed = routing.kind != "token_choice" and (routing.kind != "batch_pool" or layout.selection_ranks == 1)
+    is_fixed = not _is_ragged(layout.config) and (routing.kind != "batch_pool" or layout.selection_ranks == 1)
     return routing.padded_dispatch if layout.moe_layers and not is_fixed else None
 
 

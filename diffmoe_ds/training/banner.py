@@ -39,7 +39,8 @@ def banner(plan: TrainPlan, hosts: tuple[str, ...]) -> str:
         ("parameters", f"{counts.total / 1e6:,.2f} M total, {counts.activated / 1e6:,.2f} M activated"),
         (
             "routing",
-            f"{config.routing.kind}, capacity {config.routing.capacity:g}; {config.objective.kind} objective",
+            ", ".join([config.routing.kind, f"capacity {config.routing.capacity:g}", *config.router_options])
+            + f"; {config.objective.kind} objective",
         ),
         ("pool", _pool(plan)),
         ("world", f"{world} = EP {ep} x EDP {world // ep}, ZeRO {settings.zero_stage}, {precision}"),

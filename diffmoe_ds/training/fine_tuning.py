@@ -14,10 +14,16 @@ from diffmoe_ds.errors import ConfigError
 INHERITED = {
     "model": (
         "name", "hidden_size", "depth", "num_heads", "input_size", "in_channels", "patch_size", "label_dropout",
-        "mlp_ratio", "mlp", "conditioning", "text_qk_norm",
+        "mlp_ratio", "mlp", "qk_norm", "norm", "positions", "conditioning", "text_qk_norm",
     ),
-    "routing": ("kind", "num_experts", "capacity", "interleave", "shared_experts", "capacity_predictor"),
-    "objective": ("kind", "flow_time_scale", "time_distribution", "time_mean", "time_std", "time_shift"),
+    "routing": (
+        "kind", "num_experts", "capacity", "interleave", "dense_blocks", "expert_mlp", "expert_width",
+        "shared_experts", "shared_width", "unconditional_expert", "affinity", "score", "router_input", "renormalize",
+        "weight_scale", "groups", "groups_kept", "bias_rate", "capacity_predictor",
+    ),
+    "objective": (
+        "kind", "flow_time_scale", "flow_direction", "time_distribution", "time_mean", "time_std", "time_shift",
+    ),
 }  # fmt: skip
 """Keys of the initial model that apply unless the user sets them; the number of classes is that of the new images."""
 ADAPTABLE = ("num_classes", "label_dropout", "text_encoders", "repa_weight", "repa_hidden", "repa_features")

@@ -21,6 +21,7 @@ from diffmoe_ds.sampling.grid import save_png
 from diffmoe_ds.training.batches import BatchSource
 from diffmoe_ds.training.checkpointer import Checkpointer
 from diffmoe_ds.training.host_memory import gather_host_memory
+from diffmoe_ds.training.idle_experts import IdleExperts
 from diffmoe_ds.training.log_files import require_owned
 from diffmoe_ds.training.preview import Preview
 from diffmoe_ds.training.profiler import ProfileSteps
@@ -118,13 +119,17 @@ class LogLine:
         self._run, self._log = run, log
         self._due = Interval(run.config.run.log_every_images, run.images)
         self._is_first = True
+        self._idle = IdleExperts()
 
     def __call__(self, step: StepResult) -> None:
         if not (self._due(self._run.images) or self._run.is_complete):
             return
         if step.routing:
-            report = routing_report(step.routing, step.noise_level_B)
-            self._log.routing(report, self._run.model.moe_layers(), self._run.images)
+            report, layers = routing_report(step.routing, step.noise_level_B), self._run.model.moe_layers()
+            self._log.routing(report, layers, self._run.images)
+            warning = self._idle.warning(report.load_LE, list(layers))
+            if warning is not None and self._run.is_main:
+                print(f"*** WARNING: {warning} ***", file=sys.stderr, flush=True)
         self._log.line()
         if self._is_first:
             self._is_first = False

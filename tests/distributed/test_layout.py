@@ -19,17 +19,15 @@ KEYS = ("loss", "diffusion_loss", "capacity_loss", "grad_norm")
 
 
 def tensors(run: Trained) -> dict[str, torch.Tensor]:
-    """Every full tensor of the run's last checkpoint: weights, moments, EMA, thresholds."""
+    """Every full tensor of the run's last checkpoint: weights, moments, EMA, thresholds and biases."""
     reader = CheckpointReader(newest_valid(run.directory, full=True))
     found = {}
     for name, shape in reader.metadata.shapes.items():
         for kind in ("fp32", *MOMENTS[reader.metadata.optimizer], "ema"):
             found[f"{kind}/{name}"] = reader.read(kind, name, 0, torch.Size(shape).numel())
-    if reader.config.has_capacity_predictor:
-        for block in (1, 3):
-            name = f"blocks.{block}.mlp.expert_threshold"
-            found[f"buffer/{name}"] = reader.read("buffer", name, 0, reader.config.num_experts)
-    return found
+    buffers = {f"buffer/{name}": reader.read("buffer", name, 0, numel) for name, numel in reader.buffers().items()}
+    assert any("expert_threshold" in name for name in buffers) == reader.config.has_capacity_predictor
+    return found | buffers
 
 
 def assert_same(run: Trained, reference: Trained, tolerance: float = TOLERANCE, key_biases: bool = True) -> None:

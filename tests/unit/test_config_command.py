@@ -116,6 +116,7 @@ def test_the_schema_refuses_what_load_config_refuses(key):
 ACROSS = {
     "model.hidden_size", "model.num_heads", "model.input_size", "model.patch_size", "model.mlp_ratio",
     "routing.capacity", "routing.kind", "model.depth", "routing.num_experts", "model.name",
+    "model.mlp", "routing.unconditional_expert", "routing.bias_rate", "routing.groups", "routing.groups_kept",
     "model.text_encoders", "data.text_encoder", "data.captions", "sample.prompts",
 }  # fmt: skip
 """Keys with checks across keys, which a JSON schema cannot express."""

@@ -11,7 +11,7 @@ import torch
 from diffmoe_ds.config.load import load_config
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.model.conditioning import TextConditioner
-from diffmoe_ds.model.dit import DiT, DiTOutput, allocate, empty_model, saved_buffers
+from diffmoe_ds.model.dit import BlockInputs, DiT, DiTOutput, allocate, empty_model, saved_buffers
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.model.layers import Context, CrossAttention
 from diffmoe_ds.moe.layer import MoELayer
@@ -189,9 +189,10 @@ def test_blocks_start_as_the_identity():
     model = DiT(config)
     init_weights(model, seed=0)
     condition = model.y_embedder(prompt_rows(config.text_layout))
+    inputs = BlockInputs(condition.vector_BD, condition.vector_BD, condition.context)
     x = torch.randn(3, 16, config.size.hidden_size)
     for block in model.blocks:
-        assert torch.equal(block(x, condition.vector_BD, condition.context)[0], x)
+        assert torch.equal(block(x, inputs)[0], x)
     assert not model.y_embedder.null_row.any()
 
 

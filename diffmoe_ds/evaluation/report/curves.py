@@ -9,12 +9,16 @@ import numpy as np
 
 from diffmoe_ds.evaluation.report.history import Curve, History, Numbers, Validation
 from diffmoe_ds.evaluation.report.style import (
+    AMBER,
     BLUE,
+    BROWN,
     COMPUTE,
+    GRAY,
     GREEN,
     INK,
     ORANGE,
     PURPLE,
+    SKY,
     Drawing,
     depth_colors,
     images_axis,
@@ -31,6 +35,10 @@ LOSSES = {
     "capacity_loss": ("capacity predictor", ORANGE),
     "balance_loss": ("load balance", GREEN),
     "repa_loss": ("alignment (REPA)", PURPLE),
+    "z_loss": ("router z-loss", SKY),
+    "orthogonality_loss": ("router orthogonality", BROWN),
+    "contrastive_loss": ("routing contrastive", AMBER),
+    "similarity_loss": ("router similarity", GRAY),
 }
 """Label and color of each loss."""
 METRIC_STARTS = {"frechet": 0.0, "kid": 0.0, "inception_score": 1.0, "precision": 0.0, "recall": 0.0}

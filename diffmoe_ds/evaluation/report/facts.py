@@ -134,6 +134,7 @@ def model_table(config: Config) -> dict[str, str]:
     if config.num_experts > 1:
         rows |= {
             "experts per MoE layer": f"{config.num_experts} in {len(config.moe_blocks)} layers",
+            **({"router options": ", ".join(config.router_options)} if config.router_options else {}),
             "training capacity": f"{routing.capacity:g} expert{'s' * (routing.capacity != 1)} per token",
         }
     if routing.kind == "batch_pool":

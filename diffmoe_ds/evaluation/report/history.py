@@ -20,11 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from diffmoe_ds.config.routing import AUXILIARY
 from diffmoe_ds.control_files import open_regular, parse_json, read_lines
 
 Numbers = npt.NDArray[np.float64]
 
-CURVES = ("loss", "diffusion_loss", "capacity_loss", "balance_loss", "repa_loss", "grad_norm", "lr", "images_per_s")
+CURVES = (
+    "loss", "diffusion_loss", "capacity_loss", "repa_loss", *(f"{name}_loss" for name in AUXILIARY), "grad_norm", "lr",
+    "images_per_s",
+)  # fmt: skip
 """Keys of ``metrics.jsonl`` to draw as curves."""
 MAX_POINTS = 600
 """Maximum number of points per curve; longer curves are averaged over equal numbers of rows."""

@@ -47,9 +47,9 @@ def counting_step(run, *arguments):
     with ExitStack() as stack:
         waits, calls = stack.enter_context(HostWaits()), stack.enter_context(counted_collectives())
 
-        def counting_forward(layer, x):
+        def counting_forward(layer, *inputs):
             before = calls.copy()
-            out = forward(layer, x)
+            out = forward(layer, *inputs)
             layer_calls.append(dict(calls - before))
             return out
 
