@@ -222,7 +222,7 @@ class MoELayer(nn.Module):
         return token_choice(scores_TE, k, groups, groups if kept is None else kept)
 
     def _select_of_others(self, scores_TE: Tensor, null: NullImages) -> Selection:
-        """Apply the training rule of ``expert_choice`` to the images that are not null, whose number differs by rank."""
+        """Apply the training rule of ``expert_choice`` to the images that are not null. Their number varies by rank."""
         k = expert_choice_static(self.tokens_per_image, self.num_experts, self.capacity)
         k_B1 = torch.where(null.is_null_B, 0, k)[:, None]
         return Selection(expert_choice(scores_TE, k_B1))

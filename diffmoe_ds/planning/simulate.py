@@ -9,6 +9,7 @@ Legend: B images of a micro-batch, T their tokens, E experts, R routed rows of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def estimate_passes(layout: Layout) -> Passes:
     All blocks of a kind are the same, so memory grows by the same amount with every pair of them.
     """
     config, depth = layout.config, layout.config.size.depth
-    shallow = 2 + depth % 2
+    shallow = 2 + depth % 2 + 2 * math.ceil(config.routing.dense_blocks / 2)
     depths = (shallow, shallow + 2) if depth > shallow + 2 else (depth,)
     saved, peak, operators = [], [], []
     for blocks in depths:

@@ -27,6 +27,17 @@ from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.simulate import Passes, estimate_passes, simulate
 from diffmoe_ds.planning.traffic import size_text
 
+DSMOE = (
+    "model.name=tiny-E8", "routing.kind=token_choice", "routing.capacity=2", "routing.expert_mlp=swiglu",
+    "routing.expert_width=40", "routing.shared_experts=1", "routing.shared_width=24", "routing.dense_blocks=2",
+    "routing.router_input=time", "routing.score=sigmoid", "routing.renormalize=true", "routing.bias_rate=0.001",
+    "model.mlp=silu", "model.positions=rope", "model.norm=rms", "model.qk_norm=rms",
+)  # fmt: skip
+PROMOE = (
+    "routing.affinity=cosine", "routing.score=identity", "routing.unconditional_expert=true",
+    "routing.capacity_predictor=false", "routing.contrastive_weight=1", "model.label_dropout=0.5",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "overrides",
@@ -36,6 +47,7 @@ from diffmoe_ds.planning.traffic import size_text
         ("model.name=tiny-E8", "routing.kind=token_choice", "routing.capacity=2"),
         ("model.name=tiny-E8", "routing.kind=expert_choice", "routing.interleave=false"),
         ("model.name=tiny-E4", "model.conditioning=text", "model.text_encoders=[[5,12,9],[3,200,16]]"),
+        DSMOE,
     ),
 )
 def test_flops_equal_those_that_torch_counts(overrides):
@@ -110,6 +122,9 @@ def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="
         (("routing.kind=expert_choice", "routing.interleave=false"), 4, 4),
         (("model.name=Dense-S", "model.depth=2", "routing.kind=dense"), 4, 1),
         (("model.conditioning=text", "model.text_encoders=[[5,12,9]]"), 8, 4),
+        (DSMOE, 8, 4),
+        (("routing.kind=token_choice", *PROMOE, "routing.similarity_weight=0.1", "routing.z_weight=0.1"), 8, 4),
+        (("routing.kind=expert_choice", *PROMOE), 8, 4),
     ),
 )
 def test_planned_messages_of_the_passes_equal_simulated_ones(overrides, world, ep):
@@ -128,7 +143,7 @@ def test_planned_messages_of_the_passes_equal_simulated_ones(overrides, world, e
 
 def test_activations_of_a_deep_model_follow_from_two_shallow_ones():
     repa = ("loss.repa_weight=0.5", "loss.repa_features=[4,10]", "loss.repa_block=7")
-    for depth, overrides in ((6, ()), (7, repa)):
+    for depth, overrides in ((6, ()), (7, repa), (7, DSMOE[1:])):
         deep = layout("model.name=tiny-E8", f"model.depth={depth}", *overrides)
         counted = simulate(deep.config, deep.topology, 2, deep.dtype)
         passes = estimate_passes(deep)
