@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.architecture import has_null
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import CLASS_EMBEDDING, PROJECTOR, CheckpointReader, WeightsReader, has_null
+from diffmoe_ds.checkpoint.load import CLASS_EMBEDDING, PROJECTOR, CheckpointReader, WeightsReader
 from diffmoe_ds.checkpoint.pieces import COLUMNS, NUMBER
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.distributed.collectives import Group, all_gather, all_reduce, broadcast, get_rank, get_world_size

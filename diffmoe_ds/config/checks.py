@@ -84,7 +84,7 @@ def check_experts(routing: RoutingConfig, num_experts: int, tokens_per_image: in
     if routing.kind != "batch_pool" and routing.pool_images is not None:
         raise ConfigError(
             f"routing.pool_images must be unset for the router {routing.kind}, got {routing.pool_images}; only "
-            "batch_pool has a pool."
+            "batch_pool has such pools."
         )
     if routing.kind == "expert_choice" and tokens_per_image * capacity < num_experts:
         raise ConfigError(
@@ -122,7 +122,11 @@ def check_router(routing: RoutingConfig, num_experts: int, has_capacity_predicto
             f"routing.groups_kept must be at most routing.groups ({routing.groups}) and leave at least "
             f"{routing.capacity:g} experts, got {kept}."
         )
-    if routing.unconditional_expert and (routing.kind == "batch_pool" or has_capacity_predictor):
+    if routing.renormalize and routing.score == "identity":
+        raise ConfigError("routing.renormalize needs positive scores; routing.score must be softmax or sigmoid.")
+    if routing.unconditional_expert and (
+        routing.kind not in ("token_choice", "expert_choice") or has_capacity_predictor
+    ):
         raise ConfigError(
             "routing.unconditional_expert needs routing.kind token_choice, or expert_choice with "
             f"routing.capacity_predictor false; got {routing.kind}."

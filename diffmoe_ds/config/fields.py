@@ -32,7 +32,7 @@ from diffmoe_ds.text_layout import MAX_ENCODERS, MAX_TOKENS, MAX_WIDTH
 MAX_BITS = 64
 """Longest integer that a field accepts."""
 
-ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "tc": "token_choice"}
+ROUTERS = {"diffmoe": "batch_pool", "ec": "expert_choice", "race": "expert_race", "tc": "token_choice"}
 """Short names of the routers, those of the reference's model classes."""
 MAX_CACHE_GB = 1e9
 """Largest size of the shard cache."""

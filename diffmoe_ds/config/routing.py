@@ -23,9 +23,11 @@ from diffmoe_ds.config.fields import (
     router,
 )
 
-RoutingKind = Annotated[Literal["dense", "token_choice", "expert_choice", "batch_pool"], BeforeValidator(router)]
+RoutingKind = Annotated[
+    Literal["dense", "token_choice", "expert_choice", "batch_pool", "expert_race"], BeforeValidator(router)
+]
 PoolScope = Literal["rank", "ep", "world"]
-AUXILIARY = ("balance", "z", "orthogonality", "contrastive", "similarity")
+AUXILIARY = ("balance", "z", "orthogonality", "contrastive", "similarity", "per_layer")
 """Auxiliary losses of the MoE layers; the key of each one's weight is its name with `_weight`."""
 ROUTER_OPTIONS = (
     "affinity", "score", "router_input", "renormalize", "weight_scale", "groups", "groups_kept", "bias_rate",
@@ -39,10 +41,11 @@ class RoutingConfig(Section):
 
     kind: RoutingKind = "batch_pool"
     """Who chooses: in `token_choice` (TC-DiT, also ProMoE and DSMoE), a token its best experts; in `expert_choice`
-    (EC-DiT), an expert its best tokens of an image; in `batch_pool` (DiffMoE), an expert its best tokens of a pool;
-    `dense` has no experts. The short names `diffmoe`, `ec` and `tc` are also valid."""
+    (EC-DiT), an expert its best tokens of an image; in `batch_pool` (DiffMoE), an expert its best tokens of a pool; in
+    `expert_race`, all pairs of a token and an expert of a pool compete with each other. `dense` has no experts. The
+    short names `diffmoe`, `ec`, `race` and `tc` are also valid."""
     pool: PoolScope = "world"
-    """Tokens that compete for an expert under `batch_pool`: those of one micro-batch on this rank (`rank`), in its
+    """Tokens that compete under `batch_pool` and `expert_race`: those of one micro-batch on this rank (`rank`), in its
     expert-parallel group (`ep`) or on all ranks (`world`)."""
     pool_images: PositiveInteger | None = None
     """Split the `batch_pool` pool into pools of this many consecutive images in training; by default it is not split.
@@ -68,13 +71,14 @@ class RoutingConfig(Section):
     """Add an expert that takes all tokens of images whose label or prompt is dropped, and no others, with a weight of 1
     (ProMoE, arXiv 2510.24711). Every rank holds it. Needs `token_choice`, or `expert_choice` without capacity
     predictor."""
-    affinity: Literal["linear", "cosine"] = "linear"
-    """Logits of the router: a product of tokens and weights (`linear`), or the cosine of the angle between a token and
-    the prototype of each expert (`cosine`, ProMoE)."""
+    affinity: Literal["linear", "cosine", "mlp"] = "linear"
+    """Logits of the router: a product of tokens and weights (`linear`), the cosine of the angle between a token and the
+    prototype of each expert (`cosine`, ProMoE), or a network with a hidden layer, GELU and biases (`mlp`, Expert
+    Race)."""
     score: Literal["softmax", "sigmoid", "identity"] = "softmax"
     """Function that turns logits into scores, by which tokens are chosen and outputs weighted: `softmax` over experts;
-    `sigmoid` (DeepSeek-V3, arXiv 2412.19437; DSMoE, arXiv 2512.01252); or `identity` (ProMoE, with which weights can be
-    negative)."""
+    `sigmoid` (DeepSeek-V3, arXiv 2412.19437; DSMoE, arXiv 2512.01252); or `identity` (ProMoE and Expert Race), with
+    which weights can be negative."""
     router_input: Literal["modulated", "time"] = "modulated"
     """What the router reads: the same tokens as the experts (`modulated`), or tokens before the modulation by adaLN
     with the time embedding appended (`time`; Nucleus-Image, arXiv 2604.12163), so that magnitudes do not depend on the
@@ -112,7 +116,12 @@ class RoutingConfig(Section):
     contrastive_temperature: PositiveNumber = 0.07
     """Temperature of the routing contrastive loss."""
     similarity_weight: NonNegativeNumber = 0.0
-    """Weight of Expert Race's router similarity loss (arXiv 2503.16057), which balances experts and pairs of them."""
+    """Weight of Expert Race's router similarity loss (arXiv 2503.16057), which balances experts and pairs of them; the
+    paper uses 1e-4."""
+    per_layer_weight: NonNegativeNumber = 0.0
+    """Weight of Expert Race's per-layer regularization: in each MoE layer, a linear head predicts the model's target
+    from what the last layer of the router reads, with the mean squared error as its loss. The paper uses 1e-2. 0 omits
+    the heads, which sampling does not need."""
     threshold_decay: Fraction = 0.95
     """Decay per optimizer step of the moving average that sets the thresholds of `dynamic` and `per_token` routing."""
     padded_dispatch: Slack | None = None

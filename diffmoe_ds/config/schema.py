@@ -59,6 +59,7 @@ INFERENCE_CHOICES: dict[str, tuple[str, ...]] = {
     "token_choice": ("static",),
     "expert_choice": ("static", "dynamic"),
     "batch_pool": ("per_token", "dynamic", "static"),
+    "expert_race": ("per_token", "static"),
 }
 """Inference rules of each router; the first is the default."""
 
@@ -177,7 +178,7 @@ class Config(Section):
     def inference_choices(self) -> tuple[str, ...]:
         """Routing choices at inference, the default first."""
         kind = self.routing.kind
-        return INFERENCE_CHOICES[kind] if self.has_capacity_predictor else ("static",)
+        return INFERENCE_CHOICES[kind] if self.has_capacity_predictor or kind == "expert_race" else ("static",)
 
     @property
     def has_capacity_predictor(self) -> bool:
@@ -203,6 +204,11 @@ class Config(Section):
             return ()
         names = AUXILIARY if self.routing.kind == "token_choice" else AUXILIARY[1:]  # only it has a balance loss
         return tuple(name for name in names if getattr(self.routing, f"{name}_weight"))
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether the tokens of several images, possibly on several ranks, compete in training."""
+        return self.num_experts > 1 and self.routing.kind in ("batch_pool", "expert_race")
 
     @property
     def aligned_block(self) -> int | None:

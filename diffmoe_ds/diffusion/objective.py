@@ -61,6 +61,10 @@ class Objective(Protocol):
         """Return the noisy images that the model sees, float32 or wider."""
         ...
 
+    def target(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Return what the model learns to predict, without the variance of DDPM."""
+        ...
+
     def loss(self, prediction: Tensor, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> dict[str, Tensor]:
         """Return losses per image, [B], float32 or wider.
 
@@ -96,6 +100,10 @@ class FlowObjective:
     def corrupt(self, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """See `Objective`."""
         return flow_interpolate(x_BCHW, noise_BCHW, t_B)
+
+    def target(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """See `Objective`."""
+        return x_BCHW - noise_BCHW
 
     def loss(self, prediction: Tensor, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> dict[str, Tensor]:
         """See `Objective`."""
@@ -134,6 +142,10 @@ class DDPMObjective:
     def corrupt(self, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """See `Objective`."""
         return self.diffusion.q_sample(x_BCHW, t_B, noise_BCHW)
+
+    def target(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """See `Objective`."""
+        return noise_BCHW
 
     def loss(self, prediction: Tensor, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> dict[str, Tensor]:
         """See `Objective`."""

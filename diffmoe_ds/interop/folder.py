@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.architecture import has_null
 from diffmoe_ds.checkpoint.export import WEIGHTS
 from diffmoe_ds.checkpoint.layout import BUFFER
-from diffmoe_ds.checkpoint.load import PROJECTOR, WeightsReader, has_null
+from diffmoe_ds.checkpoint.load import PROJECTOR, WeightsReader
 from diffmoe_ds.checkpoint.stream import Entry, write_safetensors
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.schema import Config
@@ -219,6 +220,8 @@ def check_supported(config: Config) -> None:
                     f"--format diffusers: {section}.{key} is {value}, but folders for diffusers support only "
                     f"{default} so far; omit the option to export the model in our own format."
                 )
+    if config.routing.kind == "expert_race":
+        raise ConfigError("--format diffusers: routing.kind expert_race is not supported so far; omit the option.")
     if config.model.mlp == "silu":
         raise ConfigError(
             "--format diffusers: model.mlp is silu, but folders for diffusers support only gelu and swiglu so far."

@@ -245,7 +245,7 @@ class DiT(nn.Module):
     def images_compete(self) -> bool:
         """Whether an image depends on the rest of its batch in eval mode, because their tokens compete for experts."""
         layers = self.moe_layers().values()
-        return any(layer.kind == "batch_pool" and layer.inference != "per_token" for layer in layers)
+        return any(layer.kind in ("batch_pool", "expert_race") and layer.inference != "per_token" for layer in layers)
 
 
 def _projector(config: Config) -> nn.Sequential:

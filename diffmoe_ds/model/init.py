@@ -20,7 +20,7 @@ from diffmoe_ds.model.dit import DiT
 from diffmoe_ds.model.layers import CrossAttention
 
 GATE_STD = 0.006
-"""Standard deviation of router weights, except for ``token_choice``, sigmoids and prototypes."""
+"""Standard deviation of router weights, except for ``token_choice``, sigmoids, prototypes and networks."""
 EMBEDDING_STD = 0.02
 """Standard deviation of label and time embeddings."""
 
@@ -58,8 +58,12 @@ def init_weights(model: DiT, seed: int, first_expert: int = 0) -> None:
     for index, layer in model.moe_layers().items():
         prefix = f"blocks.{index}.mlp"
         _init_gate(layer.gate_weight, layer.routing, _stream(seed, f"{prefix}.gate_weight"))
+        if layer.gate_bias is not None:
+            layer.gate_bias.zero_()
         if layer.routing.bias_rate is not None:
             layer.correction_bias.zero_()
+        if layer.kind == "expert_race":
+            layer.race_threshold.zero_()
         for weight_name, weight in layer.experts.named_parameters():
             if weight_name == "w3" and layer.experts.kind == "gelu":
                 weight.zero_()  # biases
@@ -90,7 +94,9 @@ def _init_text(model: DiT) -> None:
 
 
 def _init_gate(weight_ED: Tensor, routing: RoutingConfig, stream: torch.Generator) -> None:
-    if routing.affinity == "cosine":
+    if routing.affinity == "mlp":
+        nn.init.xavier_uniform_(weight_ED, generator=stream)
+    elif routing.affinity == "cosine":
         nn.init.normal_(weight_ED, std=1 / math.sqrt(weight_ED.shape[1]), generator=stream)  # of length 1
     elif routing.score == "sigmoid":  # DSMoE
         nn.init.kaiming_normal_(weight_ED, generator=stream)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_ds.config.schema import Config
@@ -32,10 +33,11 @@ from diffmoe_ds.moe.routers import (
     expert_choice,
     expert_choice_dynamic,
     expert_choice_static,
+    expert_race_static,
     token_choice,
 )
 from diffmoe_ds.moe.rows import combine_rows, gather_rows
-from diffmoe_ds.moe.scores import output_weights, score_tokens
+from diffmoe_ds.moe.scores import Scored, output_weights, score_tokens
 from diffmoe_ds.moe.search import Pool, WarmStart
 from diffmoe_ds.moe.top_k import LocalPool, Selection, select_top_k
 
@@ -51,6 +53,11 @@ class Routing(NamedTuple):
     """fp32: by what the output of an expert is multiplied where it takes the token."""
     auxiliary: dict[str, Tensor]
     """The losses of `moe.auxiliary` by name, scalars with gradient; only in training."""
+    target_TP: Tensor | None
+    """The layer's own prediction of the model's target, P values of a patch; only in training with
+    ``routing.per_layer_weight``."""
+    race_score: Tensor | None
+    """fp32 scalar: the K-th largest score of the pool; only for ``expert_race`` by the training rule."""
     must_redo: Tensor | None
     """bool scalar: the output is invalid, so the pass must be repeated under `exact_dispatch`; None if it is always
     valid."""
@@ -63,6 +70,8 @@ class MoELayer(nn.Module):
     """fp32 [E], the thresholds tau; only with a capacity predictor."""
     correction_bias: Tensor
     """fp32 [E], added to scores when experts are chosen; only with ``routing.bias_rate``."""
+    race_threshold: Tensor
+    """fp32 scalar, the score from which on an expert takes a token in inference; only for ``expert_race``."""
 
     def __init__(self, config: Config, width: int, num_local_experts: int | None = None) -> None:
         """Allocate the weights; `model/init.py` sets their values.
@@ -79,14 +88,11 @@ class MoELayer(nn.Module):
         self.kind = routing.kind
         self.capacity = routing.capacity
         self.tokens_per_image = config.tokens_per_image
+        self._allocate_router(width)
         mlp, hidden = config.expert_mlp, config.expert_hidden
-        read = width if routing.router_input == "modulated" else 2 * width
-        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, read))
         self.experts = Experts(mlp, num_local_experts or self.num_experts, width, hidden)
         self.shared_experts = FFN[mlp](width, config.shared_hidden) if config.shared_hidden else None
         self.unconditional_expert = FFN[mlp](width, hidden) if routing.unconditional_expert else None
-        if routing.bias_rate is not None:
-            self.register_buffer("correction_bias", torch.empty(self.num_experts, dtype=torch.float32))
         self.capacity_predictor = None
         if config.has_capacity_predictor:
             self.capacity_predictor = nn.Sequential(
@@ -112,6 +118,21 @@ class MoELayer(nn.Module):
         self.is_exact = False
         """Whether to use neither the padded dispatcher nor an unverified selection; see `exact_dispatch`."""
 
+    def _allocate_router(self, width: int) -> None:
+        """Allocate the weights and buffers of the router."""
+        routing, model = self.config.routing, self.config.model
+        read = width if routing.router_input == "modulated" else 2 * width
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, read))
+        has_hidden = routing.affinity == "mlp"
+        self.gate_hidden = nn.Linear(read, read) if has_hidden else None
+        self.gate_bias = nn.Parameter(torch.empty(self.num_experts)) if has_hidden else None
+        values = model.patch_size**2 * model.in_channels
+        self.target_head = nn.Linear(read, values) if routing.per_layer_weight else None
+        if routing.bias_rate is not None:
+            self.register_buffer("correction_bias", torch.empty(self.num_experts, dtype=torch.float32))
+        if self.kind == "expert_race":
+            self.register_buffer("race_threshold", torch.empty((), dtype=torch.float32))
+
     def forward(
         self, x_BSD: Tensor, read_BSR: Tensor | None = None, null: NullImages | None = None
     ) -> tuple[Tensor, Routing]:
@@ -126,12 +147,11 @@ class MoELayer(nn.Module):
             [B, S, D], and the routing.
         """
         tokens_TD = x_BSD.flatten(0, 1)
-        read_TR = tokens_TD if read_BSR is None else read_BSR.flatten(0, 1)
-        scored = score_tokens(self.routing.affinity, self.routing.score, read_TR, self.gate_weight)
+        scored = self._score(tokens_TD if read_BSR is None else read_BSR.flatten(0, 1))
         rule = "static" if self.training else self.inference
         logits_TE = None if rule == "static" else self._predict(tokens_TD)
         with torch.no_grad():
-            selection = remember(lambda: self._select(rule, scored.scores_TE, logits_TE, null))
+            selection, race_score = remember(lambda: self._select(rule, scored.scores_TE, logits_TE, null))
         mask_TE = selection.mask_TE
         dispatcher, counts = remember(lambda: self._count(selection, tokens_TD))
         weights_TE = output_weights(scored.scores_TE, mask_TE, self._renormalizes, self.routing.weight_scale)
@@ -139,17 +159,25 @@ class MoELayer(nn.Module):
         finish_dispatch = dispatcher.start_dispatch(gather_rows(tokens_TD, plan), counts)
         # computed while the rows travel
         shared_TD = None if self.shared_experts is None else self.shared_experts(tokens_TD)
-        auxiliary = {}
+        auxiliary, target_TP = {}, None
         if self.training:
             logits_TE = self._predict(tokens_TD)
+            target_TP = None if self.target_head is None else self.target_head(scored.tokens_TR)
             auxiliary = auxiliary_losses(self.config, scored, mask_TE, self.pool, null)
         rows_RD = self.experts(finish_dispatch(), counts.of_local_experts)
         out_TD = combine_rows(dispatcher.combine(rows_RD, counts), plan)
         out_TD = out_TD if shared_TD is None else out_TD + shared_TD
         if null is not None and self.unconditional_expert is not None:
             out_TD = null.add(out_TD, self.unconditional_expert(null.only(tokens_TD)))
-        routing = Routing(mask_TE, logits_TE, weights_TE.detach(), auxiliary, self._must_redo(counts))
+        must_redo = self._must_redo(counts)
+        routing = Routing(mask_TE, logits_TE, weights_TE.detach(), auxiliary, target_TP, race_score, must_redo)
         return out_TD.view(x_BSD.shape), routing
+
+    def _score(self, read_TR: Tensor) -> Scored:
+        """Return the scores of what the router reads."""
+        if self.gate_hidden is not None:
+            read_TR = F.gelu(self.gate_hidden(read_TR))
+        return score_tokens(self.routing.affinity, self.routing.score, read_TR, self.gate_weight, self.gate_bias)
 
     @property
     def _renormalizes(self) -> bool:
@@ -188,9 +216,32 @@ class MoELayer(nn.Module):
             return logits_TE > self.logit_threshold_E
         return predicted_mask(logits_TE, self.expert_threshold)
 
-    def _select(self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None, null: NullImages | None) -> Selection:
-        """Select tokens by the training rule (``static``) or by an inference rule."""
+    def _select(
+        self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None, null: NullImages | None
+    ) -> tuple[Selection, Tensor | None]:
+        """Select tokens by the training rule (``static``) or by an inference rule.
+
+        Returns:
+            The selection, and `Routing.race_score`.
+        """
         self._warm_start.verify_later = self._is_padded
+        if self.kind == "expert_race":
+            return self._race(rule, scores_TE)
+        return self._select_tokens(rule, scores_TE, logits_TE, null), None
+
+    def _race(self, rule: str, scores_TE: Tensor) -> tuple[Selection, Tensor | None]:
+        """Select pairs of a token and an expert."""
+        if rule == "per_token":
+            return Selection(scores_TE >= self.race_threshold), None
+        k = expert_race_static(len(scores_TE), self.capacity, self.pool)
+        pairs = select_top_k(scores_TE.reshape(-1, 1), k, self.pool, self._warm_start)
+        assert pairs.kth_E is not None
+        return Selection(pairs.mask_TE.view_as(scores_TE)), pairs.kth_E[0]
+
+    def _select_tokens(
+        self, rule: str, scores_TE: Tensor, logits_TE: Tensor | None, null: NullImages | None
+    ) -> Selection:
+        """Select the tokens of each expert, or the experts of each token."""
         if self.kind == "token_choice":
             mask_TE = self._choose_experts(scores_TE)
             return Selection(mask_TE if null is None else null.exclude(mask_TE))

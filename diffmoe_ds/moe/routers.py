@@ -1,7 +1,8 @@
 """Routing rules, as pure functions that assign tokens to experts from the router's scores.
 
 `token_choice` and `expert_choice` decide from the tokens of one rank. Under `batch_pool` all tokens of a pool of ranks
-compete: the two rules here give the number of tokens K of each expert, and `moe/top_k.py` finds the K best exactly.
+compete, and under `expert_race` all pairs of a token and an expert: the rules here give their number K, and
+`moe/top_k.py` finds the K best exactly.
 `MoELayer` chooses between the rules.
 
 Legend: B images, S tokens per image, T = B * S tokens of this rank, E experts, k experts of a token.
@@ -115,3 +116,17 @@ def batch_pool_dynamic(predicted_TE: Tensor, pool: Pool) -> Tensor:
         int64 K_E, the same on every rank.
     """
     return pool.sum(predicted_TE.sum(0))
+
+
+# -------------------------------------------------------------------------------------------------------- expert_race
+
+
+def expert_race_static(tokens: int, capacity: float, pool: Pool) -> int:
+    """Return the training rule's count: K = floor(C * T_pool) pairs of a token and an expert (arXiv 2503.16057).
+
+    Args:
+        tokens: T, of this rank; every rank of the pool holds the same number of tokens.
+        capacity: C, the average number of experts per token.
+        pool: the ranks that compete.
+    """
+    return tokens_per_expert(capacity, tokens * pool.size, 1)

@@ -1,8 +1,8 @@
 """From a router's input to scores, and from the scores of the experts taken to the weights of their outputs.
 
-Logits are products of tokens and one vector for each expert, or the cosines of the angles between them (prototypes). A
-score function turns logits into scores, which decide who is taken. Weights are the scores of those who are, possibly
-normalized and scaled.
+Logits are products of tokens and one vector for each expert, possibly with a hidden layer before, or the cosines of the
+angles between them (prototypes). A score function turns logits into scores, which decide who is taken. Weights are the
+scores of those who are, possibly normalized and scaled.
 
 Legend: T tokens of this rank, E experts, R width of what the router reads.
 Sources: Switch Transformer (arXiv 2101.03961), DeepSeek-V3 (2412.19437), ProMoE (2510.24711), DSMoE (2512.01252).
@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     """Tokens and their scores; with gradients."""
 
     tokens_TR: Tensor
-    """What the router read."""
+    """What the last layer of the router read."""
     vectors_ER: Tensor
     """The router's vector of each expert."""
     logits_TE: Tensor
@@ -40,19 +40,22 @@ class Scored(NamedTuple):
     """fp32."""
 
 
-def score_tokens(affinity: str, score: str, tokens_TR: Tensor, vectors_ER: Tensor) -> Scored:
+def score_tokens(
+    affinity: str, score: str, tokens_TR: Tensor, vectors_ER: Tensor, bias_E: Tensor | None = None
+) -> Scored:
     """Score tokens for each expert.
 
     Args:
-        affinity: ``linear`` or ``cosine``.
+        affinity: ``cosine``, or else a product.
         score: a key of `SCORES`.
         tokens_TR: any float dtype.
         vectors_ER: weights or prototypes, in the dtype of the model.
+        bias_E: added to products, likewise.
     """
     if affinity == "cosine":
         logits_TE = fp32_linear(unit(tokens_TR), unit(vectors_ER))
     else:
-        logits_TE = fp32_linear(tokens_TR, vectors_ER)
+        logits_TE = fp32_linear(tokens_TR, vectors_ER, bias_E)
     return Scored(tokens_TR, vectors_ER, logits_TE, SCORES[score](logits_TE))
 
 

@@ -45,6 +45,8 @@ class Selection(NamedTuple):
     """int64: tokens that each expert takes from each rank of the pool, if there are several; otherwise None."""
     rows_per_expert_in_pool: int | None = None
     """Tokens of such a pool that every expert takes, where the rule fixes this number; otherwise None."""
+    kth_E: Tensor | None = None
+    """fp32: the K-th largest score of each expert in the pool, NaN where K is 0; only of `select_top_k`."""
 
 
 def sort_keys(scores: Tensor) -> Tensor:
@@ -80,10 +82,10 @@ def select_top_k(scores_TE: Tensor, k: int | Tensor, pool: Pool, warm: WarmStart
     before_E = kth.ties_WE[: pool.rank].sum(0)
     tie_number_TE = tie_TE.cumsum(0) + before_E  # from 1, by rank, then by token
     mask_TE = (keys_TE > kth.key_E) | (tie_TE & (tie_number_TE <= kth.quota_E))
-    fixed = k if isinstance(k, int) else None
+    fixed, kth_E = k if isinstance(k, int) else None, key_values(kth.key_E)
     if pool.size == 1:
-        return Selection(mask_TE, rows_per_expert=fixed)
-    return Selection(mask_TE, counts_WE=kth.selected_WE(), rows_per_expert_in_pool=fixed)
+        return Selection(mask_TE, rows_per_expert=fixed, kth_E=kth_E)
+    return Selection(mask_TE, counts_WE=kth.selected_WE(), rows_per_expert_in_pool=fixed, kth_E=kth_E)
 
 
 def kth_value(scores_TE: Tensor, k: int, pool: Pool, warm: WarmStart | None = None) -> Tensor:

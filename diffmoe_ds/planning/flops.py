@@ -65,14 +65,16 @@ def flops_per_image(config: Config) -> FlopCounts:
     final = 2 * tokens * width * patch * out_channels + 2 * width * 2 * width
     other = embed + 2 * width * width + size.depth * 2 * width * 6 * width + final + text
     predictor = moe_blocks * 2 * tokens * width * config.num_experts
-    router = predictor * (2 if routing.router_input == "time" else 1)
+    read = width * (2 if routing.router_input == "time" else 1)
+    router = moe_blocks * 2 * tokens * read * (config.num_experts + (read if routing.affinity == "mlp" else 0))
     first = second = 0
     if config.has_capacity_predictor and moe_blocks:
         first, second = moe_blocks * 2 * tokens * width * width, predictor
     forward = attention + ffn + router + first + second + other
     # the backward pass has two products for each of the forward pass, but images, times, text features and
     # what the capacity predictor reads (detached) need no gradient
-    training = 3 * (forward + _projector_flops(config)) - embed - features - first
+    heads = moe_blocks * 2 * tokens * read * patch * model.in_channels if routing.per_layer_weight else 0
+    training = 3 * (forward + _projector_flops(config) + heads) - embed - features - first
     return FlopCounts(attention, ffn, router + first + second, other, training)
 
 

@@ -194,7 +194,7 @@ def resolve_layout(request: LayoutRequest, config: Config, raw: dict[str, Any], 
         tree["gradient_accumulation_steps"] = request.accumulation
     local_world = min(request.local_world, request.world)
     settings = resolve_deepspeed(tree, config, source, world=request.world, local_world=local_world, device="cuda")
-    if config.num_experts > 1 and config.routing.kind == "batch_pool":
+    if config.has_pool:
         pool_rows(config, settings, request.world)
     return Layout(config, settings, request.world, local_world)
 

@@ -19,8 +19,8 @@ from diffmoe_ds.moe.padding import slots_of_expert
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
 
-AGREED_VALUES = 15
-"""Numbers of a rank in the loop's agreement: an error, four flags, nine losses, the verdict on the last search. Padded
+AGREED_VALUES = 16
+"""Numbers of a rank in the loop's agreement: an error, four flags, ten losses, the verdict on the last search. Padded
 dispatch adds one."""
 ALLREDUCE_ELEMENTS = 500_000_000
 """Gradient elements that DeepSpeed reduces at once at ZeRO 0."""
@@ -81,8 +81,9 @@ def _selection(layout: Layout) -> list[Message]:
     scope = "world" if config.routing.pool == "world" else "ep"
     ranks, found = layout.pool_ranks, []
     competing = layout.selection_ranks
-    if config.routing.kind == "batch_pool" and competing > 1:
-        size = (_histogram_bytes(experts) + _table_bytes(competing, experts)) * layers * steps
+    if config.has_pool and competing > 1:
+        searched = experts if config.routing.kind == "batch_pool" else 1  # one K-th score, or one of each expert
+        size = (_histogram_bytes(searched) + _table_bytes(competing, searched)) * layers * steps
         part = scope if competing == ranks else "pool"
         found.append(Message("selection", "all_reduce", part, competing, 2 * layers * steps, size))
     if config.has_capacity_predictor:  # one search for the experts of all layers and micro-steps
@@ -157,7 +158,7 @@ def routed_rows(layout: Layout) -> int:
 
 def _is_ragged(config: Config) -> bool:
     """Return whether the rule leaves open how many rows an expert has, even over all ranks."""
-    return config.routing.kind == "token_choice" or config.routing.unconditional_expert
+    return config.routing.kind in ("token_choice", "expert_race") or config.routing.unconditional_expert
 
 
 def _padding(layout: Layout) -> float | None:

@@ -13,13 +13,13 @@ class ParameterCounts:
     """Parameter counts of a model."""
 
     total: int
-    """All trained weights, including all experts, routers and capacity predictors."""
+    """All trained weights, including all experts, routers, capacity predictors and heads of the per-layer loss."""
     activated: int
     """Weights that an average token uses: C of E experts and everything dense (DiffMoE, eq. 40)."""
     experts: int
     """Weights of all experts of all layers."""
     routers: int
-    """Weights of all routers and capacity predictors."""
+    """Weights of all routers, capacity predictors and heads of the per-layer loss."""
     ffn: int
     """Weights of all FFNs: dense ones, shared experts and routed experts."""
 
@@ -42,10 +42,8 @@ def count_parameters(config: Config) -> ParameterCounts:
     total = sum(p.numel() for p in model.parameters())
     layers = model.moe_layers().values()
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
-    routers = sum(layer.gate_weight.numel() for layer in layers)
-    routers += sum(
-        p.numel() for layer in layers if layer.capacity_predictor for p in layer.capacity_predictor.parameters()
-    )
+    parts = (".mlp.gate_", ".mlp.capacity_predictor.", ".mlp.target_head.")
+    routers = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))
     ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and name.startswith("blocks."))
     projector = sum(p.numel() for p in model.repa_projector.parameters()) if model.repa_projector else 0
     idle = experts * (1 - config.routing.capacity / config.num_experts)

@@ -12,6 +12,7 @@ from diffmoe_ds.checkpoint.export import LARGE_SHARE
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata
 from diffmoe_ds.config.load import config_to_dict, differences
 from diffmoe_ds.data.dataset import missing_classes, truncated_captions
+from diffmoe_ds.moe.capacity import tokens_per_expert
 from diffmoe_ds.planning.parameters import count_parameters
 from diffmoe_ds.planning.pool import pool_rows
 from diffmoe_ds.planning.traffic import crossing_warning
@@ -160,7 +161,7 @@ def _pool(plan: TrainPlan) -> str:
     config, settings, world = plan.config, plan.settings, plan.launch.world
     if config.num_experts == 1:
         return "none: the model is dense"
-    if config.routing.kind != "batch_pool":
+    if not config.has_pool:
         return "none: each image or token is routed independently"
     tokens, rows = pool_rows(config, settings, world)
     if config.routing.pool_images is not None:
@@ -172,7 +173,10 @@ def _pool(plan: TrainPlan) -> str:
         "ep": f"the {settings.ep_size} rank(s) of an EP group",
         "world": f"all {world} rank(s)",
     }
-    return f"{tokens:,} tokens of {batch} over {scope[config.routing.pool]}; each expert takes K = {rows:,}"
+    taken = f"each expert takes K = {rows:,}"
+    if config.routing.kind == "expert_race":
+        taken = f"all experts together take K = {tokens_per_expert(config.routing.capacity, tokens, 1):,}"
+    return f"{tokens:,} tokens of {batch} over {scope[config.routing.pool]}; {taken}"
 
 
 def _evaluation(plan: TrainPlan) -> list[tuple[str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffmoe_ds.checkpoint.architecture import first_difference
 from diffmoe_ds.checkpoint.export import require_weights
-from diffmoe_ds.checkpoint.load import WeightsReader, first_difference
+from diffmoe_ds.checkpoint.load import WeightsReader
 from diffmoe_ds.config.load import Recipe, config_to_dict
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -19,7 +20,7 @@ INHERITED = {
     "routing": (
         "kind", "num_experts", "capacity", "interleave", "dense_blocks", "expert_mlp", "expert_width",
         "shared_experts", "shared_width", "unconditional_expert", "affinity", "score", "router_input", "renormalize",
-        "weight_scale", "groups", "groups_kept", "bias_rate", "capacity_predictor",
+        "weight_scale", "groups", "groups_kept", "bias_rate", "per_layer_weight", "capacity_predictor",
     ),
     "objective": (
         "kind", "flow_time_scale", "flow_direction", "time_distribution", "time_mean", "time_std", "time_shift",

@@ -18,6 +18,7 @@ from diffmoe_ds.data.loader import MicroBatch
 from diffmoe_ds.diffusion.objective import Objective
 from diffmoe_ds.diffusion.times import logit_normal, shifted
 from diffmoe_ds.model.dit import DiTOutput
+from diffmoe_ds.model.layers import unpatchify
 from diffmoe_ds.moe.capacity import capacity_loss
 from diffmoe_ds.training.setup import Run
 
@@ -33,12 +34,13 @@ class Losses(NamedTuple):
     """The capacity predictors' loss, mean per layer, summed over layers."""
     alignment: Tensor
     """The alignment loss of REPA."""
-    # those of `moe.auxiliary`, each summed over layers; 0 where its weight is
+    # those of the MoE layers (`config.routing.AUXILIARY`), each summed over layers; 0 where its weight is
     balance: Tensor
     z: Tensor
     orthogonality: Tensor
     contrastive: Tensor
     similarity: Tensor
+    per_layer: Tensor
 
 
 def model_inputs(run: Run, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -88,9 +90,15 @@ def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: 
         start=zero,
     )
     total = diffusion + config.routing.capacity_weight * capacity
-    auxiliary = {}
-    for name in AUXILIARY:
-        loss = sum((r.auxiliary[name] for r in output.routing if name in r.auxiliary), start=zero)
+    auxiliary = dict.fromkeys(AUXILIARY, zero)
+    for name in config.auxiliary_losses:
+        if name == "per_layer":
+            target_BCHW = objective.target(batch.x, batch.noise)
+            predictions = [routing.target_TP for routing in output.routing if routing.target_TP is not None]
+            parts = [per_layer_loss(target_TP, target_BCHW, config) for target_TP in predictions]
+        else:
+            parts = [routing.auxiliary[name] for routing in output.routing]
+        loss = sum(parts, start=zero)
         total = total + getattr(config.routing, f"{name}_weight") * loss
         auxiliary[name] = loss.detach()
     alignment = zero
@@ -98,6 +106,18 @@ def training_loss(output: DiTOutput, batch: MicroBatch, t_B: Tensor, objective: 
         alignment = alignment_loss(output.aligned_BSF, batch.features)
         total = total + config.loss.repa_weight * alignment
     return Losses(total, diffusion.detach(), capacity.detach(), alignment.detach(), **auxiliary)
+
+
+def per_layer_loss(target_TP: Tensor, target_BCHW: Tensor, config: Config) -> Tensor:
+    """Return the mean squared error of a MoE layer's own prediction (Expert Race, arXiv 2503.16057).
+
+    Args:
+        target_TP: P values of a patch for each token.
+        target_BCHW: the objective's target.
+        config: for the patches.
+    """
+    patches_BSP = target_TP.float().unflatten(0, (len(target_BCHW), config.tokens_per_image))
+    return F.mse_loss(unpatchify(patches_BSP, config.model.patch_size, config.model.in_channels), target_BCHW.float())
 
 
 def alignment_loss(projected_BSF: Tensor, features_BTF: Tensor) -> Tensor:

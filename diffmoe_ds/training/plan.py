@@ -305,7 +305,7 @@ def check_adaptive_previews(config: Config, ep_size: int, world: int) -> None:
     """
     from diffmoe_ds.sampling.samplers import ADAPTIVE
 
-    share_tokens = config.routing.kind == "batch_pool" and config.inference_choices[0] != "per_token" and world > 1
+    share_tokens = config.has_pool and config.inference_choices[0] != "per_token" and world > 1
     generates = config.run.sample_every_images or config.eval.metrics
     if generates and config.sample.sampler in ADAPTIVE and (ep_size > 1 or share_tokens):
         raise ConfigError(

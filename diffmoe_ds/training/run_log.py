@@ -235,6 +235,8 @@ class MainLog(RunLog):
                 histograms[f"thresholds/{block}"] = layer.expert_threshold
                 for expert, threshold in enumerate(layer.expert_threshold.tolist()):
                     scalars[f"threshold/{block}/expert_{expert:02d}"] = threshold
+            if layer.kind == "expert_race":
+                scalars[f"race_threshold/{block}"] = layer.race_threshold.item()
         if self._board is not None:
             for tag, values in histograms.items():
                 self._board.add_histogram(tag, values, images)

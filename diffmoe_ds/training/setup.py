@@ -24,6 +24,7 @@ from diffmoe_ds.model.dit import DiT, allocate
 from diffmoe_ds.model.init import init_weights
 from diffmoe_ds.moe.correction_bias import CorrectionBiases
 from diffmoe_ds.moe.expert_parallel import ExpertParallelMoE, make_part_of_pool, world_pool
+from diffmoe_ds.moe.race_thresholds import RaceThresholds
 from diffmoe_ds.moe.thresholds import Thresholds
 from diffmoe_ds.text_features import TextFormat
 from diffmoe_ds.topology import Topology
@@ -60,8 +61,8 @@ class Run:
     """The averaged weights."""
     thresholds: Thresholds
     """The moving thresholds of dynamic inference."""
-    biases: CorrectionBiases
-    """The biases that balance the experts' load."""
+    router_states: tuple[CorrectionBiases | RaceThresholds, ...]
+    """What else the routers update once per step."""
     held_out: HeldOut | None = None
     """The held-out images, if the run evaluates."""
     images: int = 0
@@ -138,7 +139,10 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         objective=make_objective(config.objective.kind),
         ema=EMA(fragments, seam.parts(engine)),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
-        biases=CorrectionBiases(model.moe_layers().values(), config.routing.bias_rate, world_pool(topology)),
+        router_states=(
+            CorrectionBiases(model.moe_layers().values(), config.routing.bias_rate, world_pool(topology)),
+            RaceThresholds(model.moe_layers().values(), config.routing.threshold_decay),
+        ),
         held_out=plan.held_out,
         began_from=plan.began_from,
         text=plan.text,

@@ -36,6 +36,7 @@ class MeanLosses(NamedTuple):
     orthogonality: float
     contrastive: float
     similarity: float
+    per_layer: float
 
 
 class StepResult(NamedTuple):
@@ -70,7 +71,7 @@ SEARCH_INCONCLUSIVE, PASS_INVALID = len(Losses._fields), len(Losses._fields) + 1
 def train_step(
     run: Run, batches: BatchSource, flags: Callable[[], tuple[bool, ...]], watchdog: Watchdog, stragglers: Stragglers
 ) -> StepResult:
-    """Run the micro-steps of one optimizer step, then update the weights, thresholds, biases and EMA.
+    """Run the micro-steps of one optimizer step, then update the weights, the routers' state and the EMA.
 
     Args:
         run: the run.
@@ -107,7 +108,8 @@ def train_step(
     if grad_norm is None:
         _discard(run, problem or f"non-finite gradient {locate_in_backward(run, micro_batches)}")
     run.thresholds.update(agreed[SEARCH_INCONCLUSIVE] > 0, batches.attachments_WX)
-    run.biases.update()
+    for state in run.router_states:
+        state.update()
     run.ema.update(run.config.ema.decay_after(run.step))
     watchdog.tick()
     noise_level_B = run.objective.noise_level(passed.t_B)
@@ -130,7 +132,8 @@ def _agreed_forward(
         return passed, agreed, False
     del passed  # frees its graph
     run.thresholds.retract()
-    run.biases.retract()
+    for state in run.router_states:
+        state.retract()
     with exact_dispatch(run.model.moe_layers().values()):
         passed, values = _forward(run, batch, is_last)
     return passed, batches.agree_again(values, run.thresholds.attachment), True
@@ -145,7 +148,8 @@ def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_ForwardResult
     """
     output, losses, t_B = forward(run, run.engine, batch)
     run.thresholds.observe(output.routing)
-    run.biases.observe(output.routing)
+    for state in run.router_states:
+        state.observe(output.routing)
     values = [loss.detach().float() for loss in losses]
     repeat = run.thresholds.search() if is_last else None
     values.append(torch.zeros_like(values[0]) if repeat is None else repeat)
@@ -158,7 +162,8 @@ def _forward(run: Run, batch: MicroBatch, is_last: bool) -> tuple[_ForwardResult
 def _discard(run: Run, problem: str) -> NoReturn:
     """Discard a non-finite step and raise."""
     run.thresholds.discard()
-    run.biases.discard()
+    for state in run.router_states:
+        state.discard()
     raise NonFiniteError(
         f"{problem}, at step {run.step + 1} ({run.images:,} images seen); the weights were not changed. Lower the "
         "learning rate, set gradient_clipping in the DeepSpeed JSON, or allow run.nonfinite_skips."

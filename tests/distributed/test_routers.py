@@ -1,4 +1,4 @@
-"""ProMoE and DSMoE with all their losses train the same in any layout, and resume in any other."""
+"""ProMoE, DSMoE and Expert Race with all their losses train the same in any layout, and resume in any other."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ ROUTERS = {
         "routing.orthogonality_weight=0.01", "routing.capacity=2", "routing.capacity_predictor=false",
         "routing.dense_blocks=2",
     ),
+    "race": (
+        "routing.kind=expert_race", "routing.affinity=mlp", "routing.score=identity", "routing.capacity=1.5",
+        "routing.similarity_weight=0.1", "routing.per_layer_weight=0.1", "routing.interleave=false",
+    ),
     "pool": ("routing.similarity_weight=0.1", "routing.contrastive_weight=0.1", "model.qk_norm=layer"),
 }  # fmt: skip
 """Each with its losses; null images in uneven numbers per rank, which changes the means over a pool."""
 LAYOUTS = ((2, 1, 1), (2, 2, 2), (4, 2, 3), (4, 4, 1))
-LOSSES = ("balance_loss", "z_loss", "orthogonality_loss", "contrastive_loss", "similarity_loss")
+LOSSES = ("balance_loss", "z_loss", "orthogonality_loss", "contrastive_loss", "similarity_loss", "per_layer_loss")
 
 
 def compare(run: Trained, reference: Trained) -> None:
@@ -62,7 +66,7 @@ def test_every_layout_trains_the_same_and_resumes_in_another(train_tiny, tmp_pat
 def test_two_ranks_train_like_one(train_tiny):
     """The fast one: activation checkpointing, accumulation and bf16 buffers included."""
     changes = {"gradient_accumulation_steps": 2}
-    for router in ("promoe", "dsmoe"):
+    for router in ("promoe", "dsmoe", "race"):
         overrides = (*ROUTERS[router], "run.total_images=32")
         reference = train_tiny(1, 1, 0, *overrides, **changes)
         recomputed = "model.activation_checkpointing=true"

@@ -1,7 +1,6 @@
 """ProMoE and DSMoE give their references' numbers: outputs, selections, weights, losses, gradients, samples.
 
-The similarity loss is compared with that of Expert Race. With 8 output channels, the last 4 were never trained nor
-used, and an import leaves them out.
+With 8 output channels, the last 4 were never trained nor used, and an import leaves them out.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from diffmoe_ds import load_official
 from diffmoe_ds.checkpoint.reference import reference_views
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
-from diffmoe_ds.moe.auxiliary import Share, similarity_loss
-from diffmoe_ds.moe.top_k import LocalPool
 from diffmoe_ds.sampling.guidance import guided
 from diffmoe_ds.sampling.samplers import sample
 from tests.golden.test_golden import TOLERANCE, assert_close, golden, inputs, model_of
@@ -110,23 +107,6 @@ def test_a_layer_alone(name):
         with torch.no_grad():
             out, _ = layer(torch.from_numpy(case.file[f"train/moe_in/{block}"]), None, null)
         assert_close(out, case.file[f"train/moe_out/{block}"], f"layer {block}")
-
-
-def cases() -> list[str]:
-    return sorted({key.rpartition("/sim/")[0] for key in golden("race_routing") if "/sim/" in key})
-
-
-@pytest.mark.parametrize("case", cases())
-def test_similarity_loss(case):
-    file = golden("race_routing")
-    logits = torch.from_numpy(file[f"{case}/logits"]).double().flatten(0, 1).requires_grad_()
-    mask = torch.from_numpy(file[f"{case}/mask"].astype(bool)).flatten(0, 1)
-    loss = similarity_loss(logits.softmax(-1), mask, Share(LocalPool(), 1, len(logits)))
-    assert_close(loss, file[f"{case}/sim/loss"], "loss")
-    loss.backward()
-    assert_close(
-        logits.grad.view_as(torch.from_numpy(file[f"{case}/logits"])), file[f"{case}/sim/grad_logits"], "gradient"
-    )
 
 
 def changed(name: str, **arguments: object) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffmoe_ds.checkpoint import export as model_file
+from diffmoe_ds.checkpoint.architecture import first_difference
 from diffmoe_ds.checkpoint.export import ModelFileReader, export
 from diffmoe_ds.checkpoint.layout import META, checkpoint_name
-from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model, first_difference
+from diffmoe_ds.checkpoint.load import CheckpointReader, check_same_model
 from diffmoe_ds.checkpoint.metadata import CheckpointMetadata, SavedLayout, ScheduledValues
 from diffmoe_ds.checkpoint.reshard import reshard
 from diffmoe_ds.checkpoint.restore import restore_weights

@@ -50,8 +50,8 @@ RULES = {
     "planning": "config diffusion model model.conditioning model.layers moe moe.expert_parallel distributed checkpoint",
     "checkpoint": "config model distributed",
     "training": (
-        "config diffusion model model.conditioning moe moe.expert_parallel distributed data sampling planning"
-        " checkpoint evaluation"
+        "config diffusion model model.conditioning model.layers moe moe.expert_parallel distributed data sampling"
+        " planning checkpoint evaluation"
     ),
     "interop": "config model model.conditioning sampling planning checkpoint evaluation",
     # What an export copies into the folder: nothing of the package, so that it runs without it.

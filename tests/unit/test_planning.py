@@ -33,6 +33,10 @@ DSMOE = (
     "routing.router_input=time", "routing.score=sigmoid", "routing.renormalize=true", "routing.bias_rate=0.001",
     "model.mlp=silu", "model.positions=rope", "model.norm=rms", "model.qk_norm=rms",
 )  # fmt: skip
+RACE = (
+    "model.name=tiny-E8", "routing.kind=expert_race", "routing.capacity=2", "routing.affinity=mlp",
+    "routing.score=identity", "routing.similarity_weight=0.1", "routing.per_layer_weight=0.1",
+)  # fmt: skip
 PROMOE = (
     "routing.affinity=cosine", "routing.score=identity", "routing.unconditional_expert=true",
     "routing.capacity_predictor=false", "routing.contrastive_weight=1", "model.label_dropout=0.5",
@@ -48,6 +52,7 @@ PROMOE = (
         ("model.name=tiny-E8", "routing.kind=expert_choice", "routing.interleave=false"),
         ("model.name=tiny-E4", "model.conditioning=text", "model.text_encoders=[[5,12,9],[3,200,16]]"),
         DSMOE,
+        (*RACE, "routing.similarity_weight=0"),
     ),
 )
 def test_flops_equal_those_that_torch_counts(overrides):
@@ -59,8 +64,11 @@ def test_flops_equal_those_that_torch_counts(overrides):
         label = torch.zeros(1, dtype=torch.int64)
         condition = torch.ones(1, config.text_layout.values, dtype=torch.float16) if config.is_text else label
         out = model(images, torch.rand(1), condition)
-        assert counter.get_total_flops() == flops_per_image(config).forward
+        without = flops_per_image(load_config("imagenet-256", [*overrides, "routing.per_layer_weight=0"]))
+        heads = (flops_per_image(config).training - without.training) / 3  # of the per-layer loss, in training only
+        assert counter.get_total_flops() == flops_per_image(config).forward + heads
         logits = [r.capacity_logits_TE.sum() for r in out.routing if r.capacity_logits_TE is not None]
+        logits += [r.target_TP.sum() for r in out.routing if r.target_TP is not None]
         (out.prediction.sum() + sum(logits)).backward()
     assert counter.get_total_flops() == flops_per_image(config).training
 
@@ -123,6 +131,8 @@ def layout(*overrides, world=8, ep=8, zero=2, micro_batch=2, bf16=True, recipe="
         (("model.name=Dense-S", "model.depth=2", "routing.kind=dense"), 4, 1),
         (("model.conditioning=text", "model.text_encoders=[[5,12,9]]"), 8, 4),
         (DSMOE, 8, 4),
+        (RACE, 8, 4),
+        ((*RACE, "routing.pool=ep"), 8, 8),
         (("routing.kind=token_choice", *PROMOE, "routing.similarity_weight=0.1", "routing.z_weight=0.1"), 8, 4),
         (("routing.kind=expert_choice", *PROMOE), 8, 4),
     ),

@@ -182,6 +182,12 @@ def _rule(config: Config, used: ModelUse) -> str:
     capacity, routing = used.capacity or config.routing.capacity, used.routing
     if config.routing.kind == "token_choice":
         return f"Every token takes {capacity:g} expert{'s' * (capacity != 1)}: compute is the same everywhere."
+    if config.routing.kind == "expert_race":
+        return (
+            "A token takes an expert if its score reaches the layer's threshold."
+            if routing == "per_token"
+            else "The pairs of a token and an expert in a batch with the highest scores are taken."
+        )
     if routing == "per_token":
         return "A token takes an expert if the capacity predictor's probability exceeds the expert's threshold."
     if routing == "dynamic":

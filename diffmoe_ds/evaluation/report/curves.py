@@ -19,6 +19,7 @@ from diffmoe_ds.evaluation.report.style import (
     ORANGE,
     PURPLE,
     SKY,
+    VIOLET,
     Drawing,
     depth_colors,
     images_axis,
@@ -39,6 +40,7 @@ LOSSES = {
     "orthogonality_loss": ("router orthogonality", BROWN),
     "contrastive_loss": ("routing contrastive", AMBER),
     "similarity_loss": ("router similarity", GRAY),
+    "per_layer_loss": ("per-layer prediction", VIOLET),
 }
 """Label and color of each loss."""
 METRIC_STARTS = {"frechet": 0.0, "kid": 0.0, "inception_score": 1.0, "precision": 0.0, "recall": 0.0}

@@ -33,6 +33,7 @@ ROUTERS = {
     "token_choice": "token choice (TC-DiT)",
     "expert_choice": "expert choice (EC-DiT)",
     "batch_pool": "batch pool (DiffMoE)",
+    "expert_race": "expert race (Race-DiT)",
 }
 """Names of the routers of models with experts."""
 
@@ -137,7 +138,7 @@ def model_table(config: Config) -> dict[str, str]:
             **({"router options": ", ".join(config.router_options)} if config.router_options else {}),
             "training capacity": f"{routing.capacity:g} expert{'s' * (routing.capacity != 1)} per token",
         }
-    if routing.kind == "batch_pool":
+    if config.has_pool:
         rows["pool"] = routing.pool
     return rows | {
         "parameters": f"{counts.total:,}",

@@ -14,7 +14,7 @@ import numpy as np
 INK, MUTED, HAIRLINE = "#1b1f24", "#5b6470", "#d5dae0"
 """Text and axes, secondary text, grid lines; also used by the page."""
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-SKY, AMBER, BROWN, GRAY = "#56b4e9", "#e69f00", "#8c564b", "#7f7f7f"
+SKY, AMBER, BROWN, GRAY, VIOLET = "#56b4e9", "#e69f00", "#8c564b", "#7f7f7f", "#5e4fa2"
 """Colors of curves, from the palette of Okabe and Ito."""
 COMPUTE = "viridis"
 """Color map of experts per token: monotonic in lightness, so that it also works in print."""
