@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from diffmoe_ds.checkpoint.reference_routers import ROUTER_KINDS, router_sections
-from diffmoe_ds.checkpoint.reference_weights import shape_of
+from diffmoe_ds.checkpoint.reference_routers import DSMOE_INPUT, ROUTER_KINDS, infer_router, router_sections
+from diffmoe_ds.checkpoint.reference_weights import PATCHES, shape_of
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.load import config_from_dict
 from diffmoe_ds.config.presets import SIZES
@@ -40,7 +40,7 @@ LABEL_DROPOUT = 0.1
 """Default of ``class_dropout_prob`` in the reference's class."""
 BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.(mlp\.experts\.)?")
 """Start of the name of a weight in a block; the second group matches experts only."""
-HEAD, PATCHES = "final_layer.linear.weight", "x_embedder.proj.weight"
+HEAD = "final_layer.linear.weight"
 
 
 def reference_config(config: dict[str, Any], state: dict[str, Tensor]) -> Config:
@@ -130,7 +130,8 @@ def infer_reference(
 
     Args:
         state: the reference's ``state_dict``.
-        kind: one of `KINDS`; if None, a threshold means diffmoe, a gate module tc, and other experts ec.
+        kind: one of `EVIDENCE`; if None, a threshold means diffmoe, a gate module tc, other experts ec, prototypes
+            promoe, and correction biases dsmoe.
         num_heads: attention heads, which cannot be inferred; if None, those of the published size of that width.
 
     Returns:
@@ -143,31 +144,25 @@ def infer_reference(
     shape = partial(shape_of, state)
     hidden, channels, patch, _ = shape(PATCHES, 4)
     depth = len({match[1] for match in map(BLOCK.match, state) if match})
-    heads = _heads(depth, hidden) if num_heads is None else num_heads
+    routed = sorted({int(match[1]) for match in map(BLOCK.match, state) if match and match[2] == "mlp.experts."})
+    kind = _kind(state, bool(routed)) if kind is None else kind
+    heads = _heads(depth, hidden, kind) if num_heads is None else num_heads
     if heads < 1 or hidden % heads:
         raise ConfigError(f"--num-heads must divide the width {hidden} of the weights, got {heads}.")
-    routed = sorted({int(match[1]) for match in map(BLOCK.match, state) if match and match[2] == "mlp.experts."})
-    first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
-    one = f"{first}0." if routed else first
-    swiglu = f"{one}gate_proj.weight" in state
-    width = shape(f"{one}{'gate_proj' if swiglu else 'fc1'}.weight", 2)[0]
-    experts = {name.removeprefix(first).split(".")[0] for name in state if routed and name.startswith(first)}
-    found: dict[str, Any] = {
-        "kind": _kind(state, bool(routed)) if kind is None else kind,
-        "model": {
-            "input_size": math.isqrt(shape("pos_embed", 3)[1]) * patch,
-            "patch_size": patch,
-            "in_channels": channels,
-            "hidden_size": hidden,
-            "depth": depth,
-            "num_heads": heads,
-            "mlp_ratio": width / hidden,
-            "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
-            "learn_sigma": shape(HEAD, 2)[0] == 2 * channels * patch * patch,
-            "use_swiglu": swiglu,
-        },
-        "moe": {"num_experts": len(experts), "interleave": 0 not in routed} if routed else {},
+    if kind in ROUTER_KINDS and routed and _kind(state, True) in ROUTER_KINDS:
+        model, moe = infer_router(kind, state, routed, patch)
+    else:
+        model, moe = _infer_experts(state, routed, patch)
+    model |= {
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": hidden,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+        "learn_sigma": shape(HEAD, 2)[0] == 2 * channels * patch * patch,
     }
+    found: dict[str, Any] = {"kind": kind, "model": model, "moe": moe}
     try:
         reference_config(found, state)
     except ConfigError as error:  # there is no configuration to correct: the weights are wrong
@@ -175,17 +170,36 @@ def infer_reference(
     return found, _guesses(found, num_heads is None)
 
 
+def _infer_experts(
+    state: dict[str, Tensor], routed: list[int], patch: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return arguments of a model and its experts; see `infer_router`."""
+    first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
+    one = f"{first}0." if routed else first
+    swiglu = f"{one}gate_proj.weight" in state
+    width, hidden = shape_of(state, f"{one}{'gate_proj' if swiglu else 'fc1'}.weight", 2)
+    experts = {name.removeprefix(first).split(".")[0] for name in state if routed and name.startswith(first)}
+    side = math.isqrt(shape_of(state, "pos_embed", 3)[1])
+    model = {"input_size": side * patch, "mlp_ratio": width / hidden, "use_swiglu": swiglu}
+    return model, {"num_experts": len(experts), "interleave": 0 not in routed} if routed else {}
+
+
 def _guesses(found: dict[str, Any], heads_too: bool) -> list[str]:
     """Return sentences that say which values of an inferred configuration the weights do not determine."""
-    model = found["model"]
+    model, kind = found["model"], found["kind"]
     guesses = [f"{model['num_heads']} attention heads, as in the published model of this size"] if heads_too else []
-    if model["learn_sigma"]:
+    if kind in ROUTER_KINDS:
+        guesses.append("flow, as most published models of this class")
+    elif model["learn_sigma"]:
         guesses.append("DDPM, because the output has twice the channels of the input; flow models can have them too")
     else:
         guesses.append("flow, because the output has as many channels as the input")
     guesses.append(f"{model['num_classes']} classes, because the last label embedding is that of dropped labels")
-    if found["moe"]:
-        guesses.append("capacity 1")
+    if kind == "dsmoe":
+        guesses.append(f"latents of {DSMOE_INPUT} by {DSMOE_INPUT}")
+        guesses.append(f"{found['moe']['num_experts_per_tok']} experts per token, as published with this many experts")
+    elif found["moe"]:
+        guesses.append("1 expert per token" if kind in ROUTER_KINDS else "capacity 1")
     return guesses
 
 
@@ -205,9 +219,10 @@ def _objective(config: dict[str, Any], state: dict[str, Tensor]) -> str:
     return "flow" if is_flow else "ddpm"
 
 
-def _heads(depth: int, hidden: int) -> int:
-    """Return the attention heads of the published size with this depth and width."""
-    heads = [size.num_heads for size in SIZES.values() if (size.depth, size.hidden_size) == (depth, hidden)]
+def _heads(depth: int, hidden: int, kind: str) -> int:
+    """Return the attention heads of the published size with this depth and width; DSMoE's have other depths."""
+    sizes = [size for size in SIZES.values() if size.hidden_size == hidden and (size.depth == depth or kind == "dsmoe")]
+    heads = [size.num_heads for size in sizes]
     if not heads:
         raise CheckpointError(f"{depth} blocks of width {hidden} are not a published size; give --num-heads.")
     return heads[0]

@@ -5,11 +5,13 @@ Sources: ali-vilab/ProMoE at 5915b31 (arXiv 2510.24711) and yhlleo/EfficientMoE 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from diffmoe_ds.checkpoint.reference_weights import PATCHES, shape_of
 from diffmoe_ds.config.fields import short_repr
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.errors import ConfigError
@@ -37,6 +39,10 @@ PROMOE_NAMES = {
 }
 DSMOE_NAMES = {"gate_weight": "gate.weight", "correction_bias": "gate.e_score_correction_bias"}
 """Our names in a MoE layer, and theirs; a name of ours is a weight or the start of one."""
+PUBLISHED_DSMOE = {16: (2, 2.0, 2), 48: (5, 2.5, 1)}
+"""By number of experts: experts per token, scale of the weights, groups; see arXiv 2512.01252."""
+DSMOE_INPUT = 32
+"""Side of the latents of the published models, which their weights do not tell: 256 pixels."""
 GELU_NAMES = {"w1": "up_proj.weight", "w2": "down_proj.weight"}
 SWIGLU_NAMES = {"w1": "gate_proj.weight", "w2": "down_proj.weight", "w3": "up_proj.weight"}
 
@@ -161,31 +167,47 @@ def router_views(config: Config, name: str, tensor: Tensor) -> dict[str, Tensor]
     return views
 
 
-def infer_experts(kind: str, experts: int, hidden: int, shared: int) -> dict[str, Any]:
-    """Return the arguments of the experts of a published model, which weights determine only in part.
+def infer_router(
+    kind: str, state: dict[str, Tensor], routed: list[int], patch: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of a published model and of its experts, which weights determine only in part.
 
     Args:
         kind: one of `ROUTER_KINDS`.
-        experts: routed experts of a layer.
-        hidden: hidden width of an expert.
-        shared: hidden width of the shared expert.
+        state: its weights.
+        routed: indices of the blocks with experts, in order.
+        patch: height and width of a patch.
 
     Raises:
+        CheckpointError: a weight is missing.
         ConfigError: no published model of the kind has this many experts.
     """
+    layer = f"blocks.{routed[0]}.mlp."
+    one, shared = ("experts.blocks.0", "shared_experts") if kind == "dsmoe" else ("experts.0", "shared_expert")
+    hidden = shape_of(state, f"{layer}{one}.up_proj.weight", 2)[0]
+    dense = 0 if routed[0] else next((b for b in range(routed[-1] + 2) if f"blocks.{b}.mlp.fc1.weight" in state), None)
+    width = shape_of(state, PATCHES, 4)[0]
+    ratio = 4 if dense is None else shape_of(state, f"blocks.{dense}.mlp.fc1.weight", 2)[0] / width
+    model: dict[str, Any] = {"mlp_ratio": ratio}
+    common = {"interleave": 0 not in routed, "moe_intermediate_size": hidden}
     if kind != "dsmoe":
-        return {
-            "num_routed_experts": experts, "moe_intermediate_size": hidden, "shared_expert_intermediate_size": shared,
-            "use_uncond_expert": True, "top_k": 1, "routing_contrastive_lam": 1, "router_weight_mode": "identity",
+        return model | {
+            "input_size": math.isqrt(shape_of(state, "pos_embed", 3)[1]) * patch,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        }, common | {
+            "num_routed_experts": shape_of(state, f"{layer}cluster_centers", 2)[0],
+            "shared_expert_intermediate_size": shape_of(state, f"{layer}{shared}.up_proj.weight", 2)[0],
+            "use_uncond_expert": True, "top_k": 1, "routing_contrastive_lam": 1,
         }  # fmt: skip
-    published = {16: (2, 2.0, 2), 48: (5, 2.5, 1)}
-    if experts not in published:
+    experts = shape_of(state, f"{layer}gate.weight", 2)[0]
+    if experts not in PUBLISHED_DSMOE:
         raise ConfigError(
-            f"no published DSMoE has {experts} experts in a layer, so the number of experts per token is unknown; use "
-            "diffmoe_ds.load_official with its configuration."
+            f"no published DSMoE has {experts} experts in a layer, so the number of experts per token is unknown; give "
+            "its configuration with --reference-config."
         )
-    k, factor, groups = published[experts]
-    return {
-        "num_experts": experts, "moe_intermediate_size": hidden, "num_experts_per_tok": k, "use_shared_expert": True,
+    k, factor, groups = PUBLISHED_DSMOE[experts]
+    norm = "rmsnorm" if "blocks.0.norm1.weight" in state else "layernorm"
+    return model | {"input_size": DSMOE_INPUT, "rope_type": "2d", "norm_type": norm}, common | {
+        "num_experts": experts, "num_experts_per_tok": k, "use_shared_expert": True,
         "routed_scaling_factor": factor, "n_group": groups, "topk_group": groups,
     }  # fmt: skip

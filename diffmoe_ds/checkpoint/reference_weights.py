@@ -24,8 +24,15 @@ MAX_OPERATIONS = 1 << 19
 """Most operations in the pickles, of which a tensor takes about 32."""
 LEGACY_PICKLES = 5
 """Pickles in a file of torch before 1.6: magic number, protocol, system, contents and keys of the storages."""
-KEYS = {"ema": "ema", "ema_model": "ema", "model": "raw", "state_dict": "raw"}
+KEYS = {
+    "ema": "ema", "ema_model": "ema", "ema_model_state_dict": "ema",
+    "model": "raw", "state_dict": "raw", "model_state_dict": "raw",
+}  # fmt: skip
 """Keys of a file under which weights can be, and which weights those are; the first one is taken."""
+
+
+PATCHES = "x_embedder.proj.weight"
+"""Name of the weights that embed patches."""
 
 
 def read_reference(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], str]:

@@ -44,6 +44,9 @@ EXPERTS = {"n_shared_experts", "num_experts", "capacity", "init_MoeMLP", "interl
 def read_reference_yaml(path: Path) -> dict[str, Any]:
     """Return the configuration of a model, as in `load_official`, from the reference's YAML.
 
+    Args:
+        path: the file; it may also hold what `load_official` takes itself, with the keys kind, model and moe.
+
     Raises:
         ConfigError: the file cannot be read, is not such a file, or configures what we do not support.
     """
@@ -53,6 +56,8 @@ def read_reference_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(tree, dict) and "kind" in tree and isinstance(tree.get("model"), dict):
+        return tree
     if not _is_reference(tree):
         raise ConfigError(f"{path}: not a configuration of the reference: model.target or model.params is missing.")
     basic, target = tree.get("basic") or {}, tree["model"]["target"]

@@ -63,10 +63,15 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "EMA or last weights (default: ema if the file has them)"
     reference.add_argument("--weights", choices=("ema", "raw"), help=text)
-    text = "the reference's YAML (default: the one beside the file or its directory checkpoints/, if there is one)"
-    reference.add_argument("--reference-config", type=nonempty_path, metavar="YAML", help=text)
+    text = (
+        "the reference's YAML (default: the one beside the file or its directory checkpoints/, if there is one), or a "
+        "YAML or JSON file with kind, model and moe as in diffmoe_ds.load_official"
+    )
+    reference.add_argument("--reference-config", type=nonempty_path, metavar="FILE", help=text)
     reference.add_argument(
-        "--kind", choices=("dense", "tc", "ec", "diffmoe"), help="model class (default: as in the YAML or the weights)"
+        "--kind",
+        choices=("dense", "tc", "ec", "diffmoe", "promoe", "promoe_ec", "dsmoe"),
+        help="model class (default: as in the YAML or the weights)",
     )
     text = "attention heads (default: as in the YAML, or as published)"
     reference.add_argument("--num-heads", type=int, metavar="N", help=text)
@@ -168,7 +173,7 @@ def _import(args: argparse.Namespace) -> None:
     found = None if path is None else read_reference_yaml(path)
     if found is not None:
         for option, value, configured in (
-            ("--kind", args.kind, found["kind"]), ("--num-heads", args.num_heads, found["model"]["num_heads"]),
+            ("--kind", args.kind, found["kind"]), ("--num-heads", args.num_heads, found["model"].get("num_heads")),
         ):  # fmt: skip
             if value not in (None, configured):
                 raise ConfigError(f"{option} {value}: the model is configured by {path}, where it is {configured}.")

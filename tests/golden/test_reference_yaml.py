@@ -188,7 +188,7 @@ def test_weights_are_averaged_only_if_the_file_or_the_user_says_so(tmp_path, cap
         assert f"({weights} weights)" in output and ("count as raw" in output) == hint
     torch.save({"model": state}, path)
     assert convert(path, "--num-heads", "4", "--weights", "ema") == 5
-    assert "holds no weights under ema, ema_model or at its top level" in capsys.readouterr().err
+    assert "holds no weights under ema, ema_model, ema_model_state_dict or at its top level" in capsys.readouterr().err
 
 
 def test_which_yaml_is_meant(tmp_path, capsys):

@@ -90,7 +90,7 @@ def test_a_token_is_drawn_where_its_patch_is():
     mask = torch.zeros(16, 4, dtype=torch.bool)
     mask[token] = True
     recorder = Recorder(model, heat_maps=1)
-    output = DiTOutput(image, (Routing(mask, None, mask.float(), {}, None),) * 2)
+    output = DiTOutput(image, (Routing(mask, None, mask.float(), {}, None, None, None),) * 2)
     recorder.see_inputs(model, (image,))
     recorder.observe(torch.tensor([0.5]), torch.tensor([0]), output)
     record = recorder.take()
