@@ -170,9 +170,7 @@ def infer_reference(
     return found, _guesses(found, num_heads is None)
 
 
-def _infer_experts(
-    state: dict[str, Tensor], routed: list[int], patch: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _infer_experts(state: dict[str, Tensor], routed: list[int], patch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return arguments of a model and its experts; see `infer_router`."""
     first = f"blocks.{routed[0]}.mlp.experts." if routed else "blocks.0.mlp."
     one = f"{first}0." if routed else first

@@ -152,7 +152,7 @@ def check_blocks(model: ModelConfig, routing: RoutingConfig, size: Size, num_exp
         )
     if num_experts > 1 and model.mlp == "silu" and routing.expert_mlp is None:
         raise ConfigError("routing.expert_mlp must be gelu or swiglu if model.mlp is silu, which experts cannot be.")
-    if routing.unconditional_expert and model.label_dropout == 0:
+    if num_experts > 1 and routing.unconditional_expert and model.label_dropout == 0:
         raise ConfigError(
             "model.label_dropout must be positive for routing.unconditional_expert, which takes the images whose label "
             "is dropped, got 0."

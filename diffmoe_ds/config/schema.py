@@ -195,7 +195,12 @@ class Config(Section):
     @property
     def null_fraction(self) -> float:
         """Fraction of the training images whose tokens an expert of their own takes."""
-        return self.model.label_dropout if self.routing.unconditional_expert else 0.0
+        return self.model.label_dropout if self.has_unconditional_expert else 0.0
+
+    @property
+    def has_unconditional_expert(self) -> bool:
+        """Whether images whose label or prompt is dropped have an expert of their own."""
+        return self.num_experts > 1 and self.routing.unconditional_expert
 
     @property
     def auxiliary_losses(self) -> tuple[str, ...]:

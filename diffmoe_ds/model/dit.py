@@ -207,7 +207,7 @@ class DiT(nn.Module):
     def _block_inputs(self, t_B: Tensor, condition: Condition) -> BlockInputs:
         """Return what all blocks read."""
         time_BD = self.t_embedder((1 - t_B if self.is_reversed else t_B) * self.time_scale)
-        null = find_null_images(condition.is_null_B) if self.config.routing.unconditional_expert else None
+        null = find_null_images(condition.is_null_B) if self.config.has_unconditional_expert else None
         rotation = None if self.rotated_head is None else rotations(self.rotated_head, self.side, time_BD.device)
         return BlockInputs(time_BD + condition.vector_BD, time_BD, condition.context, null, rotation)
 

@@ -55,11 +55,12 @@ def auxiliary_losses(
     """
     routing, names, tokens_per_image = config.routing, config.auxiliary_losses, config.tokens_per_image
     images: float | Tensor = len(mask_TE) // tokens_per_image
+    is_per_image = routing.kind == "expert_choice"
     if null is not None:
         scored = Scored(*(part if part is scored.vectors_ER else null.without(part) for part in scored))
         mask_TE = null.without(mask_TE)
         routed = mask_TE.new_full((1,), len(mask_TE) // tokens_per_image, dtype=torch.int64)
-        if {"balance", "z", "similarity"} & set(names) or routing.kind == "expert_choice":
+        if {"balance", "z", "similarity"} & set(names) or ("contrastive" in names and is_per_image):
             images = (remember(lambda: pool.sum(routed))[0] / pool.size).clamp(min=1 / pool.size)
     share = Share(pool, images, tokens_per_image)
     logits_TE, found = scored.logits_TE, {}
@@ -70,7 +71,7 @@ def auxiliary_losses(
     if "orthogonality" in names:
         found["orthogonality"] = orthogonality_loss(scored.vectors_ER)
     if "contrastive" in names:
-        contrastive = image_contrastive_loss if routing.kind == "expert_choice" else contrastive_loss
+        contrastive = image_contrastive_loss if is_per_image else contrastive_loss
         arguments = (scored.tokens_TR, scored.vectors_ER, mask_TE, routing.contrastive_temperature, share)
         found["contrastive"] = contrastive(*arguments)
     if "similarity" in names:
@@ -115,7 +116,7 @@ def contrastive_loss(
 
         mean over e in A of [logsumexp over f in A of cos(v_e, m_f) / temperature - cos(v_e, m_e) / temperature],
 
-    and 0 if A has fewer than two. Both vectors and tokens have its gradient.
+    which is 0 if A has fewer than two. Both vectors and tokens have its gradient.
 
     Args:
         tokens_TR: what the router reads.
@@ -129,8 +130,7 @@ def contrastive_loss(
     mean_ER = sum_ER / count_E.clamp(min=1)[:, None]
     is_active_E = count_E > 0
     loss_E = _contrast(vectors_ER, mean_ER, temperature, is_active_E)
-    number = is_active_E.sum()
-    return torch.where(is_active_E, loss_E, 0).sum() / number.clamp(min=1) * (number > 1)
+    return torch.where(is_active_E, loss_E, 0).sum() / is_active_E.sum().clamp(min=1)
 
 
 def image_contrastive_loss(
@@ -176,7 +176,7 @@ def similarity_loss(probabilities_TE: Tensor, mask_TE: Tensor, share: Share) -> 
 def _contrast(vectors_ER: Tensor, mean_ER: Tensor, temperature: float, is_active_E: Tensor | None = None) -> Tensor:
     """Return the contrastive loss of each expert; ``mean_ER`` may have more dimensions in front."""
     cosine_EE = unit(vectors_ER) @ unit(mean_ER).mT / temperature
-    if is_active_E is not None:  # not -inf, whose gradient would be NaN if no expert is active
+    if is_active_E is not None:  # not -inf, of which a row without active experts has no softmax
         cosine_EE = cosine_EE.masked_fill(~is_active_E, torch.finfo(cosine_EE.dtype).min)
     return -cosine_EE.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
 

@@ -102,7 +102,9 @@ def _loss_values(config: Config) -> list[int]:
     names, experts = config.auxiliary_losses, config.num_experts
     is_per_image = config.routing.kind == "expert_choice"
     sizes = []
-    if config.routing.unconditional_expert and ({"balance", "z", "similarity"} & set(names) or is_per_image):
+    if config.has_unconditional_expert and (
+        {"balance", "z", "similarity"} & set(names) or ("contrastive" in names and is_per_image)
+    ):
         sizes.append(1)  # the images whose tokens are routed
     if "balance" in names:
         sizes.append(experts)
