@@ -119,10 +119,16 @@ class ObjectiveConfig(Section):
     """Factor for the odds of noise against data in the training times of `flow`; above 1, images are noisier. Common
     for latents of high resolution, with values of about 3."""
 
+    min_snr_gamma: PositiveNumber | None = None
+    """Weight the squared error of `ddpm` by min(SNR, gamma) / SNR, so that images with little noise do not dominate
+    training (min-SNR, arXiv 2303.09556, which uses 5). The loss of the variance and validation are not weighted."""
+
     @property
     def unused(self) -> tuple[str, ...]:
         """Keys of the recipe that have no effect with its other keys, such as those of `flow` under `ddpm`."""
         keys: tuple[str, ...] = ("time_mean", "time_std") if self.time_distribution == "uniform" else ()
+        if self.kind == "flow":
+            keys += ("min_snr_gamma",)
         if self.kind != "flow":
             keys = ("flow_time_scale", "flow_direction", "time_distribution", "time_mean", "time_std", "time_shift")
         default = ObjectiveConfig()

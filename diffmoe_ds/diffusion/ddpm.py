@@ -195,6 +195,17 @@ class GaussianDiffusion:
         vb_B = nats.flatten(1).mean(1) / math.log(2)
         return DDPMLosses(mse_B + vb_B, mse_B, vb_B)
 
+    def min_snr_weight(self, t_B: Tensor, gamma: float) -> Tensor:
+        """Return min(SNR, gamma) / SNR (arXiv 2303.09556, eq. 1 for the prediction of noise), fp32 [B].
+
+        Args:
+            t_B: int64 step indices.
+            gamma: the largest signal-to-noise ratio that counts fully, positive.
+        """
+        alpha_N = torch.as_tensor(self.alphas_cumprod_N)
+        weight_N = (gamma * (1 - alpha_N) / alpha_N).clamp(max=1).float()
+        return weight_N.to(t_B.device)[t_B]
+
     def ancestral_step(self, model_output: Tensor, xt_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor | None) -> Tensor:
         """Sample x_{t-1} from p (DDPM, algorithm 2).
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 from torch import Tensor
@@ -119,6 +119,8 @@ class DDPMObjective:
     """DDPM with a learned variance (`diffusion/ddpm.py`). ``t`` is an int64 timestep: 0 is nearly data, 999 noise."""
 
     kind: str = "ddpm"
+    min_snr_gamma: float | None = None
+    """Weight the squared error by min(SNR, gamma) / SNR; None for training without weights, and for validation."""
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -150,23 +152,30 @@ class DDPMObjective:
     def loss(self, prediction: Tensor, x_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> dict[str, Tensor]:
         """See `Objective`."""
         losses = self.diffusion.training_losses(prediction, x_BCHW, noise_BCHW, t_B)
-        return {"loss_B": losses.loss_B, "mse_B": losses.mse_B, "vb_B": losses.vb_B}
+        loss_B = losses.loss_B
+        if self.min_snr_gamma is not None:
+            loss_B = self.diffusion.min_snr_weight(t_B, self.min_snr_gamma) * losses.mse_B + losses.vb_B
+        return {"loss_B": loss_B, "mse_B": losses.mse_B, "vb_B": losses.vb_B}
 
     def noise_level(self, t_B: Tensor) -> Tensor:
         """See `Objective`."""
         return t_B.float() / TRAIN_STEPS
 
 
-def make_objective(kind: str) -> Objective:
+def make_objective(kind: str, min_snr_gamma: float | None = None) -> Objective:
     """Return the objective with a name.
 
     Args:
         kind: ``flow`` or ``ddpm``.
+        min_snr_gamma: of the training loss of ``ddpm``.
 
     Raises:
         ConfigError: the name is unknown.
     """
-    objectives: dict[str, Callable[[], Objective]] = {"flow": FlowObjective, "ddpm": DDPMObjective}
+    objectives: dict[str, Callable[[], Objective]] = {
+        "flow": FlowObjective,
+        "ddpm": partial(DDPMObjective, min_snr_gamma=min_snr_gamma),
+    }
     if kind not in objectives:
         raise ConfigError(f"objective.kind must be {' or '.join(objectives)}, got {kind!r}.")
     return objectives[kind]()

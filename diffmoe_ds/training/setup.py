@@ -136,7 +136,7 @@ def setup_run(plan: TrainPlan, owner: Owner) -> Run:
         owner=owner,
         engine=engine,
         model=model,
-        objective=make_objective(config.objective.kind),
+        objective=make_objective(config.objective.kind, config.objective.min_snr_gamma),
         ema=EMA(fragments, seam.parts(engine)),
         thresholds=Thresholds(model.moe_layers().values(), config.routing, topology.world),
         router_states=(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffmoe_ds.data.loader import MicroBatch
+from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.distributed.collectives import all_reduce
 from diffmoe_ds.distributed.consensus import raise_on_all_ranks
 from diffmoe_ds.distributed.watchdog import Watchdog
@@ -24,6 +25,8 @@ class Validation:
 
     def __init__(self, run: Run, held_out: HeldOut, watchdog: Watchdog) -> None:
         self._run = run
+        self._objective = make_objective(run.config.objective.kind)
+        """Without the weights of min-SNR, so that losses of all runs compare."""
         self._held_out = held_out
         self._watchdog = watchdog
         self._metrics = OnlineMetrics(run, held_out, watchdog) if run.config.eval.metrics else None
@@ -38,7 +41,7 @@ class Validation:
         """
         run, held_out = self._run, self._held_out
         model = averaged_model(run)
-        loss = validation_loss(model, run.objective, self._batches(), len(held_out), all_reduce)
+        loss = validation_loss(model, self._objective, self._batches(), len(held_out), all_reduce)
         row = {
             "step": run.step,
             "images": run.images,
