@@ -20,6 +20,8 @@ FIXED = {
     "objective": ("kind", "flow_time_scale", "flow_direction"),
 }  # fmt: skip
 """Keys that decide the shapes or the meaning of the weights, so they cannot change between save and resume."""
+EXPERT_SHAPE = ("expert_mlp", "expert_width", "shared_experts", "shared_width")
+"""Keys of `routing` that may differ if the experts are the same."""
 PROJECTOR_KEYS = ("repa_hidden", "repa_features")
 """Keys of the section `loss` that decide the shapes of REPA's projector."""
 
@@ -36,11 +38,13 @@ def first_difference(saved: Config, wanted: Config, except_for: tuple[str, ...] 
     pairs: list[tuple[str, Any, Any]] = [("routing.num_experts", saved.num_experts, wanted.num_experts)]
     pairs += [(f"model.{key}", getattr(saved.size, key), getattr(wanted.size, key)) for key in size]
     was, now = config_to_dict(saved), config_to_dict(wanted)
+    resolved = ("expert_mlp", "expert_hidden", "shared_hidden")
+    same = all(getattr(saved, name) == getattr(wanted, name) for name in resolved)  # whichever keys say so
     pairs += [
         (f"{section}.{key}", was[section][key], now[section][key])
         for section, keys in FIXED.items()
         for key in keys
-        if key not in size and key not in except_for
+        if key not in size and key not in except_for and not (same and key in EXPERT_SHAPE)
     ]
     if saved.aligned_block is not None and wanted.aligned_block is not None:
         keys = [key for key in PROJECTOR_KEYS if key not in except_for]

@@ -65,6 +65,7 @@ def router_sections(kind: str, model: Mapping[str, Any], moe: Mapping[str, Any])
             if value not in valid:
                 allowed = " or ".join(map(str, (choice for choice in valid if choice is not None)))
                 raise ConfigError(f"{section}.{key}: only {allowed} is supported for {kind}, got {short_repr(value)}.")
+    moe = {key: value for key, value in moe.items() if value is not None}
     try:
         return _dsmoe_sections(model, moe) if kind == "dsmoe" else _promoe_sections(kind, model, moe)
     except KeyError as missing:
@@ -100,6 +101,8 @@ def _promoe_sections(kind: str, model: Mapping[str, Any], moe: Mapping[str, Any]
 
 def _dsmoe_sections(model: Mapping[str, Any], moe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     first = moe.get("skip_first2", False)
+    if not isinstance(first, int) or first < 0:
+        raise ConfigError(f"moe.skip_first2: must be true, false or a number of blocks, got {short_repr(first)}.")
     return {
         "model": {
             "mlp": "silu",

@@ -36,7 +36,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, cfg_scale: float | Non
     text = (
         "how experts choose tokens (default: the model's own default). per_token decides independently for each token, "
         "so an image does not depend on its batch. With dynamic (the paper's rule) and static, the images in a batch "
-        "compete in batch_pool models, so an image changes with --batch-size"
+        "compete in batch_pool models (and with static in expert_race models), so an image changes with --batch-size"
     )
     add("--routing", metavar="static|dynamic|per_token", help=text)
     text = (

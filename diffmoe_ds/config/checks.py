@@ -119,17 +119,18 @@ def check_router(routing: RoutingConfig, num_experts: int, has_capacity_predicto
         )
     if not kept <= routing.groups or kept * (num_experts // routing.groups) < routing.capacity:
         raise ConfigError(
-            f"routing.groups_kept must be at most routing.groups ({routing.groups}) and leave at least "
-            f"{routing.capacity:g} experts, got {kept}."
+            f"routing.groups_kept must be at most routing.groups ({routing.groups}) and leave enough experts "
+            f"for routing.capacity ({routing.capacity:g}), got {kept}."
         )
     if routing.renormalize and routing.score == "identity":
-        raise ConfigError("routing.renormalize needs positive scores; routing.score must be softmax or sigmoid.")
+        raise ConfigError("routing.score must be softmax or sigmoid for routing.renormalize, got identity.")
     if routing.unconditional_expert and (
         routing.kind not in ("token_choice", "expert_choice") or has_capacity_predictor
     ):
         raise ConfigError(
             "routing.unconditional_expert needs routing.kind token_choice, or expert_choice with "
-            f"routing.capacity_predictor false; got {routing.kind}."
+            f"routing.capacity_predictor false; got {routing.kind}"
+            f"{' with a capacity predictor' if has_capacity_predictor else ''}."
         )
 
 
@@ -152,6 +153,12 @@ def check_blocks(model: ModelConfig, routing: RoutingConfig, size: Size, num_exp
         )
     if num_experts > 1 and model.mlp == "silu" and routing.expert_mlp is None:
         raise ConfigError("routing.expert_mlp must be gelu or swiglu if model.mlp is silu, which experts cannot be.")
+    last = size.depth - 1 - (size.depth % 2 if routing.interleave else 0)
+    if num_experts > 1 and routing.dense_blocks > max(0, last):
+        raise ConfigError(
+            f"routing.dense_blocks must leave at least one block with experts, so be at most {max(0, last)}, got "
+            f"{routing.dense_blocks}."
+        )
     if num_experts > 1 and routing.unconditional_expert and model.label_dropout == 0:
         raise ConfigError(
             "model.label_dropout must be positive for routing.unconditional_expert, which takes the images whose label "

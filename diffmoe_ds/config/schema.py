@@ -147,6 +147,12 @@ class Config(Section):
         return parse_name(self.model.name)[1] if self.routing.num_experts is None else self.routing.num_experts
 
     @property
+    def experts_kept(self) -> int:
+        """Experts in the groups that a token may use."""
+        groups, kept = self.routing.groups, self.routing.groups_kept
+        return self.num_experts // groups * (groups if kept is None else kept)
+
+    @property
     def moe_blocks(self) -> tuple[int, ...]:
         """Indices of the blocks with experts."""
         if self.num_experts == 1:
@@ -191,6 +197,23 @@ class Config(Section):
         routing, default = self.routing, RoutingConfig()
         changed = (key for key in ROUTER_OPTIONS if getattr(routing, key) != getattr(default, key))
         return tuple(f"{key} {getattr(routing, key)}" for key in changed) if self.num_experts > 1 else ()
+
+    @property
+    def unused_routing(self) -> tuple[str, ...]:
+        """Keys of `routing` that differ from their defaults without an effect."""
+        routing, default = self.routing, RoutingConfig()
+        without_effect = {
+            "groups_kept": routing.groups == 1,
+            "shared_width": routing.shared_experts == 0,
+            "balance_weight": routing.kind != "token_choice" and routing.balance_weight > 0,
+            "contrastive_temperature": routing.contrastive_weight == 0,
+            "renormalize": routing.kind == "token_choice" and routing.capacity == 1,
+        }
+        if self.num_experts == 1:
+            without_effect |= dict.fromkeys((*ROUTER_OPTIONS, *(f"{name}_weight" for name in AUXILIARY)), True)
+            without_effect["balance_weight"] = routing.balance_weight > 0
+        changed = (key for key, unused in without_effect.items() if unused)
+        return tuple(key for key in changed if getattr(routing, key) != getattr(default, key))
 
     @property
     def null_fraction(self) -> float:

@@ -217,8 +217,8 @@ def check_supported(config: Config) -> None:
             value, default = getattr(getattr(config, section), key), getattr(getattr(defaults, section), key)
             if value != default and (section != "routing" or config.num_experts > 1):
                 raise ConfigError(
-                    f"--format diffusers: {section}.{key} is {value}, but folders for diffusers support only "
-                    f"{default} so far; omit the option to export the model in our own format."
+                    f"--format diffusers: {section}.{key} is {value}, but folders for diffusers support only its "
+                    "default so far; omit the option to export the model in our own format."
                 )
     if config.routing.kind == "expert_race":
         raise ConfigError("--format diffusers: routing.kind expert_race is not supported so far; omit the option.")

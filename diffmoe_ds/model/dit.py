@@ -233,7 +233,7 @@ class DiT(nn.Module):
         """
         valid = self.config.inference_choices
         if choice not in valid:
-            raise ConfigError(unknown(f"routing of a {self.config.routing.kind!r} model", choice, valid))
+            raise ConfigError(unknown(f"routing of a model with router {self.config.routing.kind}", choice, valid))
         for layer in self.moe_layers().values():
             layer.inference = choice
 

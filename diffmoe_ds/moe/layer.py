@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
     correction_bias: Tensor
     """fp32 [E], added to scores when experts are chosen; only with ``routing.bias_rate``."""
     race_threshold: Tensor
-    """fp32 scalar, the score from which on an expert takes a token in inference; only for ``expert_race``."""
+    """fp32 [1], the score from which on an expert takes a token in inference; only for ``expert_race``."""
 
     def __init__(self, config: Config, width: int, num_local_experts: int | None = None) -> None:
         """Allocate the weights; `model/init.py` sets their values.
@@ -131,7 +131,7 @@ class MoELayer(nn.Module):
         if routing.bias_rate is not None:
             self.register_buffer("correction_bias", torch.empty(self.num_experts, dtype=torch.float32))
         if self.kind == "expert_race":
-            self.register_buffer("race_threshold", torch.empty((), dtype=torch.float32))
+            self.register_buffer("race_threshold", torch.empty(1, dtype=torch.float32))
 
     def forward(
         self, x_BSD: Tensor, read_BSR: Tensor | None = None, null: NullImages | None = None

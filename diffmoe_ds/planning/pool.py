@@ -30,7 +30,13 @@ def pool_rows(config: Config, settings: DeepSpeedSettings, world: int) -> tuple[
     images = _images_that_compete(config, settings.micro_batch, ranks)
     tokens = images * config.tokens_per_image
     rows = tokens_per_expert(config.routing.capacity, tokens, config.num_experts)
-    if rows < 1 and config.routing.kind != "expert_race":
+    if config.routing.kind == "expert_race":
+        if tokens_per_expert(config.routing.capacity, tokens, 1) < 1:
+            raise ConfigError(
+                f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives all experts together "
+                "less than one token; raise the capacity or the number of images in a pool."
+            )
+    elif rows < 1:
         raise ConfigError(
             f"routing.capacity is {config.routing.capacity}: a pool of {tokens} tokens gives each of "
             f"{config.num_experts} experts less than one token; raise the capacity or the number of images in a pool."

@@ -89,6 +89,11 @@ def check_capacity(capacity: float, routing: str, config: Config, option: str = 
         raise ConfigError(f"{option} needs a model with experts; this model is dense.")
     if not 0 < capacity <= E:
         raise ConfigError(f"{option} must be positive and at most the number of experts, {E}, got {capacity:g}.")
+    kept = config.experts_kept
+    if kind == "token_choice" and capacity > kept:
+        raise ConfigError(
+            f"{option} must be at most {kept}, the experts in the groups that a token uses, got {capacity:g}."
+        )
     if kind == "expert_race" and routing == "per_token":
         raise ConfigError(
             f"{option} needs static routing for an expert_race model, whose threshold is fixed by training; add "

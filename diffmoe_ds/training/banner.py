@@ -194,6 +194,8 @@ def _notes(plan: TrainPlan) -> list[str]:
     notes = list(plan.settings.notes)
     if unused := plan.config.objective.unused:
         notes.append(f"no effect with {_objective(plan)}: {', '.join(f'objective.{key}' for key in unused)}")
+    if unused := plan.config.unused_routing:
+        notes.append(f"no effect with this router: {', '.join(f'routing.{key}' for key in unused)}")
     if plan.reader is None and plan.inherited:
         notes.append(f"from model.init_from {plan.config.model.init_from}: {', '.join(plan.inherited)}")
     return notes

@@ -119,7 +119,7 @@ class LogLine:
         self._run, self._log = run, log
         self._due = Interval(run.config.run.log_every_images, run.images)
         self._is_first = True
-        self._idle = IdleExperts()
+        self._idle = IdleExperts(run.config.routing.kind)
 
     def __call__(self, step: StepResult) -> None:
         if not (self._due(self._run.images) or self._run.is_complete):

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from diffmoe_ds.text import counted
 
+ADVICE = {
+    "token_choice": "; routing.balance_weight and routing.bias_rate balance the load",
+    "expert_race": "; routing.similarity_weight balances the load",
+}
+"""What helps, by ``routing.kind``."""
 SHOWN = 8
 """Largest number of experts that a warning names in a block."""
 
@@ -18,7 +23,13 @@ SHOWN = 8
 class IdleExperts:
     """Names each expert once."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        """Start without an idle expert.
+
+        Args:
+            kind: ``routing.kind``, for the advice.
+        """
+        self._advice = ADVICE.get(kind, "")
         self._named: set[tuple[int, int]] = set()
 
     def warning(self, load_LE: Tensor, blocks: Sequence[int]) -> str | None:
@@ -39,7 +50,7 @@ class IdleExperts:
         number = sum(map(len, idle.values()))
         return (
             f"no token of this micro-batch, on any rank, went to {counted(number, 'expert')} ({places}). Without "
-            "tokens an expert is not trained; routing.balance_weight and routing.bias_rate balance the load."
+            f"tokens an expert is not trained{self._advice}."
         )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from diffmoe_ds import load
+from diffmoe_ds.cli import main
 from tests.distributed.test_layout import TOLERANCE, assert_same, tensors
 from tests.helpers.training import Trained
 
@@ -63,11 +66,22 @@ def test_every_layout_trains_the_same_and_resumes_in_another(train_tiny, tmp_pat
     compare(train_tiny(*second, *overrides, directory=half, options=("--resume", "auto")), reference)
 
 
-def test_two_ranks_train_like_one(train_tiny):
-    """The fast one: activation checkpointing, accumulation and bf16 buffers included."""
+def test_two_ranks_train_like_one(train_tiny, tmp_path):
+    """The fast one: activation checkpointing, accumulation and padded dispatch; the models can be exported."""
     changes = {"gradient_accumulation_steps": 2}
     for router in ("promoe", "dsmoe", "race"):
         overrides = (*ROUTERS[router], "run.total_images=32")
         reference = train_tiny(1, 1, 0, *overrides, **changes)
         recomputed = "model.activation_checkpointing=true"
-        compare(train_tiny(2, 2, 2, *overrides, recomputed, "routing.padded_dispatch=2", **changes), reference)
+        two = train_tiny(2, 2, 2, *overrides, recomputed, "routing.padded_dispatch=2", **changes)
+        compare(two, reference)
+        exported = tmp_path / router
+        assert main(["checkpoint", "export", str(two.directory), "--out", str(exported)]) == 0
+        here, there = load(two.directory).network.state_dict(), load(exported).network.state_dict()
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_race_needs_a_pair(train_tiny):
+    """K = 0 would leave a threshold of NaN."""
+    run = train_tiny(1, 1, 0, "routing.kind=race", "routing.capacity=0.002", code=2)
+    assert "a pool of 256 tokens gives all experts together less than one token" in run.output

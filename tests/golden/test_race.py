@@ -55,7 +55,7 @@ def stack(file: dict[str, np.ndarray]) -> list[MoELayer]:
             for name, parameter in layer.named_parameters():
                 for theirs, view in views(name, parameter.data).items():
                     view.copy_(torch.from_numpy(file[f"stack/state/{number}.{theirs}"]))
-            layer.race_threshold.copy_(torch.from_numpy(file[f"stack/state/{number}.expert_tau"])[0])
+            layer.race_threshold.copy_(torch.from_numpy(file[f"stack/state/{number}.expert_tau"]))
     return layers
 
 
@@ -79,7 +79,7 @@ def test_selection_and_threshold(case):
     np.testing.assert_array_equal(mask.numpy(), file[f"{case}/mask"].astype(bool))
     assert_close(logits * mask, file[f"{case}/gates"], "weights")
     assert_close(pairs.kth_E[0], file[f"{case}/kth"], "K-th score")
-    layer = SimpleNamespace(kind="expert_race", race_threshold=torch.tensor(float(file[f"{case}/tau_before"])))
+    layer = SimpleNamespace(kind="expert_race", race_threshold=torch.tensor([float(file[f"{case}/tau_before"])]))
     thresholds = RaceThresholds([layer], decay=0.95)
     thresholds.observe([SimpleNamespace(race_score=pairs.kth_E[0])])
     thresholds.update()
@@ -140,7 +140,7 @@ def test_stack_in_training():
         thresholds = RaceThresholds([layer], decay=0.95)
         thresholds.observe([routing])
         thresholds.update()
-        assert_close(layer.race_threshold, file[f"stack/train/tau_after/{number}"][0], "threshold")
+        assert_close(layer.race_threshold, file[f"stack/train/tau_after/{number}"], "threshold")
 
     similarity = sum(routing.auxiliary["similarity"] for routing in routings)
     per_layer = [per_layer_loss(routing.target_TP, target, CONFIG) for routing in routings]

@@ -17,7 +17,7 @@ def loads(experts: int, *idle: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_an_expert_is_named_once():
-    idle = IdleExperts()
+    idle = IdleExperts("token_choice")
     first = idle.warning(loads(4, (2,)), [1])
     assert first is not None
     assert first.startswith("no token of this micro-batch, on any rank, went to 1 expert (block 1: 2). ")
@@ -31,7 +31,7 @@ def test_an_expert_is_named_once():
 
 
 def test_several_blocks_are_listed_in_order():
-    idle = IdleExperts()
+    idle = IdleExperts("token_choice")
     warning = idle.warning(loads(4, (0, 3), (), (1,)), [1, 3, 5])
     assert warning is not None and "went to 3 experts (block 1: 0, 3; block 5: 1). " in warning
     other = idle.warning(loads(4, (0, 3), (0,), (1,)), [1, 3, 5])
@@ -39,14 +39,14 @@ def test_several_blocks_are_listed_in_order():
 
 
 def test_the_same_expert_of_another_block_is_another_expert():
-    idle = IdleExperts()
+    idle = IdleExperts("token_choice")
     assert "(block 1: 2)" in (idle.warning(loads(4, (2,)), [1]) or "")
     assert "(block 2: 2)" in (idle.warning(loads(4, (2,)), [2]) or "")
 
 
 @pytest.mark.parametrize(("number", "more"), ((SHOWN, ""), (SHOWN + 1, " and 1 more"), (20, " and 12 more")))
 def test_at_most_eight_experts_of_a_block_are_listed(number, more):
-    idle = IdleExperts()
+    idle = IdleExperts("token_choice")
     warning = idle.warning(loads(32, tuple(range(1, number + 1)), (0,)), [1, 3])
     assert warning is not None
     assert f"went to {number + 1} experts (block 1: 1, 2, 3, 4, 5, 6, 7, 8{more}; block 3: 0). " in warning
@@ -54,7 +54,7 @@ def test_at_most_eight_experts_of_a_block_are_listed(number, more):
 
 
 def test_nothing_is_said_where_nothing_is_idle():
-    idle = IdleExperts()
+    idle = IdleExperts("token_choice")
     assert idle.warning(loads(4, (), ()), [1, 3]) is None
     assert idle.warning(1e-9 * loads(4, ()), [1]) is None, "few tokens are tokens"
     assert idle.warning(torch.empty(0, 4), []) is None
@@ -62,4 +62,15 @@ def test_nothing_is_said_where_nothing_is_idle():
 
 def test_counts_of_any_dtype_are_accepted():
     for dtype in (torch.int64, torch.float32):
-        assert "(block 7: 1, 2)" in (IdleExperts().warning(loads(3, (1, 2)).to(dtype), [7]) or "")
+        assert "(block 7: 1, 2)" in (IdleExperts("token_choice").warning(loads(3, (1, 2)).to(dtype), [7]) or "")
+
+
+def test_the_advice_fits_the_router():
+    idle = [[0.0, 1.0]]
+    for kind, advice in (
+        ("token_choice", "is not trained; routing.balance_weight and routing.bias_rate balance the load."),
+        ("expert_race", "is not trained; routing.similarity_weight balances the load."),
+        ("expert_choice", "is not trained."),
+    ):
+        warning = IdleExperts(kind).warning(torch.tensor(idle), [1])
+        assert warning is not None and warning.endswith(advice)
