@@ -263,9 +263,7 @@ def test_routers_of_packaged_recipes_are_consistent(name):
 def test_some_block_has_experts():
     for interleave, most in (("true", 3), ("false", 3)):
         load(TOKEN_CHOICE, f"interleave={interleave}", f"dense_blocks={most}", model=("depth=4",))
-        with pytest.raises(
-            ConfigError, match=r"routing\.dense_blocks must leave .* be at most 3, got 4\.$"
-        ):
+        with pytest.raises(ConfigError, match=r"routing\.dense_blocks must leave .* be at most 3, got 4\.$"):
             load(TOKEN_CHOICE, f"interleave={interleave}", "dense_blocks=4", model=("depth=4",))
 
 
