@@ -107,7 +107,7 @@ def check_router(routing: RoutingConfig, num_experts: int, has_capacity_predicto
     """
     if num_experts == 1:
         return
-    kept = routing.groups if routing.groups_kept is None else routing.groups_kept
+    kept = routing.used_groups
     if routing.kind != "token_choice" and (routing.groups > 1 or routing.bias_rate is not None):
         key, value = ("groups", routing.groups) if routing.groups > 1 else ("bias_rate", routing.bias_rate)
         raise ConfigError(

@@ -120,8 +120,8 @@ class RoutingConfig(Section):
     paper uses 1e-4."""
     per_layer_weight: NonNegativeNumber = 0.0
     """Weight of Expert Race's per-layer regularization: in each MoE layer, a linear head predicts the model's target
-    from what the last layer of the router reads, with the mean squared error as its loss. The paper uses 1e-2. 0 omits
-    the heads, which sampling does not need."""
+    from what the last layer of the router reads, with the mean squared error as its loss. The paper uses 1e-2. With
+    0, there are no heads; sampling never uses them."""
     threshold_decay: Fraction = 0.95
     """Decay per optimizer step of the moving average that sets the thresholds of `dynamic` and `per_token` routing."""
     padded_dispatch: Slack | None = None
@@ -129,3 +129,8 @@ class RoutingConfig(Section):
     ones are padding. It avoids waiting for the GPU in every layer to learn the exact number; 1.25 is a good start. It
     affects `token_choice` and pools that span several ranks, and pays on GPUs. If a rank has more tokens for an expert,
     all ranks repeat the forward pass with exact numbers; see `redone` in the metrics."""
+
+    @property
+    def used_groups(self) -> int:
+        """Groups that a token may use."""
+        return self.groups if self.groups_kept is None else self.groups_kept

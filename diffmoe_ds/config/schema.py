@@ -149,8 +149,7 @@ class Config(Section):
     @property
     def experts_kept(self) -> int:
         """Experts in the groups that a token may use."""
-        groups, kept = self.routing.groups, self.routing.groups_kept
-        return self.num_experts // groups * (groups if kept is None else kept)
+        return self.num_experts // self.routing.groups * self.routing.used_groups
 
     @property
     def moe_blocks(self) -> tuple[int, ...]:

@@ -26,8 +26,6 @@ class Condition(NamedTuple):
 
     vector_BD: Tensor
     """Added to the time embedding."""
-    is_null_B: Tensor
-    """bool: images with the null condition."""
     context: Context | None = None
     """Read by cross-attention."""
 
@@ -47,6 +45,9 @@ class Conditioner(Protocol):
 
     def __call__(self, condition: Tensor, drop_B: Tensor | None = None) -> Condition:
         """Return what the blocks read, with the null condition where ``drop_B`` is true."""
+
+    def is_null(self, condition: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """Return bool [B]: the images with the null condition."""
 
 
 class ClassConditioner(nn.Module):
@@ -77,7 +78,12 @@ class ClassConditioner(nn.Module):
         """
         if drop_B is not None:
             label_B = torch.where(drop_B, self.num_labels, label_B)
-        return Condition(self.embedding_table(label_B), label_B == self.num_labels)
+        return Condition(self.embedding_table(label_B))
+
+    def is_null(self, label_B: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """See `Conditioner`."""
+        is_null_B = label_B == self.num_labels
+        return is_null_B if drop_B is None else is_null_B | drop_B
 
     def null_like(self, label_B: Tensor) -> Tensor:
         """See `Conditioner`."""
@@ -140,9 +146,8 @@ class TextConditioner(nn.Module):
         Returns:
             Vectors and a context in the dtype of the weights.
         """
-        null_N = self.null_row.to(rows_BN.dtype)
         if drop_B is not None:
-            rows_BN = torch.where(drop_B[:, None], null_N, rows_BN)
+            rows_BN = torch.where(drop_B[:, None], self.null_row.to(rows_BN.dtype), rows_BN)
         dtype = next(self.pooled_proj.parameters()).dtype
         pooled, tokens, valid = [], [], []
         for index, text in enumerate(self.layout.unpack(rows_BN)):
@@ -151,8 +156,12 @@ class TextConditioner(nn.Module):
             position_L = torch.arange(text.tokens_BLF.shape[1], device=rows_BN.device)
             valid.append(position_L < text.length_B[:, None])  # before any cast: bf16 does not hold all lengths
         vector_BD = self.pooled_proj(torch.cat(pooled, dim=1))
-        is_null_B = (rows_BN == null_N).all(dim=1)  # also where a caption is empty
-        return Condition(vector_BD, is_null_B, Context(torch.cat(tokens, dim=1), torch.cat(valid, dim=1)))
+        return Condition(vector_BD, Context(torch.cat(tokens, dim=1), torch.cat(valid, dim=1)))
+
+    def is_null(self, rows_BN: Tensor, drop_B: Tensor | None = None) -> Tensor:
+        """See `Conditioner`; a caption may be empty."""
+        is_null_B = (rows_BN == self.null_row.to(rows_BN.dtype)).all(dim=1)
+        return is_null_B if drop_B is None else is_null_B | drop_B
 
     def null_like(self, label_B: Tensor) -> Tensor:
         """See `Conditioner`."""

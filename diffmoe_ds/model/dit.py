@@ -19,7 +19,7 @@ from diffmoe_ds.config.nearest import unknown
 from diffmoe_ds.config.schema import Config
 from diffmoe_ds.diffusion.objective import make_objective
 from diffmoe_ds.errors import ConfigError
-from diffmoe_ds.model.conditioning import Condition, context_width, make_conditioner
+from diffmoe_ds.model.conditioning import context_width, make_conditioner
 from diffmoe_ds.model.layers import (
     FFN,
     Attention,
@@ -189,7 +189,7 @@ class DiT(nn.Module):
         """
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        inputs = self._block_inputs(t_B, self.y_embedder(y, drop_B))
+        inputs = self._block_inputs(t_B, y, drop_B)
         routings, aligned_BSF = [], None
         recompute = self.config.model.activation_checkpointing and self.training
         for index, block in enumerate(self.blocks):
@@ -204,10 +204,11 @@ class DiT(nn.Module):
         out = unpatchify(self.final_layer(x_BSD, inputs.vector_BD), self.patch_size, self.out_channels).float()
         return DiTOutput(-out if self.is_reversed else out, tuple(routings), aligned_BSF)
 
-    def _block_inputs(self, t_B: Tensor, condition: Condition) -> BlockInputs:
+    def _block_inputs(self, t_B: Tensor, y: Tensor, drop_B: Tensor | None) -> BlockInputs:
         """Return what all blocks read."""
+        condition = self.y_embedder(y, drop_B)
         time_BD = self.t_embedder((1 - t_B if self.is_reversed else t_B) * self.time_scale)
-        null = find_null_images(condition.is_null_B) if self.config.has_unconditional_expert else None
+        null = find_null_images(self.y_embedder.is_null(y, drop_B)) if self.config.has_unconditional_expert else None
         rotation = None if self.rotated_head is None else rotations(self.rotated_head, self.side, time_BD.device)
         return BlockInputs(time_BD + condition.vector_BD, time_BD, condition.context, null, rotation)
 

@@ -60,7 +60,7 @@ def auxiliary_losses(
         scored = Scored(*(part if part is scored.vectors_ER else null.without(part) for part in scored))
         mask_TE = null.without(mask_TE)
         routed = mask_TE.new_full((1,), len(mask_TE) // tokens_per_image, dtype=torch.int64)
-        if {"balance", "z", "similarity"} & set(names) or ("contrastive" in names and is_per_image):
+        if counts_images(config):
             images = (remember(lambda: pool.sum(routed))[0] / pool.size).clamp(min=1 / pool.size)
     share = Share(pool, images, tokens_per_image)
     logits_TE, found = scored.logits_TE, {}
@@ -77,6 +77,13 @@ def auxiliary_losses(
     if "similarity" in names:
         found["similarity"] = similarity_loss(logits_TE.softmax(dim=-1), mask_TE, share)
     return found
+
+
+def counts_images(config: Config) -> bool:
+    """Return whether the losses need the number of the pool's images that are not null, if there are null ones."""
+    names, is_per_image = config.auxiliary_losses, config.routing.kind == "expert_choice"
+    means = {"balance", "z", "similarity", *(("contrastive",) if is_per_image else ())}
+    return not means.isdisjoint(names)
 
 
 def balance_loss(probabilities_TE: Tensor, mask_TE: Tensor, share: Share) -> Tensor:

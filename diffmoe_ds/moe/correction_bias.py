@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from diffmoe_ds.moe.layer import MoELayer, Routing
+from diffmoe_ds.moe.observed import Observed
 from diffmoe_ds.moe.search import Pool
 
 
-class CorrectionBiases:
-    """Updates the biases of all layers of a model."""
+class CorrectionBiases(Observed):
+    """Updates the biases of all layers of a model from int64 [L, E], the tokens that experts took on this rank."""
 
     def __init__(self, layers: Iterable[MoELayer], rate: float | None, world: Pool) -> None:
         """Collect the layers.
@@ -29,21 +29,16 @@ class CorrectionBiases:
             rate: ``routing.bias_rate``; nothing happens if it is None or 0.
             world: all ranks of the run.
         """
+        super().__init__()
         self._layers = list(layers) if rate else []
         self._rate = rate
         self._world = world
-        self._observed: list[Tensor] = []
-        """int64 [L, E]: the tokens that each expert took of each micro-batch on this rank."""
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
         """Count the tokens of one micro-batch."""
         if self._layers:
             self._observed.append(torch.stack([routing.mask_TE.sum(0) for routing in routings]))
-
-    def retract(self) -> None:
-        """Forget the last micro-batch, whose forward pass is repeated."""
-        del self._observed[-1:]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -54,8 +49,4 @@ class CorrectionBiases:
         direction_LE = (load_LE.mean(dim=1, keepdim=True) - load_LE).sign().float()
         for layer, direction_E in zip(self._layers, direction_LE, strict=True):
             layer.correction_bias.add_(direction_E, alpha=self._rate)
-        self._observed.clear()
-
-    def discard(self) -> None:
-        """Discard the micro-batches observed since the last update, for a skipped step."""
         self._observed.clear()

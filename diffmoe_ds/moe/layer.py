@@ -267,10 +267,9 @@ class MoELayer(nn.Module):
 
     def _choose_experts(self, scores_TE: Tensor) -> Tensor:
         """Return bool [T, E]: the experts that each token chooses."""
-        groups, kept, k = self.routing.groups, self.routing.groups_kept, int(self.capacity)
         if self.routing.bias_rate is not None:
             scores_TE = scores_TE + self.correction_bias
-        return token_choice(scores_TE, k, groups, groups if kept is None else kept)
+        return token_choice(scores_TE, int(self.capacity), self.routing.groups, self.routing.used_groups)
 
     def _select_of_others(self, scores_TE: Tensor, null: NullImages) -> Selection:
         """Apply the training rule of ``expert_choice`` to the images that are not null. Their number varies by rank."""

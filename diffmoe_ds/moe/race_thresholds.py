@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
 from diffmoe_ds.moe.layer import MoELayer, Routing
+from diffmoe_ds.moe.observed import Observed
 
 
-class RaceThresholds:
-    """Updates the thresholds of all layers of a model."""
+class RaceThresholds(Observed):
+    """Updates the thresholds of all layers of a model from fp32 [L], the K-th largest score in each."""
 
     def __init__(self, layers: Iterable[MoELayer], decay: float) -> None:
         """Collect the layers.
@@ -26,10 +26,9 @@ class RaceThresholds:
             layers: all MoE layers of a model, in the order of its blocks (``model.moe_layers().values()``).
             decay: ``routing.threshold_decay``.
         """
+        super().__init__()
         self._layers = [layer for layer in layers if layer.kind == "expert_race"]
         self._decay = decay
-        self._observed: list[Tensor] = []
-        """fp32 [L]: the K-th largest score in each layer, of each micro-batch."""
 
     @torch.no_grad()
     def observe(self, routings: Sequence[Routing]) -> None:
@@ -38,10 +37,6 @@ class RaceThresholds:
         if scores:
             self._observed.append(torch.stack(scores))
 
-    def retract(self) -> None:
-        """Forget the last micro-batch, whose forward pass is repeated."""
-        del self._observed[-1:]
-
     @torch.no_grad()
     def update(self) -> None:
         """Move the thresholds towards the mean score of the micro-batches since the last update."""
@@ -49,8 +44,4 @@ class RaceThresholds:
             return
         for layer, score in zip(self._layers, torch.stack(self._observed).mean(0), strict=True):
             layer.race_threshold.lerp_(score, 1 - self._decay)
-        self._observed.clear()
-
-    def discard(self) -> None:
-        """Discard the micro-batches observed since the last update, for a skipped step."""
         self._observed.clear()

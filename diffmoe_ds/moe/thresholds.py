@@ -19,11 +19,12 @@ from torch import Tensor
 from diffmoe_ds.config.schema import RoutingConfig
 from diffmoe_ds.moe.capacity import pool_quantile, tokens_per_expert
 from diffmoe_ds.moe.layer import MoELayer, Routing
+from diffmoe_ds.moe.observed import Observed
 from diffmoe_ds.moe.search import NearSearch, WarmStart, is_cut_off, start_near
 from diffmoe_ds.moe.top_k import key_values, sort_keys
 
 
-class Thresholds:
+class Thresholds(Observed):
     """Updates the thresholds of all layers of a model."""
 
     def __init__(self, layers: Iterable[MoELayer], routing: RoutingConfig, world: int) -> None:
@@ -34,11 +35,11 @@ class Thresholds:
             routing: for the capacity and the decay.
             world: ranks of the run.
         """
+        super().__init__()
         self._layers = [layer for layer in layers if layer.capacity_predictor is not None]
         self._decay = routing.threshold_decay
         self._capacity = routing.capacity
         self._world = world
-        self._observed: list[Tensor] = []
         self._logits_TN = self._quantile_N = torch.empty(0)
         self._warm_start = WarmStart(verify_later=True)
         self._near: NearSearch | None = None
@@ -51,10 +52,6 @@ class Thresholds:
         logits = [r.capacity_logits_TE for r in routings if r.capacity_logits_TE is not None]
         if logits:
             self._observed.append(torch.cat(logits, dim=1))
-
-    def retract(self) -> None:
-        """Forget the last micro-batch, whose forward pass is repeated."""
-        del self._observed[-1:]
 
     @torch.no_grad()
     def search(self) -> Tensor | None:

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from diffmoe_ds.config.schema import Config
+from diffmoe_ds.moe.auxiliary import counts_images
 from diffmoe_ds.moe.padding import slots_of_expert
 from diffmoe_ds.moe.search import BINS, candidates_of_rank
 from diffmoe_ds.planning.layout import Layout
@@ -102,9 +103,7 @@ def _loss_values(config: Config) -> list[int]:
     names, experts = config.auxiliary_losses, config.num_experts
     is_per_image = config.routing.kind == "expert_choice"
     sizes = []
-    if config.has_unconditional_expert and (
-        {"balance", "z", "similarity"} & set(names) or ("contrastive" in names and is_per_image)
-    ):
+    if config.has_unconditional_expert and counts_images(config):
         sizes.append(1)  # the images whose tokens are routed
     if "balance" in names:
         sizes.append(experts)

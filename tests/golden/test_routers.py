@@ -15,6 +15,7 @@ from diffmoe_ds import load_official
 from diffmoe_ds.checkpoint.reference import reference_views
 from diffmoe_ds.errors import CheckpointError, ConfigError
 from diffmoe_ds.model.dit import DiT
+from diffmoe_ds.moe.null_images import find_null_images
 from diffmoe_ds.sampling.guidance import guided
 from diffmoe_ds.sampling.samplers import sample
 from tests.golden.test_golden import TOLERANCE, assert_close, golden, inputs, model_of
@@ -102,7 +103,7 @@ def test_a_layer_alone(name):
     model = model_of(case.file).eval()
     layers, null = model.moe_layers(), None
     if model.config.routing.unconditional_expert:
-        null = model._block_inputs(case.t_B, model.y_embedder(case.y)).null
+        null = find_null_images(model.y_embedder.is_null(case.y))
     for block, layer in layers.items():
         with torch.no_grad():
             out, _ = layer(torch.from_numpy(case.file[f"train/moe_in/{block}"]), None, null)
